@@ -1,0 +1,256 @@
+"""Number formats as data: what a packed tensor or a cache page holds, checked when it is made.
+
+NVFP4   x[m, k] = E2M1(code[m, k]) * E4M3(sf[m, k // 16]) * alpha      alpha FP32: one a tensor, segment or expert
+MXFP4   x[m, k] = E2M1(code[m, k]) * 2 ** (sf[m, k // 32] - 127)       OCP Microscaling Formats 1.0
+FP8     x[m, k] = E4M3(data[m, k]) * 2 ** (sf[m // 128, k // 128] - 127)
+
+Two E2M1 codes share a byte, even k in the low nibble. Torch only, so that it imports without a GPU.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import layouts
+
+BLOCK = 16  # elements of K under one NVFP4 scale
+MX_BLOCK = 32  # elements of K under one MXFP4 scale
+FP8_BLOCK = 128  # rows and columns under one FP8 weight scale
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the low three bits; bit 3 is the sign
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+
+SfLayout = Literal["linear", "blocked_128x4"]
+KVFormat = Literal["fp32", "bf16", "fp8_ds_mla", "nvfp4"]
+IndexFormat = Literal["fp32", "bf16", "fp8", "mxfp4"]
+
+
+@dataclass(frozen=True, slots=True)
+class NVFP4Tensor:
+    """A row-major [..., m, k] array in NVFP4.
+
+    data:  uint8 [..., m, k / 2]
+    sf:    float8_e4m3fn [..., m, k / 16] ("linear"), or [..., bytes] ("blocked_128x4", see `layouts`)
+    alpha: float32 [], or [segments] (runs of rows m), or [experts], or [experts, segments]; on the device, so that
+           using it never synchronises
+    """
+
+    data: Tensor
+    sf: Tensor
+    alpha: Tensor
+    sf_layout: SfLayout = "linear"
+
+    def __post_init__(self) -> None:
+        _expect(self.data, "data", torch.uint8, "two E2M1 codes a byte")
+        _expect(self.sf, "sf", torch.float8_e4m3fn, "one E4M3 scale a block of 16")
+        _expect(self.alpha, "alpha", torch.float32, "the global scale")
+        if self.data.ndim < 2:
+            raise ValueError(f"data must be [..., m, k / 2], got {list(self.data.shape)}")
+        *lead, m, k = self.shape
+        if k % BLOCK:
+            raise ValueError(f"k must be a multiple of {BLOCK}, got {k} (data {list(self.data.shape)})")
+        if self.sf_layout == "linear":
+            want = [*lead, m, k // BLOCK]
+        elif self.sf_layout == "blocked_128x4":
+            want = [*lead, layouts.blocked_128x4_bytes(m, k // BLOCK)]
+        else:
+            raise ValueError(f'sf_layout must be "linear" or "blocked_128x4", got {self.sf_layout!r}')
+        if list(self.sf.shape) != want:
+            raise ValueError(f"data {list(self.data.shape)} needs {self.sf_layout} sf {want}, got {list(self.sf.shape)}")
+        if self.alpha.ndim > 2:
+            raise ValueError(f"alpha must have at most two axes [experts, segments], got {list(self.alpha.shape)}")
+        if not self.data.device == self.sf.device == self.alpha.device:
+            raise ValueError(f"data, sf and alpha must share a device, got {self.data.device}, {self.sf.device}, {self.alpha.device}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical [..., m, k], in elements."""
+        return (*self.data.shape[:-1], self.data.shape[-1] * 2)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def to(self, device: torch.device | str) -> "NVFP4Tensor":
+        return NVFP4Tensor(self.data.to(device), self.sf.to(device), self.alpha.to(device), self.sf_layout)
+
+    def with_sf_layout(self, sf_layout: SfLayout) -> "NVFP4Tensor":
+        """The same values with their scales in another order (a copy of the scales only)."""
+        if sf_layout == self.sf_layout:
+            return self
+        m, ks = self.data.shape[-2], self.data.shape[-1] * 2 // BLOCK
+        if sf_layout == "blocked_128x4":
+            sf = layouts.to_blocked_128x4(self.sf)
+        else:
+            sf = layouts.from_blocked_128x4(self.sf, m, ks)
+        return NVFP4Tensor(self.data, sf, self.alpha, sf_layout)
+
+
+@dataclass(frozen=True, slots=True)
+class MXFP4Tensor:
+    """A row-major [..., m, k] array in MXFP4, as the native release stores routed experts.
+
+    data: uint8 [..., m, k / 2]
+    sf:   uint8 [..., m, k / 32], E8M0 (255 is NaN)
+    """
+
+    data: Tensor
+    sf: Tensor
+
+    def __post_init__(self) -> None:
+        _expect(self.data, "data", torch.uint8, "two E2M1 codes a byte")
+        _expect(self.sf, "sf", torch.uint8, "E8M0 bytes")
+        *lead, k = self.shape
+        want = [*lead, k // MX_BLOCK]
+        if k % MX_BLOCK or list(self.sf.shape) != want:
+            raise ValueError(f"data {list(self.data.shape)} needs sf {want} (k in blocks of 32), got {list(self.sf.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical [..., m, k], in elements."""
+        return (*self.data.shape[:-1], self.data.shape[-1] * 2)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+
+@dataclass(frozen=True, slots=True)
+class FP8BlockTensor:
+    """A [m, k] weight in E4M3 with one power-of-two scale a 128 x 128 block, as the native release stores linears.
+
+    data: float8_e4m3fn [m, k]
+    sf:   uint8 [ceil(m / 128), ceil(k / 128)], E8M0
+    """
+
+    data: Tensor
+    sf: Tensor
+
+    def __post_init__(self) -> None:
+        _expect(self.data, "data", torch.float8_e4m3fn, "one E4M3 number an element")
+        _expect(self.sf, "sf", torch.uint8, "E8M0 bytes")
+        m, k = self.shape
+        want = [-(-m // FP8_BLOCK), -(-k // FP8_BLOCK)]
+        if list(self.sf.shape) != want:
+            raise ValueError(f"data [{m}, {k}] needs sf {want}, got {list(self.sf.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data.shape[0], self.data.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """Where the parts of one cache row and page lie, in bytes."""
+
+    row_bytes: int
+    scale_bytes: int  # kept after all rows of the page, not in the row
+    page_bytes: int
+
+
+def kv_layout(format: KVFormat, page_size: int, head_dim: int = 512, rope_dim: int = 64) -> RowLayout:
+    """Row and page sizes of a KV cache.
+
+    fp32, bf16   head_dim numbers a row
+    fp8_ds_mla   E4M3 in blocks of 64 + BF16 RoPE dims a row; 8 scale bytes a row after all rows of the page; the page
+                 rounded up to 576 bytes (what vLLM 0.33 and SGLang 0.5.23 hold; 584 bytes a row at 448 + 64)
+    nvfp4        codes, E4M3 scales, one FP32 row alpha, BF16 RoPE dims (384 bytes a row at 448 + 64)
+    """
+    nope = head_dim - rope_dim
+    if format == "fp32":
+        return RowLayout(4 * head_dim, 0, 4 * head_dim * page_size)
+    if format == "bf16":
+        return RowLayout(2 * head_dim, 0, 2 * head_dim * page_size)
+    if format == "fp8_ds_mla":
+        if nope % 64 or nope // 64 > 8:
+            raise ValueError(f"fp8_ds_mla holds up to 8 blocks of 64 dims beside RoPE, got {nope} dims")
+        row = nope + 2 * rope_dim
+        return RowLayout(row, 8, -(-page_size * (row + 8) // 576) * 576)
+    if format == "nvfp4":
+        if nope % BLOCK:
+            raise ValueError(f"nvfp4 rows need a multiple of {BLOCK} dims beside RoPE, got {nope}")
+        row = nope // 2 + nope // BLOCK + 4 + 2 * rope_dim
+        return RowLayout(row, 0, row * page_size)
+    raise ValueError(f'KV format must be "fp32", "bf16", "fp8_ds_mla" or "nvfp4", got {format!r}')
+
+
+def index_layout(format: IndexFormat, page_size: int, head_dim: int = 128) -> RowLayout:
+    """Row and page sizes of an indexer key cache; the scales of fp8 (FP32) and mxfp4 (E8M0) follow the page's rows."""
+    if format == "fp32":
+        return RowLayout(4 * head_dim, 0, 4 * head_dim * page_size)
+    if format == "bf16":
+        return RowLayout(2 * head_dim, 0, 2 * head_dim * page_size)
+    if format == "fp8":
+        return RowLayout(head_dim, 4, (head_dim + 4) * page_size)
+    if format == "mxfp4":
+        if head_dim % MX_BLOCK:
+            raise ValueError(f"mxfp4 index rows need head_dim in blocks of {MX_BLOCK}, got {head_dim}")
+        scales = head_dim // MX_BLOCK
+        return RowLayout(head_dim // 2, scales, (head_dim // 2 + scales) * page_size)
+    raise ValueError(f'index format must be "fp32", "bf16", "fp8" or "mxfp4", got {format!r}')
+
+
+@dataclass(frozen=True, slots=True)
+class PagedCache:
+    """KV rows of one layer in pages: slot s is row s % page_size of page s // page_size.
+
+    data: uint8 [pages, page_bytes], laid out as `kv_layout` says
+    """
+
+    data: Tensor
+    format: KVFormat
+    page_size: int
+    head_dim: int = 512
+    rope_dim: int = 64
+
+    def __post_init__(self) -> None:
+        _check_pages(self.data, kv_layout(self.format, self.page_size, self.head_dim, self.rope_dim))
+
+    @property
+    def layout(self) -> RowLayout:
+        return kv_layout(self.format, self.page_size, self.head_dim, self.rope_dim)
+
+    @property
+    def slots(self) -> int:
+        return self.data.shape[0] * self.page_size
+
+
+@dataclass(frozen=True, slots=True)
+class IndexCache:
+    """Indexer keys of one layer in pages, laid out as `index_layout` says.
+
+    data: uint8 [pages, page_bytes]
+    """
+
+    data: Tensor
+    format: IndexFormat
+    page_size: int
+    head_dim: int = 128
+
+    def __post_init__(self) -> None:
+        _check_pages(self.data, index_layout(self.format, self.page_size, self.head_dim))
+
+    @property
+    def layout(self) -> RowLayout:
+        return index_layout(self.format, self.page_size, self.head_dim)
+
+    @property
+    def slots(self) -> int:
+        return self.data.shape[0] * self.page_size
+
+
+def _expect(t: Tensor, name: str, dtype: torch.dtype, what: str) -> None:
+    if t.dtype != dtype:
+        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')} ({what}), got {t.dtype}")
+
+
+def _check_pages(data: Tensor, layout: RowLayout) -> None:
+    _expect(data, "data", torch.uint8, "cache pages as bytes")
+    if data.ndim != 2 or data.shape[1] != layout.page_bytes:
+        raise ValueError(f"data must be [pages, {layout.page_bytes}], got {list(data.shape)}")
