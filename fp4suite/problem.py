@@ -1,0 +1,160 @@
+"""Problems: what is to be computed, in named dimensions. They count the work, not the kernel.
+
+`flops` and `bytes` are what the mathematics needs: every input read once, every output written once. A problem is
+hashable, made of host integers and strings only, and `dims()` is how tables and result rows spell it.
+"""
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+from .formats import BLOCK, SfLayout
+from .layouts import blocked_128x4_bytes
+
+Rule = Literal["absmax", "mse", "modelopt_weight"]
+RULES: tuple[Rule, ...] = ("absmax", "mse", "modelopt_weight")
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Base of all problems; `op` names the op in `fp4suite.ops`."""
+
+    op: ClassVar[str]
+
+    @property
+    def flops(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def bytes(self) -> int:
+        raise NotImplementedError
+
+    def dims(self) -> dict[str, int | str]:
+        """Named dimensions, in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __str__(self) -> str:
+        return " ".join(f"{k}={v}" for k, v in self.dims().items())
+
+
+def nvfp4_bytes(m: int, k: int, sf_layout: SfLayout = "linear") -> int:
+    """Codes and block scales of an [m, k] NVFP4 matrix."""
+    sf = m * (k // BLOCK) if sf_layout == "linear" else blocked_128x4_bytes(m, k // BLOCK)
+    return m * k // 2 + sf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeProblem(Problem):
+    """[m, k] -> NVFP4, with the global scale given."""
+
+    op: ClassVar[str] = "quantize_nvfp4"
+    m: int
+    k: int
+    x: str = "bf16"
+    rule: Rule = "absmax"
+    sf_layout: SfLayout = "linear"
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.k  # a maximum and a multiply an element
+
+    @property
+    def bytes(self) -> int:
+        return ELEMENT_BYTES[self.x] * self.m * self.k + nvfp4_bytes(self.m, self.k, self.sf_layout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DequantProblem(Problem):
+    """NVFP4 [m, k] -> `out`."""
+
+    op: ClassVar[str] = "dequant_nvfp4"
+    m: int
+    k: int
+    out: str = "bf16"
+    sf_layout: SfLayout = "linear"
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.k
+
+    @property
+    def bytes(self) -> int:
+        return nvfp4_bytes(self.m, self.k, self.sf_layout) + ELEMENT_BYTES[self.out] * self.m * self.k
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RmsnormQuantizeProblem(Problem):
+    """RMSNorm of [m, k] rows with a weight, then NVFP4, with the global scale given."""
+
+    op: ClassVar[str] = "rmsnorm_quantize"
+    m: int
+    k: int
+    x: str = "bf16"
+    rule: Rule = "absmax"
+    sf_layout: SfLayout = "linear"
+
+    @property
+    def flops(self) -> int:
+        return 6 * self.m * self.k
+
+    @property
+    def bytes(self) -> int:
+        size = ELEMENT_BYTES[self.x]
+        return size * self.m * self.k + size * self.k + nvfp4_bytes(self.m, self.k, self.sf_layout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwigluQuantizeProblem(Problem):
+    """Clamped SwiGLU of [m, 2 k] (gate columns first) -> NVFP4 [m, k], with the global scale given."""
+
+    op: ClassVar[str] = "swiglu_quantize"
+    m: int
+    k: int
+    x: str = "bf16"
+    rule: Rule = "absmax"
+    sf_layout: SfLayout = "linear"
+
+    @property
+    def flops(self) -> int:
+        return 10 * self.m * self.k
+
+    @property
+    def bytes(self) -> int:
+        return 2 * ELEMENT_BYTES[self.x] * self.m * self.k + nvfp4_bytes(self.m, self.k, self.sf_layout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmProblem(Problem):
+    """d[m, n] = a[m, k] @ b[n, k].T, b in NVFP4, a in BF16 (`act="bf16"`) or NVFP4 (`act="nvfp4"`)."""
+
+    op: ClassVar[str] = "gemm_nvfp4"
+    m: int
+    n: int
+    k: int
+    act: Literal["bf16", "nvfp4"] = "bf16"
+    out: str = "bf16"
+    segments: int = 1  # column runs of the output with an alpha of their own
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+    @property
+    def bytes(self) -> int:
+        a = 2 * self.m * self.k if self.act == "bf16" else nvfp4_bytes(self.m, self.k)
+        return a + nvfp4_bytes(self.n, self.k) + ELEMENT_BYTES[self.out] * self.m * self.n
+
+
+PROBLEMS: dict[str, type[Problem]] = {
+    p.op: p for p in (QuantizeProblem, DequantProblem, RmsnormQuantizeProblem, SwigluQuantizeProblem, GemmProblem)
+}
+
+
+def from_dims(op: str, dims: dict[str, int | str]) -> Problem:
+    """The problem that `dims()` described. Raises ValueError for an unknown op or dimension."""
+    if op not in PROBLEMS:
+        raise ValueError(f"op must be one of {', '.join(PROBLEMS)}, got {op!r}")
+    try:
+        return PROBLEMS[op](**dims)  # type: ignore[arg-type]
+    except TypeError as e:
+        raise ValueError(f"dimensions of {op} are {[f.name for f in fields(PROBLEMS[op])]}, got {dims}") from e

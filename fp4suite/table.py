@@ -1,0 +1,133 @@
+"""Tuned tables: one JSON file a device (or an architecture), one entry a line.
+
+Shipped tables lie in results/tables in a checkout and in fp4suite/tables in the wheel. `measured` is false for an entry
+that a cost model ranked and nobody timed; whoever shows its figures has to say so.
+"""
+
+import functools
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import filelock
+import msgspec
+
+from .errors import TableError
+
+SCHEMA = 1
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The winner for one problem.
+
+    problem, config     named dimensions and named knobs
+    source_hash         of the kernel's files when it was tuned (`registry.source_hash`)
+    *_us                microseconds; None where nothing was measured. `predicted_us` comes from the cost model
+    baseline            what it was compared with, and its median
+    regret              the largest slowdown seen when this config ran the neighbouring bucket of m, as a ratio >= 1;
+                        None where it was not measured
+    trials, rejected    candidates tried, and those that did not fit, did not compile or were wrong
+    versions            torch, triton, cutlass, driver, toolkit
+    """
+
+    op: str
+    problem: dict[str, int | str]
+    kernel: str
+    source_hash: str
+    config: dict[str, int | str | bool]
+    measured: bool
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    predicted_us: float | None = None
+    default_us: float | None = None
+    baseline: str | None = None
+    baseline_us: float | None = None
+    regret: float | None = None
+    trials: int = 0
+    rejected: int = 0
+    versions: dict[str, str] = {}
+    commit: str = ""
+    date: str = ""
+
+    def key(self) -> tuple[Any, ...]:
+        return (self.op, tuple(sorted(self.problem.items())))
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """device: the slug of `arch.device_name`, or the architecture itself for a table that is not of one device."""
+
+    schema: int
+    device: str
+    arch: str
+    entries: list[Entry]
+
+
+def read(path: str | Path) -> Table:
+    """Read and check a table. Raises TableError naming the file and what is wrong."""
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as e:
+        raise TableError(f"{path}: cannot be read ({e.strerror})") from e
+    try:
+        table = msgspec.json.decode(raw, type=Table)
+    except msgspec.DecodeError as e:
+        raise TableError(f"{path}: not a tuned table ({e})") from e
+    if table.schema != SCHEMA:
+        raise TableError(f"{path}: schema {table.schema}, this version reads {SCHEMA}; tune again")
+    seen = set()
+    for e in table.entries:
+        if e.measured and e.median_us is None:
+            raise TableError(f"{path}: {e.op} {e.problem} is marked measured but has no median_us")
+        if e.key() in seen:
+            raise TableError(f"{path}: two entries for {e.op} {e.problem}")
+        seen.add(e.key())
+    return table
+
+
+def write(path: str | Path, table: Table) -> None:
+    """Replace the file at once (write aside, then rename), one entry a line, sorted."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = msgspec.json.encode({"schema": table.schema, "device": table.device, "arch": table.arch})[:-1]
+    entries = sorted(table.entries, key=lambda e: (e.op, [(k, str(v).zfill(12)) for k, v in e.problem.items()]))
+    lines = b",\n".join(b"  " + msgspec.json.encode(e) for e in entries)
+    body = head + b',"entries":[\n' + lines + b"\n]}\n"
+    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(body)
+        os.chmod(tmp, 0o644)
+        os.replace(tmp, path)
+    except BaseException:
+        Path(tmp).unlink(missing_ok=True)
+        raise
+
+
+def merge(path: str | Path, device: str, arch: str, new: Iterable[Entry]) -> Table:
+    """Put `new` into the table at `path`, replacing entries for the same problem; safe among processes on one host.
+
+    Raises TableError if the file is there and is not of this device and architecture.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(str(path) + ".lock"):
+        old = read(path) if path.exists() else Table(schema=SCHEMA, device=device, arch=arch, entries=[])
+        if (old.device, old.arch) != (device, arch):
+            raise TableError(f"{path}: is of {old.device} ({old.arch}), will not take entries of {device} ({arch})")
+        entries = {e.key(): e for e in old.entries} | {e.key(): e for e in new}
+        table = Table(schema=SCHEMA, device=device, arch=arch, entries=list(entries.values()))
+        write(path, table)
+    Path(str(path) + ".lock").unlink(missing_ok=True)
+    return table
+
+
+@functools.cache
+def shipped_dir() -> Path:
+    """Where the tables of this installation lie."""
+    here = Path(__file__).parent
+    inside = here / "tables"  # in a wheel
+    return inside if inside.is_dir() else here.parent / "results" / "tables"
