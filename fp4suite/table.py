@@ -121,7 +121,6 @@ def merge(path: str | Path, device: str, arch: str, new: Iterable[Entry]) -> Tab
         entries = {e.key(): e for e in old.entries} | {e.key(): e for e in new}
         table = Table(schema=SCHEMA, device=device, arch=arch, entries=list(entries.values()))
         write(path, table)
-    Path(str(path) + ".lock").unlink(missing_ok=True)
     return table
 
 

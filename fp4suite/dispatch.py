@@ -1,0 +1,257 @@
+"""The one place where a kernel and its config are chosen.
+
+Explicit override -> tuned table of this device -> of this architecture -> first registry row that supports the problem,
+with its default config -> the reference for CPU tensors, `UnsupportedError` on a GPU. A pure function of host integers
+and files, so every rank chooses alike.
+"""
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import arch as archs
+from . import env, registry, table
+from .errors import TableError, UnsupportedError
+from .problem import Problem
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What runs `problem` and why. kernel is "reference" (config None) or a name of `registry`."""
+
+    op: str
+    problem: Problem | None
+    kernel: str
+    config: Any
+    reason: str
+
+    @property
+    def module(self) -> ModuleType:
+        """The kernel's module. Not for the reference."""
+        return registry.load(self.kernel)
+
+    @property
+    def is_reference(self) -> bool:
+        return self.kernel == registry.REFERENCE
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What to choose for: an architecture, and a device's name as `arch.device_name` spells it."""
+
+    arch: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Override:
+    op: str | None
+    kernel: str | None
+    config: Any
+
+
+_overrides: ContextVar[tuple[_Override, ...]] = ContextVar("fp4suite_overrides", default=())
+_target: ContextVar[Target | None] = ContextVar("fp4suite_target", default=None)
+_records: ContextVar[tuple[list[Choice], ...]] = ContextVar("fp4suite_records", default=())
+_user_table: Path | None = None
+
+
+def choose(op: str, problem: Problem | None, device: torch.device | str) -> Choice:
+    """The kernel and config for `problem` on `device`.
+
+    Raises UnsupportedError where nothing on this architecture can run it, ValueError for an override that cannot.
+    """
+    overrides = _overrides.get()
+    choice = _overridden(op, problem, device, overrides) if overrides else None
+    if choice is None:
+        choice = choose_for(op, problem, _target.get() or target_of(device))
+    for record in _records.get():
+        record.append(choice)
+    return choice
+
+
+def choose_for(op: str, problem: Problem | None, target: Target) -> Choice:
+    """`choose` for a device that need not be here; overrides do not count."""
+    return _choose(op, problem, target, _user_table, env.table_path())
+
+
+def target_of(device: torch.device | str) -> Target:
+    return Target(archs.of(device), archs.device_name(device))
+
+
+def use_table(path: str | Path | None) -> None:
+    """Ask the table at `path` before the shipped ones, in the whole process; None goes back to the shipped ones.
+
+    Raises TableError if it cannot be read. A table of another device is refused when something is chosen, not here.
+    """
+    global _user_table
+    if path is None:
+        _user_table = None
+    else:
+        path = Path(path).resolve()
+        table.read(path)
+        _user_table = path
+    _index.cache_clear()
+    _choose.cache_clear()
+
+
+@contextlib.contextmanager
+def override(*, op: str | None = None, kernel: str | None = None, config: Any = None) -> Iterator[None]:
+    """Within the block, run `kernel` with `config` (its default if None) for `op` (the kernel's own op if None).
+
+    kernel="reference" needs `op` and runs fp4suite.reference on any device: the way to ask for it on a GPU. With
+    `config` alone the kernel is chosen as usual. Overrides nest, the innermost that fits wins.
+    """
+    if kernel is None and config is None:
+        raise ValueError("override needs a kernel, a config or both")
+    if kernel is not None and kernel != registry.REFERENCE:
+        own = registry.find(kernel).op
+        if op not in (None, own):
+            raise ValueError(f"{kernel} is a kernel of {own}, not of {op}")
+        op = own
+    elif op is None:
+        raise ValueError("override of the reference, or of a config alone, needs op=")
+    token = _overrides.set((*_overrides.get(), _Override(op, kernel, config)))
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+@contextlib.contextmanager
+def on_target(arch: str, device: str | None = None) -> Iterator[None]:
+    """Within the block, choose as on `arch` whatever device the tensors are on.
+
+    For interpreters and emulators that run a GPU's kernels on CPU tensors. device defaults to the architecture's name.
+    """
+    if arch not in archs.ARCHS:
+        raise ValueError(f"arch must be one of {', '.join(archs.ARCHS)}, got {arch!r}")
+    token = _target.set(Target(arch, device or arch))
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """Within the block, every choice is appended to the list that this gives."""
+    record: list[Choice] = []
+    token = _records.set((*_records.get(), record))
+    try:
+        yield record
+    finally:
+        _records.reset(token)
+
+
+def _overridden(op: str, problem: Problem | None, device: torch.device | str, stack: tuple[_Override, ...]) -> Choice | None:
+    for o in reversed(stack):
+        if o.op != op:
+            continue
+        if o.kernel == registry.REFERENCE:
+            return Choice(op, problem, registry.REFERENCE, None, "override")
+        kernel = o.kernel or choose_for(op, problem, _target.get() or target_of(device)).kernel
+        if kernel == registry.REFERENCE:
+            raise ValueError(f"override of {op} gives a config, but the reference is chosen here, which has none")
+        module = registry.load(kernel)
+        config = o.config if o.config is not None else module.Config()
+        why = module.supports(problem, config)
+        if why is not None:
+            raise ValueError(f"override: {kernel} with {config} cannot run {op} {problem}: {why}")
+        return Choice(op, problem, kernel, config, "override")
+    return None
+
+
+@functools.lru_cache(maxsize=65536)
+def _choose(op: str, problem: Problem | None, target: Target, user: Path | None, from_env: Path | None) -> Choice:
+    if target.arch == "cpu":
+        return Choice(op, problem, registry.REFERENCE, None, "cpu: the reference")
+    rows = registry.kernels(op, target.arch)
+    if problem is not None and rows:
+        for label, path in _tables(target, user, from_env):
+            found = _from_table(label, path, op, problem, target)
+            if found is not None:
+                return found
+    refusals = []
+    for row in rows:
+        module = registry.load(row.name)
+        config = module.Config()
+        why = module.supports(problem, config)
+        if why is None:
+            return Choice(op, problem, row.name, config, "default: no table entry fits")
+        refusals.append(f"{row.name}: {why}")
+    raise UnsupportedError(_unsupported(op, problem, target, refusals))
+
+
+def _unsupported(op: str, problem: Problem | None, target: Target, refusals: list[str]) -> str:
+    what = f"{op} ({problem})" if problem is not None else op
+    if refusals:
+        return f"{what} on {target.arch}: no kernel supports it: {'; '.join(refusals)}"
+    elsewhere = sorted({a for k in registry.kernels(op) for a in k.archs})
+    have = f"kernels exist for {', '.join(elsewhere)}" if elsewhere else "no GPU kernel exists yet"
+    return (
+        f"{what} on {target.arch}: {have}; run it on CPU tensors, or ask for the reference with "
+        f'fp4suite.override(op="{op}", kernel="reference")'
+    )
+
+
+def _tables(target: Target, user: Path | None, from_env: Path | None) -> Iterator[tuple[str, Path]]:
+    """Tables to ask, in order, each with the words that say which it is."""
+    shipped = table.shipped_dir()
+    for label, path in (
+        ("table", user),
+        ("table of FP4SUITE_TABLE", from_env),
+        ("device table", shipped / f"{target.device}.json"),
+        ("architecture table", shipped / f"{target.arch}.json"),
+    ):
+        if path is not None and (path.exists() or not label.startswith(("device", "arch"))):
+            yield label, path
+
+
+@functools.cache
+def _index(path: Path) -> tuple[table.Table, dict[tuple[Any, ...], list[table.Entry]]]:
+    """A table's entries by everything but m."""
+    t = table.read(path)
+    by_rest: dict[tuple[Any, ...], list[table.Entry]] = {}
+    for e in t.entries:
+        by_rest.setdefault(_rest(e.op, e.problem), []).append(e)
+    return t, by_rest
+
+
+def _rest(op: str, dims: dict[str, int | str]) -> tuple[Any, ...]:
+    return (op, *sorted((k, v) for k, v in dims.items() if k != "m"))
+
+
+def _from_table(label: str, path: Path, op: str, problem: Problem, target: Target) -> Choice | None:
+    """The entry of this problem, else of the nearest m whose config supports it."""
+    t, by_rest = _index(path)
+    if t.arch != target.arch:
+        raise TableError(f"{path} is of {t.device} ({t.arch}); this is {target.device} ({target.arch})")
+    dims = problem.dims()
+    m = int(dims.get("m", 1))
+    entries = by_rest.get(_rest(op, dims), [])
+    for e in sorted(entries, key=lambda e: (abs(math.log2(max(m, 1) / max(int(e.problem["m"]), 1))), int(e.problem["m"]))):
+        try:
+            module = registry.load(e.kernel)
+            config = registry.make_config(module, e.config)
+        except ValueError as why:  # the table is older than the kernel: say so, and go on
+            log.warning("%s: entry for %s %s is out of date: %s", path, op, e.problem, why)
+            continue
+        if target.arch not in registry.find(e.kernel).archs or module.supports(problem, config) is not None:
+            continue
+        near = "" if e.problem.get("m") == m else f", nearest m={e.problem['m']}"
+        how = "measured" if e.measured else "predicted"
+        stale = "" if e.source_hash == registry.source_hash(e.kernel) else ", kernel changed since"
+        return Choice(op, problem, e.kernel, config, f"{label} {path.stem} ({how}{near}{stale})")
+    return None

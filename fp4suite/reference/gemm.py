@@ -1,0 +1,83 @@
+"""NVFP4 GEMMs in plain PyTorch: operands decoded exactly, FP32 products and sums, alpha in FP32 after the sum."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..formats import NVFP4Tensor
+from .quant import dequant_nvfp4
+
+
+def gemm_nvfp4(
+    a: Tensor | NVFP4Tensor,
+    b: NVFP4Tensor,
+    *,
+    segments: Sequence[int] | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """a [..., k] @ b [n, k].T -> [..., n].
+
+    a: a float tensor (W4A16) or an NVFP4Tensor with one alpha (W4A4). b.alpha is one number, or one for each of
+    `segments`, which are runs of output columns that sum to n. d = (sum of a * code * sf) * alpha, rounded once.
+    """
+    n = b.shape[-2]
+    x = _decode(a) if isinstance(a, NVFP4Tensor) else a.float()
+    out = x @ _decode(b).T
+    alpha = column_alpha(b.alpha, n, segments)
+    if isinstance(a, NVFP4Tensor):
+        alpha = alpha * a.alpha
+    return (out * alpha).to(out_dtype)
+
+
+def grouped_gemm_nvfp4(
+    a: Tensor | NVFP4Tensor,
+    b: NVFP4Tensor,
+    offsets: Tensor,
+    *,
+    segments: Sequence[int] | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Rows offsets[e] .. offsets[e + 1] of a [slots, k] times expert e of b [experts, n, k] -> [slots, n].
+
+    offsets: int32 [experts + 1], ascending from 0; rows from offsets[experts] on give zeros. Experts may be empty.
+    b.alpha: [], [experts] or [experts, segments]. Reads offsets on the host.
+    """
+    experts, n, _ = b.shape
+    x = _decode(a) * a.alpha if isinstance(a, NVFP4Tensor) else a.float()
+    out = x.new_zeros(x.shape[0], n)
+    bounds = offsets.tolist()
+    for e in range(experts):
+        lo, hi = bounds[e], bounds[e + 1]
+        if hi > lo:
+            one = NVFP4Tensor(b.data[e], b.sf[e], b.alpha if b.alpha.ndim == 0 else b.alpha[e], b.sf_layout)
+            out[lo:hi] = gemm_nvfp4(x[lo:hi], one, segments=segments, out_dtype=torch.float32)
+    return out.to(out_dtype)
+
+
+def column_alpha(alpha: Tensor, n: int, segments: Sequence[int] | None) -> Tensor:
+    """alpha [] or [segments] -> [] or [n], one number an output column. Raises ValueError if they do not fit."""
+    check_segments(alpha, n, segments)
+    if alpha.ndim == 0 or alpha.numel() == 1:
+        return alpha.reshape(())
+    assert segments is not None
+    return torch.cat([a.expand(width) for a, width in zip(alpha, segments, strict=True)])
+
+
+def check_segments(alpha: Tensor, n: int, segments: Sequence[int] | None) -> None:
+    """Raises ValueError unless `segments` are positive runs of columns that sum to n, one for each alpha."""
+    count = alpha.numel()
+    if alpha.ndim > 1:
+        raise ValueError(f"alpha of one weight is [] or [segments], got {list(alpha.shape)}")
+    if segments is None:
+        if count != 1:
+            raise ValueError(f"alpha holds {count} numbers: segments must say how many columns each covers")
+        return
+    if len(segments) != count or sum(segments) != n or min(segments) <= 0:
+        raise ValueError(f"segments {list(segments)} must be {count} positive runs of columns that sum to n={n}")
+
+
+def _decode(t: NVFP4Tensor) -> Tensor:
+    """Codes times block scales, exactly, without alpha: float32 [..., m, k]."""
+    one = NVFP4Tensor(t.data, t.sf, torch.ones((), device=t.device), t.sf_layout)
+    return dequant_nvfp4(one, torch.float32)

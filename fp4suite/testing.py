@@ -1,0 +1,241 @@
+"""Inputs, outputs and checks of a problem: one set for tests, tuner and warm-up.
+
+    case = testing.case(GemmProblem(m=7, n=256, k=512), "cuda", seed=0)
+    case.run(module, config)      # outputs start as NaN or 0xFF
+    case.check()                  # AssertionError with the worst element
+
+Quantising kernels must give the reference's bytes. A GEMM is compared with the FP64 product of the decoded operands:
+the tolerance covers the order of FP32 accumulation and the rounding of the output, not the loss of four bits.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import layouts, reference
+from .formats import BLOCK, NVFP4Tensor, SfLayout
+from .problem import DequantProblem, GemmProblem, Problem, QuantizeProblem, RmsnormQuantizeProblem, SwigluQuantizeProblem
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EPS = 1e-6
+LIMIT = 10.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """A problem with its operands. `operands` and `tail` go to launch around `out`; `poison` and `verify` act on it."""
+
+    problem: Problem
+    operands: tuple[Any, ...]
+    out: Any
+    tail: tuple[Any, ...]
+    poison: Callable[[], None]
+    verify: Callable[[], None]
+
+    def run(self, module: ModuleType, config: Any) -> None:
+        """Poison the outputs, then launch."""
+        self.poison()
+        self.launch(module, config)
+
+    def launch(self, module: ModuleType, config: Any) -> None:
+        """Launch alone, for timing and graph capture."""
+        module.launch(*self.operands, self.out, *self.tail, config)
+
+    def check(self) -> None:
+        """Compare the outputs of the last run with the reference. Raises AssertionError."""
+        self.verify()
+
+
+def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) -> Case:
+    """Random operands of `problem`, the same for the same seed on one device type. Raises TypeError if unknown."""
+    gen = torch.Generator(device=device).manual_seed(seed)
+    if isinstance(problem, GemmProblem):
+        return _gemm_case(problem, gen)
+    if isinstance(problem, DequantProblem):
+        return _dequant_case(problem, gen)
+    if isinstance(problem, QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeProblem):
+        return _quantize_case(problem, gen)
+    raise TypeError(f"no case for {type(problem).__name__}")
+
+
+def configs(module: ModuleType, most: int = 24, seed: int = 0) -> list[Any]:
+    """All configs of SPACE if at most `most`, else the default, one for every value of every knob, and a sample."""
+    names = list(module.SPACE)
+    total = 1
+    for values in module.SPACE.values():
+        total *= len(values)
+    if total <= most:
+        return [module.Config(**dict(zip(names, v, strict=True))) for v in itertools.product(*module.SPACE.values())]
+    rng = random.Random(seed)
+    chosen = [module.Config()]
+    for name, values in module.SPACE.items():
+        for value in values:
+            knobs = {n: rng.choice(vs) for n, vs in module.SPACE.items()} | {name: value}
+            chosen.append(module.Config(**knobs))
+    while len(set(chosen)) < most:
+        chosen.append(module.Config(**{n: rng.choice(vs) for n, vs in module.SPACE.items()}))
+    return list(dict.fromkeys(chosen))
+
+
+def random_activations(shape: Sequence[int], gen: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Gaussian rows with amplitudes over 2^±6, some outliers, some zero blocks: [..., m, k]."""
+    x = torch.randn(*shape, generator=gen, device=gen.device)
+    rows = torch.randint(-6, 7, (*shape[:-1], 1), generator=gen, device=gen.device)
+    x = x * torch.exp2(rows.float())
+    spikes = torch.rand(*shape, generator=gen, device=gen.device) < 0.001
+    x = torch.where(spikes, x * 64, x)
+    if shape[-1] % BLOCK == 0:
+        blocks = torch.rand(*shape[:-1], shape[-1] // BLOCK, 1, generator=gen, device=gen.device) < 0.02
+        x = x.unflatten(-1, (-1, BLOCK)).masked_fill(blocks, 0).flatten(-2)
+    return x.to(dtype)
+
+
+def random_nvfp4(
+    m: int, k: int, gen: torch.Generator, *, alpha: Tensor | None = None, adversarial: bool = False, sf_layout: SfLayout = "linear"
+) -> NVFP4Tensor:
+    """Random codes under random scales [m, k].
+
+    The scales are log-uniform over 2^-3 .. 2^3; adversarial ones are any of the 127 finite non-negative E4M3 bytes,
+    subnormal, zero and 448 included.
+    """
+    device = gen.device
+    data = torch.randint(0, 256, (m, k // 2), generator=gen, device=device, dtype=torch.uint8)
+    if adversarial:
+        raw = torch.randint(0, 127, (m, k // BLOCK), generator=gen, device=device, dtype=torch.uint8)
+        sf = raw.view(torch.float8_e4m3fn)
+    else:
+        sf = torch.exp2(torch.rand(m, k // BLOCK, generator=gen, device=device) * 6 - 3).to(torch.float8_e4m3fn)
+    if alpha is None:
+        alpha = torch.tensor(2.0**-6, device=device)
+    if sf_layout == "blocked_128x4":
+        sf = layouts.to_blocked_128x4(sf)
+    return NVFP4Tensor(data, sf, alpha, sf_layout)
+
+
+def split(n: int, segments: int) -> tuple[int, ...]:
+    """Uneven column runs that sum to n, in multiples of 8: what a case of several segments uses."""
+    if segments == 1:
+        return (n,)
+    step = max(8, n // (segments + 1) // 8 * 8)
+    head = (step,) * (segments - 1)
+    return (*head, n - sum(head))
+
+
+def assert_gemm_close(got: Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> None:
+    """got [m, n] against the FP64 product a [m, k] @ b [n, k].T * alpha [n], operands decoded to FP64.
+
+    Bound an element: (k / 16 + 16) * 2^-23 * sum |a b alpha| for a sum kept in FP32 that the tensor core truncates once
+    an MMA step of 16, plus half a unit in the last place of the output type (one for the sum landing on a tie's
+    other side).
+    """
+    k = a.shape[-1]
+    want = (a @ b.T) * alpha
+    room = (a.abs() @ b.abs().T) * alpha.abs() * (k / 16 + 16) * 2.0**-23
+    bits = {torch.bfloat16: 8, torch.float32: 24, torch.float16: 11}[got.dtype]
+    tiny = torch.finfo(got.dtype).smallest_normal
+    ulp = torch.exp2(torch.floor(torch.log2(want.abs().clamp_min(tiny)))) * 2.0 ** (1 - bits)
+    overflow = want.abs() > torch.finfo(got.dtype).max
+    excess = (got.double() - want).abs() - (room + ulp)
+    excess = torch.where(overflow, torch.where(got.double() == want.sign() * torch.inf, -1.0, 1.0), excess)
+    bad = ~(excess <= 0)
+    if bad.any():
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        raise AssertionError(
+            f"{int(bad.sum())} of {bad.numel()} elements are out of bound; first at {list(index)}: "
+            f"got {got[index].item()}, want {want[index].item()}, room {(room + ulp)[index].item():.3g}"
+        )
+
+
+def assert_same_bytes(got: Tensor, want: Tensor, name: str) -> None:
+    """Equal bytes; the error names the first place where they differ."""
+    g, w = got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8)
+    if g.shape != w.shape:
+        raise AssertionError(f"{name}: shape {list(g.shape)}, want {list(w.shape)}")
+    bad = g != w
+    if bad.any():
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        raise AssertionError(
+            f"{name}: {int(bad.sum())} of {bad.numel()} bytes differ; first at {list(index)}: "
+            f"got {g[index].item():#04x}, want {w[index].item():#04x}"
+        )
+
+
+def _empty_nvfp4(m: int, k: int, device: torch.device, sf_layout: SfLayout, alpha: Tensor) -> NVFP4Tensor:
+    ks = k // BLOCK
+    shape = (m, ks) if sf_layout == "linear" else (layouts.blocked_128x4_bytes(m, ks),)
+    sf = torch.empty(shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    return NVFP4Tensor(torch.empty(m, k // 2, dtype=torch.uint8, device=device), sf, alpha, sf_layout)
+
+
+def _gemm_case(p: GemmProblem, gen: torch.Generator) -> Case:
+    device = gen.device
+    segments = split(p.n, p.segments)
+    alpha = torch.exp2(torch.rand(p.segments, generator=gen, device=device) * 4 - 8)
+    b = random_nvfp4(p.n, p.k, gen, alpha=alpha if p.segments > 1 else alpha[0], adversarial=True)
+    a: Tensor | NVFP4Tensor
+    if p.act == "bf16":
+        a = random_activations((p.m, p.k), gen)
+        a64 = a.double()
+    else:
+        a = random_nvfp4(p.m, p.k, gen, adversarial=True)
+        a64 = _decoded(a) * a.alpha.double()
+    out = torch.empty(p.m, p.n, dtype=TORCH_DTYPES[p.out], device=device)
+    per_column = alpha.double().repeat_interleave(torch.tensor(segments, device=device))
+
+    def verify() -> None:
+        assert_gemm_close(out, a64, _decoded(b), per_column)
+
+    return Case(p, (a, b, segments if p.segments > 1 else None), out, (), lambda: _fill_nan(out), verify)
+
+
+def _decoded(t: NVFP4Tensor) -> Tensor:
+    """Codes times block scales in FP64, without alpha."""
+    one = NVFP4Tensor(t.data, t.sf, torch.ones((), device=t.device), t.sf_layout)
+    return reference.dequant_nvfp4(one, torch.float64)
+
+
+def _dequant_case(p: DequantProblem, gen: torch.Generator) -> Case:
+    t = random_nvfp4(p.m, p.k, gen, adversarial=True, sf_layout=p.sf_layout)
+    out = torch.empty(p.m, p.k, dtype=TORCH_DTYPES[p.out], device=gen.device)
+    verify = lambda: assert_same_bytes(out, reference.dequant_nvfp4(t, out.dtype), "out")  # noqa: E731
+    return Case(p, (t,), out, (), lambda: _fill_nan(out), verify)
+
+
+def _quantize_case(p: QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeProblem, gen: torch.Generator) -> Case:
+    device, dtype = gen.device, TORCH_DTYPES[p.x]
+    wide = 2 * p.k if isinstance(p, SwigluQuantizeProblem) else p.k
+    x = random_activations((p.m, wide), gen, dtype)
+    alpha = torch.tensor(0.01, device=device)
+    out = _empty_nvfp4(p.m, p.k, device, p.sf_layout, alpha)
+    operands: tuple[Any, ...]
+    if isinstance(p, RmsnormQuantizeProblem):
+        weight = (1 + 0.2 * torch.randn(p.k, generator=gen, device=device)).to(dtype)
+        operands = (x, weight, EPS, alpha)
+        want = lambda: reference.rmsnorm_quantize(x, weight, EPS, alpha=alpha, sf_layout=p.sf_layout, rule=p.rule)  # noqa: E731
+    elif isinstance(p, SwigluQuantizeProblem):
+        operands = (x, LIMIT, alpha)
+        want = lambda: reference.swiglu_quantize(x, limit=LIMIT, alpha=alpha, sf_layout=p.sf_layout, rule=p.rule)  # noqa: E731
+    else:
+        operands = (x, alpha)
+        want = lambda: reference.quantize_nvfp4(x, alpha=alpha, sf_layout=p.sf_layout, rule=p.rule)  # noqa: E731
+
+    def poison() -> None:
+        out.data.fill_(0xFF)
+        out.sf.view(torch.uint8).fill_(0xFF)
+
+    def verify() -> None:
+        ref = want()
+        assert_same_bytes(out.sf, ref.sf, "sf")
+        assert_same_bytes(out.data, ref.data, "data")
+
+    return Case(p, operands, out, (p.rule,), poison, verify)
+
+
+def _fill_nan(t: Tensor) -> None:
+    t.fill_(float("nan"))
