@@ -1,0 +1,27 @@
+"""What every op computes, in plain PyTorch: same signature, any device, FP32 (FP64 in, FP64 out) arithmetic."""
+
+from .attention import rope_inverse_quantize as rope_inverse_quantize, sparse_attention as sparse_attention
+from .cache import kv_norm_rope_insert as kv_norm_rope_insert, read_rows as read_rows, write_rows as write_rows
+from .compressor import compress_kv as compress_kv, hadamard_transform as hadamard_transform
+from .gemm import gemm_nvfp4 as gemm_nvfp4, grouped_gemm_nvfp4 as grouped_gemm_nvfp4
+from .hyper_connection import (
+    hyper_connection_head as hyper_connection_head,
+    hyper_connection_post as hyper_connection_post,
+    hyper_connection_pre as hyper_connection_pre,
+)
+from .indexer import (
+    entry_slots as entry_slots,
+    index_logits as index_logits,
+    index_query as index_query,
+    index_topk as index_topk,
+)
+from .moe import combine as combine, moe as moe, moe_nvfp4 as moe_nvfp4, permute as permute, swiglu as swiglu
+from .norm import rms_norm as rms_norm
+from .rope import (
+    qnorm_rope as qnorm_rope,
+    rope_frequencies as rope_frequencies,
+    rope_inverse as rope_inverse,
+    rope_table as rope_table,
+)
+from .router import route as route
+from .sample import sample as sample

@@ -1,0 +1,97 @@
+"""Compressed KV entries: a softmax-weighted pool of token rows, one weight a channel, then norm, RoPE and insert.
+
+    e_i[c] = Σ_τ softmax_τ(gate_τ[c] + ape[τ mod r, c]) · kv_τ[c]
+
+Entry i of ratio r is emitted by token t = r (i + 1) − 1 and pools tokens r i .. t. Where windows overlap (width of kv
+twice the head: ratio 4), the r tokens before them join, with the first half of their channels, while tokens r i .. t
+give the second half; before the first window there is nothing to join. RoPE turns the entry at position r i.
+
+Every token's (kv, gate + ape) also goes into an FP32 ring per sequence, at position mod ring. A boundary gathers its rows
+from this step's tokens or from the ring, so that prefill, chunked prefill and decode are one algorithm; positions
+below 0 are never read, so that a ring needs no clearing when its slot is reused.
+"""
+
+import torch
+from torch import Tensor
+
+from ..formats import IndexCache, PagedCache
+from .cache import write_rows
+from .norm import rms_norm
+from .rope import rotate
+
+
+def compress_kv(
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    eps: float,
+    state: Tensor,
+    cache: PagedCache | IndexCache,
+    *,
+    positions: Tensor,
+    sequence_ids: Tensor,
+    cu_seqlens: Tensor,
+    state_slots: Tensor,
+    slots: Tensor,
+    ratio: int,
+    hadamard: bool = False,
+) -> None:
+    """Take in a step's rows and store the entries that they complete; changes state and cache.data.
+
+    kv, gate:     FP32 [tokens, width], width = head_dim, or 2 head_dim where windows overlap
+    ape:          FP32 [ratio, width], added to the gate by position mod ratio
+    weight:       [head_dim] of the RMSNorm; table: FP32 [positions, rope_dim]
+    state:        FP32 [state slots, ring, 2, width] (kv, then gate + ape), ring >= pooled tokens
+    positions:    int32 [tokens], consecutive within a sequence
+    sequence_ids: int32 [tokens], row of cu_seqlens and state_slots, -1 for a padding token
+    cu_seqlens:   int32 [sequences + 1], first token of each sequence in this step
+    state_slots:  int32 [sequences]
+    slots:        int32 [tokens], cache slot of the entry that token t completes; read where (position + 1) % ratio == 0
+    hadamard:     turn the entry by the orthonormal Hadamard matrix before it is stored (indexer keys)
+    """
+    tokens, width = kv.shape
+    ring, overlaps = state.shape[1], width // cache.head_dim
+    pooled = overlaps * ratio  # tokens in a full pool
+    if width != overlaps * cache.head_dim or overlaps not in (1, 2):
+        raise ValueError(f"kv must be [tokens, {cache.head_dim}] or twice as wide, got {list(kv.shape)}")
+    if state.shape[2:] != (2, width) or ring < pooled:
+        raise ValueError(f"state must be [slots, at least {pooled}, 2, {width}], got {list(state.shape)}")
+    positions, sequences = positions.long(), sequence_ids.long()
+    rows = torch.stack((kv.float(), gate.float() + ape[positions % ratio]), dim=1)  # [tokens, 2, width]
+
+    real = sequences >= 0
+    emits = torch.nonzero(real & ((positions + 1) % ratio == 0) & (slots >= 0)).squeeze(1)
+    back = torch.arange(pooled - 1, -1, -1, device=kv.device)
+    token, at = emits[:, None] - back, positions[emits, None] - back  # [emits, pooled]
+    in_step = token >= cu_seqlens[sequences[emits], None]
+    old = state[state_slots.long()[sequences[emits], None], at % ring]
+    pool = torch.where(in_step[:, :, None, None], rows[token.clamp(min=0)], old)  # [emits, pooled, 2, width]
+    if overlaps == 2:
+        first, second = pool.chunk(2, dim=-1)
+        pool = torch.cat((first[:, :ratio], second[:, ratio:]), dim=1)  # [emits, pooled, 2, head_dim]
+    exists = (at >= 0)[:, :, None]
+    share = torch.softmax(torch.where(exists, pool[:, :, 1], float("-inf")), dim=1)
+    entry = (share * torch.where(exists, pool[:, :, 0], 0.0)).sum(1)  # [emits, head_dim]
+
+    entry = rotate(rms_norm(entry, weight, eps), positions[emits] + 1 - ratio, table)
+    write_rows(cache, slots[emits], hadamard_transform(entry) if hadamard else entry)
+
+    # the ring is written last: a step longer than it would overwrite rows that the gather above still needs
+    left = cu_seqlens.long()[sequences.clamp(min=0) + 1] - torch.arange(tokens, device=kv.device)
+    kept = torch.nonzero(real & (left <= ring)).squeeze(1)
+    state[state_slots.long()[sequences[kept]], positions[kept] % ring] = rows[kept]
+
+
+def hadamard_transform(x: Tensor) -> Tensor:
+    """x [..., n] times the Sylvester matrix of order n (a power of two) over sqrt(n), which is its own inverse."""
+    n = x.shape[-1]
+    if n & (n - 1):
+        raise ValueError(f"a Hadamard transform needs a power of two, got {n}")
+    y, step = x, 1
+    while step < n:
+        a, b = y.unflatten(-1, (-1, 2, step)).unbind(-2)
+        y = torch.stack((a + b, a - b), dim=-2).flatten(-3)
+        step *= 2
+    return y * n**-0.5

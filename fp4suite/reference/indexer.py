@@ -1,0 +1,95 @@
+"""Lightning indexer: which compressed entries a query attends to.
+
+    score(t, i) = Σ_h w(t, h) · relu(q(t, h) · k(i)) · scale        for i < (position + 1) // ratio, else −inf
+
+The weight may be negative and stands outside the ReLU. Exact ties are real (zeros): the lower entry wins.
+"""
+
+import torch
+from torch import Tensor
+
+from ..formats import IndexCache, IndexFormat, index_layout
+from .cache import decode_rows, encode_rows, read_rows
+from .compressor import hadamard_transform
+from .norm import wide
+from .rope import rotate
+
+_TOKENS = 64  # queries scored at a time, to bound the [tokens, heads, entries] intermediate
+
+
+def index_query(
+    q: Tensor, positions: Tensor, table: Tensor, *, format: IndexFormat = "bf16", hadamard: bool = False
+) -> Tensor:
+    """RoPE, optionally Hadamard, then the rounding of an index format: q [tokens, heads, head_dim] -> the same shape.
+
+    The values returned are those that keys of the same `format` would be stored as; every one but fp32's fits BF16.
+    """
+    tokens, heads, d = q.shape
+    turned = rotate(wide(q), positions, table)
+    turned = hadamard_transform(turned) if hadamard else turned
+    if format == "fp32":
+        return turned.to(q.dtype)
+    like = IndexCache(torch.empty(0, index_layout(format, 1, d).page_bytes, dtype=torch.uint8), format, 1, d)
+    return decode_rows(like, encode_rows(like, turned.float().reshape(-1, d))).view(tokens, heads, d).to(q.dtype)
+
+
+def index_logits(
+    q: Tensor,
+    weights: Tensor,
+    cache: IndexCache,
+    block_table: Tensor,
+    *,
+    positions: Tensor,
+    sequence_ids: Tensor,
+    ratio: int,
+    scale: float,
+) -> Tensor:
+    """FP32 [tokens, pages · page_size] scores of every entry that the block table can hold, −inf where not visible.
+
+    q: [tokens, heads, head_dim]; weights: [tokens, heads]; block_table: int32 [sequences, pages] of the sequences in
+    this step, page j of a row holding entries from j · page_size on (-1: not there yet); positions, sequence_ids: int32
+    [tokens], -1 for a padding token, whose row is −inf throughout.
+    """
+    entries = block_table.shape[1] * cache.page_size
+    at = torch.arange(entries, device=q.device)
+    page = block_table.long()[:, at // cache.page_size]  # [sequences, entries]
+    slots = torch.where(page >= 0, page * cache.page_size + at % cache.page_size, -1)
+    out = torch.full((len(q), entries), float("-inf"), dtype=torch.float32, device=q.device)
+    for sequence in range(len(block_table)):
+        keys = read_rows(cache, slots[sequence])  # [entries, head_dim]
+        for tokens in torch.nonzero(sequence_ids == sequence).squeeze(1).split(_TOKENS):
+            dots = torch.einsum("thd,ed->the", q[tokens].float(), keys).relu()
+            out[tokens] = torch.einsum("the,th->te", dots, weights[tokens].float()) * scale
+    visible = at < ((positions.long() + 1) // ratio)[:, None]
+    return out.masked_fill(~visible | (sequence_ids < 0)[:, None], float("-inf"))
+
+
+def index_topk(
+    logits: Tensor,
+    block_table: Tensor,
+    *,
+    positions: Tensor,
+    sequence_ids: Tensor,
+    ratio: int,
+    topk: int,
+    page_size: int,
+) -> Tensor:
+    """Cache slots int32 [tokens, min(topk, entries)] of the highest visible scores, in rising entry order, -1 behind.
+
+    logits: FP32 [tokens, entries] of `index_logits` (not read where an entry is not visible); the rest as there.
+    """
+    entries = torch.arange(logits.shape[1], device=logits.device)
+    visible = (entries < ((positions.long() + 1) // ratio)[:, None]) & (sequence_ids >= 0)[:, None]
+    ranked = torch.sort(logits.masked_fill(~visible, float("-inf")), dim=-1, descending=True, stable=True).indices
+    chosen = ranked[:, :topk]
+    # an entry that is not visible sorts behind all that are: by a number no entry has
+    chosen = torch.where(visible.gather(1, chosen), chosen, len(entries)).sort(-1).values
+    return entry_slots(torch.where(chosen < len(entries), chosen, -1), block_table, sequence_ids, page_size)
+
+
+def entry_slots(entries: Tensor, block_table: Tensor, sequence_ids: Tensor, page_size: int) -> Tensor:
+    """Cache slots int32 [tokens, rows] of row numbers [tokens, rows] of each token's own sequence; -1 stays -1."""
+    rows = entries.long().clamp(min=0)
+    page = block_table.long()[sequence_ids.long().clamp(min=0)[:, None], rows // page_size]
+    there = (entries >= 0) & (page >= 0) & (sequence_ids >= 0)[:, None]
+    return torch.where(there, page * page_size + rows % page_size, -1).int()
