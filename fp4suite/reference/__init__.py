@@ -16,7 +16,20 @@ from .indexer import (
     index_topk as index_topk,
 )
 from .moe import combine as combine, moe as moe, moe_nvfp4 as moe_nvfp4, permute as permute, swiglu as swiglu
+from .native import (
+    dequant_fp8_block as dequant_fp8_block,
+    dequant_mxfp4 as dequant_mxfp4,
+    mxfp4_to_nvfp4 as mxfp4_to_nvfp4,
+    quantize_fp8_block as quantize_fp8_block,
+    quantize_mxfp4 as quantize_mxfp4,
+)
 from .norm import rms_norm as rms_norm
+from .quant import (
+    dequant_nvfp4 as dequant_nvfp4,
+    quantize_nvfp4 as quantize_nvfp4,
+    rmsnorm_quantize as rmsnorm_quantize,
+    swiglu_quantize as swiglu_quantize,
+)
 from .rope import (
     qnorm_rope as qnorm_rope,
     rope_frequencies as rope_frequencies,
