@@ -100,7 +100,7 @@ class ModelConfig:
             )
         if self.qk_rope_head_dim > self.index_head_dim:
             raise ValueError(
-                f"index_head_dim={self.index_head_dim} cannot hold qk_rope_head_dim={self.qk_rope_head_dim} rotated dims"
+                f"index_head_dim={self.index_head_dim} cannot hold qk_rope_head_dim={self.qk_rope_head_dim}"
             )
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(

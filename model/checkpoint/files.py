@@ -156,16 +156,13 @@ class Reader:
         return out
 
     def read_into(self, stored: Stored, out: Tensor) -> None:
-        """Into `out`, contiguous and of as many bytes. On the CPU no other memory is used; elsewhere one host copy."""
+        """Into `out`: on the CPU, contiguous, of as many bytes. No other memory is used."""
         if out.nbytes != stored.spec.bytes or not out.is_contiguous():
             raise ValueError(f"out must be contiguous with {stored.spec.bytes} bytes, got {out.nbytes}")
-        if out.device.type != "cpu":
-            out.view(torch.uint8).copy_(self.read(stored).view(out.dtype).view(torch.uint8).view(out.view(torch.uint8).shape))
-            return
         if stored.file != self._path:
             self.close()
             self._fd, self._path = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC), stored.file
-        view = memoryview(_bytes(out).numpy())
+        view = _bytes(out).numpy().data
         done = 0
         while done < len(view):
             count = os.preadv(self._fd, [view[done : done + _CHUNK]], stored.offset + done)
@@ -205,12 +202,14 @@ class ShardWriter:
             raise ValueError(f"{name} was written before")
         if tensor.dtype != TORCH_DTYPES[spec.dtype] or tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name}: announced {spec}, got {tensor.dtype} {list(tensor.shape)}")
-        self._put(memoryview(_bytes(tensor.cpu().contiguous()).numpy()), self._start + self._offsets.pop(name))
+        self._put(_bytes(tensor.cpu().contiguous()).numpy().data, self._start + self._offsets.pop(name))
 
     def close(self) -> None:
         """Flushes and gives the file its name. ValueError if a tensor is missing."""
         if self._offsets:
-            raise ValueError(f"{self.path.name}: {len(self._offsets)} tensors were not written, such as {min(self._offsets)}")
+            raise ValueError(
+                f"{self.path.name}: {len(self._offsets)} tensors were not written, such as {min(self._offsets)}"
+            )
         os.fsync(self._fd)
         os.close(self._fd)
         self._fd = -1

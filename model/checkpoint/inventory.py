@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from fp4suite.formats import BLOCK, FP8_BLOCK, MX_BLOCK
+
 from ..config import CSA_RATIO, ModelConfig
 from .names import hf_name
 
@@ -28,7 +30,9 @@ Family = Literal["native", "nvfp4-experts", "modelopt", "fp32"]
 FAMILIES: tuple[Family, ...] = ("native", "nvfp4-experts", "modelopt", "fp32")
 
 Storage = Literal["fp8", "mxfp4", "nvfp4", "bf16", "fp32", "i64"]
-Init = Literal["linear", "norm", "embed", "head", "router", "bias", "sink", "ape", "hc_fn", "hc_base", "hc_scale", "table"]
+Init = Literal[
+    "linear", "norm", "embed", "head", "router", "bias", "sink", "ape", "hc_fn", "hc_base", "hc_scale", "table"
+]
 
 # safetensors' dtype codes
 ITEM_BITS = {"F32": 32, "BF16": 16, "F16": 16, "F8_E4M3": 8, "F8_E8M0": 8, "I8": 8, "U8": 8, "I64": 64, "I32": 32}
@@ -90,25 +94,24 @@ def params(config: ModelConfig) -> Iterator[Param]:
         yield _norm(f"{name}.norm", d)
 
 
-def tensors(param: Param, storage: Storage, name: str | None = None) -> dict[str, TensorSpec]:
-    """The stored tensors of one parameter, by their names (`name` stands in for the parameter's own)."""
-    name = param.name if name is None else name
+def parts(param: Param, storage: Storage) -> dict[str, TensorSpec]:
+    """The stored tensors of one parameter, by what their names have after the parameter's own."""
     if storage in _PLAIN_DTYPES:
-        return {name if param.bare else f"{name}.weight": TensorSpec(_PLAIN_DTYPES[storage], param.shape)}
+        return {"" if param.bare else ".weight": TensorSpec(_PLAIN_DTYPES[storage], param.shape)}
     n, k = param.shape
     if storage == "fp8":
-        scale = TensorSpec("F8_E8M0", (-(-n // 128), -(-k // 128)))
-        return {f"{name}.weight": TensorSpec("F8_E4M3", (n, k)), f"{name}.scale": scale}
-    block = 32 if storage == "mxfp4" else 16
+        scale = TensorSpec("F8_E8M0", (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK)))
+        return {".weight": TensorSpec("F8_E4M3", (n, k)), ".scale": scale}
+    block = MX_BLOCK if storage == "mxfp4" else BLOCK
     if k % block:
         raise ValueError(f"{param.name} [{n}, {k}]: {storage} needs k in blocks of {block}")
     if storage == "mxfp4":
-        return {f"{name}.weight": TensorSpec("I8", (n, k // 2)), f"{name}.scale": TensorSpec("F8_E8M0", (n, k // 32))}
+        return {".weight": TensorSpec("I8", (n, k // 2)), ".scale": TensorSpec("F8_E8M0", (n, k // block))}
     return {
-        f"{name}.weight": TensorSpec("U8", (n, k // 2)),
-        f"{name}.weight_scale": TensorSpec("F8_E4M3", (n, k // 16)),
-        f"{name}.weight_scale_2": TensorSpec("F32", ()),
-        f"{name}.input_scale": TensorSpec("F32", ()),
+        ".weight": TensorSpec("U8", (n, k // 2)),
+        ".weight_scale": TensorSpec("F8_E4M3", (n, k // block)),
+        ".weight_scale_2": TensorSpec("F32", ()),
+        ".input_scale": TensorSpec("F32", ()),
     }
 
 
@@ -130,7 +133,8 @@ def inventory(config: ModelConfig, family: Family) -> dict[str, TensorSpec]:
     """Every tensor of a checkpoint of this family, by its stored name."""
     found: dict[str, TensorSpec] = {}
     for param in stored_params(config, family):
-        found.update(tensors(param, param.storage(family), stored_name(param, family)))
+        name = stored_name(param, family)
+        found.update({name + suffix: spec for suffix, spec in parts(param, param.storage(family)).items()})
     return found
 
 
