@@ -15,7 +15,7 @@ from ..formats import NVFP4Tensor, PagedCache, SfLayout
 from ..problem import Rule
 from .cache import read_rows
 from .norm import wide
-from .quant import quantize_nvfp4
+from .quant import global_scale, quantize_nvfp4
 from .rope import rope_inverse
 
 _ROWS = 1 << 15  # cache rows decoded at a time, to bound the gathered copy
@@ -57,7 +57,9 @@ def rope_inverse_quantize(
     result is rounded to o's dtype before it is quantised.
     """
     turned = rope_inverse(o, positions, table).flatten(1).unflatten(1, (groups, -1))  # [tokens, groups, k]
-    return quantize_nvfp4(turned.transpose(0, 1).contiguous(), alpha=alpha, sf_layout=sf_layout, rule=rule)
+    turned = turned.transpose(0, 1).contiguous()
+    alpha = global_scale(turned.flatten(0, 1)) if alpha is None else alpha
+    return quantize_nvfp4(turned, alpha=alpha, sf_layout=sf_layout, rule=rule)
 
 
 def _attend(q: Tensor, kv: Tensor, present: Tensor, sink: Tensor, scale: float) -> Tensor:

@@ -74,7 +74,7 @@ def encode_rows(cache: PagedCache | IndexCache, rows: Tensor) -> list[Tensor]:
         scales = torch.zeros(len(rows), cache.layout.scale_bytes, dtype=torch.uint8, device=rows.device)
         scales[:, : exponent.shape[1]] = (exponent + 127).to(torch.uint8)
         return [torch.cat((_bytes(data), _bytes(rope)), dim=-1), scales]
-    alpha = nope.float().abs().amax(-1) / (e2m1.MAX * E4M3_MAX)  # [n]
+    alpha = nope.float().abs().amax(-1) / torch.tensor(e2m1.MAX * E4M3_MAX, device=rows.device)  # [n]
     codes, sf = e2m1.quantize_blocks(nope.float(), alpha[:, None])
     return [torch.cat((e2m1.pack(codes), _bytes(sf), _bytes(alpha[:, None]), _bytes(rope)), dim=-1)]
 

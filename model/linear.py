@@ -1,0 +1,176 @@
+"""Weights in any of the formats that checkpoints hold, and y = x Wᵀ on top of them.
+
+A weight's parts are buffers, so that a model can be built on the meta device, moved and counted; `weight` joins them into
+the container that ops take, and takes one apart.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fp4suite.formats import BLOCK, FP8_BLOCK, FP8BlockTensor, NVFP4Tensor
+from fp4suite.reference.native import dequant_fp8_block
+
+from .backend import ops
+
+Format = Literal["bf16", "fp32", "nvfp4", "fp8"]
+WeightFormat = Callable[[str], Format]  # by canonical name
+ActFormat = Literal["float", "nvfp4"]
+AnyWeight = Tensor | NVFP4Tensor | FP8BlockTensor
+
+_PLAIN: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Weight(nn.Module):
+    """A [n, k] weight, or [experts, n, k] stacked.
+
+    segments: runs of rows with an alpha of their own in NVFP4 (gate and up), or None for one alpha a matrix.
+    """
+
+    PARTS = ("data", "sf", "alpha")
+
+    data: Tensor
+    sf: Tensor | None
+    alpha: Tensor | None
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        format: Format = "bf16",
+        *,
+        segments: tuple[int, ...] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.segments = segments
+        self.weight = self.empty(format, device)
+
+    def empty(self, format: Format, device: torch.device | str | None = None) -> AnyWeight:
+        """An unset weight of this shape. Raises ValueError if the format cannot hold it."""
+        *lead, n, k = self.shape
+        if format in _PLAIN:
+            return torch.empty(self.shape, dtype=_PLAIN[format], device=device)
+        if format == "nvfp4":
+            data = torch.empty(*lead, n, k // 2, dtype=torch.uint8, device=device)
+            sf = torch.empty(*lead, n, k // BLOCK, dtype=torch.float8_e4m3fn, device=device)
+            each = [len(self.segments)] if self.segments else []
+            return NVFP4Tensor(data, sf, torch.empty(*lead, *each, dtype=torch.float32, device=device))
+        if format == "fp8" and not lead:
+            sf = torch.empty(-(-n // FP8_BLOCK), -(-k // FP8_BLOCK), dtype=torch.uint8, device=device)
+            return FP8BlockTensor(torch.empty(n, k, dtype=torch.float8_e4m3fn, device=device), sf)
+        raise ValueError(f"a weight of shape {list(self.shape)} cannot be {format!r}")
+
+    @property
+    def weight(self) -> AnyWeight:
+        data, sf, alpha = self.data, self.sf, self.alpha
+        if sf is None:
+            return data
+        if alpha is None:
+            return FP8BlockTensor(data, sf)
+        return NVFP4Tensor(data, sf, alpha, "linear" if sf.ndim == data.ndim else "blocked_128x4")
+
+    @weight.setter
+    def weight(self, value: AnyWeight) -> None:
+        if tuple(value.shape) != self.shape:
+            raise ValueError(f"this weight is {list(self.shape)}, got {list(value.shape)}")
+        if isinstance(value, NVFP4Tensor):
+            lead = list(self.shape[:-2])
+            allowed = [lead, [*lead, len(self.segments)]] if self.segments else [lead]
+            if list(value.alpha.shape) not in allowed:
+                raise ValueError(f"alpha must be {' or '.join(map(str, allowed))}, got {list(value.alpha.shape)}")
+            parts = {"data": value.data, "sf": value.sf, "alpha": value.alpha}
+        elif isinstance(value, FP8BlockTensor):
+            parts = {"data": value.data, "sf": value.sf}
+        elif value.is_floating_point() and value.itemsize > 1:
+            parts = {"data": value}
+        else:
+            raise TypeError(f"a plain weight must be of a float type of 2 bytes or more, got {value.dtype}")
+        for name in self.PARTS:
+            self.register_buffer(name, parts.get(name))
+
+    def extra_repr(self) -> str:
+        weight = self.weight
+        kind = str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else type(weight).__name__
+        return f"{list(self.shape)}, {kind}"
+
+
+class Linear(Weight):
+    """y [..., n] = x [..., k] Wᵀ. Under act "nvfp4", the input of an NVFP4 weight is quantised on the way (W4A4)."""
+
+    def __init__(
+        self,
+        n: int,
+        k: int,
+        format: Format = "bf16",
+        *,
+        act: ActFormat = "float",
+        segments: tuple[int, ...] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__((n, k), format, segments=segments, device=device)
+        self.act = act
+
+    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """out_dtype: of y, summed in FP32 and rounded once; x's by default."""
+        weight, out_dtype = self.weight, out_dtype or x.dtype
+        rows = x.flatten(0, -2)
+        if isinstance(weight, NVFP4Tensor):
+            a = ops.quantize_nvfp4(rows) if self.act == "nvfp4" else rows
+            segments = self.segments if weight.alpha.ndim else None
+            y = ops.gemm_nvfp4(a, weight, segments=segments, out_dtype=out_dtype)
+        else:
+            y = matmul(rows, self.plain(x.dtype), out_dtype)
+        return y.unflatten(0, x.shape[:-1])
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """The weight as one [n, k] tensor in dtype (exact from FP8); not for NVFP4, whose ops read it packed."""
+        weight = self.weight
+        if isinstance(weight, NVFP4Tensor):
+            raise TypeError("an NVFP4 weight is not unpacked outside the ops")
+        return dequant_fp8_block(weight, dtype) if isinstance(weight, FP8BlockTensor) else weight.to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What modules are made of: each weight's format by its canonical name, how inputs are treated, and where."""
+
+    weight_format: WeightFormat
+    act: ActFormat
+    dtype: torch.dtype  # of norm weights, until a checkpoint says otherwise
+    device: torch.device | str | None
+    prefix: str = ""
+
+    def child(self, name: str) -> "Build":
+        return replace(self, prefix=f"{self.prefix}{name}.")
+
+    def format_of(self, name: str) -> Format:
+        return self.weight_format(self.prefix + name)
+
+    def linear(self, name: str, n: int, k: int, *, segments: tuple[int, ...] | None = None) -> Linear:
+        return Linear(n, k, self.format_of(name), act=self.act, segments=segments, device=self.device)
+
+    def weight(self, name: str, shape: tuple[int, ...], *, segments: tuple[int, ...] | None = None) -> Weight:
+        return Weight(shape, self.format_of(name), segments=segments, device=self.device)
+
+    def vector(self, size: int) -> Tensor:
+        return nn.Buffer(torch.empty(size, dtype=self.dtype, device=self.device))
+
+    def fp32(self, *shape: int) -> Tensor:
+        return nn.Buffer(torch.empty(shape, dtype=torch.float32, device=self.device))
+
+    def int32(self, *shape: int) -> Tensor:
+        return nn.Buffer(torch.empty(shape, dtype=torch.int32, device=self.device))
+
+
+def matmul(x: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """x [m, k] @ w [n, k].T -> [m, n] in out_dtype, summed in FP32; x and w share a dtype."""
+    if x.dtype == out_dtype:
+        return F.linear(x, w)
+    if x.is_cuda and out_dtype == torch.float32:
+        return torch.mm(x, w.T, out_dtype=out_dtype)
+    return F.linear(x.float(), w.float()).to(out_dtype)

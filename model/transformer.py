@@ -1,0 +1,192 @@
+"""DeepSeek-V4, whole: embedding, layers over four residual streams, head, and the draft blocks (MTP).
+
+    h = embed(ids) in every stream
+    h = post(attention(norm(pre(h))), h)      pre and post: hyper-connections (mHC)
+    h = post(moe(norm(pre(h))), h)            ... for each layer
+    logits = head(norm(fold(h)))
+
+One `forward` serves prefill, chunked prefill, decode and any mix of them: `cache.prepare` makes the batch.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention
+from .backend import ops
+from .cache import Batch, KVCache, LayerCache
+from .config import ModelConfig
+from .linear import ActFormat, AnyWeight, Build, Weight, WeightFormat
+from .moe import MoE
+
+
+class Transformer(nn.Module):
+    """The model, its weights unset: fill them through `set_weight`, or assign to the modules.
+
+    weight_format: "bf16", "fp32", "nvfp4" or "fp8" by canonical name, e.g. `layers.0.attn.wq_a` or `layers.0.ffn.w13`
+    act_dtype:     of activations and residual streams
+    act_format:    "nvfp4" quantises the input of NVFP4 weights (W4A4)
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weight_format: WeightFormat = lambda name: "bf16",
+        *,
+        act_dtype: torch.dtype = torch.bfloat16,
+        act_format: ActFormat = "float",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.act_dtype = config, act_dtype
+        build = Build(weight_format, act_format, act_dtype, device)
+        self.embed = build.weight("embed", (config.vocab_size, config.hidden_size))
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(Layer(config, i, build.child(f"layers.{i}")) for i in layers)
+        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = _fold_weights(config, build)
+        self.norm = build.vector(config.hidden_size)
+        self.head = build.linear("head", config.vocab_size, config.hidden_size)
+        drafts = range(config.num_nextn_predict_layers)
+        self.mtp = nn.ModuleList(DraftBlock(config, i, build.child(f"mtp.{i}")) for i in drafts)
+
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        """FP32 logits [sequences, vocab] after the last token of each sequence in the step."""
+        return self.logits(self.streams(batch, cache)[batch.last])
+
+    def streams(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Residual streams after the last layer, [tokens, streams, hidden]."""
+        x = self.embedding(batch.token_ids)  # [tokens, hidden]
+        h = x[:, None].expand(-1, self.config.hc_mult, -1).contiguous()  # [tokens, streams, hidden]
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=False):  # draft blocks' caches come last
+            h = layer(h, batch, layer_cache)
+        return h
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Streams [tokens, streams, hidden] -> FP32 [tokens, vocab]."""
+        config = self.config
+        y = ops.hyper_connection_head(
+            h,
+            self.hc_head_fn,
+            self.hc_head_base,
+            self.hc_head_scale,
+            self.norm,
+            norm_eps=config.rms_norm_eps,
+            eps=config.hc_eps,
+        )
+        return self.head(y, torch.float32)
+
+    def draft(self, h: Tensor, next_ids: Tensor, batch: Batch, cache: KVCache, block: int = 0) -> tuple[Tensor, Tensor]:
+        """One draft block over the step that made h.
+
+        h: streams [tokens, streams, hidden] of the trunk, or of the draft block before; next_ids: int64 [tokens], the token
+        that follows each. Returns FP32 logits [tokens, vocab] for the token after the next, and the block's own streams.
+        """
+        return self.mtp[block](h, self.embedding(next_ids), batch, cache.layers[len(self.layers) + block], self.head)
+
+    def embedding(self, token_ids: Tensor) -> Tensor:
+        """int64 [tokens] -> [tokens, hidden]."""
+        weight = self.embed.weight
+        assert isinstance(weight, Tensor)
+        return F.embedding(token_ids, weight).to(self.act_dtype)
+
+    def weights(self) -> Iterator[tuple[str, AnyWeight]]:
+        """Every weight under its canonical name: the native release's, but experts stacked (`ffn.w13`, `ffn.shared.w13`)."""
+        for path, module in self.named_modules():
+            if isinstance(module, Weight):
+                yield path, module.weight
+            for name, value in module.named_buffers(recurse=False):
+                if not (isinstance(module, Weight) and name in Weight.PARTS):
+                    yield f"{path}.{name}" if path else name, value
+
+    def set_weight(self, name: str, value: AnyWeight) -> None:
+        """Put `value` in place of the weight of this canonical name, whatever format either has.
+
+        Raises KeyError for a name that this model lacks, ValueError for another shape, TypeError for another kind.
+        """
+        path, _, last = name.rpartition(".")
+        parent = self.get_submodule(path)
+        target = parent._modules.get(last)
+        if isinstance(target, Weight):
+            target.weight = value
+            return
+        old = parent._buffers.get(last)
+        if old is None or (isinstance(parent, Weight) and last in Weight.PARTS):
+            raise KeyError(f"the model has no weight {name!r}")
+        if not isinstance(value, Tensor) or value.is_floating_point() != old.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a {old.dtype} or the like, got {got}")
+        if value.shape != old.shape:
+            raise ValueError(f"{name} must be {list(old.shape)}, got {list(value.shape)}")
+        setattr(parent, last, value)
+
+
+class Layer(nn.Module):
+    """Attention and experts, each between the two halves of a hyper-connection."""
+
+    def __init__(self, config: ModelConfig, layer: int, build: Build) -> None:
+        super().__init__()
+        self.config = config
+        streams, d = config.hc_mult, config.hidden_size
+        mixes = streams * (streams + 2)  # pre, post, comb
+        self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale = (
+            build.fp32(mixes, streams * d),
+            build.fp32(mixes),
+            build.fp32(3),
+        )
+        self.attn_norm = build.vector(d)
+        self.attn = Attention(config, layer, build.child("attn"))
+        self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale = (
+            build.fp32(mixes, streams * d),
+            build.fp32(mixes),
+            build.fp32(3),
+        )
+        self.ffn_norm = build.vector(d)
+        self.ffn = MoE(config, layer, build.child("ffn"))
+
+    def forward(self, h: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        """h: [tokens, streams, hidden] -> the same."""
+        config = self.config
+        how = {"norm_eps": config.rms_norm_eps, "eps": config.hc_eps, "iterations": config.hc_sinkhorn_iters}
+        x, post, comb = ops.hyper_connection_pre(
+            h, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, self.attn_norm, **how
+        )  # x: [tokens, hidden], normed
+        h = ops.hyper_connection_post(self.attn(x, batch, cache), h, post, comb)
+        x, post, comb = ops.hyper_connection_pre(
+            h, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, self.ffn_norm, **how
+        )
+        return ops.hyper_connection_post(self.ffn(x, batch.token_ids), h, post, comb)
+
+
+class DraftBlock(Layer):
+    """Multi-token prediction: from the streams at t and the token at t + 1, the token at t + 2.
+
+    h⁰ = e_proj(enorm(embed(x[t + 1]))) + h_proj(hnorm(h[t])), stream by stream, at position t; then one window-only layer.
+    """
+
+    def __init__(self, config: ModelConfig, block: int, build: Build) -> None:
+        super().__init__(config, config.num_hidden_layers + block, build)
+        d = config.hidden_size
+        self.e_proj, self.h_proj = build.linear("e_proj", d, d), build.linear("h_proj", d, d)
+        self.enorm, self.hnorm, self.norm = build.vector(d), build.vector(d), build.vector(d)
+        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = _fold_weights(config, build)
+
+    def forward(  # type: ignore[override]
+        self, h: Tensor, embedded: Tensor, batch: Batch, cache: LayerCache, head: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """h: [tokens, streams, hidden]; embedded: [tokens, hidden] of the next tokens. FP32 logits and the new streams."""
+        norm_eps, eps = self.config.rms_norm_eps, self.config.hc_eps
+        e = self.e_proj(ops.rms_norm(embedded, self.enorm, norm_eps))  # [tokens, hidden]
+        h = e[:, None] + self.h_proj(ops.rms_norm(h, self.hnorm, norm_eps))  # [tokens, streams, hidden]
+        h = super().forward(h, batch, cache)
+        y = ops.hyper_connection_head(
+            h, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.norm, norm_eps=norm_eps, eps=eps
+        )
+        return head(y, torch.float32), h
+
+
+def _fold_weights(config: ModelConfig, build: Build) -> tuple[Tensor, Tensor, Tensor]:
+    """fn, base and scale of the hyper-connection that ends in one stream."""
+    streams = config.hc_mult
+    return build.fp32(streams, streams * config.hidden_size), build.fp32(streams), build.fp32(1)
