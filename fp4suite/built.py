@@ -5,6 +5,7 @@ Triton's package carries; nothing here needs a GPU.
 """
 
 import functools
+import importlib.util
 import re
 import subprocess
 import tempfile
@@ -12,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAX_REGISTERS = 255
-MAX_SHARED_BYTES = {"sm_90a": 232_448, "sm_100a": 232_448}  # 227 KiB a CTA (CUDA programming guide, compute capabilities)
+MAX_SHARED_BYTES = {
+    "sm_90a": 232_448,
+    "sm_100a": 232_448,
+}  # 227 KiB a CTA (CUDA programming guide, compute capabilities)
 TMEM_COLUMNS = 512  # tensor memory of one SM: 128 lanes x 512 columns of 32 bits (PTX ISA, tensor memory)
 
 
@@ -76,9 +80,10 @@ def sass(built: Built) -> str:
 @functools.cache
 def cuobjdump() -> str:
     """Path of the cuobjdump in Triton's package."""
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("triton is not installed: its package carries the cuobjdump that reads cubins")
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not path.exists():
-        raise FileNotFoundError(f"triton {triton.__version__} carries no cuobjdump at {path}")
+        raise FileNotFoundError(f"this triton carries no cuobjdump at {path}")
     return str(path)

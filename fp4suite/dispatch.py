@@ -155,7 +155,9 @@ def recording() -> Iterator[list[Choice]]:
         _records.reset(token)
 
 
-def _overridden(op: str, problem: Problem | None, device: torch.device | str, stack: tuple[_Override, ...]) -> Choice | None:
+def _overridden(
+    op: str, problem: Problem | None, device: torch.device | str, stack: tuple[_Override, ...]
+) -> Choice | None:
     for o in reversed(stack):
         if o.op != op:
             continue
@@ -241,7 +243,9 @@ def _from_table(label: str, path: Path, op: str, problem: Problem, target: Targe
     dims = problem.dims()
     m = int(dims.get("m", 1))
     entries = by_rest.get(_rest(op, dims), [])
-    for e in sorted(entries, key=lambda e: (abs(math.log2(max(m, 1) / max(int(e.problem["m"]), 1))), int(e.problem["m"]))):
+    for e in sorted(
+        entries, key=lambda e: (abs(math.log2(max(m, 1) / max(int(e.problem["m"]), 1))), int(e.problem["m"]))
+    ):
         try:
             module = registry.load(e.kernel)
             config = registry.make_config(module, e.config)

@@ -7,6 +7,7 @@ FP8     x[m, k] = E4M3(data[m, k]) * 2 ** (sf[m // 128, k // 128] - 127)
 Two E2M1 codes share a byte, even k in the low nibble. Torch only, so that it imports without a GPU.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,11 +59,24 @@ class NVFP4Tensor:
         else:
             raise ValueError(f'sf_layout must be "linear" or "blocked_128x4", got {self.sf_layout!r}')
         if list(self.sf.shape) != want:
-            raise ValueError(f"data {list(self.data.shape)} needs {self.sf_layout} sf {want}, got {list(self.sf.shape)}")
+            raise ValueError(
+                f"data {list(self.data.shape)} needs {self.sf_layout} sf {want}, got {list(self.sf.shape)}"
+            )
         if self.alpha.ndim > 2:
             raise ValueError(f"alpha must have at most two axes [experts, segments], got {list(self.alpha.shape)}")
         if not self.data.device == self.sf.device == self.alpha.device:
-            raise ValueError(f"data, sf and alpha must share a device, got {self.data.device}, {self.sf.device}, {self.alpha.device}")
+            raise ValueError(
+                f"data, sf and alpha must share a device, got {self.data.device}, {self.sf.device}, {self.alpha.device}"
+            )
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], alpha: Tensor, sf_layout: SfLayout = "linear") -> "NVFP4Tensor":
+        """Room for [..., m, k] on alpha's device; nothing is written, the padding of blocked scales included."""
+        *lead, m, k = shape
+        sf_shape = (m, k // BLOCK) if sf_layout == "linear" else (layouts.blocked_128x4_bytes(m, k // BLOCK),)
+        data = torch.empty(*lead, m, k // 2, dtype=torch.uint8, device=alpha.device)
+        sf = torch.empty(*lead, *sf_shape, dtype=torch.uint8, device=alpha.device)
+        return cls(data, sf.view(torch.float8_e4m3fn), alpha, sf_layout)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -105,7 +119,9 @@ class MXFP4Tensor:
         *lead, k = self.shape
         want = [*lead, k // MX_BLOCK]
         if k % MX_BLOCK or list(self.sf.shape) != want:
-            raise ValueError(f"data {list(self.data.shape)} needs sf {want} (k in blocks of 32), got {list(self.sf.shape)}")
+            raise ValueError(
+                f"data {list(self.data.shape)} needs sf {want} (k in blocks of 32), got {list(self.sf.shape)}"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -155,6 +155,6 @@ def from_dims(op: str, dims: dict[str, int | str]) -> Problem:
     if op not in PROBLEMS:
         raise ValueError(f"op must be one of {', '.join(PROBLEMS)}, got {op!r}")
     try:
-        return PROBLEMS[op](**dims)  # type: ignore[arg-type]
+        return PROBLEMS[op](**dims)
     except TypeError as e:
         raise ValueError(f"dimensions of {op} are {[f.name for f in fields(PROBLEMS[op])]}, got {dims}") from e

@@ -79,12 +79,12 @@ def read(path: str | Path) -> Table:
     if table.schema != SCHEMA:
         raise TableError(f"{path}: schema {table.schema}, this version reads {SCHEMA}; tune again")
     seen = set()
-    for e in table.entries:
-        if e.measured and e.median_us is None:
-            raise TableError(f"{path}: {e.op} {e.problem} is marked measured but has no median_us")
-        if e.key() in seen:
-            raise TableError(f"{path}: two entries for {e.op} {e.problem}")
-        seen.add(e.key())
+    for entry in table.entries:
+        if entry.measured and entry.median_us is None:
+            raise TableError(f"{path}: {entry.op} {entry.problem} is marked measured but has no median_us")
+        if entry.key() in seen:
+            raise TableError(f"{path}: two entries for {entry.op} {entry.problem}")
+        seen.add(entry.key())
     return table
 
 

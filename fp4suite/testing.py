@@ -12,6 +12,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,14 @@ from torch import Tensor
 
 from . import layouts, reference
 from .formats import BLOCK, NVFP4Tensor, SfLayout
-from .problem import DequantProblem, GemmProblem, Problem, QuantizeProblem, RmsnormQuantizeProblem, SwigluQuantizeProblem
+from .problem import (
+    DequantProblem,
+    GemmProblem,
+    Problem,
+    QuantizeProblem,
+    RmsnormQuantizeProblem,
+    SwigluQuantizeProblem,
+)
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EPS = 1e-6
@@ -35,7 +43,7 @@ class Case:
     operands: tuple[Any, ...]
     out: Any
     tail: tuple[Any, ...]
-    poison: Callable[[], None]
+    poison: Callable[[], Any]
     verify: Callable[[], None]
 
     def run(self, module: ModuleType, config: Any) -> None:
@@ -97,7 +105,13 @@ def random_activations(shape: Sequence[int], gen: torch.Generator, dtype: torch.
 
 
 def random_nvfp4(
-    m: int, k: int, gen: torch.Generator, *, alpha: Tensor | None = None, adversarial: bool = False, sf_layout: SfLayout = "linear"
+    m: int,
+    k: int,
+    gen: torch.Generator,
+    *,
+    alpha: Tensor | None = None,
+    adversarial: bool = False,
+    sf_layout: SfLayout = "linear",
 ) -> NVFP4Tensor:
     """Random codes under random scales [m, k].
 
@@ -166,13 +180,6 @@ def assert_same_bytes(got: Tensor, want: Tensor, name: str) -> None:
         )
 
 
-def _empty_nvfp4(m: int, k: int, device: torch.device, sf_layout: SfLayout, alpha: Tensor) -> NVFP4Tensor:
-    ks = k // BLOCK
-    shape = (m, ks) if sf_layout == "linear" else (layouts.blocked_128x4_bytes(m, ks),)
-    sf = torch.empty(shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-    return NVFP4Tensor(torch.empty(m, k // 2, dtype=torch.uint8, device=device), sf, alpha, sf_layout)
-
-
 def _gemm_case(p: GemmProblem, gen: torch.Generator) -> Case:
     device = gen.device
     segments = split(p.n, p.segments)
@@ -181,17 +188,16 @@ def _gemm_case(p: GemmProblem, gen: torch.Generator) -> Case:
     a: Tensor | NVFP4Tensor
     if p.act == "bf16":
         a = random_activations((p.m, p.k), gen)
-        a64 = a.double()
     else:
         a = random_nvfp4(p.m, p.k, gen, adversarial=True)
-        a64 = _decoded(a) * a.alpha.double()
     out = torch.empty(p.m, p.n, dtype=TORCH_DTYPES[p.out], device=device)
-    per_column = alpha.double().repeat_interleave(torch.tensor(segments, device=device))
 
     def verify() -> None:
+        a64 = _decoded(a) * a.alpha.double() if isinstance(a, NVFP4Tensor) else a.double()
+        per_column = alpha.double().repeat_interleave(torch.tensor(segments, device=device))
         assert_gemm_close(out, a64, _decoded(b), per_column)
 
-    return Case(p, (a, b, segments if p.segments > 1 else None), out, (), lambda: _fill_nan(out), verify)
+    return Case(p, (a, b, segments if p.segments > 1 else None), out, (), partial(out.fill_, torch.nan), verify)
 
 
 def _decoded(t: NVFP4Tensor) -> Tensor:
@@ -203,8 +209,11 @@ def _decoded(t: NVFP4Tensor) -> Tensor:
 def _dequant_case(p: DequantProblem, gen: torch.Generator) -> Case:
     t = random_nvfp4(p.m, p.k, gen, adversarial=True, sf_layout=p.sf_layout)
     out = torch.empty(p.m, p.k, dtype=TORCH_DTYPES[p.out], device=gen.device)
-    verify = lambda: assert_same_bytes(out, reference.dequant_nvfp4(t, out.dtype), "out")  # noqa: E731
-    return Case(p, (t,), out, (), lambda: _fill_nan(out), verify)
+
+    def verify() -> None:
+        assert_same_bytes(out, reference.dequant_nvfp4(t, out.dtype), "out")
+
+    return Case(p, (t,), out, (), partial(out.fill_, torch.nan), verify)
 
 
 def _quantize_case(p: QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeProblem, gen: torch.Generator) -> Case:
@@ -212,18 +221,20 @@ def _quantize_case(p: QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeP
     wide = 2 * p.k if isinstance(p, SwigluQuantizeProblem) else p.k
     x = random_activations((p.m, wide), gen, dtype)
     alpha = torch.tensor(0.01, device=device)
-    out = _empty_nvfp4(p.m, p.k, device, p.sf_layout, alpha)
+    out = NVFP4Tensor.empty((p.m, p.k), alpha, p.sf_layout)
+    common: dict[str, Any] = {"alpha": alpha, "sf_layout": p.sf_layout, "rule": p.rule}
     operands: tuple[Any, ...]
+    want: Callable[[], NVFP4Tensor]
     if isinstance(p, RmsnormQuantizeProblem):
         weight = (1 + 0.2 * torch.randn(p.k, generator=gen, device=device)).to(dtype)
         operands = (x, weight, EPS, alpha)
-        want = lambda: reference.rmsnorm_quantize(x, weight, EPS, alpha=alpha, sf_layout=p.sf_layout, rule=p.rule)  # noqa: E731
+        want = partial(reference.rmsnorm_quantize, x, weight, EPS, **common)
     elif isinstance(p, SwigluQuantizeProblem):
         operands = (x, LIMIT, alpha)
-        want = lambda: reference.swiglu_quantize(x, limit=LIMIT, alpha=alpha, sf_layout=p.sf_layout, rule=p.rule)  # noqa: E731
+        want = partial(reference.swiglu_quantize, x, limit=LIMIT, **common)
     else:
         operands = (x, alpha)
-        want = lambda: reference.quantize_nvfp4(x, alpha=alpha, sf_layout=p.sf_layout, rule=p.rule)  # noqa: E731
+        want = partial(reference.quantize_nvfp4, x, **common)
 
     def poison() -> None:
         out.data.fill_(0xFF)
@@ -235,7 +246,3 @@ def _quantize_case(p: QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeP
         assert_same_bytes(out.data, ref.data, "data")
 
     return Case(p, operands, out, (p.rule,), poison, verify)
-
-
-def _fill_nan(t: Tensor) -> None:
-    t.fill_(float("nan"))

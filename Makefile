@@ -1,0 +1,69 @@
+# Thin: each recipe is one command that a person can type. `make help` lists the targets.
+# On a host that has its own PyTorch, PY=python3 uses it as it is and sets nothing up.
+
+PYTHON ?= python3
+VENV := .venv
+PY ?= $(VENV)/bin/python
+JOBS ?= auto
+OP ?= all
+LAYERS ?= demo
+ARGS ?=
+
+ifeq ($(PY),$(VENV)/bin/python)
+SETUP := $(VENV)/.installed
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo tune bench report check lint format test test-gpu wheel constraints clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 14
+
+setup: $(SETUP)  ## create .venv and install everything, pinned by constraints.txt
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"fp4suite needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}: set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(SETUP)  ## a small DeepSeek-V4 from checkpoint to tokens: make, tune, load, generate, compare (3 minutes)
+	$(PY) -m model demo $(ARGS)
+
+tune: $(SETUP)  ## search tile shapes for LAYERS=pro|flash|demo|PATH and OP=name|all, store the winners in results/tables
+	$(PY) -m tuner tune --layers-of $(LAYERS) --op $(OP) $(ARGS)
+
+bench: $(SETUP)  ## time OP=name|all on LAYERS, print the rows and store them in results/bench
+	$(PY) -m tuner bench --layers-of $(LAYERS) --op $(OP) $(ARGS)
+
+report: $(SETUP)  ## draw plots and tables from the stored rows
+	$(PY) -m tuner report $(ARGS)
+
+check: lint test  ## what to run before a push
+
+lint: $(SETUP)  ## ruff, mypy, import-linter, codespell
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(dir $(PY))lint-imports
+	$(PY) -m codespell_lib
+
+format: $(SETUP)  ## let ruff reformat
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+test: $(SETUP)  ## all tests that need no GPU (they use one where it is there)
+	$(PY) -m pytest -n $(JOBS) -m "not gpu" $(ARGS)
+
+test-gpu: $(SETUP)  ## all tests, on the GPU of this machine
+	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "test-gpu needs a GPU that PyTorch can use; here is none")'
+	$(PY) -m pytest -n 4 $(ARGS)
+
+wheel: $(SETUP)  ## build the wheel into dist/
+	$(PY) -m pip wheel --quiet --no-deps -w dist .
+
+constraints: $(SETUP)  ## write the versions installed now into constraints.txt
+	(grep '^#' constraints.txt; $(PY) -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//') > constraints.new && mv constraints.new constraints.txt
+
+clean:  ## remove caches and builds, keep .venv
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,464 @@
+"""Behind `ops`: the operators' schemas, implementations and fakes, registered when this is imported.
+
+An implementation asks `dispatch.choose`, then runs the reference or allocates the result and launches.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch, layouts, reference
+from .formats import BLOCK, IndexCache, NVFP4Tensor, PagedCache, SfLayout
+from .problem import DequantProblem, GemmProblem, QuantizeProblem, RmsnormQuantizeProblem, Rule, SwigluQuantizeProblem
+from .reference.quant import global_scale, rmsnorm_fp32, swiglu_fp32
+
+_lib = torch.library.Library("fp4suite", "DEF")
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """The one way an operator comes to be. `Library` costs microseconds less a call than custom_op."""
+    name = schema.partition("(")[0]
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    _lib.impl(name, impl, "CPU")
+    _lib.impl(name, impl, "CUDA")
+    torch.library.register_fake(f"fp4suite::{name}", fake, lib=_lib)
+
+
+def dtype_name(x: Tensor | torch.dtype, what: str) -> str:
+    dtype = x if isinstance(x, torch.dtype) else x.dtype
+    if dtype not in _DTYPE_NAMES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPE_NAMES)
+        raise TypeError(f"{what} must be one of {names}, got {dtype}")
+    return _DTYPE_NAMES[dtype]
+
+
+def as_nvfp4(data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str) -> NVFP4Tensor:
+    return NVFP4Tensor(data, sf.view(torch.float8_e4m3fn), alpha, sf_layout)  # type: ignore[arg-type]
+
+
+def _cache(data: Tensor, format: str, page_size: int, head_dim: int, rope_dim: int) -> Any:
+    if rope_dim:
+        return PagedCache(data, format, page_size, head_dim, rope_dim)  # type: ignore[arg-type]
+    return IndexCache(data, format, page_size, head_dim)  # type: ignore[arg-type]
+
+
+def _whole(x: Tensor, sf: Tensor | None, alpha: Tensor | None) -> Tensor | NVFP4Tensor:
+    return x if sf is None or alpha is None else as_nvfp4(x, sf, alpha, "linear")
+
+
+def _quantizing(
+    choice: dispatch.Choice, reference_op: Callable[[], NVFP4Tensor], m: int, k: int,
+    alpha: Tensor, sf_layout: SfLayout, operands: tuple[Any, ...], rule: Rule,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the quantising operators share: the reference, or room for the result and a launch."""
+    if choice.is_reference:
+        t = reference_op()
+        return t.data.contiguous(), t.sf.view(torch.uint8).contiguous()
+    out = NVFP4Tensor.empty((m, k), alpha, sf_layout)
+    choice.module.launch(*operands, out, rule, choice.config)
+    return out.data, out.sf.view(torch.uint8)
+
+
+def _nvfp4_alpha(x: Tensor, segments: list[int]) -> Tensor:
+    return global_scale(x, segments or None).clone()
+
+
+def _rmsnorm_alpha(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return global_scale(rmsnorm_fp32(x, weight, eps).flatten(0, -2))
+
+
+def _swiglu_alpha(x: Tensor, limit: float) -> Tensor:
+    return global_scale(swiglu_fp32(x, limit).flatten(0, -2))
+
+
+def _quantize_nvfp4(x: Tensor, alpha: Tensor, sf_layout: SfLayout, rule: Rule) -> tuple[Tensor, Tensor]:
+    m, k = x.shape
+    problem = QuantizeProblem(m=m, k=k, x=dtype_name(x, "x"), rule=rule, sf_layout=sf_layout)
+    choice = dispatch.choose("quantize_nvfp4", problem, x.device)
+    plain = lambda: reference.quantize_nvfp4(x, alpha=alpha, sf_layout=sf_layout, rule=rule)  # noqa: E731
+    return _quantizing(choice, plain, m, k, alpha, sf_layout, (x, alpha), rule)
+
+
+def _rmsnorm_quantize(
+    x: Tensor, weight: Tensor, eps: float, alpha: Tensor, sf_layout: SfLayout, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    m, k = x.shape
+    problem = RmsnormQuantizeProblem(m=m, k=k, x=dtype_name(x, "x"), rule=rule, sf_layout=sf_layout)
+    choice = dispatch.choose("rmsnorm_quantize", problem, x.device)
+    plain = lambda: reference.rmsnorm_quantize(x, weight, eps, alpha=alpha, sf_layout=sf_layout, rule=rule)  # noqa: E731
+    return _quantizing(choice, plain, m, k, alpha, sf_layout, (x, weight, eps, alpha), rule)
+
+
+def _swiglu_quantize(x: Tensor, limit: float, alpha: Tensor, sf_layout: SfLayout, rule: Rule) -> tuple[Tensor, Tensor]:
+    m, k = x.shape[0], x.shape[1] // 2
+    problem = SwigluQuantizeProblem(m=m, k=k, x=dtype_name(x, "x"), rule=rule, sf_layout=sf_layout)
+    choice = dispatch.choose("swiglu_quantize", problem, x.device)
+    plain = lambda: reference.swiglu_quantize(x, limit=limit, alpha=alpha, sf_layout=sf_layout, rule=rule)  # noqa: E731
+    return _quantizing(choice, plain, m, k, alpha, sf_layout, (x, limit, alpha), rule)
+
+
+def _dequant_nvfp4(data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, dtype: torch.dtype) -> Tensor:
+    t = as_nvfp4(data, sf, alpha, sf_layout)
+    m, k = t.shape
+    problem = DequantProblem(m=m, k=k, out=dtype_name(dtype, "dtype"), sf_layout=t.sf_layout)
+    choice = dispatch.choose("dequant_nvfp4", problem, data.device)
+    if choice.is_reference:
+        return reference.dequant_nvfp4(t, dtype)
+    out = torch.empty(m, k, dtype=dtype, device=data.device)
+    choice.module.launch(t, out, choice.config)
+    return out
+
+
+def _gemm(a: Tensor | NVFP4Tensor, b: NVFP4Tensor, segments: list[int], dtype: torch.dtype) -> Tensor:
+    runs = tuple(segments) if segments else None
+    n, k = b.shape
+    lead = a.shape[:-1]
+    act: Any = "nvfp4" if isinstance(a, NVFP4Tensor) else dtype_name(a, "a")
+    m = math.prod(lead)
+    problem = GemmProblem(m=m, n=n, k=k, act=act, out=dtype_name(dtype, "out_dtype"), segments=len(segments) or 1)
+    choice = dispatch.choose("gemm_nvfp4", problem, b.device)
+    if choice.is_reference:
+        return reference.gemm_nvfp4(a, b, segments=runs, out_dtype=dtype).contiguous()
+    out = torch.empty(*lead, n, dtype=dtype, device=b.device)
+    if m:
+        module = choice.module
+        b = b.with_sf_layout(module.SF_LAYOUT)
+        a = a.with_sf_layout(module.SF_LAYOUT) if isinstance(a, NVFP4Tensor) else a.reshape(m, k).contiguous()
+        module.launch(a, b, runs, out.view(m, n), choice.config)
+    return out
+
+
+def _gemm_w4a16(
+    a: Tensor, data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, segments: list[int], dtype: torch.dtype
+) -> Tensor:
+    return _gemm(a, as_nvfp4(data, sf, alpha, sf_layout), segments, dtype)
+
+
+def _gemm_w4a4(
+    a: Tensor, a_sf: Tensor, a_alpha: Tensor, a_layout: str,
+    data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, segments: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return _gemm(as_nvfp4(a, a_sf, a_alpha, a_layout), as_nvfp4(data, sf, alpha, sf_layout), segments, dtype)
+
+
+def _grouped(
+    a: Tensor, a_sf: Tensor | None, a_alpha: Tensor | None, data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str,
+    offsets: Tensor, segments: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    b = as_nvfp4(data, sf, alpha, sf_layout)
+    return reference.grouped_gemm_nvfp4(
+        _whole(a, a_sf, a_alpha), b, offsets, segments=segments or None, out_dtype=dtype
+    )
+
+
+def _moe(
+    x: Tensor, x_sf: Tensor | None, x_alpha: Tensor | None,
+    data13: Tensor, sf13: Tensor, alpha13: Tensor, layout13: str,
+    data2: Tensor, sf2: Tensor, alpha2: Tensor, layout2: str,
+    topk_ids: Tensor, topk_weights: Tensor, limit: float,
+) -> Tensor:  # fmt: skip
+    w13, w2 = as_nvfp4(data13, sf13, alpha13, layout13), as_nvfp4(data2, sf2, alpha2, layout2)
+    return reference.moe_nvfp4(_whole(x, x_sf, x_alpha), w13, w2, topk_ids, topk_weights, limit=limit)
+
+
+def _kv_norm_rope_insert(
+    kv: Tensor, weight: Tensor, positions: Tensor, table: Tensor, eps: float,
+    data: Tensor, format: str, page_size: int, head_dim: int, rope_dim: int, slots: Tensor,
+) -> None:  # fmt: skip
+    cache = _cache(data, format, page_size, head_dim, rope_dim)
+    reference.kv_norm_rope_insert(kv, weight, positions, table, eps, cache, slots)
+
+
+def _compress_kv(
+    kv: Tensor, gate: Tensor, ape: Tensor, weight: Tensor, table: Tensor, eps: float, state: Tensor,
+    data: Tensor, format: str, page_size: int, head_dim: int, rope_dim: int,
+    positions: Tensor, sequence_ids: Tensor, cu_seqlens: Tensor, state_slots: Tensor, slots: Tensor,
+    ratio: int, hadamard: bool,
+) -> None:  # fmt: skip
+    reference.compress_kv(
+        kv, gate, ape, weight, table, eps, state, _cache(data, format, page_size, head_dim, rope_dim),
+        positions=positions, sequence_ids=sequence_ids, cu_seqlens=cu_seqlens, state_slots=state_slots, slots=slots,
+        ratio=ratio, hadamard=hadamard,
+    )  # fmt: skip
+
+
+def _index_logits(
+    q: Tensor, weights: Tensor, data: Tensor, format: str, page_size: int, head_dim: int,
+    block_table: Tensor, positions: Tensor, sequence_ids: Tensor, ratio: int, scale: float,
+) -> Tensor:  # fmt: skip
+    cache = _cache(data, format, page_size, head_dim, 0)
+    return reference.index_logits(
+        q, weights, cache, block_table, positions=positions, sequence_ids=sequence_ids, ratio=ratio, scale=scale
+    )
+
+
+def _sparse_attention(
+    q: Tensor,
+    data: list[Tensor],
+    formats: list[str],
+    geometry: list[int],
+    indices: list[Tensor],
+    sink: Tensor,
+    scale: float,
+) -> Tensor:
+    caches = [_cache(d, f, *geometry[3 * i : 3 * i + 3]) for i, (d, f) in enumerate(zip(data, formats, strict=True))]
+    return reference.sparse_attention(q, caches, indices, sink, scale)
+
+
+def _rope_inverse_quantize(
+    o: Tensor, positions: Tensor, table: Tensor, groups: int, alpha: Tensor | None, sf_layout: SfLayout, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    t = reference.rope_inverse_quantize(o, positions, table, groups=groups, alpha=alpha, sf_layout=sf_layout, rule=rule)
+    # an operator must not hand back its own input
+    return t.data.contiguous(), t.sf.view(torch.uint8).contiguous(), t.alpha if alpha is None else t.alpha.clone()
+
+
+def _without_kernel(op: str, impl: Callable[..., Any]) -> Callable[..., Any]:
+    """An implementation that is the reference wherever it runs: on a GPU it must have been asked for."""
+
+    def run(*args: Any) -> Any:
+        first = next(a for a in args if isinstance(a, Tensor))
+        choice = dispatch.choose(op, None, first.device)
+        if not choice.is_reference:
+            raise AssertionError(f"{op} has a kernel in the registry but no launch here")
+        out = impl(*args)
+        return out.contiguous() if isinstance(out, Tensor) else out
+
+    return run
+
+
+def _packed(m: int, k: int, x: Tensor, sf_layout: str) -> tuple[Tensor, Tensor]:
+    """Empty data and scales of an [m, k] NVFP4 matrix beside x."""
+    ks = k // BLOCK
+    sf = (m, ks) if sf_layout == "linear" else (layouts.blocked_128x4_bytes(m, ks),)
+    return x.new_empty((m, k // 2), dtype=torch.uint8), x.new_empty(sf, dtype=torch.uint8)
+
+
+def _same(x: Tensor, *_: Any) -> Tensor:
+    """Fake of an operator whose result is like its first argument, contiguous."""
+    return x.new_empty(x.shape)
+
+
+def _nothing(*_: Any) -> None:
+    """Fake of an operator that only changes its arguments."""
+
+
+def _fp32_scalar(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((), dtype=torch.float32)
+
+
+def _fake_alpha(x: Tensor, segments: list[int]) -> Tensor:
+    lead = x.shape[:-2]
+    return x.new_empty((*lead, len(segments)) if segments else lead, dtype=torch.float32)
+
+
+def _fake_route(
+    logits: Tensor, topk: int, scale: float, bias: Tensor | None, token_ids: Tensor | None, table: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], topk)
+    weights = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=weights)
+
+
+def _fake_permute(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    return ids.new_empty(ids.numel(), dtype=torch.int32), ids.new_empty(experts + 1, dtype=torch.int32)
+
+
+def _fake_pre(
+    h: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, n, d = h.shape
+    return h.new_empty(tokens, d), fn.new_empty(tokens, n), fn.new_empty(tokens, n, n)
+
+
+def _fake_index_logits(
+    q: Tensor, weights: Tensor, data: Tensor, format: str, page_size: int, head_dim: int, block_table: Tensor, *_: Any
+) -> Tensor:
+    return q.new_empty((q.shape[0], block_table.shape[1] * page_size), dtype=torch.float32)
+
+
+def _fake_index_topk(
+    logits: Tensor, block_table: Tensor, positions: Tensor, sequence_ids: Tensor, ratio: int, topk: int, page_size: int
+) -> Tensor:
+    return logits.new_empty((logits.shape[0], min(topk, logits.shape[1])), dtype=torch.int32)
+
+
+def _fake_rope_inverse_quantize(
+    o: Tensor, positions: Tensor, table: Tensor, groups: int, alpha: Tensor | None, sf_layout: str, rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, k = o.shape[0], o.shape[1] * o.shape[2] // groups
+    data, sf = _packed(tokens, k, o, sf_layout)
+    own = o.new_empty((groups,) if alpha is None else alpha.shape, dtype=torch.float32)
+    return data.new_empty(groups, *data.shape), sf.new_empty(groups, *sf.shape), own
+
+
+_SF = "str sf_layout, str rule"
+_CACHE = "Tensor(a!) data, str format, int page_size, int head_dim, int rope_dim"
+_B = "Tensor b, Tensor b_sf, Tensor b_alpha, str b_layout"
+_A = "Tensor a, Tensor? a_sf, Tensor? a_alpha"
+
+_register(
+    f"quantize_nvfp4(Tensor x, Tensor alpha, {_SF}) -> (Tensor, Tensor)",
+    _quantize_nvfp4,
+    lambda x, alpha, sf_layout, rule: _packed(x.shape[0], x.shape[1], x, sf_layout),
+)
+_register(
+    f"rmsnorm_quantize(Tensor x, Tensor weight, float eps, Tensor alpha, {_SF}) -> (Tensor, Tensor)",
+    _rmsnorm_quantize,
+    lambda x, weight, eps, alpha, sf_layout, rule: _packed(x.shape[0], x.shape[1], x, sf_layout),
+)
+_register(
+    f"swiglu_quantize(Tensor x, float limit, Tensor alpha, {_SF}) -> (Tensor, Tensor)",
+    _swiglu_quantize,
+    lambda x, limit, alpha, sf_layout, rule: _packed(x.shape[0], x.shape[1] // 2, x, sf_layout),
+)
+_register(
+    "dequant_nvfp4(Tensor data, Tensor sf, Tensor alpha, str sf_layout, ScalarType dtype) -> Tensor",
+    _dequant_nvfp4,
+    lambda data, sf, alpha, sf_layout, dtype: data.new_empty((data.shape[0], data.shape[1] * 2), dtype=dtype),
+)
+# the global scale of what is about to be quantised: plain PyTorch on any device, opaque so that no compiler may
+# contract its arithmetic
+_register("nvfp4_alpha(Tensor x, int[] segments) -> Tensor", _nvfp4_alpha, _fake_alpha)
+_register("rmsnorm_alpha(Tensor x, Tensor weight, float eps) -> Tensor", _rmsnorm_alpha, _fp32_scalar)
+_register("swiglu_alpha(Tensor x, float limit) -> Tensor", _swiglu_alpha, _fp32_scalar)
+_register(
+    f"gemm_w4a16(Tensor a, {_B}, int[] segments, ScalarType dtype) -> Tensor",
+    _gemm_w4a16,
+    lambda a, b, b_sf, b_alpha, b_layout, segments, dtype: a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype),
+)
+_register(
+    f"gemm_w4a4(Tensor a, Tensor a_sf, Tensor a_alpha, str a_layout, {_B}, int[] segments, ScalarType dtype) -> Tensor",
+    _gemm_w4a4,
+    lambda a, a_sf, a_alpha, a_layout, b, b_sf, b_alpha, b_layout, segments, dtype: a.new_empty(
+        (a.shape[0], b.shape[0]), dtype=dtype
+    ),
+)
+for _schema, _impl, _fake in (
+    (
+        f"grouped_gemm_nvfp4({_A}, {_B}, Tensor offsets, int[] segments, ScalarType dtype) -> Tensor",
+        _grouped,
+        lambda a, a_sf, a_alpha, b, b_sf, b_alpha, b_layout, offsets, segments, dtype: a.new_empty(
+            (a.shape[0], b.shape[1]), dtype=dtype
+        ),
+    ),
+    (
+        "moe_nvfp4(Tensor x, Tensor? x_sf, Tensor? x_alpha, Tensor w13, Tensor w13_sf, Tensor w13_alpha, "
+        "str w13_layout, Tensor w2, Tensor w2_sf, Tensor w2_alpha, str w2_layout, Tensor topk_ids, "
+        "Tensor topk_weights, float limit) "
+        "-> Tensor",
+        _moe,
+        lambda x, x_sf, x_alpha, w13, *rest: x.new_empty(
+            (x.shape[0], rest[3].shape[1]), dtype=x.dtype if x_sf is None else torch.bfloat16
+        ),
+    ),
+    (
+        "route(Tensor logits, int topk, float scale, Tensor? bias, Tensor? token_ids, Tensor? table) "
+        "-> (Tensor, Tensor)",
+        lambda logits, topk, scale, bias, token_ids, table: reference.route(
+            logits, topk=topk, scale=scale, bias=bias, token_ids=token_ids, table=table
+        ),
+        _fake_route,
+    ),
+    ("permute(Tensor topk_ids, int experts) -> (Tensor, Tensor)", reference.permute, _fake_permute),
+    (
+        "combine(Tensor y, Tensor order, Tensor topk_ids, Tensor topk_weights, Tensor? shared) -> Tensor",
+        lambda y, order, ids, weights, shared: reference.combine(y, order, ids, weights, shared=shared),
+        lambda y, order, ids, weights, shared: y.new_empty(ids.shape[0], y.shape[1]),
+    ),
+    (
+        "hyper_connection_pre(Tensor h, Tensor fn, Tensor base, Tensor scale, Tensor? weight, float norm_eps, "
+        "float eps, int iterations) -> (Tensor, Tensor, Tensor)",
+        lambda h, fn, base, scale, weight, norm_eps, eps, iterations: tuple(
+            t.contiguous()
+            for t in reference.hyper_connection_pre(
+                h, fn, base, scale, weight, norm_eps=norm_eps, eps=eps, iterations=iterations
+            )
+        ),
+        _fake_pre,
+    ),
+    (
+        "hyper_connection_post(Tensor y, Tensor h, Tensor post, Tensor comb) -> Tensor",
+        reference.hyper_connection_post,
+        lambda y, h, post, comb: h.new_empty(h.shape),
+    ),
+    (
+        "hyper_connection_head(Tensor h, Tensor fn, Tensor base, Tensor scale, Tensor? weight, float norm_eps, "
+        "float eps) -> Tensor",
+        lambda h, fn, base, scale, weight, norm_eps, eps: reference.hyper_connection_head(
+            h, fn, base, scale, weight, norm_eps=norm_eps, eps=eps
+        ),
+        lambda h, *_: h.new_empty(h.shape[0], h.shape[2]),
+    ),
+    ("qnorm_rope(Tensor q, Tensor positions, Tensor table, float eps) -> Tensor", reference.qnorm_rope, _same),
+    (
+        "kv_norm_rope_insert(Tensor kv, Tensor weight, Tensor positions, Tensor table, float eps, "
+        f"{_CACHE}, Tensor slots) -> ()",
+        _kv_norm_rope_insert,
+        _nothing,
+    ),
+    (
+        "compress_kv(Tensor kv, Tensor gate, Tensor ape, Tensor weight, Tensor table, float eps, Tensor(b!) state, "
+        f"{_CACHE}, Tensor positions, Tensor sequence_ids, Tensor cu_seqlens, Tensor state_slots, Tensor slots, "
+        "int ratio, bool hadamard) -> ()",
+        _compress_kv,
+        _nothing,
+    ),
+    (
+        "index_query(Tensor q, Tensor positions, Tensor table, str format, bool hadamard) -> Tensor",
+        lambda q, positions, table, format, hadamard: reference.index_query(
+            q, positions, table, format=format, hadamard=hadamard
+        ),
+        _same,
+    ),
+    (
+        "index_logits(Tensor q, Tensor weights, Tensor data, str format, int page_size, int head_dim, "
+        "Tensor block_table, Tensor positions, Tensor sequence_ids, int ratio, float scale) -> Tensor",
+        _index_logits,
+        _fake_index_logits,
+    ),
+    (
+        "index_topk(Tensor logits, Tensor block_table, Tensor positions, Tensor sequence_ids, int ratio, int topk, "
+        "int page_size) -> Tensor",
+        lambda logits, block_table, positions, sequence_ids, ratio, topk, page_size: reference.index_topk(
+            logits,
+            block_table,
+            positions=positions,
+            sequence_ids=sequence_ids,
+            ratio=ratio,
+            topk=topk,
+            page_size=page_size,
+        ),
+        _fake_index_topk,
+    ),
+    (
+        "sparse_attention(Tensor q, Tensor[] data, str[] formats, int[] geometry, Tensor[] indices, Tensor sink, "
+        "float scale) -> Tensor",
+        _sparse_attention,
+        _same,
+    ),
+    ("rope_inverse(Tensor o, Tensor positions, Tensor table) -> Tensor", reference.rope_inverse, _same),
+    (
+        f"rope_inverse_quantize(Tensor o, Tensor positions, Tensor table, int groups, Tensor? alpha, {_SF}) "
+        "-> (Tensor, Tensor, Tensor)",
+        _rope_inverse_quantize,
+        _fake_rope_inverse_quantize,
+    ),
+    (
+        "sample(Tensor logits, Tensor temperature, Tensor top_p, Tensor uniform) -> Tensor",
+        reference.sample,
+        lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
+    ),
+):
+    _register(_schema, _without_kernel(_schema.partition("(")[0], _impl), _fake)

@@ -1,0 +1,452 @@
+"""The ops: `torch.library` operators with fakes, so that opcheck, torch.compile and CUDA graphs work.
+
+Each public function has the signature of its namesake in `fp4suite.reference` and unpacks containers; the operator
+behind it takes plain tensors (scale factors as uint8: opcheck cannot compare float8). Kernels are chosen by
+`dispatch.choose`: the reference on CPU tensors, a kernel of the registry or `UnsupportedError` on a GPU. No op reads a
+device value on the host unless the reference was asked for by an override.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import layouts
+from .formats import BLOCK, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, SfLayout
+from .operators import as_nvfp4, dtype_name
+from .problem import Rule
+from .reference.gemm import check_segments
+
+_ops: Any = torch.ops.fp4suite  # typed as Any: the operators are made at run time
+
+
+# --- quantise and dequantise -----------------------------------------------------------------------------------------
+
+
+def quantize_nvfp4(
+    x: Tensor,
+    *,
+    alpha: Tensor | None = None,
+    sf_layout: SfLayout = "linear",
+    rule: Rule = "absmax",
+    segments: Sequence[int] | None = None,
+) -> NVFP4Tensor:
+    """x [..., m, k] (bfloat16, float16 or float32) -> NVFP4, k a multiple of 16; see `reference.quantize_nvfp4`.
+
+    alpha: float32 global scale: [], [...], or one for each of `segments`, runs of rows m. None takes amax / 2688.
+    Raises ValueError for k or alpha of another shape, TypeError for another dtype.
+    """
+    dtype_name(x, "x")
+    if x.ndim < 2 or x.shape[-1] % BLOCK:
+        raise ValueError(f"x must be [..., m, k] with k a multiple of {BLOCK}, got {list(x.shape)}")
+    runs = list(segments or [])
+    if alpha is None:
+        alpha = _ops.nvfp4_alpha(x, runs)
+    _check_alpha(alpha, x)
+    if alpha.ndim == 0 and (x.ndim == 2 or sf_layout == "linear"):
+        data, sf = _ops.quantize_nvfp4(_rows(x), alpha, sf_layout, rule)
+    else:  # one launch for each alpha: weights, not activations
+        made = [_ops.quantize_nvfp4(part, own, "linear", rule) for part, own in _pieces(x, alpha, runs)]
+        data, sf = (torch.cat(parts) for parts in zip(*made, strict=True))
+        linear = _unflatten(data, sf, alpha, "linear", x.shape[:-1])
+        return linear.with_sf_layout(sf_layout)
+    return _unflatten(data, sf, alpha, sf_layout, x.shape[:-1])
+
+
+def dequant_nvfp4(
+    t: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16, *, segments: Sequence[int] | None = None
+) -> Tensor:
+    """NVFP4 [..., m, k] -> dtype (bfloat16, float16 or float32) [..., m, k]; segments as for `quantize_nvfp4`."""
+    dtype_name(dtype, "dtype")
+    if t.alpha.ndim == 0 and (t.data.ndim == 2 or t.sf_layout == "linear"):
+        rows = t.data.flatten(0, -2)
+        sf = t.sf.flatten(0, -2) if t.sf_layout == "linear" else t.sf
+        out = _ops.dequant_nvfp4(rows, sf.view(torch.uint8), t.alpha, t.sf_layout, dtype)
+    else:
+        data = _pieces(t.data, t.alpha, list(segments or []))
+        scales = _pieces(t.with_sf_layout("linear").sf.view(torch.uint8), t.alpha, list(segments or []))
+        out = torch.cat(
+            [_ops.dequant_nvfp4(d, sf, own, "linear", dtype) for (d, own), (sf, _) in zip(data, scales, strict=True)]
+        )
+    return out.view(*t.shape)
+
+
+def rmsnorm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    alpha: Tensor | None = None,
+    sf_layout: SfLayout = "linear",
+    rule: Rule = "absmax",
+) -> NVFP4Tensor:
+    """RMSNorm of rows x [..., k] with weight [k] in FP32, then NVFP4; see `reference.rmsnorm_quantize`.
+
+    alpha: float32 []; None takes it from the normed rows, which costs another pass over x.
+    """
+    dtype_name(x, "x")
+    if x.ndim < 2 or x.shape[-1] % BLOCK or list(weight.shape) != [x.shape[-1]]:
+        raise ValueError(
+            f"x must be [..., m, k] with k a multiple of {BLOCK} and weight [k], "
+            f"got {list(x.shape)} and {list(weight.shape)}"
+        )
+    if alpha is None:
+        alpha = _ops.rmsnorm_alpha(x, weight, eps)
+    _check_alpha(alpha, x, scalar=True)
+    data, sf = _ops.rmsnorm_quantize(_rows(x), weight, eps, alpha, sf_layout, rule)
+    return _unflatten(data, sf, alpha, sf_layout, x.shape[:-1])
+
+
+def swiglu_quantize(
+    x: Tensor,
+    *,
+    limit: float = 10.0,
+    alpha: Tensor | None = None,
+    sf_layout: SfLayout = "linear",
+    rule: Rule = "absmax",
+) -> NVFP4Tensor:
+    """silu(min(g, limit)) * clamp(u, -limit, limit) of x [..., 2 k] (gate columns first) in FP32, then NVFP4 [..., k].
+
+    alpha: float32 []; None takes it from the activations, which costs another pass over x.
+    """
+    dtype_name(x, "x")
+    if x.ndim < 2 or x.shape[-1] % (2 * BLOCK):
+        raise ValueError(f"x must be [..., m, 2 k] with k a multiple of {BLOCK}, got {list(x.shape)}")
+    if not limit > 0:
+        raise ValueError(f"limit must be positive, got {limit}")
+    if alpha is None:
+        alpha = _ops.swiglu_alpha(x, limit)
+    _check_alpha(alpha, x, scalar=True)
+    data, sf = _ops.swiglu_quantize(_rows(x), limit, alpha, sf_layout, rule)
+    return _unflatten(data, sf, alpha, sf_layout, x.shape[:-1])
+
+
+# --- GEMMs and experts -----------------------------------------------------------------------------------------------
+
+
+def gemm_nvfp4(
+    a: Tensor | NVFP4Tensor,
+    b: NVFP4Tensor,
+    *,
+    segments: Sequence[int] | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """a [..., k] @ b [n, k].T -> [..., n] in out_dtype (bfloat16 or float32).
+
+    a: a float tensor (W4A16; bfloat16 on a GPU) or an NVFP4Tensor [m, k] with one alpha (W4A4). b.alpha is one number,
+    or one for each of `segments`, runs of output columns that sum to n. Sums in FP32, alpha in FP32, rounded once.
+    """
+    if b.data.ndim != 2:
+        raise ValueError(f"b must be one [n, k] matrix, got {list(b.shape)}; stacked experts go to grouped_gemm_nvfp4")
+    n, k = b.shape
+    if a.shape[-1] != k:
+        raise ValueError(f"a [..., k] and b [n, k] must agree in k, got {list(a.shape)} and {list(b.shape)}")
+    check_segments(b.alpha, n, segments)
+    if a.device != b.device:
+        raise ValueError(f"a and b must share a device, got {a.device} and {b.device}")
+    runs = list(segments) if segments is not None and len(segments) > 1 else []
+    b_sf, b_alpha = b.sf.view(torch.uint8), b.alpha.reshape(-1) if runs else b.alpha.reshape(())
+    if isinstance(a, NVFP4Tensor):
+        if a.data.ndim != 2 or a.alpha.ndim:
+            raise ValueError(f"an NVFP4 a must be [m, k] with alpha [], got {list(a.shape)} with {list(a.alpha.shape)}")
+        a_sf, a_alpha, a_layout = a.sf.view(torch.uint8), a.alpha, a.sf_layout
+        return _ops.gemm_w4a4(a.data, a_sf, a_alpha, a_layout, b.data, b_sf, b_alpha, b.sf_layout, runs, out_dtype)
+    dtype_name(a, "a")
+    return _ops.gemm_w4a16(a, b.data, b_sf, b_alpha, b.sf_layout, runs, out_dtype)
+
+
+def grouped_gemm_nvfp4(
+    a: Tensor | NVFP4Tensor,
+    b: NVFP4Tensor,
+    offsets: Tensor,
+    *,
+    segments: Sequence[int] | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Rows offsets[e] .. offsets[e + 1] of a [slots, k] times expert e of b [experts, n, k] -> [slots, n].
+
+    offsets: int32 [experts + 1] on the device; rows from offsets[experts] on give zeros. b.alpha: [], [experts] or
+    [experts, segments].
+    """
+    if b.data.ndim != 3 or a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"a [slots, k] and b [experts, n, k] must agree in k, got {list(a.shape)} and {list(b.shape)}")
+    if offsets.dtype != torch.int32 or list(offsets.shape) != [b.shape[0] + 1]:
+        raise ValueError(f"offsets must be int32 [{b.shape[0] + 1}], got {offsets.dtype} {list(offsets.shape)}")
+    parts = _parts(a)
+    return _ops.grouped_gemm_nvfp4(*parts, *_weight(b), offsets, list(segments or []), out_dtype)
+
+
+def moe_nvfp4(
+    x: Tensor | NVFP4Tensor,
+    w13: NVFP4Tensor,
+    w2: NVFP4Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    limit: float = 10.0,
+) -> Tensor:
+    """Routed experts: x [tokens, hidden] -> [tokens, hidden], without the shared expert; see `reference.moe_nvfp4`.
+
+    w13: [experts, 2 I, hidden], gate rows first; w2: [experts, hidden, I]; topk_ids int32, topk_weights float32
+    [tokens, topk].
+    """
+    experts, wide, hidden = w13.shape
+    if list(w2.shape) != [experts, hidden, wide // 2] or x.shape[-1] != hidden:
+        raise ValueError(
+            f"w13 {list(w13.shape)} needs w2 [{experts}, {hidden}, {wide // 2}] and x [tokens, {hidden}], "
+            f"got {list(w2.shape)} and {list(x.shape)}"
+        )
+    if topk_ids.dtype != torch.int32 or topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_ids must be int32 [tokens, topk] and topk_weights of its shape, "
+            f"got {topk_ids.dtype} {list(topk_ids.shape)} and {list(topk_weights.shape)}"
+        )
+    return _ops.moe_nvfp4(*_parts(x), *_weight(w13), *_weight(w2), topk_ids, topk_weights, limit)
+
+
+def route(
+    logits: Tensor,
+    *,
+    topk: int,
+    scale: float,
+    bias: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Experts int32 and weights float32 [tokens, topk] from router logits [tokens, experts]; see `reference.route`."""
+    if (token_ids is None) != (table is None):
+        raise ValueError("token_ids and table go together: one was given without the other")
+    if table is not None and bias is not None:
+        raise ValueError("experts are chosen by bias or by table, not by both")
+    if table is not None and table.shape[1] != topk:
+        raise ValueError(f"table must be [vocab, {topk}], got {list(table.shape)}")
+    return _ops.route(logits, topk, scale, bias, token_ids, table)
+
+
+def permute(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Slots in expert order: order int32 [tokens * topk] and offsets int32 [experts + 1]; see `reference.permute`."""
+    return _ops.permute(topk_ids, experts)
+
+
+def combine(
+    y: Tensor, order: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, shared: Tensor | None = None
+) -> Tensor:
+    """Weighted sum of slots [tokens * topk, hidden] (order of `permute`), plus `shared` -> [tokens, hidden]."""
+    return _ops.combine(y, order, topk_ids, topk_weights, shared)
+
+
+# --- hyper-connections -----------------------------------------------------------------------------------------------
+
+
+def hyper_connection_pre(
+    h: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    *,
+    norm_eps: float,
+    eps: float,
+    iterations: int = 20,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A site's normed input y [tokens, d], post [tokens, n] and comb [tokens, n, n] of streams h [tokens, n, d]."""
+    return _ops.hyper_connection_pre(h, fn, base, scale, weight, norm_eps, eps, iterations)
+
+
+def hyper_connection_post(y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """Streams after a site [tokens, n, d]: post_k y + sum_j comb[j, k] h_j."""
+    return _ops.hyper_connection_post(y, h, post, comb)
+
+
+def hyper_connection_head(
+    h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor | None, *, norm_eps: float, eps: float
+) -> Tensor:
+    """The streams h [tokens, n, d] folded and normed for the language-model head: [tokens, d]."""
+    return _ops.hyper_connection_head(h, fn, base, scale, weight, norm_eps, eps)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def qnorm_rope(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tensor:
+    """Per-head RMSNorm without weight, then RoPE: q [tokens, heads, head_dim] -> the same shape and dtype."""
+    return _ops.qnorm_rope(q, positions, table, eps)
+
+
+def kv_norm_rope_insert(
+    kv: Tensor, weight: Tensor, positions: Tensor, table: Tensor, eps: float, cache: PagedCache, slots: Tensor
+) -> None:
+    """RMSNorm, RoPE and quantise rows kv [tokens, head_dim], then store row t at slots[t]; changes cache.data."""
+    _ops.kv_norm_rope_insert(kv, weight, positions, table, eps, cache.data, *_geometry(cache), slots)
+
+
+def compress_kv(
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    eps: float,
+    state: Tensor,
+    cache: PagedCache | IndexCache,
+    *,
+    positions: Tensor,
+    sequence_ids: Tensor,
+    cu_seqlens: Tensor,
+    state_slots: Tensor,
+    slots: Tensor,
+    ratio: int,
+    hadamard: bool = False,
+) -> None:
+    """Take in a step's rows and store the entries that they complete; changes state and cache.data.
+
+    See `reference.compress_kv` for the shapes.
+    """
+    _ops.compress_kv(
+        kv, gate, ape, weight, table, eps, state, cache.data, *_geometry(cache),
+        positions, sequence_ids, cu_seqlens, state_slots, slots, ratio, hadamard,
+    )  # fmt: skip
+
+
+def index_query(
+    q: Tensor, positions: Tensor, table: Tensor, *, format: IndexFormat = "bf16", hadamard: bool = False
+) -> Tensor:
+    """RoPE, optionally Hadamard, then an index format's rounding: q [tokens, heads, head_dim] -> the same."""
+    return _ops.index_query(q, positions, table, format, hadamard)
+
+
+def index_logits(
+    q: Tensor,
+    weights: Tensor,
+    cache: IndexCache,
+    block_table: Tensor,
+    *,
+    positions: Tensor,
+    sequence_ids: Tensor,
+    ratio: int,
+    scale: float,
+) -> Tensor:
+    """Float32 [tokens, pages * page_size] scores of the block table's entries, -inf where not visible."""
+    return _ops.index_logits(
+        q, weights, cache.data, cache.format, cache.page_size, cache.head_dim,
+        block_table, positions, sequence_ids, ratio, scale,
+    )  # fmt: skip
+
+
+def index_topk(
+    logits: Tensor,
+    block_table: Tensor,
+    *,
+    positions: Tensor,
+    sequence_ids: Tensor,
+    ratio: int,
+    topk: int,
+    page_size: int,
+) -> Tensor:
+    """Cache slots int32 [tokens, min(topk, entries)] of the highest visible scores, entries rising, -1 behind."""
+    return _ops.index_topk(logits, block_table, positions, sequence_ids, ratio, topk, page_size)
+
+
+def sparse_attention(
+    q: Tensor, caches: Sequence[PagedCache], indices: Sequence[Tensor], sink: Tensor, scale: float
+) -> Tensor:
+    """q [tokens, heads, head_dim] over gathered rows with K = V and a sink per head -> the same shape and dtype.
+
+    indices[i]: int32 [tokens, rows_i], slots of caches[i], -1 for no row. sink: float32 [heads].
+    """
+    if len(caches) != len(indices) or not caches:
+        raise ValueError(f"caches and indices go in pairs, got {len(caches)} and {len(indices)}")
+    return _ops.sparse_attention(
+        q,
+        [c.data for c in caches],
+        [c.format for c in caches],
+        [n for c in caches for n in (c.page_size, c.head_dim, c.rope_dim)],
+        list(indices),
+        sink,
+        scale,
+    )
+
+
+def rope_inverse(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+    """Undo the rotation that values carry at the query's position: o [tokens, heads, head_dim] -> the same."""
+    return _ops.rope_inverse(o, positions, table)
+
+
+def rope_inverse_quantize(
+    o: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    *,
+    groups: int,
+    alpha: Tensor | None = None,
+    sf_layout: SfLayout = "linear",
+    rule: Rule = "absmax",
+) -> NVFP4Tensor:
+    """`rope_inverse`, then NVFP4 by output group: [groups, tokens, heads / groups * head_dim] with one alpha."""
+    data, sf, own = _ops.rope_inverse_quantize(o, positions, table, groups, alpha, sf_layout, rule)
+    return NVFP4Tensor(data, sf.view(torch.float8_e4m3fn), own if alpha is None else alpha, sf_layout)
+
+
+def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    """Next tokens int64 [rows] from logits [rows, vocab]: greedy at temperature 0, else nucleus sampling."""
+    return _ops.sample(logits, temperature, top_p, uniform)
+
+
+# --- containers and tensors -------------------------------------------------------------------------------------------
+
+
+def _check_alpha(alpha: Tensor, x: Tensor, *, scalar: bool = False) -> None:
+    if alpha.dtype != torch.float32:
+        raise TypeError(f"alpha must be float32, got {alpha.dtype}")
+    if alpha.device != x.device:
+        raise ValueError(f"alpha must be on {x.device} beside x, got {alpha.device}")
+    if scalar and alpha.ndim:
+        raise ValueError(f"alpha must be one number [], got {list(alpha.shape)}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., m, k] -> [rows, k] with unit stride along k, which is what kernels read."""
+    x = x.flatten(0, -2)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pieces(x: Tensor, alpha: Tensor, segments: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """x [..., m, c] cut into the runs of rows that have one alpha: ([rows, c], alpha []), in row-major order."""
+    lead, runs = x.shape[:-2], segments or [x.shape[-2]]
+    want = (*lead, len(runs)) if segments else lead
+    if sum(runs) != x.shape[-2] or min(runs) < 0:
+        raise ValueError(f"segments {runs} must be runs of rows that sum to m={x.shape[-2]}")
+    if alpha.ndim and alpha.shape != want:
+        raise ValueError(f"alpha must be [] or {list(want)}, got {list(alpha.shape)}")
+    matrices = x.reshape(-1, *x.shape[-2:])
+    own = alpha.expand(want).reshape(len(matrices), len(runs))
+    return [(part, own[i, j]) for i in range(len(matrices)) for j, part in enumerate(matrices[i].split(runs))]
+
+
+def _unflatten(data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: SfLayout, lead: torch.Size) -> NVFP4Tensor:
+    """Rows [rows, k / 2] back to [..., m, k]; blocked scales are laid out again matrix by matrix."""
+    if len(lead) != 1 and sf_layout == "blocked_128x4":
+        sf = layouts.from_blocked_128x4(sf, data.shape[0], 2 * data.shape[1] // BLOCK)
+        return _unflatten(data, sf, alpha, "linear", lead).with_sf_layout(sf_layout)
+    if sf_layout == "linear":
+        sf = sf.view(*lead, -1)
+    return as_nvfp4(data.view(*lead, -1), sf, alpha, sf_layout)
+
+
+def _geometry(cache: PagedCache | IndexCache) -> tuple[str, int, int, int]:
+    """format, page_size, head_dim and rope_dim; rope_dim 0 says that it is an index cache."""
+    rope = cache.rope_dim if isinstance(cache, PagedCache) else 0
+    return cache.format, cache.page_size, cache.head_dim, rope
+
+
+def _parts(x: Tensor | NVFP4Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A float tensor, or the parts of an NVFP4 one with linear scales."""
+    if isinstance(x, NVFP4Tensor):
+        x = x.with_sf_layout("linear")
+        return x.data, x.sf.view(torch.uint8), x.alpha
+    return x, None, None
+
+
+def _weight(w: NVFP4Tensor) -> tuple[Tensor, Tensor, Tensor, str]:
+    return w.data, w.sf.view(torch.uint8), w.alpha, w.sf_layout

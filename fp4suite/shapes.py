@@ -1,0 +1,143 @@
+"""The layer shapes of a DeepSeek-V4 model, from the numbers of its config.json.
+
+    problems(config, "gemm_nvfp4", arch="sm_90a", m=(1, 16, 256))
+
+gives each problem that a forward pass of m tokens brings, once, with the layers that have it. Plain integers in, plain
+integers out: no model is built, and any mapping with the field names of the Hugging Face config.json will do.
+
+Tensor parallelism follows DeepSeek's own inference code: q_b, the indexer's q_b and o_a (by group) are split over their
+rows, o_b and the down projections over their columns; q_a, kv, the compressors and the weights projection are replicated.
+The shared expert is replicated too, so its gate|up and down are whole on every rank.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .problem import (
+    PROBLEMS,
+    DequantProblem,
+    GemmProblem,
+    Problem,
+    QuantizeProblem,
+    RmsnormQuantizeProblem,
+    SwigluQuantizeProblem,
+)
+
+OVERLAP_RATIO = 4  # the compress ratio whose entries pool two windows (CSA); its compressor has two lanes
+FIELDS = (
+    "hidden_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "q_lora_rank",
+    "o_lora_rank",
+    "o_groups",
+    "index_n_heads",
+    "index_head_dim",
+    "compress_ratios",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """One kind of linear layer: y[m, n] = x[m, k] @ w[n, k].T, `count` times in the model, n in `segments` with an own alpha."""
+
+    name: str
+    n: int
+    k: int
+    count: int
+    segments: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProblem:
+    """A problem, the layers that have it, and how often one forward pass meets it."""
+
+    problem: Problem
+    layers: tuple[str, ...]
+    count: int
+
+
+def linears(config: Mapping[str, Any], tp: int = 1) -> list[Linear]:
+    """The linear layers of one rank that a checkpoint may hold in NVFP4, the routed experts aside (they are grouped).
+
+    Raises ValueError for a config without the fields of a V4 model, and for a tp that does not divide it.
+    """
+    missing = [f for f in FIELDS if f not in config]
+    if missing:
+        raise ValueError(f"config has no {', '.join(missing)}: not the config.json of a DeepSeek-V4 model")
+    layers = config["num_hidden_layers"]
+    ratios = list(config["compress_ratios"])[:layers]
+    if len(ratios) < layers:
+        raise ValueError(f"compress_ratios has {len(ratios)} entries for {layers} layers")
+    d, rq, groups, ro = config["hidden_size"], config["q_lora_rank"], config["o_groups"], config["o_lora_rank"]
+    if tp < 1 or groups % tp:
+        raise ValueError(f"tp must divide o_groups = {groups}, got {tp}")
+    heads, head_dim = config["num_attention_heads"], config["head_dim"]
+    index_heads, index_dim = config["index_n_heads"], config["index_head_dim"]
+    inter = config["moe_intermediate_size"]
+    csa = ratios.count(OVERLAP_RATIO)
+    hca = sum(r > 0 for r in ratios) - csa
+    found = [
+        Linear(name="q_a", n=rq, k=d, count=layers),
+        Linear(name="kv", n=head_dim, k=d, count=layers),
+        Linear(name="q_b", n=heads * head_dim // tp, k=rq, count=layers),
+        Linear(name="o_a", n=ro, k=heads // groups * head_dim, count=layers * (groups // tp)),
+        Linear(name="o_b", n=d, k=groups * ro // tp, count=layers),
+        Linear(name="csa_compressor", n=2 * head_dim, k=d, count=2 * csa),
+        Linear(name="hca_compressor", n=head_dim, k=d, count=2 * hca),
+        Linear(name="indexer_q_b", n=index_heads * index_dim // tp, k=rq, count=csa),
+        Linear(name="indexer_compressor", n=2 * index_dim, k=d, count=2 * csa),
+        Linear(name="indexer_weights", n=index_heads, k=d, count=csa),
+        Linear(name="shared_gate_up", n=2 * inter, k=d, count=layers, segments=2),
+        Linear(name="shared_down", n=d, k=inter, count=layers),
+    ]
+    return [x for x in found if x.count]
+
+
+def problems(config: Mapping[str, Any], op: str, *, arch: str, m: Sequence[int], tp: int = 1) -> list[LayerProblem]:
+    """The problems of one op at each m (rows; `dequant_nvfp4` has the rows of the weight instead), equal ones joined.
+
+    sm_90a runs W4A16 and takes linear scales, sm_100a runs W4A4 on `blocked_128x4`.
+    """
+    if op not in PROBLEMS:
+        raise ValueError(f"op must be one of {', '.join(PROBLEMS)}, got {op!r}")
+    if any(x < 1 for x in m):
+        raise ValueError(f"m must be positive, got {list(m)}")
+    joined: dict[Problem, tuple[list[str], int]] = {}
+    for name, count, problem in _walk(config, op, arch, m, tp):
+        names, before = joined.get(problem, ([], 0))
+        joined[problem] = (names if name in names else [*names, name], before + count)
+    return [LayerProblem(problem=p, layers=tuple(names), count=count) for p, (names, count) in joined.items()]
+
+
+def _walk(
+    config: Mapping[str, Any], op: str, arch: str, m: Sequence[int], tp: int
+) -> Iterator[tuple[str, int, Problem]]:
+    layers = linears(config, tp)
+    depth, d, rq = config["num_hidden_layers"], config["hidden_size"], config["q_lora_rank"]
+    act: Literal["bf16", "nvfp4"] = "nvfp4" if arch == "sm_100a" else "bf16"
+    sf_layout: Literal["linear", "blocked_128x4"] = "blocked_128x4" if arch == "sm_100a" else "linear"
+    if op == DequantProblem.op:
+        for x in layers:
+            yield x.name, x.count, DequantProblem(m=x.n, k=x.k, sf_layout=sf_layout)
+        return
+    for rows in m:
+        if op == GemmProblem.op:
+            for x in layers:
+                yield x.name, x.count, GemmProblem(m=rows, n=x.n, k=x.k, act=act, segments=x.segments)
+        elif op == QuantizeProblem.op:
+            # what no norm and no SwiGLU hands over already quantised: the attention output (all groups) and o_a's
+            heads, head_dim = config["num_attention_heads"], config["head_dim"]
+            yield "attention_output", depth, QuantizeProblem(m=rows, k=heads * head_dim // tp, sf_layout=sf_layout)
+            low_rank = config["o_groups"] * config["o_lora_rank"] // tp
+            yield "o_a_output", depth, QuantizeProblem(m=rows, k=low_rank, sf_layout=sf_layout)
+        elif op == RmsnormQuantizeProblem.op:
+            yield "attn_norm", depth, RmsnormQuantizeProblem(m=rows, k=d, sf_layout=sf_layout)
+            yield "ffn_norm", depth, RmsnormQuantizeProblem(m=rows, k=d, sf_layout=sf_layout)
+            yield "q_norm", depth, RmsnormQuantizeProblem(m=rows, k=rq, sf_layout=sf_layout)
+        elif op == SwigluQuantizeProblem.op:
+            inter = config["moe_intermediate_size"]
+            yield "shared_expert", depth, SwigluQuantizeProblem(m=rows, k=inter, sf_layout=sf_layout)

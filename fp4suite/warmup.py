@@ -1,0 +1,26 @@
+"""Compiling ahead of serving: whatever `dispatch` would choose for the problems to come is compiled and run once."""
+
+from collections.abc import Iterable
+
+import torch
+
+from . import dispatch, testing
+from .problem import Problem
+
+
+def warmup(problems: Iterable[Problem], device: torch.device | str | None = None) -> list[dispatch.Choice]:
+    """Compile and launch once what each problem would run, on random operands of its size; the choices, in order.
+
+    device: the current CUDA device, or the CPU where there is none (where nothing is compiled). Afterwards the ops are
+    safe to capture in a CUDA graph for these problems. Raises UnsupportedError for a problem that no kernel supports.
+    """
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    choices = []
+    for problem in problems:
+        choice = dispatch.choose(problem.op, problem, device)
+        choices.append(choice)
+        if not choice.is_reference:
+            testing.case(problem, device).launch(choice.module, choice.config)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return choices

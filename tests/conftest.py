@@ -1,0 +1,37 @@
+"""Where tests run: on the GPU if there is one, else Triton in its interpreter and CuTe DSL compiled only."""
+
+import os
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any is imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _shipped_tables_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on the tester's environment."""
+    monkeypatch.delenv("FP4SUITE_TABLE", raising=False)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test marked gpu that was selected without a GPU fails, saying so: it is never skipped in silence."""
+    if GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.usefixtures("_needs_gpu"))
+
+
+@pytest.fixture
+def _needs_gpu() -> None:
+    pytest.fail('this test needs a GPU; deselect it with -m "not gpu"')
