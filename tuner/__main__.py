@@ -1,0 +1,215 @@
+"""`python -m tuner tune | bench | report | check`. Each has --help and --json, and exits with 1 on failure."""
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fp4suite import arch as archs
+from fp4suite.errors import TableError, UnsupportedError
+from fp4suite.problem import PROBLEMS
+
+from . import provenance
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        code, document = args.command(args, argv)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, TableError, UnsupportedError) as e:
+        document, code = {"error": str(e)}, 1
+        print(f"{_parser().prog} {args.name}: {e}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(document), flush=True)
+    return int(code)
+
+
+def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any]]:
+    from tabulate import tabulate
+
+    from . import tune
+
+    began = time.monotonic()
+    devices = args.devices.split(",") if args.devices else []
+    if devices:
+        rest = [a for i, a in enumerate(argv[1:], 1) if not (a.startswith("--devices") or argv[i - 1] == "--devices")]
+        code = tune.run_on_devices([d if ":" in d else f"cuda:{d}" for d in devices], [a for a in rest if a != "--json"])
+        if code:
+            return code, {"error": "a worker failed, see above"}
+        args.device = devices[0] if ":" in devices[0] else f"cuda:{devices[0]}"
+    chosen = tune.targets(args.arch, args.device)
+    measured = any(t.cuda for t in chosen)
+    budget = tune.BUDGETS[args.budget or ("normal" if measured else "small")]
+    if args.trials is not None:
+        budget = tune.replace_trials(budget, args.trials)
+    results = provenance.results_dir()
+    options = tune.Options(
+        configs=tune.load_configs(args.layers_of or (["pro", "flash"] if not measured else ["pro"])),
+        ops=tune.check_ops(args.op),
+        m=tuple(args.m) if args.m else budget.m,
+        tp=args.tp,
+        budget=budget,
+        jobs=args.jobs or _cores(),
+        seed=args.seed,
+        deadline=time.monotonic() + (args.seconds if args.seconds is not None else math.inf),
+        storage=(args.storage or results / "studies" / "journal.log") if measured else None,
+        out=args.out or results / "tables",
+        quiet=args.quiet,
+    )
+    report = tune.run(chosen, options)
+    columns = ("device", "op", "problem", "kernel", "default_us", "best_us", "gain", "trials", "rejected")
+    rows = [[_cell(row[c]) for c in columns] for row in report.rows]
+    if rows:
+        print(tabulate(rows, headers=[*columns[:-1], "rejected (why)"], disable_numparse=True))
+    if not measured:
+        print("No GPU here: times are predicted by a cost model, and the tables say so (measured: false).")
+    for line in report.unsupported:
+        print(f"no kernel: {line}")
+    if report.left:
+        print(f"{report.left} problems were not reached in the time given; the same command goes on with them")
+    for line in report.failed:
+        print(f"failed: {line}", file=sys.stderr)
+    document = {
+        "tables": [str(p) for p in report.tables],
+        "measured": measured,
+        "problems": len(report.rows),
+        "left": report.left,
+        "unsupported": report.unsupported,
+        "failed": report.failed,
+        "seconds": round(time.monotonic() - began, 1),
+        "rows": report.rows,
+    }
+    if not report.rows and not report.failed:
+        raise ValueError("nothing was tuned: no problem has a kernel, or the time was too short for any")
+    return (1 if report.failed else 0), document
+
+
+def _bench(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any]]:
+    from . import bench, tune
+
+    chosen = tune.targets(args.arch, args.device)
+    ops = tune.check_ops(None if args.op == ["all"] else args.op)
+    configs = tune.load_configs(args.layers_of or ["pro"])
+    out = args.out or provenance.results_dir() / "bench"
+    paths, rows = bench.run(chosen, configs, ops, args.m, args.tp, out, rounds=args.rounds, seed=args.seed, quiet=args.quiet)
+    print(bench.render(rows))
+    return 0, {"files": [str(p) for p in paths], "rows": rows}
+
+
+def _report(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any]]:
+    from . import report
+
+    results = args.results or provenance.results_dir()
+    text, plots = report.write(results / "bench", results / "plots")
+    print(text)
+    return 0, {"plots": [str(p) for p in plots]}
+
+
+def _check(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any]]:
+    from . import check
+
+    where = args.tables or provenance.results_dir() / "tables"
+    found = check.run(where, device=args.device, stale_is_wrong=not args.allow_stale)
+    for line in found.problems:
+        print(f"wrong: {line}", file=sys.stderr)
+    for line in found.notes:
+        print(line)
+    print(f"{found.tables} tables, {found.entries} entries, {found.ran} run on the GPU, {len(found.problems)} wrong")
+    return (1 if found.problems else 0), found.document()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tuner", description="Tune and benchmark fp4suite's kernels.")
+    commands = parser.add_subparsers(dest="name", required=True)
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function)
+        sub.add_argument("--json", action="store_true", help="print one JSON document as the last line")
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        sub.add_argument("--verbose", action="store_true", help="say why each candidate was rejected")
+        return sub
+
+    def where(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--layers-of",
+            nargs="+",
+            metavar="MODEL",
+            help="pro, flash, demo, tiny, a config.json, or a checkpoint's folder",
+        )
+        sub.add_argument("--m", type=_ints, metavar="1,16,...", help="numbers of tokens")
+        sub.add_argument("--tp", type=int, default=1, help="tensor parallel ranks (default 1)")
+        sub.add_argument("--arch", choices=archs.GPU_ARCHS, help="one architecture; predicted unless its GPU is here")
+        sub.add_argument("--device", metavar="cuda:N", help="the GPU to measure on (default cuda:0 if there is one)")
+        sub.add_argument("--seed", type=int, default=0)
+
+    tune = command("tune", _tune, "Search the kernels' configs for a model's layer shapes and write tuned tables.")
+    where(tune)
+    tune.add_argument("--op", action="append", metavar="NAME", help=f"one of {', '.join(PROBLEMS)}; may be repeated")
+    tune.add_argument("--budget", choices=("small", "normal", "large"), help="default: normal on a GPU, small without")
+    tune.add_argument("--trials", type=_positive, help="candidates a problem, instead of the budget's")
+    tune.add_argument("--seconds", type=float, help="stop after this long; the same command goes on later")
+    tune.add_argument("--jobs", type=_positive, help="compiling processes without a GPU (default: the cores)")
+    tune.add_argument("--devices", metavar="0,1,...", help="several GPUs of this host, one worker each")
+    tune.add_argument("--storage", help="where trials are kept: a journal file, an RDB URL or grpc://host:port")
+    tune.add_argument("--out", type=Path, help="folder for tables, or one .json (default results/tables)")
+
+    bench = command("bench", _bench, "Time the kernels on a model's layer shapes and write rows of results.")
+    where(bench)
+    bench.add_argument("--op", action="append", metavar="NAME", help="an op, or all (default)")
+    bench.add_argument("--rounds", type=_positive, default=30, help="timings a row (default 30)")
+    bench.add_argument("--out", type=Path, help="folder for rows (default results/bench)")
+
+    report = command("report", _report, "Tables and plots from the rows of earlier benchmarks.")
+    report.add_argument("--results", type=Path, help="folder with bench/ (default results)")
+
+    check = command("check", _check, "Validate tuned tables; on their GPU, run every entry against the reference.")
+    check.add_argument("--tables", type=Path, help="a table, or a folder of them (default results/tables)")
+    check.add_argument("--device", metavar="cuda:N", help="default cuda:0 if there is one")
+    check.add_argument("--allow-stale", action="store_true", help="do not mind entries of older kernel sources")
+    return parser
+
+
+def _ints(text: str) -> list[int]:
+    try:
+        found = [int(x) for x in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted integers separated by commas, got {text!r}") from None
+    if any(x < 1 for x in found):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text!r}")
+    return sorted(set(found))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cell(value: Any) -> str:
+    """A value as the tables on screen show it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items()) or "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1 else f"{value:.1f}"
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

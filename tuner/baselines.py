@@ -1,0 +1,64 @@
+"""What a kernel is compared with in the same run: cuBLAS in BF16 for a GEMM, plain PyTorch for everything else."""
+
+from collections.abc import Callable
+
+import torch
+
+from fp4suite import reference
+from fp4suite.formats import NVFP4Tensor
+from fp4suite.problem import (
+    DequantProblem,
+    GemmProblem,
+    Problem,
+    QuantizeProblem,
+    RmsnormQuantizeProblem,
+    SwigluQuantizeProblem,
+)
+from fp4suite.testing import Case
+
+
+def name(problem: Problem) -> str:
+    """cublas_bf16: weights and activations already in BF16. torch_eager: fp4suite.reference on the GPU, uncompiled."""
+    return "cublas_bf16" if isinstance(problem, GemmProblem) else "torch_eager"
+
+
+def function(problem: Problem) -> Callable[[Case], object]:
+    """The baseline as a function of a case. What it needs is prepared the first time it sees a case, outside any graph."""
+    prepared: dict[int, Callable[[], object]] = {}
+
+    def run(case: Case) -> object:
+        if id(case) not in prepared:
+            prepared[id(case)] = _gemm(case) if isinstance(problem, GemmProblem) else _eager(case)
+        return prepared[id(case)]()
+
+    return run
+
+
+def _gemm(case: Case) -> Callable[[], object]:
+    a, b, _ = case.operands
+    a16 = _bf16(a) if isinstance(a, NVFP4Tensor) else a
+    b16 = _bf16(b)
+    out = torch.empty(a16.shape[0], b16.shape[0], dtype=torch.bfloat16, device=b16.device)
+    return lambda: torch.matmul(a16, b16.T, out=out)
+
+
+def _bf16(t: NVFP4Tensor) -> torch.Tensor:
+    """Codes times scales; alpha takes no part in the speed."""
+    one = NVFP4Tensor(t.data, t.sf, torch.ones((), device=t.device), t.sf_layout)
+    return reference.dequant_nvfp4(one, torch.bfloat16)
+
+
+def _eager(case: Case) -> Callable[[], object]:
+    p, x = case.problem, case.operands
+    if isinstance(p, DequantProblem):
+        dtype = case.out.dtype
+        return lambda: reference.dequant_nvfp4(x[0], dtype)
+    if isinstance(p, QuantizeProblem):
+        return lambda: reference.quantize_nvfp4(x[0], alpha=x[1], sf_layout=p.sf_layout, rule=p.rule)
+    if isinstance(p, RmsnormQuantizeProblem):
+        return lambda: reference.rmsnorm_quantize(
+            x[0], x[1], x[2], alpha=x[3], sf_layout=p.sf_layout, rule=p.rule
+        )
+    if isinstance(p, SwigluQuantizeProblem):
+        return lambda: reference.swiglu_quantize(x[0], limit=x[1], alpha=x[2], sf_layout=p.sf_layout, rule=p.rule)
+    raise TypeError(f"no baseline for {type(p).__name__}")

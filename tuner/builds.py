@@ -1,0 +1,134 @@
+"""Compiling candidates for an architecture that need not be here, in parallel and only once.
+
+What is kept of a build is its resource use, or why there is none, filed under everything it depends on: the kernel's
+source, config, problem, architecture and compiler versions. Rejections are words of `rejection.py`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fp4suite import built, env, registry
+from fp4suite import problem as problems
+from fp4suite.built import Resources
+from fp4suite.problem import Problem
+
+from . import provenance, worker
+from .rejection import Rejected
+
+TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """A kernel with a config, compiled for `arch` as `problem` needs it."""
+
+    kernel: str
+    problem: Problem
+    config: Any
+    arch: str
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the result depends on.
+
+        A kernel module may say what of a problem its build depends on, `build_key(problem, config)`, when one binary serves
+        many problems; without it every problem is compiled anew.
+        """
+        module = registry.load(self.kernel)
+        what = getattr(module, "build_key", lambda problem, config: problem.dims())(self.problem, self.config)
+        parts = {
+            "kernel": self.kernel,
+            "source": registry.source_hash(self.kernel),
+            "problem": repr(what),
+            "config": dataclasses.asdict(self.config),
+            "arch": self.arch,
+            "versions": provenance.compilers(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def compile_all(builds: Iterable[Build], jobs: int, timeout: float = TIMEOUT_S) -> Iterator[tuple[Build, Resources | Rejected]]:
+    """The resource use of each build, or why it has none; cached ones first, builds of one key together.
+
+    jobs: child processes; 0 compiles here, for tests of modules that no child can import.
+    """
+    todo: dict[str, list[Build]] = {}
+    for b in builds:
+        todo.setdefault(b.key, []).append(b)
+    for key in list(todo):
+        found = load(key)
+        if found is not None:
+            yield from ((b, found) for b in todo.pop(key))
+    keys = list(todo)
+    firsts = [todo[key][0] for key in keys]
+    for index, outcome in _outcomes(firsts, jobs, timeout):
+        result = _judge(outcome)
+        store(keys[index], result)
+        yield from ((b, result) for b in todo[keys[index]])
+
+
+def _outcomes(builds: list[Build], jobs: int, timeout: float) -> Iterator[tuple[int, Any]]:
+    calls = [(compile_one, (b.kernel, b.problem.op, b.problem.dims(), dataclasses.asdict(b.config), b.arch)) for b in builds]
+    if jobs:
+        # the interpreter of Triton, should someone have it on, has nothing to compile
+        yield from worker.run_all(calls, min(jobs, len(calls)), timeout, {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"})
+        return
+    for index, (function, args) in enumerate(calls):
+        try:
+            yield index, function(*args)
+        except Exception as e:  # as a child would hand it over; `_judge` makes a rejection of it
+            yield index, worker.RemoteError(type(e).__name__, str(e))
+
+
+def compile_one(kernel: str, op: str, dims: dict[str, int | str], knobs: dict[str, Any], arch: str) -> dict[str, int]:
+    """Runs in a child: build, and read the resource use."""
+    module = registry.load(kernel)
+    done = module.build(problems.from_dims(op, dims), registry.make_config(module, knobs), arch)
+    return dataclasses.asdict(built.resources(done))
+
+
+def _judge(outcome: Any) -> Resources | Rejected:
+    if isinstance(outcome, worker.WorkerDied):
+        return Rejected(outcome.reason, f"compiling: {outcome}")
+    if isinstance(outcome, worker.RemoteError):
+        return Rejected("compile", f"{outcome.kind}: {_first_line(str(outcome))}")
+    return Resources(**outcome)
+
+
+def _first_line(text: str) -> str:
+    """The first line that says something, at most 300 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines[0] if lines else "no message")[:300]
+
+
+def load(key: str) -> Resources | Rejected | None:
+    """A kept result, or None. A file that does not parse counts as none (it is replaced)."""
+    try:
+        kept = json.loads(_path(key).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return Rejected(**kept["rejected"]) if "rejected" in kept else Resources(**kept["resources"])
+
+
+def store(key: str, result: Resources | Rejected) -> None:
+    """Keep a result. What may end differently the next time (a crash, a time-out) is not kept."""
+    if isinstance(result, Rejected) and result.reason != "compile":
+        return
+    kind = "rejected" if isinstance(result, Rejected) else "resources"
+    path = _path(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, aside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(fd, "w") as f:
+        json.dump({kind: dataclasses.asdict(result)}, f)
+    os.replace(aside, path)
+
+
+def _path(key: str) -> Path:
+    return env.cache_dir() / "builds" / key[:2] / f"{key}.json"

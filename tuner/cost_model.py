@@ -1,0 +1,213 @@
+"""How long a config would take on hardware that is not here: a roofline with waves, occupancy and loads in flight.
+
+    us = launch + norm(dram, waves * (latency + norm(load, mma, alu)))
+
+dram: all unique bytes at the bandwidth of device memory. Per wave of CTAs: load, what one CTA reads through L2 at the
+rate that its own loads in flight sustain (Little's law) or its share of L2's; mma, on the padded tile; alu, for decoding
+and quantising. The norm is a sharp one (p = 6) in place of a maximum: overlap is never perfect, and a plateau of equals
+would leave the choice to chance.
+
+It ranks, it does not predict: whoever shows its figures marks them as predicted. `MACHINES` says where its constants are
+from; those marked "estimate" have no better source than reasoning.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fp4suite.built import Resources
+from fp4suite.problem import (
+    ELEMENT_BYTES,
+    DequantProblem,
+    GemmProblem,
+    Problem,
+    QuantizeProblem,
+    RmsnormQuantizeProblem,
+    SwigluQuantizeProblem,
+)
+
+SHARPNESS = 6.0
+NVFP4_BYTES = 9 / 16  # an element with its share of the block scale
+BYTES_IN_FLIGHT_A_THREAD = 64  # four 16-byte loads, what a Triton kernel of this kind has outstanding; estimate
+INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the steps of the algorithms
+    DequantProblem.op: 4,
+    QuantizeProblem.op: 12,
+    RmsnormQuantizeProblem.op: 16,
+    SwigluQuantizeProblem.op: 30,
+}
+MSE_INSTRUCTIONS = 60  # more, for the rule that tries several scales
+DECODE_INSTRUCTIONS = 1.5  # NVFP4 -> BF16 by bit arithmetic, four elements a word; estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """dram, l2: GB/s. mma_tflops: dense, by activation format. latency_us: of a load from device memory, under load."""
+
+    sms: int
+    clock_ghz: float
+    dram: float
+    l2: float
+    mma_tflops: dict[str, float]
+    launch_us: float
+    latency_us: float
+    registers: int = 65_536  # per SM, here and below: CUDA programming guide, compute capabilities
+    threads: int = 2_048
+    shared_bytes: int = 233_472  # 228 KiB, of which each CTA takes 1 KiB for the system
+    ctas: int = 32
+
+    @property
+    def alu_per_us(self) -> float:
+        """Instructions a microsecond of one SM: 128 lanes."""
+        return 128 * self.clock_ghz * 1e3
+
+
+MACHINES = {
+    # dram, launch, latency: a plain read kernel in a CUDA graph on an H100 80GB HBM3: 2.88 TB/s at 1 GiB, 7.6 us at
+    # 16 MiB, 0.98 us empty. mma: cuBLAS BF16 there. l2: public micro-benchmarks of H100
+    "sm_90a": Machine(
+        sms=132,
+        clock_ghz=1.755,
+        dram=2880,
+        l2=5500,
+        mma_tflops={"bf16": 800, "nvfp4": 800},
+        launch_us=0.98,
+        latency_us=0.8,
+    ),
+    # dram: published NVFP4 quantiser on B200 (6.7 of 8 TB/s). mma: published cuBLAS NVFP4, 8192 cubed. l2: H100's, by
+    # SMs and clock. launch and latency: H100's. Estimates all, until one is measured
+    "sm_100a": Machine(
+        sms=148,
+        clock_ghz=1.85,
+        dram=6700,
+        l2=6500,
+        mma_tflops={"bf16": 2000, "nvfp4": 5400},
+        launch_us=0.98,
+        latency_us=0.8,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One launch. Per CTA: threads, loaded and stored bytes, bytes of loads in flight, MMA flops (padded), ALU instructions.
+
+    act: format of the MMA's activations. ramps: how often a CTA waits a full latency with nothing in flight.
+    """
+
+    ctas: int
+    threads: int
+    cta_bytes: float
+    in_flight: float
+    cta_flops: float = 0.0
+    cta_instructions: float = 0.0
+    act: str = "bf16"
+    ramps: int = 1
+
+
+def predict_us(problem: Problem, config: Any, arch: str, resources: Resources | None = None) -> float:
+    """Microseconds of one launch with a cold L2. Without `resources`, occupancy is taken from the config alone.
+
+    Raises ValueError for an architecture or an op that it has no model of.
+    """
+    if arch not in MACHINES:
+        raise ValueError(f"arch must be one of {', '.join(MACHINES)}, got {arch!r}")
+    machine = MACHINES[arch]
+    w = work(problem, config, arch, resources)
+    resident = min(occupancy(w.threads, resources, machine), math.ceil(w.ctas / machine.sms))
+    active = min(w.ctas, resident * machine.sms)
+    rate = min(w.in_flight / machine.latency_us, machine.l2 * 1e3 / active)  # bytes a microsecond, of one CTA
+    load = w.cta_bytes / rate
+    mma = w.cta_flops * resident * machine.sms / (machine.mma_tflops[w.act] * 1e6)
+    alu = w.cta_instructions * resident / machine.alu_per_us
+    wave = w.ramps * machine.latency_us + _norm(load, mma, alu)
+    waves = math.ceil(w.ctas / (resident * machine.sms))
+    return machine.launch_us + _norm(problem.bytes / (machine.dram * 1e3) + machine.latency_us, waves * wave)
+
+
+def roof_us(problem: Problem, arch: str, act: str = "bf16") -> float:
+    """The time that no kernel can beat: unique bytes at full bandwidth, or flops at full rate, whichever is longer."""
+    machine = MACHINES[arch]
+    flops = problem.flops / (machine.mma_tflops[act] * 1e6) if isinstance(problem, GemmProblem) else 0.0
+    return max(problem.bytes / (machine.dram * 1e3), flops)
+
+
+def occupancy(threads: int, resources: Resources | None, machine: Machine) -> int:
+    """CTAs that fit on one SM together."""
+    registers, shared = (resources.registers, resources.shared_bytes) if resources else (64, 0)
+    by_registers = machine.registers // (max(8, -(-registers // 8) * 8) * threads)  # in units of 8 a thread
+    by_shared = machine.shared_bytes // (shared + 1024)
+    return max(1, min(by_registers, by_shared, machine.threads // threads, machine.ctas))
+
+
+def work(problem: Problem, config: Any, arch: str, resources: Resources | None = None) -> Work:
+    """What a launch of a config does, read from the names of its knobs. Raises ValueError for an op without a model."""
+    for kind, model in _MODELS.items():
+        if isinstance(problem, kind):
+            return model(problem, config, arch, resources)
+    raise ValueError(f"no cost model of {problem.op}")
+
+
+def _rows(problem: Any, config: Any, arch: str, resources: Resources | None) -> Work:
+    """A memory-bound kernel: one program a [block_m, block_k] tile of the output; without block_k, whole rows."""
+    block_m = getattr(config, "block_m", 1)
+    block_k = min(getattr(config, "block_k", None) or problem.k, problem.k)
+    ctas = math.ceil(problem.m / block_m) * math.ceil(problem.k / block_k)
+    threads = 32 * config.num_warps
+    elements = block_m * block_k
+    cta_bytes = elements * problem.bytes / (problem.m * problem.k)
+    instructions = INSTRUCTIONS[problem.op] + (MSE_INSTRUCTIONS if getattr(problem, "rule", "") == "mse" else 0)
+    return Work(
+        ctas=ctas,
+        threads=threads,
+        cta_bytes=cta_bytes,
+        in_flight=min(cta_bytes, threads * BYTES_IN_FLIGHT_A_THREAD),
+        cta_instructions=elements * instructions,
+    )
+
+
+def _gemm(problem: GemmProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """Tiles of the output, all of k (or a split of it) a CTA, operands through a ring of stages."""
+    p = problem
+    tile_m, tile_n = getattr(config, "tile_m", 128), config.tile_n
+    tile_k, split = getattr(config, "tile_k", 256), getattr(config, "split_k", 1)
+    cluster_m, cluster_n = getattr(config, "cluster_m", 1), getattr(config, "cluster_n", 1)
+    tiles_m, tiles_n = math.ceil(p.m / tile_m), math.ceil(p.n / tile_n)
+    ctas = math.ceil(tiles_m / cluster_m) * cluster_m * math.ceil(tiles_n / cluster_n) * cluster_n * split
+    k = math.ceil(p.k / (tile_k * split)) * tile_k
+    a_bytes = 2.0 if p.act == "bf16" else NVFP4_BYTES
+    # rows past m and n are not read twice from device memory, but they do travel; multicast shares a tile in a cluster
+    loaded = (tile_m * a_bytes / cluster_n + tile_n * NVFP4_BYTES / cluster_m) * k
+    stored = min(tile_m, p.m) * min(tile_n, p.n) * ELEMENT_BYTES[p.out]
+    stage = (tile_m * a_bytes + tile_n * NVFP4_BYTES) * tile_k
+    stages = getattr(config, "num_stages", None)
+    if stages is None:  # the kernel takes what shared memory holds
+        room = resources.shared_bytes if resources else MACHINES[arch].shared_bytes
+        stages = max(2, int(room * 0.85 / stage))
+    decoded = (tile_n + (tile_m if p.act == "nvfp4" else 0)) * k if arch == "sm_90a" else 0
+    return Work(
+        ctas=ctas,
+        threads=2 * tile_n if arch == "sm_90a" else 192,  # a warpgroup for each 64 rows of weights; six warps
+        cta_bytes=loaded + stored,
+        in_flight=min((stages - 1) * stage, loaded),
+        cta_flops=2.0 * tile_m * tile_n * k,
+        cta_instructions=decoded * DECODE_INSTRUCTIONS,
+        act=p.act,
+        ramps=2 if split > 1 else 1,  # the reduction waits for the others
+    )
+
+
+def _norm(*times: float) -> float:
+    longest = max(times)
+    if longest == 0:
+        return 0.0
+    return float(longest * sum((t / longest) ** SHARPNESS for t in times) ** (1 / SHARPNESS))
+
+
+_MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] = {
+    GemmProblem: _gemm,
+    DequantProblem: _rows,
+    QuantizeProblem: _rows,
+    RmsnormQuantizeProblem: _rows,
+    SwigluQuantizeProblem: _rows,
+}

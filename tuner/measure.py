@@ -1,0 +1,235 @@
+"""The timing protocol, for tuning and benchmarks alike. Needs a GPU.
+
+    bench = Bench(problem, device)
+    timed = [bench.record(kernel, config) for ...]      # checked against the reference, then captured in a CUDA graph
+    times = bench.rounds(timed, 30)                     # [rounds, contenders] microseconds a launch
+
+- Cold: every launch finds operands that L2 does not hold. Large problems rotate through several sets of operands; where
+  the sets together are too small for that, each graph begins with a read of more memory than L2 holds.
+- Launches come from a CUDA graph, and the time of a graph with the same beginning and no launches is subtracted.
+- Interleaved: a round times every contender once, in a new random order, behind a spin kernel, so that the whole graph
+  is queued before its first event.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fp4suite import problem as problems
+from fp4suite import registry, testing
+from fp4suite.problem import Problem
+from fp4suite.testing import Case
+
+from . import baselines
+
+COLD_L2_TIMES = 4  # operands rotate through this many times the size of L2
+MAX_SETS = 16
+MAX_SET_BYTES = 8 << 30
+GRAPH_US = 400.0  # long enough that half a microsecond of event resolution does not show
+MAX_LAUNCHES = 512
+SPIN_CYCLES = 200_000  # about 110 us: the host queues events and graph meanwhile
+CHECKED_SETS = 2
+ROUGH_BYTES_PER_US, ROUGH_FLOP_PER_US = 3e6, 4e8  # only to choose how many launches a graph gets
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Timed:
+    """A captured graph of `launches` launches, all of one contender."""
+
+    label: str
+    graph: torch.cuda.CUDAGraph
+    launches: int
+
+
+class Bench:
+    """One problem on one CUDA device, with its operands."""
+
+    def __init__(self, problem: Problem, device: torch.device | str, seed: int = 0) -> None:
+        self.problem = problem
+        self.device = torch.device(device)
+        if self.device.type != "cuda":
+            raise ValueError(f"measuring needs a CUDA device, got {self.device}")
+        torch.cuda.set_device(self.device)
+        l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
+        sets = -(-COLD_L2_TIMES * l2 // problem.bytes)
+        sets = max(2, min(sets, MAX_SETS, max(2, MAX_SET_BYTES // problem.bytes)))
+        self.cases: list[Case] = [testing.case(problem, self.device, seed + i) for i in range(sets)]
+        self.rotates = sets * problem.bytes >= 2 * l2
+        self._flush = None if self.rotates else torch.zeros(COLD_L2_TIMES * l2 // 4, device=self.device)
+        self._sink = torch.zeros((), device=self.device)
+        self._stream = torch.cuda.Stream(self.device)
+        self._rng = random.Random(seed)
+        self._idle: deque[float] = deque(maxlen=31)
+        rough = 1.0 + problem.bytes / ROUGH_BYTES_PER_US + problem.flops / ROUGH_FLOP_PER_US
+        passes = 1 if self._flush is not None else max(1, round(GRAPH_US / rough / sets))
+        self._order = [i for _ in range(passes) for i in range(sets)][:MAX_LAUNCHES]
+        self._empty = self._capture("empty", None)
+
+    def record(self, kernel: str, config: Any, *, check: bool = True) -> Timed:
+        """Run `kernel` on the operands, compare with the reference, and capture it.
+
+        Raises AssertionError where the result is wrong, and whatever compiling or launching raises.
+        """
+        module = registry.load(kernel)
+        if hasattr(module, "warm"):
+            module.warm(self.problem, config)
+        for case in self.cases[:CHECKED_SETS]:
+            case.run(module, config)
+            torch.cuda.synchronize(self.device)
+            if check:
+                case.check()
+        timed = self._capture(f"{kernel} {config}", lambda case: case.launch(module, config))
+        if check:
+            self._check_replay(timed)
+        return timed
+
+    def record_function(self, label: str, function: Callable[[Case], object]) -> Timed:
+        """Capture any function of a case, such as a baseline; it is run once before."""
+        with torch.cuda.stream(self._stream):
+            for case in self.cases:
+                function(case)
+        torch.cuda.synchronize(self.device)
+        return self._capture(label, function)
+
+    def rounds(self, timed: list[Timed], rounds: int) -> NDArray[np.float64]:
+        """Microseconds a launch, [rounds, len(timed)]."""
+        everyone = [*timed, self._empty]
+        for t in everyone:
+            t.graph.replay()  # clocks up, code loaded
+        out = np.empty((rounds, len(everyone)))
+        for r in range(rounds):
+            for i in self._rng.sample(range(len(everyone)), len(everyone)):
+                out[r, i] = self._replay_us(everyone[i])
+        self._idle.extend(out[:, -1])  # what a graph costs without launches hardly changes: many rounds tell it best
+        launches = np.array([t.launches for t in timed], float)
+        return np.asarray((out[:, :-1] - np.median(self._idle)) / launches)
+
+    def _capture(self, label: str, launch: Callable[[Case], object] | None) -> Timed:
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            if self._flush is not None:
+                torch.sum(self._flush, dim=0, out=self._sink)
+            else:
+                self._sink.zero_()
+            if launch is not None:
+                for i in self._order:
+                    launch(self.cases[i])
+        graph.replay()
+        torch.cuda.synchronize(self.device)
+        return Timed(label, graph, len(self._order))
+
+    def _check_replay(self, timed: Timed) -> None:
+        """What the graph writes is right too: outputs poisoned, replayed, compared."""
+        for case in self.cases[:CHECKED_SETS]:
+            case.poison()
+        torch.cuda.synchronize(self.device)
+        timed.graph.replay()
+        torch.cuda.synchronize(self.device)
+        for case in self.cases[:CHECKED_SETS]:
+            case.check()
+
+    def _replay_us(self, timed: Timed) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
+        start.record()
+        timed.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+
+def read_bandwidth(device: torch.device | str, nbytes: int = 1 << 30) -> float:
+    """GB/s of a plain read (a sum over `nbytes`), the honest floor of a kernel that only streams weights."""
+    x = torch.zeros(nbytes // 4, device=device)
+    out = torch.zeros((), device=device)
+    return nbytes / _loop_us(lambda: torch.sum(x, dim=0, out=out)) / 1e3
+
+
+def copy_bandwidth(device: torch.device | str, nbytes: int = 1 << 30) -> float:
+    """GB/s of a copy, bytes read plus bytes written."""
+    x = torch.zeros(nbytes // 4, device=device)
+    y = torch.empty_like(x)
+    return 2 * nbytes / _loop_us(lambda: y.copy_(x)) / 1e3
+
+
+def matmul_tflops(device: torch.device | str, size: int = 8192) -> float:
+    """TFLOP/s of cuBLAS on a square BF16 product with random data."""
+    gen = torch.Generator(device=device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=gen, device=device).bfloat16() for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _loop_us(lambda: torch.matmul(a, b.T, out=out)) / 1e6
+
+
+def _loop_us(function: Callable[[], object], repeats: int = 20) -> float:
+    """Median microseconds of a call, from a CUDA graph of one."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return float(np.median(times))
+
+
+# --- what runs in the measuring child: one Bench at a time, contenders by number ---
+
+_bench: Bench | None = None
+_recorded: dict[int, Timed] = {}
+
+
+def open_bench(op: str, dims: dict[str, int | str], device: str, seed: int) -> None:
+    """Start on a problem; forgets the one before."""
+    global _bench
+    _recorded.clear()
+    _bench = None
+    torch.cuda.empty_cache()
+    _bench = Bench(problems.from_dims(op, dims), device, seed)
+
+
+def record(number: int, kernel: str, knobs: dict[str, Any]) -> None:
+    """Bench.record under a number."""
+    assert _bench is not None, "open_bench comes first"
+    config = registry.make_config(registry.load(kernel), knobs)
+    _recorded[number] = _bench.record(kernel, config)
+
+
+def rounds(numbers: list[int], count: int) -> list[list[float]]:
+    """Bench.rounds of recorded contenders: [count][len(numbers)] microseconds."""
+    assert _bench is not None, "open_bench comes first"
+    times: list[list[float]] = _bench.rounds([_recorded[n] for n in numbers], count).tolist()
+    return times
+
+
+def forget(number: int) -> None:
+    """Drop a contender's graph."""
+    _recorded.pop(number, None)
+
+
+def describe(device: str) -> dict[str, str]:
+    """The device's marketing name and arch, asked in a child so that the parent keeps no CUDA context."""
+    from fp4suite import arch
+
+    return {"device": arch.device_name(device), "arch": arch.of(device), "name": torch.cuda.get_device_name(device)}
+
+
+def record_baseline(number: int) -> str:
+    """Capture the problem's baseline under a number; returns its name."""
+    assert _bench is not None, "open_bench comes first"
+    problem = _bench.problem
+    _recorded[number] = _bench.record_function(baselines.name(problem), baselines.function(problem))
+    return baselines.name(problem)

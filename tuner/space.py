@@ -1,0 +1,131 @@
+"""What there is to choose from for one problem: every kernel of the op, every config of its SPACE that supports it."""
+
+import dataclasses
+import itertools
+import random
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from fp4suite import registry
+from fp4suite.problem import Problem
+
+MAX_CANDIDATES = 20_000  # a larger SPACE is sampled down to this, with a fixed seed
+
+Knob = int | str | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A kernel with the knobs of its SPACE, in SPACE's order; knobs that SPACE leaves out keep their defaults."""
+
+    kernel: str
+    knobs: tuple[tuple[str, Knob], ...]
+
+    @property
+    def config(self) -> Any:
+        return registry.make_config(registry.load(self.kernel), dict(self.knobs))
+
+    @property
+    def params(self) -> dict[str, Knob]:
+        """As the study spells it: the kernel, and its knobs under its own name, because kernels may share knob names."""
+        return {"kernel": self.kernel} | {f"{self.kernel}.{name}": value for name, value in self.knobs}
+
+    def __str__(self) -> str:
+        return f"{self.kernel}({', '.join(f'{k}={v}' for k, v in self.knobs)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """All supported candidates of a problem. `default` is what dispatch runs without a table, or the nearest to it."""
+
+    problem: Problem
+    arch: str
+    candidates: tuple[Candidate, ...]
+    default: Candidate
+    choices: dict[str, dict[str, tuple[Knob, ...]]]  # kernel -> knob -> values
+
+    def neighbours(self, candidate: Candidate) -> list[Candidate]:
+        """Candidates one step of one knob away, in SPACE's order of values."""
+        return [c for c in self.candidates if self.steps(c, candidate) == 1]
+
+    def nearest(self, candidate: Candidate, among: list[Candidate]) -> Candidate:
+        """The one of `among` that takes the fewest steps to reach; the first of equals."""
+        return min(among, key=lambda c: self.steps(c, candidate))
+
+    def steps(self, a: Candidate, b: Candidate) -> int:
+        if a.kernel != b.kernel:
+            return 1000
+        values = self.choices[a.kernel]
+        return sum(abs(values[k].index(x) - values[k].index(y)) for (k, x), (_, y) in zip(a.knobs, b.knobs, strict=True))
+
+
+class NoKernel(ValueError):
+    """No kernel of this architecture supports the problem with any config."""
+
+
+def of(problem: Problem, arch: str) -> Space:
+    """The candidates of `problem` on `arch`.
+
+    Raises NoKernel if there is none, and ValueError if a SPACE is not one: a knob that Config does not have, no values, a
+    default that SPACE leaves out.
+    """
+    found: list[Candidate] = []
+    choices: dict[str, dict[str, tuple[Knob, ...]]] = {}
+    defaults: list[Candidate] = []
+    refusals = []
+    for row in registry.kernels(problem.op, arch):
+        module = registry.load(row.name)
+        choices[row.name] = checked_space(module)
+        mine = [c for c in _walk(row.name, choices[row.name]) if module.supports(problem, c.config) is None]
+        found += mine
+        default = default_of(row.name)
+        why = module.supports(problem, default.config)
+        if why is None:
+            defaults.append(default)
+        elif not mine:
+            refusals.append(f"{row.name}: {why}")
+    if not found:
+        why = "; ".join(refusals) or f"no kernel of {problem.op} for {arch}"
+        raise NoKernel(f"{problem.op} ({problem}): {why}")
+    whole = Space(problem, arch, tuple(found), found[0], choices)
+    if defaults:
+        return dataclasses.replace(whole, default=defaults[0])
+    return dataclasses.replace(whole, default=whole.nearest(default_of(found[0].kernel), found))
+
+
+def default_of(kernel: str) -> Candidate:
+    """`Config()` as a candidate."""
+    module = registry.load(kernel)
+    config = module.Config()
+    return Candidate(kernel, tuple((name, getattr(config, name)) for name in module.SPACE))
+
+
+def checked_space(module: ModuleType) -> dict[str, tuple[Knob, ...]]:
+    """SPACE, if it is one. Raises ValueError naming the module and the knob."""
+    where = f"{module.__name__}.SPACE"
+    default = module.Config()
+    known = {f.name for f in dataclasses.fields(default)}
+    for name, values in module.SPACE.items():
+        if name not in known:
+            raise ValueError(f"{where} has {name}, which Config does not have")
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{where}[{name!r}] must have values, each once, got {values}")
+        if not all(isinstance(v, int | str | bool) for v in values):
+            raise ValueError(f"{where}[{name!r}] must hold integers, strings or truth values, got {values}")
+        if getattr(default, name) not in values:
+            raise ValueError(f"{where}[{name!r}] = {values} leaves out the default, {getattr(default, name)!r}")
+    return {name: tuple(values) for name, values in module.SPACE.items()}
+
+
+def _walk(kernel: str, space: dict[str, tuple[Knob, ...]]) -> list[Candidate]:
+    total = 1
+    for values in space.values():
+        total *= len(values)
+    if total <= MAX_CANDIDATES:
+        return [Candidate(kernel, tuple(zip(space, v, strict=True))) for v in itertools.product(*space.values())]
+    rng = random.Random(0)
+    drawn: dict[Candidate, None] = {default_of(kernel): None}
+    while len(drawn) < MAX_CANDIDATES:
+        drawn[Candidate(kernel, tuple((name, rng.choice(values)) for name, values in space.items()))] = None
+    return list(drawn)

@@ -1,0 +1,443 @@
+"""`tune`: search every problem of a model's layers, and put the winners into tables.
+
+On a GPU: search, then final rounds among the fastest (fresh samples, signed-rank test against the default), then the regret
+of running a bucket's config in the next bucket. Without one, for each architecture: compile, drop what does not fit, rank by
+the cost model. An entry goes into its table as soon as its problem is finished, so that an interrupted run loses nothing.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import optuna
+import torch
+from tqdm import tqdm
+
+from fp4suite import arch as archs
+from fp4suite import registry, shapes, table
+from fp4suite.built import Resources
+from fp4suite.problem import PROBLEMS
+from fp4suite.table import Entry
+
+from . import builds, cost_model, measure, provenance, space, stats, worker
+from .builds import Build
+from .evaluate import DefaultFailed, Measured, Predicted, build_of
+from .rejection import Rejected
+from .search import Search, Task, open_storage
+from .space import Candidate, Space
+
+log = logging.getLogger(__name__)
+
+PREDICTED_MARGIN = 0.05  # a model's opinion has to promise this much before it moves a default
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """trials: candidates a problem. rounds: timings of a candidate while searching; final_rounds: of a finalist."""
+
+    trials: int
+    rounds: int
+    final_rounds: int
+    finalists: int
+    m: tuple[int, ...]
+
+
+BUDGETS = {
+    "small": Budget(trials=12, rounds=7, final_rounds=20, finalists=3, m=(1, 64, 2048)),
+    "normal": Budget(trials=48, rounds=11, final_rounds=40, finalists=6, m=(1, 16, 64, 256, 2048, 8192)),
+    "large": Budget(
+        trials=1000, rounds=15, final_rounds=60, finalists=8, m=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """cuda: the torch device that measures, or None where the architecture's table is predicted."""
+
+    arch: str
+    device: str
+    cuda: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to tune and how long. deadline is of time.monotonic."""
+
+    configs: dict[str, Mapping[str, Any]]
+    ops: tuple[str, ...]
+    m: tuple[int, ...]
+    tp: int
+    budget: Budget
+    jobs: int
+    seed: int
+    deadline: float
+    storage: str | Path | None
+    out: Path
+    quiet: bool = False
+
+
+@dataclass(slots=True)
+class Report:
+    """What came of a run."""
+
+    tables: list[Path] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
+    left: int = 0  # problems that the deadline left without an entry
+
+
+def targets(arch: str | None, device: str | None) -> list[Target]:
+    """The GPU that is here, or else the architectures to predict for. An `arch` that is not here is predicted.
+
+    Raises ValueError for a device that does not exist.
+    """
+    if device is not None and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch {torch.__version__} sees no GPU")
+    if torch.cuda.is_available():
+        cuda = device or "cuda:0"
+        child = worker.Worker()  # so that this process never holds a CUDA context
+        try:
+            found = child.call(measure.describe, cuda, timeout=120.0)
+        finally:
+            child.close()
+        if arch in (None, found["arch"]):
+            return [Target(found["arch"], found["device"], cuda)]
+    return [Target(a, a) for a in archs.GPU_ARCHS if arch in (None, a)]
+
+
+def table_path(out: Path, target: Target, count: int) -> Path:
+    """`out` is a directory, or the one table if it ends in .json. Raises ValueError if one file would have to hold several."""
+    if out.suffix != ".json":
+        return out / f"{target.device}.json"
+    if count > 1:
+        raise ValueError(f"--out {out} is one table, but there are {count} targets: name a directory, or one --arch")
+    return out
+
+
+def run(chosen: Sequence[Target], options: Options) -> Report:
+    """Tune everything on every target."""
+    report = Report()
+    for index, target in enumerate(chosen):
+        share = (options.deadline - time.monotonic()) / (len(chosen) - index)
+        mine = dataclasses.replace(options, deadline=time.monotonic() + share)
+        path = table_path(options.out, target, len(chosen))
+        tasks = _tasks(target, mine, report)
+        if target.cuda is not None:
+            _measure(target, tasks, mine, path, report)
+        else:
+            _predict(target, tasks, mine, path, report)
+        if path.exists():
+            report.tables.append(path)
+    return report
+
+
+def _tasks(target: Target, options: Options, report: Report) -> list[Task]:
+    """One task a problem, whichever and however many of the models have it."""
+    found: dict[Any, tuple[list[str], int]] = {}
+    for model, config in options.configs.items():
+        for op in options.ops:
+            for p in shapes.problems(config, op, arch=target.arch, m=options.m, tp=options.tp):
+                names, count = found.get(p.problem, ([], 0))
+                found[p.problem] = (names + [f"{model}.{name}" for name in p.layers], count + p.count)
+    tasks = []
+    for problem, (names, count) in found.items():
+        try:
+            whole = space.of(problem, target.arch)
+        except space.NoKernel as e:
+            report.unsupported.append(f"{target.arch}: {e}")
+            continue
+        seeds = _seeds(whole, options.budget.trials, target.cuda is not None)
+        tasks.append(Task(space=whole, device=target.device, layers=tuple(names), count=count, seeds=seeds))
+    return tasks
+
+
+def _seeds(whole: Space, trials: int, measured: bool) -> tuple[Candidate, ...]:
+    """What to try first. Predicted: the model's order, which leaves nothing for a sampler to learn.
+
+    Measured: the default, then in turn the model's favourites and the default's neighbours, for half of the budget.
+    """
+    order = {c: i for i, c in enumerate(whole.candidates)}
+    ranked = sorted(
+        whole.candidates, key=lambda c: (cost_model.predict_us(whole.problem, c.config, whole.arch), order[c])
+    )
+    if not measured:
+        return tuple(dict.fromkeys((whole.default, *ranked)))[:trials]
+    turns = itertools.chain.from_iterable(zip(ranked, whole.neighbours(whole.default), strict=False))
+    return tuple(dict.fromkeys((whole.default, *turns, *ranked)))[: max(1, trials // 2)]
+
+
+# --- without a GPU ---
+
+
+def _predict(target: Target, tasks: list[Task], options: Options, path: Path, report: Report) -> None:
+    compiled = _compile(target, tasks, options)
+    for task in tasks:
+        tried = [c for c in task.seeds if build_of(task, c) in compiled]
+        if task.space.default not in tried:
+            report.left += 1
+            continue
+        try:
+            judge = Predicted(task, compiled)
+        except DefaultFailed as e:
+            report.failed.append(f"{target.arch}: {e}")
+            continue
+        # in memory: what takes time here is compiling, and that is kept in the cache
+        search = Search(dataclasses.replace(task, seeds=tuple(tried)), optuna.storages.InMemoryStorage(), len(tried))
+        search.run(judge)
+        best, ratio = search.feasible()[0]
+        if ratio > 1 - PREDICTED_MARGIN:
+            best = task.space.default
+        entry = _entry(task, best, search, measured=False, predicted_us=round(judge.us(best), 3))
+        entry = msgspec.structs.replace(entry, default_us=round(judge.default_us, 3))
+        _keep(path, target, [entry])
+        report.rows.append(_row(task, entry, search, target))
+
+
+def _compile(target: Target, tasks: list[Task], options: Options) -> dict[Build, Resources | Rejected]:
+    """Compile the tasks' seeds: all defaults first, then every task's next best in turn, until the deadline."""
+    turns = itertools.zip_longest(*([build_of(t, c) for c in t.seeds] for t in tasks))
+    wanted = list(dict.fromkeys(b for turn in turns for b in turn if b is not None))
+    compiled: dict[Build, Resources | Rejected] = {}
+    bar = tqdm(total=len(wanted), desc=f"{target.arch}: compile", unit="config", disable=options.quiet, smoothing=0.1)
+    with bar, contextlib.closing(builds.compile_all(wanted, options.jobs)) as done:
+        for b, result in done:
+            compiled[b] = result
+            bar.update()
+            if time.monotonic() > options.deadline:
+                break
+    return compiled
+
+
+# --- on a GPU ---
+
+
+def _measure(target: Target, tasks: list[Task], options: Options, path: Path, report: Report) -> None:
+    assert options.storage is not None and target.cuda is not None
+    storage = open_storage(options.storage)
+    entries: dict[Task, Entry] = {}
+    bar = tqdm(total=len(tasks) * options.budget.trials, desc=target.device, unit="trial", disable=options.quiet)
+    with bar:
+        for index, task in enumerate(tasks):
+            bar.set_postfix_str(f"{task.problem.op} {task.problem}", refresh=True)
+            share = (options.deadline - time.monotonic()) / (len(tasks) - index)
+            try:
+                with Measured(task, target.cuda, options.budget.rounds, options.seed) as judge:
+                    search = Search(task, storage, options.budget.trials, options.seed)
+                    search.run(judge, deadline=time.monotonic() + share, after=bar.update)
+                    bar.update((index + 1) * options.budget.trials - bar.n)
+                    if search.evaluated() == 0:
+                        report.left += 1
+                        continue
+                    if search.running_elsewhere():
+                        continue  # the worker that ends last has the whole picture, and will see to the final
+                    entries[task] = kept_or_final(search, judge, options.budget)
+            except (DefaultFailed, worker.WorkerDied, worker.RemoteError) as e:
+                report.failed.append(f"{target.device}: {e}")
+                continue
+            _keep(path, target, [entries[task]])
+            report.rows.append(_row(task, entries[task], search, target))
+    _add_regret(target, entries, options, path)
+
+
+def kept_or_final(search: Search, judge: Measured, budget: Budget) -> Entry:
+    """The entry that an earlier run left in the study, if nothing was added since; else a final."""
+    kept = search.study.user_attrs.get("entry")
+    if kept is not None and kept["evaluated"] == search.evaluated():
+        return msgspec.convert(kept["entry"], Entry)
+    entry = final(search, judge, budget)
+    search.study.set_user_attr("entry", {"evaluated": search.evaluated(), "entry": msgspec.to_builtins(entry)})
+    return entry
+
+
+def final(search: Search, judge: Measured, budget: Budget) -> Entry:
+    """Time the default and the fastest few again, side by side, and let the test decide."""
+    task = search.task
+    default = task.space.default
+    # nearest to the default first: among equals the first wins
+    fastest = [c for c, ratio in search.feasible() if c != default and ratio < 1][: budget.finalists]
+    fastest.sort(key=lambda c: _steps_from_default(task, c))
+    samples = judge.time([default, *fastest], budget.final_rounds, baseline=True)
+    contenders = {c: samples[c] for c in (default, *fastest) if c in samples}
+    winner, verdicts = stats.pick(contenders, default)
+    for candidate, verdict in verdicts.items():
+        log.info("%s: %.3f of the default, p = %.2g", candidate, verdict.ratio, verdict.p)
+    won = stats.summary(samples[winner])
+    baseline = next(name for name in samples if isinstance(name, str))
+    entry = _entry(task, winner, search, measured=True)
+    return msgspec.structs.replace(
+        entry,
+        median_us=round(won.median_us, 3),
+        p20_us=round(won.p20_us, 3),
+        p80_us=round(won.p80_us, 3),
+        default_us=round(stats.summary(samples[default]).median_us, 3),
+        baseline=baseline,
+        baseline_us=round(stats.summary(samples[baseline]).median_us, 3),
+    )
+
+
+def _add_regret(target: Target, entries: dict[Task, Entry], options: Options, path: Path) -> None:
+    """Time each bucket's config in the buckets next to it: what an m that was not tuned may lose."""
+    assert target.cuda is not None
+    for family in _families(entries):
+        if len(family) < 2 or all(entries[t].regret is not None for t in family):
+            continue
+        lost: dict[Task, float] = {}
+        for here in family:
+            if time.monotonic() > options.deadline:
+                return
+            guests = {t: c for t in _next_to(here, family) if (c := _as_candidate(entries[t])) in here.space.candidates}
+            own = _as_candidate(entries[here])
+            with Measured(here, target.cuda, options.budget.rounds, options.seed) as judge:
+                samples = judge.time([own, *guests.values()], options.budget.final_rounds)
+            for task, guest in guests.items():
+                if guest in samples:
+                    ratio = float((samples[guest] / samples[own]).mean())
+                    lost[task] = max(lost.get(task, 1.0), ratio)
+        for task, ratio in lost.items():
+            entries[task] = msgspec.structs.replace(entries[task], regret=round(ratio, 4))
+        _keep(path, target, [entries[t] for t in lost])
+
+
+def _families(tasks: Iterable[Task]) -> list[list[Task]]:
+    """Tasks that differ in m alone, by m."""
+
+    def rest(task: Task) -> tuple[Any, ...]:
+        return (task.problem.op, *sorted((k, str(v)) for k, v in task.problem.dims().items() if k != "m"))
+
+    ordered = sorted(tasks, key=lambda t: (rest(t), int(t.problem.dims()["m"])))
+    return [list(group) for _, group in itertools.groupby(ordered, key=rest)]
+
+
+def _next_to(task: Task, family: list[Task]) -> Iterator[Task]:
+    at = family.index(task)
+    yield from family[max(0, at - 1) : at] + family[at + 1 : at + 2]
+
+
+def _steps_from_default(task: Task, candidate: Candidate) -> int:
+    return task.space.steps(candidate, task.space.default)
+
+
+# --- entries ---
+
+
+def _entry(task: Task, best: Candidate, search: Search, *, measured: bool, predicted_us: float | None = None) -> Entry:
+    return Entry(
+        op=task.problem.op,
+        problem=task.problem.dims(),
+        kernel=best.kernel,
+        source_hash=registry.source_hash(best.kernel),
+        config=dict(best.knobs),
+        measured=measured,
+        predicted_us=predicted_us,
+        trials=search.evaluated(),
+        rejected=sum(search.rejected().values()),
+        versions=provenance.versions() if measured else provenance.compilers(),
+        commit=provenance.commit(),
+        date=provenance.today(),
+    )
+
+
+def _as_candidate(entry: Entry) -> Candidate:
+    return Candidate(entry.kernel, tuple(entry.config.items()))
+
+
+def _keep(path: Path, target: Target, new: list[Entry]) -> None:
+    """Merge into the table. An entry that says the same as before but for commit and date stays as it was."""
+    old = {e.key(): e for e in table.read(path).entries} if path.exists() else {}
+
+    def same(entry: Entry) -> bool:
+        before = old.get(entry.key())
+        return before is not None and msgspec.structs.replace(entry, commit=before.commit, date=before.date) == before
+
+    changed = [e for e in new if not same(e)]
+    if changed:
+        table.merge(path, target.device, target.arch, changed)
+
+
+def _row(task: Task, entry: Entry, search: Search, target: Target) -> dict[str, Any]:
+    best = entry.median_us if entry.measured else entry.predicted_us
+    default = entry.default_us
+    assert best is not None and default is not None
+    return {
+        "device": target.device,
+        "op": entry.op,
+        "problem": str(task.problem),
+        "layers": list(task.layers),
+        "kernel": entry.kernel,
+        "config": entry.config,
+        "default_us": default,
+        "best_us": best,
+        "gain": round(default / best - 1, 4),
+        "measured": entry.measured,
+        "trials": entry.trials,
+        "rejected": search.rejected(),
+        "baseline": entry.baseline,
+        "baseline_us": entry.baseline_us,
+    }
+
+
+# --- several GPUs of one host ---
+
+
+def run_on_devices(devices: Sequence[str], arguments: Sequence[str]) -> int:
+    """The same command once a device, each a worker on the same studies; then once more to finish. Returns an exit code."""
+    children = [
+        subprocess.Popen([sys.executable, "-m", __package__, "tune", *arguments, "--device", device]) for device in devices
+    ]
+    try:
+        codes = [child.wait() for child in children]
+    except KeyboardInterrupt:
+        for child in children:
+            child.wait()  # each has been interrupted too, and writes what it has
+        raise
+    return max(codes)
+
+
+def load_configs(names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Configs by the name of a shipped one, a config.json, or a folder that holds one.
+
+    Raises ValueError naming what was not found or is not JSON.
+    """
+    shipped = Path(__file__).resolve().parent.parent / "model" / "configs"
+    found: dict[str, Mapping[str, Any]] = {}
+    for name in names:
+        path = Path(name)
+        if (shipped / f"{name}.json").exists():
+            path = shipped / f"{name}.json"
+        elif path.is_dir():
+            path = path / "config.json"
+        if not path.exists():
+            known = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
+            raise ValueError(f"--layers-of {name}: neither a shipped config ({known}) nor a config.json or a folder with one")
+        try:
+            found[path.stem if path.parent == shipped else (path.parent.name or path.stem)] = msgspec.json.decode(
+                path.read_bytes(), type=dict[str, Any]
+            )
+        except msgspec.DecodeError as e:
+            raise ValueError(f"{path}: not a config.json ({e})") from e
+    return found
+
+
+def check_ops(names: Sequence[str] | None) -> tuple[str, ...]:
+    """All tunable ops, or the ones named. Raises ValueError for one that does not exist."""
+    if not names:
+        return tuple(PROBLEMS)
+    for name in names:
+        if name not in PROBLEMS:
+            raise ValueError(f"--op must be one of {', '.join(PROBLEMS)}, got {name!r}")
+    return tuple(dict.fromkeys(names))
+
+
+def replace_trials(budget: Budget, trials: int) -> Budget:
+    return dataclasses.replace(budget, trials=trials)

@@ -1,0 +1,177 @@
+"""Child processes that may crash or hang without taking the search with them.
+
+A candidate kernel can abort the compiler, poison the CUDA context or never return. So compiling and measuring run in
+children (spawned, hence without inherited CUDA state); a call that dies or outlives its time ends as `WorkerDied`, the
+child is replaced, and the search goes on with one more rejected candidate.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from fp4suite import registry
+
+START_S = 120.0  # importing torch, triton and cutlass on a busy machine
+
+
+class WorkerDied(RuntimeError):
+    """The child ended or was ended: `reason` is one word ("crash", "timeout"), the message says more."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class RemoteError(RuntimeError):
+    """The call raised: `kind` is the exception's type name, the message its text."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Worker:
+    """One child that runs functions by reference, one at a time. Started with the first call and after each death."""
+
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        self._environment = environment or {}
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection | None = None
+        self._deadline = 0.0
+        self._allowed = 0.0
+
+    def call(self, function: Callable[..., Any], *args: Any, timeout: float) -> Any:
+        """`function(*args)` in the child. Raises WorkerDied, or RemoteError for what the function raised."""
+        self.start(function, *args, timeout=timeout)
+        while True:
+            if self.pipe.poll(max(0.0, self.remaining)):
+                return self.result()
+            if self.remaining <= 0:
+                self.expire()
+
+    def start(self, function: Callable[..., Any], *args: Any, timeout: float) -> None:
+        """Begin a call; `result` collects it."""
+        fresh = self._ensure()
+        self._allowed = timeout
+        self._deadline = time.monotonic() + timeout + (START_S if fresh else 0.0)
+        self.pipe.send((function, args))
+
+    @property
+    def pipe(self) -> Connection:
+        """Readable when the running call has ended, one way or the other."""
+        assert self._pipe is not None, "no call was started"
+        return self._pipe
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the running call is overdue."""
+        return self._deadline - time.monotonic()
+
+    def result(self) -> Any:
+        """The outcome of the running call, once `pipe` is readable."""
+        try:
+            ok, value = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            process = self._process
+            assert process is not None
+            process.join(10)
+            code = process.exitcode
+            self.close()
+            how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+            raise WorkerDied("crash", f"the process ended with {how}") from None
+        if ok:
+            return value
+        raise RemoteError(*value)
+
+    def expire(self) -> None:
+        """End an overdue call. Always raises WorkerDied."""
+        self.close()
+        raise WorkerDied("timeout", f"no answer within {self._allowed:.0f} s")
+
+    def close(self) -> None:
+        """End the child, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+
+    def _ensure(self) -> bool:
+        """Start the child unless it runs; True if it is new."""
+        if self._process is not None and self._process.is_alive():
+            return False
+        self.close()
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, os.getpid(), registry.KERNELS, self._environment), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        return True
+
+
+def run_all(
+    calls: Iterable[tuple[Callable[..., Any], tuple[Any, ...]]],
+    jobs: int,
+    timeout: float,
+    environment: dict[str, str] | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Run calls on `jobs` children; yields (index, result) as they end, the result being an exception where one came.
+
+    The exception is a WorkerDied or a RemoteError. Children are ended when the iterator is closed.
+    """
+    waiting = iter(enumerate(calls))
+    idle = [Worker(environment) for _ in range(jobs)]
+    busy: dict[int, Worker] = {}
+    try:
+        while True:
+            while idle and (job := next(waiting, None)) is not None:
+                index, (function, args) = job
+                busy[index] = idle.pop()
+                busy[index].start(function, *args, timeout=timeout)
+            if not busy:
+                return
+            patience = max(0.0, min(w.remaining for w in busy.values()))
+            ready = multiprocessing.connection.wait([w.pipe for w in busy.values()], patience)
+            for index, worker in list(busy.items()):
+                outcome: Any
+                try:
+                    if worker.pipe in ready:
+                        outcome = worker.result()
+                    elif worker.remaining <= 0:
+                        worker.expire()
+                    else:
+                        continue
+                except (WorkerDied, RemoteError) as e:
+                    outcome = e
+                del busy[index]
+                idle.append(worker)
+                yield index, outcome
+    finally:
+        for worker in (*idle, *busy.values()):
+            worker.close()
+
+
+def _serve(pipe: Connection, parent: int, kernels: list[registry.Kernel], environment: dict[str, str]) -> None:
+    """The child's loop. Ctrl-C is the parent's to handle; an orphan ends with its pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(environment)
+    registry.KERNELS[:] = kernels  # a parent may have registered kernels of its own
+    while os.getppid() == parent:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, function(*args))
+        except Exception as e:  # not swallowed: the parent raises it again
+            answer = (False, (type(e).__name__, str(e)))
+        pipe.send(answer)
