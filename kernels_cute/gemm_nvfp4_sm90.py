@@ -16,6 +16,7 @@ Rows past m or n are fetched from the last valid row instead: they only reach ou
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,11 +70,15 @@ SPACE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """What, beside the config, a compiled kernel is made for. m, n and k stay open."""
+    """What, beside the config, a compiled kernel is made for, as in GemmProblem. m, n and k stay open."""
 
-    act: str  # "bf16" or "nvfp4"
-    out: str  # "bf16" or "fp32"
+    act: str
+    out: str
     segments: int
+
+
+CUTE_ACT = {"bf16": BFloat16, "nvfp4": Uint32}  # what a's pointer points to: elements, or words of codes
+CUTE_OUT = {"bf16": BFloat16, "fp32": Float32}
 
 
 def shared_bytes(config: Config, act: str) -> int:
@@ -212,7 +217,7 @@ class GemmNvfp4Sm90:
         self.threads = config.threads
         self.atoms = config.tile_k // ATOM_K
         self.packed_a = variant.act == "nvfp4"
-        self.out = {"bf16": BFloat16, "fp32": Float32}[variant.out]
+        self.out = CUTE_OUT[variant.out]
         self.unbias = 2.0 ** ((126 - SCALE_BIAS) * (2 if self.packed_a else 1))
 
     @cute.jit
@@ -230,10 +235,10 @@ class GemmNvfp4Sm90:
         k: Int32,
         a_stride: Int64,
         d_stride: Int64,
-        segment_ends: tuple,
+        segment_ends: tuple[Int32, ...],
         stream: cuda.CUstream,
     ):
-        """a_stride (of a BF16 a) and d_stride count elements. segment_ends: columns where segments end, but the last."""
+        """a_stride (of a BF16 a) and d_stride count elements. segment_ends: where segments end, without the last."""
         if cutlass.const_expr(self.packed_a):
             mA, mSFA = self.words(a, sfa, m, k)
         else:
@@ -265,7 +270,7 @@ class GemmNvfp4Sm90:
         mSFB: cute.Tensor,
         mAlphaB: cute.Tensor,
         mD: cute.Tensor,
-        segment_ends: tuple,
+        segment_ends: tuple[Int32, ...],
     ):
         tile_m, tile_n, stages = self.config.tile_m, self.config.tile_n, self.config.num_stages
         tidx, _, _ = cute.arch.thread_idx()
@@ -412,9 +417,9 @@ class GemmNvfp4Sm90:
         """d = acc * alpha, rounded once, straight from registers: eight lanes write neighbouring columns."""
         m, n = mD.shape
         coordinates = cute.make_identity_tensor((self.config.tile_n, self.config.tile_m))
-        tCcD = tiled_mma.get_slice(tidx).partition_C(coordinates)  # ((2, 2, tile_m / 8), 1, 1) of (n, m)
+        tCcD = tiled_mma.get_slice(tidx).partition_C(coordinates)  # ((2, 2, tile_m / 8), 1, 1) of (n, m), as acc
         for r in cutlass.range_constexpr(2):
-            column = n0 + tCcD[(0, r, 0), 0, 0][0]
+            column = n0 + tCcD[2 * r][0]
             if column < n:
                 segment = Int32(0)
                 for end in segment_ends:
@@ -424,42 +429,130 @@ class GemmNvfp4Sm90:
                     alpha = alpha * mAlphaA[0]
                 for j in cutlass.range_constexpr(self.config.tile_m // 8):
                     for i in cutlass.range_constexpr(2):
-                        row = m0 + tCcD[(i, r, j), 0, 0][1]
+                        row = m0 + tCcD[i + 4 * j][1]
                         if row < m:
                             # a power of two first: exact, and alpha brings the only rounding before the output's
-                            value = acc[(i, r, j), 0, 0] * Float32(self.unbias) * alpha
+                            value = acc[i + 2 * r + 4 * j] * Float32(self.unbias) * alpha
                             mD[row, column] = self.out(value)
 
 
 # --- host -------------------------------------------------------------------------------------------------------------
 
+_GMEM = cute.AddressSpace.gmem
+_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
-def _operands(variant: Variant, address: int = 16) -> tuple[Any, ...]:
-    """Operands to compile with: addresses and sizes stay open, types and alignments do not."""
-    gmem = cute.AddressSpace.gmem
-    act = BFloat16 if variant.act == "bf16" else Uint32
-    out = BFloat16 if variant.out == "bf16" else Float32
-    types = ((act, 16), (Uint32, 4), (Float32, 4), (Uint32, 16), (Uint32, 4), (Float32, 4), (out, out.width // 8))
-    pointers = (make_ptr(t, address, gmem, assumed_align=align) for t, align in types)
-    sizes = (Int32(1), Int32(8), Int32(ATOM_K), Int64(ATOM_K), Int64(8))
-    return (*pointers, *sizes, (Int32(0),) * (variant.segments - 1), make_fake_stream())
+
+def _operands(
+    variant: Variant, pointers: tuple[int, ...], sizes: tuple[int, ...], ends: tuple[int, ...]
+) -> tuple[Any, ...]:
+    """All arguments of `GemmNvfp4Sm90.__call__` but the stream. pointers: a, sfa, alpha_a, b, sfb, alpha_b, d."""
+    act, out = CUTE_ACT[variant.act], CUTE_OUT[variant.out]
+    kinds = ((act, 16), (Uint32, 4), (Float32, 4), (Uint32, 16), (Uint32, 4), (Float32, 4), (out, out.width // 8))
+    made = (make_ptr(kind, p, _GMEM, assumed_align=align) for p, (kind, align) in zip(pointers, kinds, strict=True))
+    m, n, k, a_stride, d_stride = sizes
+    return (*made, Int32(m), Int32(n), Int32(k), Int64(a_stride), Int64(d_stride), tuple(Int32(e) for e in ends))
+
+
+def _fake_operands(variant: Variant) -> tuple[Any, ...]:
+    """Operands to compile with: types and alignments are fixed by them, addresses and sizes are not."""
+    made = _operands(variant, (16,) * 7, (1, 8, ATOM_K, ATOM_K, 8), (0,) * (variant.segments - 1))
+    return (*made, make_fake_stream())
 
 
 @functools.cache
-def compiled(config: Config, variant: Variant):
-    """The compiled host function for every m, n and k."""
-    return cute.compile(GemmNvfp4Sm90(config, variant), *_operands(variant), options=cross.options(ARCH))
+def compiled(config: Config, variant: Variant) -> Any:
+    """The compiled host function, for every m, n and k."""
+    return cute.compile(GemmNvfp4Sm90(config, variant), *_fake_operands(variant), options=cross.options(ARCH))
+
+
+def launch(
+    a: Tensor | NVFP4Tensor, b: NVFP4Tensor, segments: tuple[int, ...] | None, out: Tensor, config: Config
+) -> None:
+    """out[m, n] = a[m, k] @ b[n, k].T * alpha on the current stream.
+
+    a: BF16 with rows 16 bytes aligned and adjacent elements, or NVFP4Tensor with one alpha; b.alpha: one number, or one
+    a segment of columns; out: BF16 or FP32 with adjacent columns. Scales are linear. Raises ValueError or TypeError.
+    """
+    (m, k), n = a.shape, b.shape[0]
+    ends = _segment_ends(b.alpha, segments, n)
+    packed = isinstance(a, NVFP4Tensor)
+    if out.dtype not in _DTYPES:
+        raise TypeError(f"out must be bfloat16 or float32, got {out.dtype}")
+    variant = Variant(act="nvfp4" if packed else "bf16", out=_DTYPES[out.dtype], segments=len(ends) + 1)
+    problem = GemmProblem(m=m, n=n, k=k, act=variant.act, out=variant.out, segments=variant.segments)  # type: ignore[arg-type]
+    if reason := supports(problem, config):
+        raise ValueError(reason)
+    if b.shape[1] != k or tuple(out.shape) != (m, n):
+        raise ValueError(f"a [{m}, {k}], b {list(b.shape)} and out {list(out.shape)} do not make [m, k] @ [n, k].T")
+    if out.stride(1) != 1:
+        raise ValueError(f"columns of out must be adjacent, got strides {list(out.stride())}")
+    _check_packed(b, "b")
+    if isinstance(a, NVFP4Tensor):
+        _check_packed(a, "a")
+        if a.alpha.numel() != 1:
+            raise ValueError(f"a has one alpha, got {list(a.alpha.shape)}")
+        pointers_a, a_stride = (a.data.data_ptr(), a.sf.data_ptr(), a.alpha.data_ptr()), k
+    else:
+        if a.dtype != torch.bfloat16:
+            raise TypeError(f"a must be bfloat16 or an NVFP4Tensor, got {a.dtype}")
+        if a.stride(1) != 1 or a.stride(0) % 8 or a.data_ptr() % 16:
+            raise ValueError(
+                f"rows of a must be adjacent elements from 16-byte boundaries on, "
+                f"got strides {list(a.stride())} at {a.data_ptr() % 16} bytes past one"
+            )
+        pointers_a, a_stride = (a.data_ptr(), b.sf.data_ptr(), b.alpha.data_ptr()), a.stride(0)
+    if m == 0:
+        return
+    pointers = (*pointers_a, b.data.data_ptr(), b.sf.data_ptr(), b.alpha.data_ptr(), out.data_ptr())
+    arguments = _operands(variant, pointers, (m, n, k, a_stride, out.stride(0)), ends)
+    if out.is_cuda:
+        with torch.cuda.device(out.device):
+            stream = cuda.CUstream(torch.cuda.current_stream().cuda_stream)
+            compiled(config, variant)(*arguments, stream)
+    else:
+        compiled(config, variant)(*arguments, cuda.CUstream(0))
+
+
+def warm(problem: GemmProblem, config: Config) -> None:
+    """Compile for `problem` and, where there is a GPU, load the kernel, so that a later launch may be captured."""
+    function = compiled(config, _variant(problem, config))
+    if torch.cuda.is_available():
+        torch.cuda.current_stream()  # makes the context that the kernel is loaded into
+        function.to()
+
+
+def build(problem: GemmProblem, config: Config, arch: str = ARCH) -> Built:
+    """Compile for `problem` without a GPU. Raises ValueError for another architecture or what `supports` refuses."""
+    if arch != ARCH:
+        raise ValueError(f"this kernel is for {ARCH}, got {arch!r}")
+    variant = _variant(problem, config)
+    return cross.build(GemmNvfp4Sm90(config, variant), *_fake_operands(variant), arch=arch)
+
+
+def _variant(problem: GemmProblem, config: Config) -> Variant:
+    if reason := supports(problem, config):
+        raise ValueError(reason)
+    return Variant(act=problem.act, out=problem.out, segments=problem.segments)
+
+
+def _segment_ends(alpha: Tensor, segments: tuple[int, ...] | None, n: int) -> tuple[int, ...]:
+    """Columns where segments end, without the last."""
+    count = alpha.numel()
+    if count == 1:
+        return ()
+    if segments is None or len(segments) != count or sum(segments) != n:
+        raise ValueError(f"b.alpha holds {count} numbers: segments must be as many and sum to n={n}, got {segments}")
+    return tuple(itertools.accumulate(segments[:-1]))
+
+
+def _check_packed(t: NVFP4Tensor, name: str) -> None:
+    if t.sf_layout != "linear":
+        raise ValueError(f"{name} must have linear scales, got {t.sf_layout}")
+    if not (t.data.is_contiguous() and t.sf.is_contiguous()):
+        raise ValueError(f"{name}.data and {name}.sf must be contiguous")
+    if t.data.data_ptr() % 16 or t.sf.data_ptr() % 4:
+        raise ValueError(f"{name}.data must start at a multiple of 16 bytes and {name}.sf at one of 4")
 
 
 def _ceil_div(x: int, y: int) -> int:
     return -(-x // y)
-
-
-def build(problem: GemmProblem, config: Config, arch: str = ARCH) -> Built:
-    """Compile for `problem`, which needs no GPU. Raises ValueError for another architecture or an unsupported problem."""
-    if arch != ARCH:
-        raise ValueError(f"this kernel is for {ARCH}, got {arch!r}")
-    if reason := supports(problem, config):
-        raise ValueError(reason)
-    variant = Variant(act=problem.act, out=problem.out, segments=problem.segments)
-    return cross.build(GemmNvfp4Sm90(config, variant), *_operands(variant), arch=arch)
