@@ -3,7 +3,7 @@
 Our own loader does not read it: it goes by the tensors.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ..config import ModelConfig
@@ -77,4 +77,7 @@ def _quantized_layers(config: ModelConfig) -> dict[str, Any]:
 
 
 def _producer() -> dict[str, str]:
-    return {"name": "fp4suite", "version": version("fp4suite")}
+    try:
+        return {"name": "fp4suite", "version": version("fp4suite")}
+    except PackageNotFoundError:  # run from a checkout
+        return {"name": "fp4suite", "version": "unreleased"}
