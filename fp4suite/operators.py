@@ -299,7 +299,7 @@ def _fake_rope_inverse_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, k = o.shape[0], o.shape[1] * o.shape[2] // groups
     data, sf = _packed(tokens, k, o, sf_layout)
-    own = o.new_empty((groups,) if alpha is None else alpha.shape, dtype=torch.float32)
+    own = o.new_empty((), dtype=torch.float32)
     return data.new_empty(groups, *data.shape), sf.new_empty(groups, *sf.shape), own
 
 

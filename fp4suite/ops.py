@@ -430,8 +430,8 @@ def _unflatten(data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: SfLayout, lea
         sf = layouts.from_blocked_128x4(sf, data.shape[0], 2 * data.shape[1] // BLOCK)
         return _unflatten(data, sf, alpha, "linear", lead).with_sf_layout(sf_layout)
     if sf_layout == "linear":
-        sf = sf.view(*lead, -1)
-    return as_nvfp4(data.view(*lead, -1), sf, alpha, sf_layout)
+        sf = sf.view(*lead, sf.shape[-1])
+    return as_nvfp4(data.view(*lead, data.shape[-1]), sf, alpha, sf_layout)
 
 
 def _geometry(cache: PagedCache | IndexCache) -> tuple[str, int, int, int]:

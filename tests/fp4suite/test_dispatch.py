@@ -1,0 +1,207 @@
+"""The order of choice: override, user table, device table, architecture table, default, refusal."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import fp4suite
+from fp4suite import TableError, UnsupportedError, dispatch, ops, registry, table
+from fp4suite.dispatch import Target, choose, choose_for, on_target, override, recording, use_table
+from fp4suite.problem import GemmProblem, QuantizeProblem
+
+H100 = Target("sm_90a", "nvidia-h100-80gb-hbm3")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FakeConfig:
+    tile: int = 64
+
+
+def _fake_kernel(name: str, most_m: int = 1 << 30) -> ModuleType:
+    """A kernel module whose launch writes its tile into out, so that a test sees which config ran."""
+    module = ModuleType(name)
+    module.Config = FakeConfig
+    module.SPACE = {"tile": (64, 128, 256)}
+    module.SF_LAYOUT = "linear"
+    module.supports = lambda p, c: f"m={p.m} is over {most_m}" if p.m > most_m else None
+    module.launch = lambda a, b, segments, out, config: out.fill_(config.tile)
+    return module
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Two fake GEMM kernels on sm_90a, no shipped tables, caches emptied around the test."""
+    for name, most in (("fake_small", 16), ("fake_any", 1 << 30)):
+        monkeypatch.setitem(sys.modules, f"fakes.{name}", _fake_kernel(name, most))
+    rows = [registry.Kernel("gemm_nvfp4", n, f"fakes.{n}", ("sm_90a",)) for n in ("fake_small", "fake_any")]
+    monkeypatch.setattr(registry, "KERNELS", rows)
+    monkeypatch.setattr(registry, "source_hash", lambda name: "now")
+    monkeypatch.setattr(table, "shipped_dir", lambda: tmp_path)
+    _forget()
+    yield tmp_path
+    use_table(None)
+    _forget()
+
+
+def _forget() -> None:
+    dispatch._choose.cache_clear()
+    dispatch._index.cache_clear()
+    registry.load.cache_clear()
+
+
+def _entry(m: int, tile: int, kernel: str = "fake_any", **more: object) -> table.Entry:
+    dims = GemmProblem(m=m, n=256, k=512).dims()
+    fields = {"measured": True, "median_us": 1.0, "source_hash": "now"} | more
+    return table.Entry(op="gemm_nvfp4", problem=dims, kernel=kernel, config={"tile": tile}, **fields)
+
+
+def _write(path: Path, *entries: table.Entry, device: str = H100.device, arch: str = "sm_90a") -> Path:
+    table.write(path, table.Table(schema=table.SCHEMA, device=device, arch=arch, entries=list(entries)))
+    return path
+
+
+def _choose(m: int, target: Target = H100) -> dispatch.Choice:
+    return choose_for("gemm_nvfp4", GemmProblem(m=m, n=256, k=512), target)
+
+
+def test_default_is_the_first_row_that_supports(fakes: Path) -> None:
+    assert (_choose(16).kernel, _choose(17).kernel) == ("fake_small", "fake_any")
+    assert _choose(16).config == FakeConfig()
+    assert _choose(16).reason == "default: no table entry fits"
+
+
+def test_tables_in_order(fakes: Path) -> None:
+    _write(fakes / "sm_90a.json", _entry(8, 64, measured=False, median_us=None), device="sm_90a")
+    assert _choose(8).config == FakeConfig(tile=64)
+    assert _choose(8).reason == "architecture table sm_90a (predicted)"
+    _forget()
+    _write(fakes / f"{H100.device}.json", _entry(8, 128))
+    assert _choose(8).config == FakeConfig(tile=128)
+    assert _choose(8).reason == "device table nvidia-h100-80gb-hbm3 (measured)"
+    use_table(_write(fakes / "mine.json", _entry(8, 256)))
+    assert _choose(8).config == FakeConfig(tile=256)
+    use_table(None)
+    assert _choose(8).config == FakeConfig(tile=128)
+
+
+def test_an_unknown_device_falls_back_to_its_architecture_then_to_the_default(fakes: Path) -> None:
+    _write(fakes / f"{H100.device}.json", _entry(8, 128))
+    other = Target("sm_90a", "nvidia-gh200")
+    assert _choose(8, other).reason == "default: no table entry fits"
+    _forget()
+    _write(fakes / "sm_90a.json", _entry(8, 64), device="sm_90a")
+    assert _choose(8, other).reason == "architecture table sm_90a (measured)"
+
+
+def test_unseen_m_takes_the_nearest_bucket_that_supports_it(fakes: Path) -> None:
+    _write(fakes / f"{H100.device}.json", _entry(16, 64, "fake_small"), _entry(256, 256))
+    assert _choose(11).config == FakeConfig(tile=64)
+    assert _choose(11).reason == "device table nvidia-h100-80gb-hbm3 (measured, nearest m=16)"
+    assert _choose(17).config == FakeConfig(tile=256)  # 16 is nearer, but its kernel takes no m over 16
+    assert _choose(9000).config == FakeConfig(tile=256)
+
+
+def test_an_entry_of_an_older_kernel_is_used_and_says_so(fakes: Path) -> None:
+    _write(fakes / f"{H100.device}.json", _entry(8, 128, source_hash="then"))
+    assert _choose(8).reason == "device table nvidia-h100-80gb-hbm3 (measured, kernel changed since)"
+
+
+def test_an_entry_that_no_longer_parses_is_passed_over(fakes: Path, caplog: pytest.LogCaptureFixture) -> None:
+    gone = table.Entry(**{**_fields(_entry(8, 1)), "config": {"cluster": 2}})
+    _write(fakes / f"{H100.device}.json", gone, _entry(64, 128))
+    assert _choose(8).config == FakeConfig(tile=128)
+    assert "has no cluster; it has tile" in caplog.text
+
+
+def _fields(e: table.Entry) -> dict:
+    return {f: getattr(e, f) for f in e.__struct_fields__}
+
+
+def test_a_table_entry_changes_the_config_that_runs(fakes: Path) -> None:
+    a, b = torch.zeros(8, 512, dtype=torch.bfloat16), fp4suite.reference.quantize_nvfp4(torch.ones(256, 512))
+    with on_target("sm_90a", H100.device):
+        assert ops.gemm_nvfp4(a, b)[0, 0] == 64
+        use_table(_write(fakes / "mine.json", _entry(8, 256)))
+        with recording() as record:
+            assert ops.gemm_nvfp4(a, b)[0, 0] == 256
+    assert [(c.kernel, c.config, c.reason) for c in record] == [
+        ("fake_any", FakeConfig(tile=256), "table mine (measured)")
+    ]
+
+
+def test_overrides_nest_and_beat_tables(fakes: Path) -> None:
+    _write(fakes / f"{H100.device}.json", _entry(8, 128))
+    p = GemmProblem(m=8, n=256, k=512)
+    with on_target("sm_90a", H100.device):
+        with override(op="gemm_nvfp4", config=FakeConfig(tile=99)):
+            assert choose("gemm_nvfp4", p, "cpu").config == FakeConfig(tile=99)
+            with override(kernel="fake_small"):
+                assert choose("gemm_nvfp4", p, "cpu").kernel == "fake_small"
+            with override(op="gemm_nvfp4", kernel="reference"):
+                assert choose("gemm_nvfp4", p, "cpu").is_reference
+        assert choose("gemm_nvfp4", p, "cpu").config == FakeConfig(tile=128)
+        with override(kernel="fake_small"), pytest.raises(ValueError, match=r"cannot run .* m=17 is over 16"):
+            choose("gemm_nvfp4", GemmProblem(m=17, n=256, k=512), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "needs a kernel, a config or both"),
+        ({"kernel": "nothing"}, "no kernel is called 'nothing'"),
+        ({"kernel": "reference"}, "needs op="),
+        ({"kernel": "fake_any", "op": "route"}, "is a kernel of gemm_nvfp4, not of route"),
+    ],
+)
+def test_wrong_overrides(fakes: Path, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message), override(**arguments):
+        pass
+
+
+def test_nothing_fits(fakes: Path) -> None:
+    registry.KERNELS.pop()
+    with pytest.raises(
+        UnsupportedError, match=r"gemm_nvfp4 \(m=17 .* no kernel supports it: fake_small: m=17 is over 16"
+    ):
+        _choose(17)
+    with pytest.raises(UnsupportedError, match="on sm_100a: kernels exist for sm_90a"):
+        _choose(8, Target("sm_100a", "nvidia-b200"))
+
+
+def test_bad_tables(fakes: Path) -> None:
+    with pytest.raises(TableError, match=r"none.json: cannot be read"):
+        use_table(fakes / "none.json")
+    (fakes / "broken.json").write_text('{"schema": 1, "dev')
+    with pytest.raises(TableError, match=r"broken.json: not a tuned table"):
+        use_table(fakes / "broken.json")
+    (fakes / "newer.json").write_text('{"schema": 2, "device": "d", "arch": "sm_90a", "entries": []}')
+    with pytest.raises(TableError, match="schema 2, this version reads 1"):
+        use_table(fakes / "newer.json")
+    _write(fakes / "twice.json", _entry(8, 64), _entry(8, 128))
+    with pytest.raises(TableError, match="two entries for gemm_nvfp4"):
+        use_table(fakes / "twice.json")
+    _write(fakes / "unmeasured.json", _entry(8, 64, median_us=None))
+    with pytest.raises(TableError, match="marked measured but has no median_us"):
+        use_table(fakes / "unmeasured.json")
+    use_table(_write(fakes / "b200.json", _entry(8, 64), device="nvidia-b200", arch="sm_100a"))
+    with pytest.raises(TableError, match=r"is of nvidia-b200 \(sm_100a\); this is nvidia-h100-80gb-hbm3 \(sm_90a\)"):
+        _choose(8)
+
+
+def test_merge_replaces_and_keeps(fakes: Path) -> None:
+    path = fakes / "t.json"
+    table.merge(path, "d", "sm_90a", [_entry(8, 64), _entry(16, 64)])
+    merged = table.merge(path, "d", "sm_90a", [_entry(8, 256)])
+    assert merged == table.read(path)
+    assert {(e.problem["m"], e.config["tile"]) for e in merged.entries} == {(8, 256), (16, 64)}
+    assert len(path.read_text().splitlines()) == 4  # head, one line an entry, foot
+    with pytest.raises(TableError, match=r"is of d \(sm_90a\), will not take entries of e \(sm_100a\)"):
+        table.merge(path, "e", "sm_100a", [])
+
+
+def test_cpu_runs_the_reference_whatever_the_tables_say(fakes: Path) -> None:
+    assert choose("quantize_nvfp4", QuantizeProblem(m=1, k=16), "cpu").is_reference
