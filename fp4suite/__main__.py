@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, arch, dispatch, registry, support, table
+from . import __version__, arch, registry, support, table
 from .errors import TableError, UnsupportedError
 
 
@@ -95,9 +95,8 @@ def _table(args: argparse.Namespace) -> int:
     for row in rows:
         time = f"{row['median_us']:9.2f} us" if row["measured"] else f"{row['predicted_us'] or 0:9.2f} us predicted"
         dims = " ".join(f"{k}={v}" for k, v in row["problem"].items())
-        print(
-            f"{row['op']:18} {dims:60} {time}  {row['kernel']} {_knobs(row['config'])}{' STALE' if row['stale'] else ''}"
-        )
+        stale = " STALE" if row["stale"] else ""
+        print(f"{row['op']:18} {dims:60} {time}  {row['kernel']} {_knobs(row['config'])}{stale}")
     return 0
 
 

@@ -64,8 +64,8 @@ def problems() -> list[str]:
             said.append("This PyTorch was built without CUDA, so the GPU here stays idle: install a CUDA build of it.")
         else:
             said.append(
-                f"NVIDIA driver {loaded} does not run CUDA {torch.version.cuda}, which this PyTorch was built for, so the "
-                f"GPU here stays idle: update the driver or install a PyTorch for an older CUDA."
+                f"NVIDIA driver {loaded} does not run CUDA {torch.version.cuda}, which this PyTorch was built for, so "
+                f"the GPU here stays idle: update the driver or install a PyTorch for an older CUDA."
             )
     return said
 
