@@ -1,0 +1,156 @@
+"""NVFP4 -> BF16, FP16 or FP32, for layers with no 4-bit kernel on this architecture.
+
+Memory bound: reads 9/16 byte and writes 2 (BF16) an element. One program a [block_m, block_k] tile of one expert.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp4suite.built import Built
+from fp4suite.formats import NVFP4Tensor
+from fp4suite.problem import DequantProblem
+
+from . import host
+from .nvfp4 import e4m3_to_f32, sf_offsets, times_e2m1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """block_m rows by block_k elements of K a program."""
+
+    block_m: int = 4
+    block_k: int = 1024
+    num_warps: int = 4
+
+
+SPACE = {"block_m": (1, 4, 16), "block_k": (256, 1024, 2048), "num_warps": (2, 4, 8)}
+
+
+def supports(problem: DequantProblem, config: Config) -> str | None:
+    """Why this problem cannot run with this config, or None if it can."""
+    return host.refuse_tile(config.block_m, config.block_k, config.num_warps)
+
+
+@triton.jit(do_not_specialize=["M", "FIRST", "ROWS", "SEGMENT", "alpha_stride_e", "alpha_stride_s", "sf_stride_e"])
+def _dequant_nvfp4(
+    data_ptr,
+    sf_ptr,
+    alpha_ptr,
+    out_ptr,
+    sf_stride_e,
+    alpha_stride_e,
+    alpha_stride_s,
+    out_stride_e,
+    out_stride_m,
+    M,
+    K,
+    FIRST,
+    ROWS,
+    SEGMENT,
+    SF_BLOCKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = BLOCK_K // 16
+    expert = tl.program_id(2).to(tl.int64)  # int64 before the multiply: stacked experts pass 2**31 elements
+    nth = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = FIRST.to(tl.int64) + nth
+    blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = (nth < ROWS)[:, None] & (blocks < K // 16)[None, :]
+
+    pairs = blocks[:, None] * 8 + tl.arange(0, 8)[None, :]
+    at = (expert * M + rows)[:, None, None] * (K // 2) + pairs[None, :, :]
+    packed = tl.load(data_ptr + at, mask=inside[:, :, None], other=0)
+    sf = tl.load(sf_ptr + expert * sf_stride_e + sf_offsets(rows, blocks, K, SF_BLOCKED), mask=inside, other=0)
+    alpha = tl.load(alpha_ptr + expert * alpha_stride_e + SEGMENT * alpha_stride_s)
+    # element times scale is exact, so alpha brings the only rounding before the cast, as in the reference
+    x = times_e2m1(e4m3_to_f32(sf), packed, BLOCK_M, BLOCKS) * alpha
+
+    cols = blocks[:, None] * 16 + tl.arange(0, 16)[None, :]
+    at = expert * out_stride_e + rows[:, None, None] * out_stride_m + cols[None, :, :]
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside[:, :, None])
+
+
+def launch(t: NVFP4Tensor, out: Tensor, config: Config, segments: Sequence[int] | None = None) -> None:
+    """t [m, k] or [experts, m, k] -> out of the same shape, with rows of any stride.
+
+    alpha: [], or [segments] for the runs of rows that `segments` gives; with experts [], [experts] or
+    [experts, segments]. Raises ValueError where they do not fit, or codes, scales or alpha are not contiguous.
+    """
+    *lead, m, k = t.shape
+    if len(lead) > 1:
+        raise ValueError(f"t must be [m, k] or [experts, m, k], got {list(t.shape)}")
+    if not (t.data.is_contiguous() and t.sf.is_contiguous() and t.alpha.is_contiguous()):
+        raise ValueError("codes, scales and alpha must be contiguous")
+    runs = tuple(segments) if segments is not None else (m,)
+    per_expert, per_segment = _alpha_strides(t, runs, segments is not None)
+    experts = lead[0] if lead else 1
+    sf = t.sf.view(torch.uint8)
+    constants = _constants(t.sf_layout, config)
+    first = 0
+    for i, rows in enumerate(runs):
+        grid = (triton.cdiv(rows, config.block_m), triton.cdiv(k, config.block_k), experts)
+        if rows and experts:
+            _dequant_nvfp4[grid](
+                t.data,
+                sf,
+                t.alpha,
+                out,
+                sf.numel() // experts,
+                per_expert,
+                per_segment,
+                out.stride(0) if lead else 0,
+                host.row_stride(out[0] if lead else out),
+                m,
+                k,
+                first,
+                rows,
+                i,
+                **constants,
+                num_warps=config.num_warps,
+                **host.OPTIONS,
+            )
+        first += rows
+
+
+def warm(problem: DequantProblem, config: Config) -> None:
+    """Compile for the current device what a launch of `problem` needs."""
+    t = host.empty_nvfp4(1, problem.k, torch.ones((), device="cuda"), problem.sf_layout)
+    launch(t, torch.empty(1, problem.k, dtype=host.DTYPES[problem.out], device="cuda"), config)
+
+
+def build(problem: DequantProblem, config: Config, arch: str) -> Built:
+    """Compiled for `arch` without a GPU."""
+    types = {"data_ptr": "*u8", "sf_ptr": "*u8", "alpha_ptr": "*fp32", "out_ptr": f"*{problem.out}"}
+    plain = ("sf_stride_e", "alpha_stride_e", "alpha_stride_s", "M", "FIRST", "ROWS", "SEGMENT")
+    types |= dict.fromkeys(("out_stride_e", "out_stride_m", "K", *plain), "i32")
+    return host.build(
+        _dequant_nvfp4, types, _constants(problem.sf_layout, config), arch, config.num_warps, unaligned=plain
+    )
+
+
+def _alpha_strides(t: NVFP4Tensor, runs: tuple[int, ...], segmented: bool) -> tuple[int, int]:
+    """Elements from expert to expert and from segment to segment of t.alpha."""
+    *lead, m, _ = t.shape
+    shape = tuple(t.alpha.shape)
+    if sum(runs) != m or min(runs, default=0) < 0:
+        raise ValueError(f"segments {list(runs)} must be runs of rows that sum to m={m}")
+    if shape == ():
+        return 0, 0
+    if segmented and shape == (*lead, len(runs)):
+        return (len(runs), 1) if lead else (0, 1)
+    if not segmented and lead and shape == tuple(lead):
+        return 1, 0
+    raise ValueError(
+        f"alpha {list(shape)} does not fit {list(t.shape)} with segments {list(runs) if segmented else None}"
+    )
+
+
+def _constants(sf_layout: str, config: Config) -> dict[str, Any]:
+    return {"SF_BLOCKED": sf_layout == "blocked_128x4", "BLOCK_M": config.block_m, "BLOCK_K": config.block_k}
