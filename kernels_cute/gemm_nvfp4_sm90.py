@@ -238,7 +238,7 @@ class GemmNvfp4Sm90:
         segment_ends: tuple[Int32, ...],
         stream: cuda.CUstream,
     ):
-        """a_stride (of a BF16 a) and d_stride count elements. segment_ends: where segments end, without the last."""
+        """a_stride (of a BF16 a) and d_stride count elements. segment_ends: the column after each segment."""
         if cutlass.const_expr(self.packed_a):
             mA, mSFA = self.words(a, sfa, m, k)
         else:
@@ -422,7 +422,7 @@ class GemmNvfp4Sm90:
             column = n0 + tCcD[2 * r][0]
             if column < n:
                 segment = Int32(0)
-                for end in segment_ends:
+                for end in segment_ends[:-1]:
                     segment += Int32(column >= end)
                 alpha = mAlphaB[segment]
                 if cutlass.const_expr(self.packed_a):
@@ -455,7 +455,7 @@ def _operands(
 
 def _fake_operands(variant: Variant) -> tuple[Any, ...]:
     """Operands to compile with: types and alignments are fixed by them, addresses and sizes are not."""
-    made = _operands(variant, (16,) * 7, (1, 8, ATOM_K, ATOM_K, 8), (0,) * (variant.segments - 1))
+    made = _operands(variant, (16,) * 7, (1, 8, ATOM_K, ATOM_K, 8), (8,) * variant.segments)
     return (*made, make_fake_stream())
 
 
@@ -478,7 +478,7 @@ def launch(
     packed = isinstance(a, NVFP4Tensor)
     if out.dtype not in _DTYPES:
         raise TypeError(f"out must be bfloat16 or float32, got {out.dtype}")
-    variant = Variant(act="nvfp4" if packed else "bf16", out=_DTYPES[out.dtype], segments=len(ends) + 1)
+    variant = Variant(act="nvfp4" if packed else "bf16", out=_DTYPES[out.dtype], segments=len(ends))
     problem = GemmProblem(m=m, n=n, k=k, act=variant.act, out=variant.out, segments=variant.segments)  # type: ignore[arg-type]
     if reason := supports(problem, config):
         raise ValueError(reason)
@@ -536,13 +536,13 @@ def _variant(problem: GemmProblem, config: Config) -> Variant:
 
 
 def _segment_ends(alpha: Tensor, segments: tuple[int, ...] | None, n: int) -> tuple[int, ...]:
-    """Columns where segments end, without the last."""
+    """The column after each segment."""
     count = alpha.numel()
     if count == 1:
-        return ()
+        return (n,)
     if segments is None or len(segments) != count or sum(segments) != n:
         raise ValueError(f"b.alpha holds {count} numbers: segments must be as many and sum to n={n}, got {segments}")
-    return tuple(itertools.accumulate(segments[:-1]))
+    return tuple(itertools.accumulate(segments))
 
 
 def _check_packed(t: NVFP4Tensor, name: str) -> None:
