@@ -33,7 +33,7 @@ def options(arch: str) -> str:
 
 
 def build(function: Callable[..., Any], *operands: Any, arch: str) -> Built:
-    """Compile a `cute.jit` function for `arch` and return its PTX, cubin, shared memory (bytes) and tensor memory (columns).
+    """Compile a `cute.jit` function for `arch`: PTX, cubin, shared memory (bytes) and tensor memory (columns).
 
     operands: as for `cute.compile`, fake tensors included; nothing is launched and no GPU is asked for.
 
