@@ -63,22 +63,47 @@ def _quantizing(
     return out.data, out.sf.view(torch.uint8)
 
 
+def _alpha(choice: dispatch.Choice, reference_op: Callable[[], Tensor], device: torch.device, *operands: Any) -> Tensor:
+    """amax / 2688 of what is about to be quantised, by the quantising kernel's own arithmetic."""
+    if choice.is_reference:
+        return reference_op().clone()
+    alpha = torch.empty((), dtype=torch.float32, device=device)
+    choice.module.global_scale(*operands, alpha, choice.config)
+    return alpha
+
+
 def _nvfp4_alpha(x: Tensor, segments: list[int]) -> Tensor:
-    return global_scale(x, segments or None).clone()
+    if x.ndim > 2 or segments:  # one number a matrix or segment: weights, not activations
+        return global_scale(x, segments or None).clone()
+    choice = dispatch.choose("quantize_nvfp4", _quantize_problem(x, "linear", "absmax"), x.device)
+    return _alpha(choice, lambda: global_scale(x), x.device, x)
 
 
 def _rmsnorm_alpha(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return global_scale(rmsnorm_fp32(x, weight, eps).flatten(0, -2))
+    choice = dispatch.choose("rmsnorm_quantize", _rmsnorm_problem(x, "linear", "absmax"), x.device)
+    return _alpha(choice, lambda: global_scale(rmsnorm_fp32(x, weight, eps)), x.device, x, weight, eps)
 
 
 def _swiglu_alpha(x: Tensor, limit: float) -> Tensor:
-    return global_scale(swiglu_fp32(x, limit).flatten(0, -2))
+    choice = dispatch.choose("swiglu_quantize", _swiglu_problem(x, "linear", "absmax"), x.device)
+    return _alpha(choice, lambda: global_scale(swiglu_fp32(x, limit)), x.device, x, limit)
+
+
+def _quantize_problem(x: Tensor, sf_layout: SfLayout, rule: Rule) -> QuantizeProblem:
+    return QuantizeProblem(m=x.shape[0], k=x.shape[1], x=dtype_name(x, "x"), rule=rule, sf_layout=sf_layout)
+
+
+def _rmsnorm_problem(x: Tensor, sf_layout: SfLayout, rule: Rule) -> RmsnormQuantizeProblem:
+    return RmsnormQuantizeProblem(m=x.shape[0], k=x.shape[1], x=dtype_name(x, "x"), rule=rule, sf_layout=sf_layout)
+
+
+def _swiglu_problem(x: Tensor, sf_layout: SfLayout, rule: Rule) -> SwigluQuantizeProblem:
+    return SwigluQuantizeProblem(m=x.shape[0], k=x.shape[1] // 2, x=dtype_name(x, "x"), rule=rule, sf_layout=sf_layout)
 
 
 def _quantize_nvfp4(x: Tensor, alpha: Tensor, sf_layout: SfLayout, rule: Rule) -> tuple[Tensor, Tensor]:
     m, k = x.shape
-    problem = QuantizeProblem(m=m, k=k, x=dtype_name(x, "x"), rule=rule, sf_layout=sf_layout)
-    choice = dispatch.choose("quantize_nvfp4", problem, x.device)
+    choice = dispatch.choose("quantize_nvfp4", _quantize_problem(x, sf_layout, rule), x.device)
     plain = lambda: reference.quantize_nvfp4(x, alpha=alpha, sf_layout=sf_layout, rule=rule)  # noqa: E731
     return _quantizing(choice, plain, m, k, alpha, sf_layout, (x, alpha), rule)
 
@@ -87,16 +112,14 @@ def _rmsnorm_quantize(
     x: Tensor, weight: Tensor, eps: float, alpha: Tensor, sf_layout: SfLayout, rule: Rule
 ) -> tuple[Tensor, Tensor]:
     m, k = x.shape
-    problem = RmsnormQuantizeProblem(m=m, k=k, x=dtype_name(x, "x"), rule=rule, sf_layout=sf_layout)
-    choice = dispatch.choose("rmsnorm_quantize", problem, x.device)
+    choice = dispatch.choose("rmsnorm_quantize", _rmsnorm_problem(x, sf_layout, rule), x.device)
     plain = lambda: reference.rmsnorm_quantize(x, weight, eps, alpha=alpha, sf_layout=sf_layout, rule=rule)  # noqa: E731
     return _quantizing(choice, plain, m, k, alpha, sf_layout, (x, weight, eps, alpha), rule)
 
 
 def _swiglu_quantize(x: Tensor, limit: float, alpha: Tensor, sf_layout: SfLayout, rule: Rule) -> tuple[Tensor, Tensor]:
     m, k = x.shape[0], x.shape[1] // 2
-    problem = SwigluQuantizeProblem(m=m, k=k, x=dtype_name(x, "x"), rule=rule, sf_layout=sf_layout)
-    choice = dispatch.choose("swiglu_quantize", problem, x.device)
+    choice = dispatch.choose("swiglu_quantize", _swiglu_problem(x, sf_layout, rule), x.device)
     plain = lambda: reference.swiglu_quantize(x, limit=limit, alpha=alpha, sf_layout=sf_layout, rule=rule)  # noqa: E731
     return _quantizing(choice, plain, m, k, alpha, sf_layout, (x, limit, alpha), rule)
 
@@ -328,8 +351,6 @@ _register(
     _dequant_nvfp4,
     lambda data, sf, alpha, sf_layout, dtype: data.new_empty((data.shape[0], data.shape[1] * 2), dtype=dtype),
 )
-# the global scale of what is about to be quantised: plain PyTorch on any device, opaque so that no compiler may
-# contract its arithmetic
 _register("nvfp4_alpha(Tensor x, int[] segments) -> Tensor", _nvfp4_alpha, _fake_alpha)
 _register("rmsnorm_alpha(Tensor x, Tensor weight, float eps) -> Tensor", _rmsnorm_alpha, _fp32_scalar)
 _register("swiglu_alpha(Tensor x, float limit) -> Tensor", _swiglu_alpha, _fp32_scalar)

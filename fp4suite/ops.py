@@ -42,7 +42,7 @@ def quantize_nvfp4(
         raise ValueError(f"x must be [..., m, k] with k a multiple of {BLOCK}, got {list(x.shape)}")
     runs = list(segments or [])
     if alpha is None:
-        alpha = _ops.nvfp4_alpha(x, runs)
+        alpha = _ops.nvfp4_alpha(_rows(x) if x.ndim == 2 else x, runs)
     _check_alpha(alpha, x)
     if alpha.ndim == 0 and (x.ndim == 2 or sf_layout == "linear"):
         data, sf = _ops.quantize_nvfp4(_rows(x), alpha, sf_layout, rule)
@@ -92,7 +92,7 @@ def rmsnorm_quantize(
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
     if alpha is None:
-        alpha = _ops.rmsnorm_alpha(x, weight, eps)
+        alpha = _ops.rmsnorm_alpha(_rows(x), weight, eps)
     _check_alpha(alpha, x, scalar=True)
     data, sf = _ops.rmsnorm_quantize(_rows(x), weight, eps, alpha, sf_layout, rule)
     return _unflatten(data, sf, alpha, sf_layout, x.shape[:-1])
@@ -116,7 +116,7 @@ def swiglu_quantize(
     if not limit > 0:
         raise ValueError(f"limit must be positive, got {limit}")
     if alpha is None:
-        alpha = _ops.swiglu_alpha(x, limit)
+        alpha = _ops.swiglu_alpha(_rows(x), limit)
     _check_alpha(alpha, x, scalar=True)
     data, sf = _ops.swiglu_quantize(_rows(x), limit, alpha, sf_layout, rule)
     return _unflatten(data, sf, alpha, sf_layout, x.shape[:-1])

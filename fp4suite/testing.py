@@ -11,7 +11,7 @@ the tolerance covers the order of FP32 accumulation and the rounding of the outp
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -45,6 +45,7 @@ class Case:
     tail: tuple[Any, ...]
     poison: Callable[[], Any]
     verify: Callable[[], None]
+    _laid_out: dict[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
 
     def run(self, module: ModuleType, config: Any) -> None:
         """Poison the outputs, then launch."""
@@ -53,7 +54,18 @@ class Case:
 
     def launch(self, module: ModuleType, config: Any) -> None:
         """Launch alone, for timing and graph capture."""
-        module.launch(*self.operands, self.out, *self.tail, config)
+        module.launch(*self.laid_out(module), self.out, *self.tail, config)
+
+    def laid_out(self, module: ModuleType) -> tuple[Any, ...]:
+        """The operands with their scales in the order that a GEMM's module reads; made once an order."""
+        order = getattr(module, "SF_LAYOUT", None)
+        if order is None:
+            return self.operands
+        if order not in self._laid_out:
+            self._laid_out[order] = tuple(
+                x.with_sf_layout(order) if isinstance(x, NVFP4Tensor) else x for x in self.operands
+            )
+        return self._laid_out[order]
 
     def check(self) -> None:
         """Compare the outputs of the last run with the reference. Raises AssertionError."""

@@ -33,12 +33,13 @@ from cutlass.utils import hopper_helpers
 from torch import Tensor
 
 from fp4suite.built import MAX_SHARED_BYTES, Built
-from fp4suite.formats import NVFP4Tensor
+from fp4suite.formats import NVFP4Tensor, SfLayout
 from fp4suite.problem import GemmProblem
 
 from . import build as cross
 
 ARCH = "sm_90a"
+SF_LAYOUT: SfLayout = "linear"  # the order of block scales that it reads
 ATOM_K = 64  # elements of K in one 128-byte row of the swizzled BF16 buffers: four scale blocks, 32 bytes of codes
 PIECE_K = 32  # elements of K that one thread fetches and decodes at a time: 16 bytes of codes, two scales
 WARPGROUP = 128  # threads; WGMMA's M is 64
