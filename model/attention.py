@@ -1,8 +1,8 @@
 """Attention of one layer: the last rows of a window, and compressed rows of all that lies before.
 
-K = V, one KV head. A ratio of 0 is window only; ratio 4 (CSA) adds the compressed entries that an indexer picks; any other
-ratio (HCA) adds all of them. The cache is written first and read after, so that a query sees its own token, and the entry
-that its own token completes.
+K = V, one KV head. A ratio of 0 is window only; ratio 4 (CSA) adds the compressed entries that an indexer picks; any
+other ratio (HCA) adds all of them. The cache is written first and read after, so that a query sees its own token, and
+the entry that its own token completes.
 """
 
 import torch
@@ -46,7 +46,8 @@ class Attention(nn.Module):
         )
         caches, rows = [cache.window], [batch.window_rows]
         if self.ratio:
-            assert cache.compressed is not None and cache.state is not None
+            assert cache.compressed is not None
+            assert cache.state is not None
             self.compressor(x, batch, cache.table, cache.state, cache.compressed)
             chosen = (
                 self.indexer(x, c_q, batch, cache) if self.ratio == CSA_RATIO else batch.compressed[self.ratio].rows
@@ -65,11 +66,10 @@ class Attention(nn.Module):
         o = o.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, tokens, k]
         if isinstance(weight, NVFP4Tensor):
             weight = weight.with_sf_layout("linear")
-            parts = (t.unflatten(0, (groups, rank)) for t in (weight.data, weight.sf))
+            data, sf = (t.unflatten(0, (groups, rank)) for t in (weight.data, weight.sf))
             offsets = torch.arange(groups + 1, dtype=torch.int32, device=o.device) * tokens
-            z = ops.grouped_gemm_nvfp4(
-                o.flatten(0, 1), NVFP4Tensor(*parts, weight.alpha), offsets, out_dtype=o.dtype
-            ).unflatten(0, (groups, tokens))
+            z = ops.grouped_gemm_nvfp4(o.flatten(0, 1), NVFP4Tensor(data, sf, weight.alpha), offsets, out_dtype=o.dtype)
+            z = z.unflatten(0, (groups, tokens))
         else:
             z = torch.bmm(o, self.wo_a.plain(o.dtype).unflatten(0, (groups, rank)).transpose(1, 2))
         return z.transpose(0, 1).flatten(1)  # [groups, tokens, rank] -> [tokens, groups · rank]
@@ -127,20 +127,35 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config, CSA_RATIO, config.index_head_dim, build.child("compressor"))
 
     def forward(self, x: Tensor, c_q: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        """Slots of the chosen entries, int32 [tokens, rows], -1 behind. x: [tokens, hidden]; c_q: [tokens, q_lora_rank]."""
-        assert cache.index is not None and cache.index_state is not None
+        """x [tokens, hidden], c_q [tokens, q_lora_rank] -> cache slots of the entries, int32 [tokens, rows], -1 behind."""
+        assert cache.index is not None
+        assert cache.index_state is not None
         step, heads, head_dim = batch.compressed[CSA_RATIO], self.config.index_n_heads, self.config.index_head_dim
         # rotating q and k by a Hadamard matrix cancels in q · k; it only makes four bits lose less
         hadamard = cache.index.format == "mxfp4"
         self.compressor(x, batch, cache.table, cache.index_state, cache.index, hadamard)
         if step.rows is not None:  # every visible entry is chosen: nothing to score
             return step.rows
-        where = {"positions": batch.positions, "sequence_ids": batch.sequence_ids, "ratio": CSA_RATIO}
         q = self.wq_b(c_q).unflatten(-1, (heads, head_dim))
         q = ops.index_query(q, batch.positions, cache.table, format=cache.index.format, hadamard=hadamard)
         weights = self.weights_proj(x, torch.float32)  # [tokens, heads]
         scale = head_dim**-0.5 * heads**-0.5
-        logits = ops.index_logits(q, weights, cache.index, step.block_table, scale=scale, **where)  # [tokens, entries]
+        logits = ops.index_logits(
+            q,
+            weights,
+            cache.index,
+            step.block_table,
+            positions=batch.positions,
+            sequence_ids=batch.sequence_ids,
+            ratio=CSA_RATIO,
+            scale=scale,
+        )  # [tokens, entries]
         return ops.index_topk(
-            logits, step.block_table, topk=self.config.index_topk, page_size=cache.index.page_size, **where
+            logits,
+            step.block_table,
+            positions=batch.positions,
+            sequence_ids=batch.sequence_ids,
+            ratio=CSA_RATIO,
+            topk=self.config.index_topk,
+            page_size=cache.index.page_size,
         )

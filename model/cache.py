@@ -6,8 +6,8 @@ A sequence occupies a slot. Its rows lie in pages, found through block tables th
     ratio r      one row for r tokens, in the layers of that ratio (in CSA layers, an indexer key beside it)
     ring         FP32, the last tokens of each compressor, at position mod ring; nothing to allocate, nothing to clear
 
-`KVCache.prepare` turns (slot, new tokens) pairs into a `Batch`: every index that a forward pass needs, made once for all
-layers. Prefill, chunked prefill and decode differ only in how many tokens a pair has.
+`KVCache.prepare` turns (slot, new tokens) pairs into a `Batch`: every index that a forward pass needs, made once for
+all layers. Prefill, chunked prefill and decode differ only in how many tokens a pair has.
 """
 
 from collections.abc import Sequence

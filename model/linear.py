@@ -1,7 +1,7 @@
 """Weights in any of the formats that checkpoints hold, and y = x Wᵀ on top of them.
 
-A weight's parts are buffers, so that a model can be built on the meta device, moved and counted; `weight` joins them into
-the container that ops take, and takes one apart.
+A weight's parts are buffers, so that a model can be built on the meta device, moved and counted; `weight` joins them
+into the container that ops take, and takes one apart.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,7 @@ class Weight(nn.Module):
             data = torch.empty(*lead, n, k // 2, dtype=torch.uint8, device=device)
             sf = torch.empty(*lead, n, k // BLOCK, dtype=torch.float8_e4m3fn, device=device)
             each = [len(self.segments)] if self.segments else []
-            return NVFP4Tensor(data, sf, torch.empty(*lead, *each, dtype=torch.float32, device=device))
+            return NVFP4Tensor(data, sf, torch.empty((*lead, *each), dtype=torch.float32, device=device))
         if format == "fp8" and not lead:
             sf = torch.empty(-(-n // FP8_BLOCK), -(-k // FP8_BLOCK), dtype=torch.uint8, device=device)
             return FP8BlockTensor(torch.empty(n, k, dtype=torch.float8_e4m3fn, device=device), sf)

@@ -28,7 +28,8 @@ class MoE(nn.Module):
             a = ops.quantize_nvfp4(x) if self.shared.w13.act == "nvfp4" else x
             routed = ops.moe_nvfp4(a, w13, w2, ids, weights, limit=limit).to(x.dtype)
         else:
-            assert isinstance(w13, Tensor) and isinstance(w2, Tensor)
+            assert isinstance(w13, Tensor)
+            assert isinstance(w2, Tensor)
             routed = ops.moe(x, w13, w2, ids, weights, limit=limit)
         return routed + self.shared(x)
 

@@ -80,8 +80,8 @@ class Transformer(nn.Module):
     def draft(self, h: Tensor, next_ids: Tensor, batch: Batch, cache: KVCache, block: int = 0) -> tuple[Tensor, Tensor]:
         """One draft block over the step that made h.
 
-        h: streams [tokens, streams, hidden] of the trunk, or of the draft block before; next_ids: int64 [tokens], the token
-        that follows each. Returns FP32 logits [tokens, vocab] for the token after the next, and the block's own streams.
+        h: streams [tokens, streams, hidden] of the trunk, or of the draft block before; next_ids: int64 [tokens], the
+        token that follows each. Returns FP32 logits [tokens, vocab] of the token after that, and the block's streams.
         """
         return self.mtp[block](h, self.embedding(next_ids), batch, cache.layers[len(self.layers) + block], self.head)
 
@@ -92,7 +92,7 @@ class Transformer(nn.Module):
         return F.embedding(token_ids, weight).to(self.act_dtype)
 
     def weights(self) -> Iterator[tuple[str, AnyWeight]]:
-        """Every weight under its canonical name: the native release's, but experts stacked (`ffn.w13`, `ffn.shared.w13`)."""
+        """Every weight by its canonical name: the native one, but experts stacked (`ffn.w13`, `ffn.shared.w13`)."""
         for path, module in self.named_modules():
             if isinstance(module, Weight):
                 yield path, module.weight
@@ -130,39 +130,41 @@ class Layer(nn.Module):
         self.config = config
         streams, d = config.hc_mult, config.hidden_size
         mixes = streams * (streams + 2)  # pre, post, comb
-        self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale = (
-            build.fp32(mixes, streams * d),
-            build.fp32(mixes),
-            build.fp32(3),
-        )
+        self.hc_attn_fn = build.fp32(mixes, streams * d)
+        self.hc_attn_base, self.hc_attn_scale = build.fp32(mixes), build.fp32(3)
         self.attn_norm = build.vector(d)
         self.attn = Attention(config, layer, build.child("attn"))
-        self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale = (
-            build.fp32(mixes, streams * d),
-            build.fp32(mixes),
-            build.fp32(3),
-        )
+        self.hc_ffn_fn = build.fp32(mixes, streams * d)
+        self.hc_ffn_base, self.hc_ffn_scale = build.fp32(mixes), build.fp32(3)
         self.ffn_norm = build.vector(d)
         self.ffn = MoE(config, layer, build.child("ffn"))
 
     def forward(self, h: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         """h: [tokens, streams, hidden] -> the same."""
-        config = self.config
-        how = {"norm_eps": config.rms_norm_eps, "eps": config.hc_eps, "iterations": config.hc_sinkhorn_iters}
-        x, post, comb = ops.hyper_connection_pre(
-            h, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, self.attn_norm, **how
-        )  # x: [tokens, hidden], normed
+        x, post, comb = self._pre(h, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, self.attn_norm)
         h = ops.hyper_connection_post(self.attn(x, batch, cache), h, post, comb)
-        x, post, comb = ops.hyper_connection_pre(
-            h, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, self.ffn_norm, **how
-        )
+        x, post, comb = self._pre(h, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, self.ffn_norm)
         return ops.hyper_connection_post(self.ffn(x, batch.token_ids), h, post, comb)
+
+    def _pre(self, h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The site's normed input [tokens, hidden], and what `hyper_connection_post` closes it with."""
+        config = self.config
+        return ops.hyper_connection_pre(
+            h,
+            fn,
+            base,
+            scale,
+            norm,
+            norm_eps=config.rms_norm_eps,
+            eps=config.hc_eps,
+            iterations=config.hc_sinkhorn_iters,
+        )
 
 
 class DraftBlock(Layer):
     """Multi-token prediction: from the streams at t and the token at t + 1, the token at t + 2.
 
-    h⁰ = e_proj(enorm(embed(x[t + 1]))) + h_proj(hnorm(h[t])), stream by stream, at position t; then one window-only layer.
+    h⁰ = e_proj(enorm(embed(x[t + 1]))) + h_proj(hnorm(h[t])), each stream, at position t; then one window-only layer.
     """
 
     def __init__(self, config: ModelConfig, block: int, build: Build) -> None:
@@ -175,7 +177,7 @@ class DraftBlock(Layer):
     def forward(  # type: ignore[override]
         self, h: Tensor, embedded: Tensor, batch: Batch, cache: LayerCache, head: nn.Module
     ) -> tuple[Tensor, Tensor]:
-        """h: [tokens, streams, hidden]; embedded: [tokens, hidden] of the next tokens. FP32 logits and the new streams."""
+        """h: [tokens, streams, hidden]; embedded: [tokens, hidden], next tokens. Returns FP32 logits and streams."""
         norm_eps, eps = self.config.rms_norm_eps, self.config.hc_eps
         e = self.e_proj(ops.rms_norm(embedded, self.enorm, norm_eps))  # [tokens, hidden]
         h = e[:, None] + self.h_proj(ops.rms_norm(h, self.hnorm, norm_eps))  # [tokens, streams, hidden]

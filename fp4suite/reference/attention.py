@@ -26,8 +26,8 @@ def sparse_attention(
 ) -> Tensor:
     """q [tokens, heads, head_dim] -> [tokens, heads, head_dim] in q's dtype.
 
-    caches and indices go in pairs: indices[i] is int32 [tokens, rows_i], slots of caches[i], -1 for no row; a slot named
-    twice counts twice. sink: FP32 [heads]. A token without any row gives zeros.
+    caches and indices go in pairs: indices[i] is int32 [tokens, rows_i], slots of caches[i], -1 for no row; a slot
+    named twice counts twice. sink: FP32 [heads]. A token without any row gives zeros.
     """
     if len(caches) != len(indices) or not caches:
         raise ValueError(f"caches and indices go in pairs, got {len(caches)} and {len(indices)}")

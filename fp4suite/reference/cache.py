@@ -1,4 +1,4 @@
-"""Rows of paged caches: numbers to bytes and back, byte for byte as `formats.kv_layout` and `index_layout` lay them out.
+"""Rows of paged caches: numbers to bytes and back, laid out as `formats.kv_layout` and `index_layout` say.
 
 A row is rounded to BF16 first (not in the fp32 format), once, after norm and RoPE, and then:
 

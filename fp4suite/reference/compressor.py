@@ -6,8 +6,8 @@ Entry i of ratio r is emitted by token t = r (i + 1) − 1 and pools tokens r i 
 twice the head: ratio 4), the r tokens before them join, with the first half of their channels, while tokens r i .. t
 give the second half; before the first window there is nothing to join. RoPE turns the entry at position r i.
 
-Every token's (kv, gate + ape) also goes into an FP32 ring per sequence, at position mod ring. A boundary gathers its rows
-from this step's tokens or from the ring, so that prefill, chunked prefill and decode are one algorithm; positions
+Every token's (kv, gate + ape) also goes into an FP32 ring per sequence, at position mod ring. A boundary gathers its
+rows from this step's tokens or from the ring, so that prefill, chunked prefill and decode are one algorithm; positions
 below 0 are never read, so that a ring needs no clearing when its slot is reused.
 """
 

@@ -52,7 +52,7 @@ def hyper_connection_pre(
 
 
 def hyper_connection_post(y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    """Streams after a site: block output y [tokens, d], the streams h [tokens, n, d] that entered it -> [tokens, n, d]."""
+    """Streams after a site, [tokens, n, d]: its output y [tokens, d] and the streams h [tokens, n, d] that entered."""
     mixed = torch.einsum("tjk,tjd->tkd", comb.to(wide(h).dtype), wide(h))
     return (post.to(mixed.dtype)[:, :, None] * wide(y)[:, None, :] + mixed).to(h.dtype)
 

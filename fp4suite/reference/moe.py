@@ -1,6 +1,6 @@
 """Routed experts: slots sorted by expert, gate|up GEMM, clamped SwiGLU, down GEMM, weighted sum per token.
 
-    out[t] = Σ_j weight[t, j] · W2_e (silu(min(g, limit)) · clamp(u, ±limit))        (g | u) = W13_e x[t],  e = ids[t, j]
+    out[t] = Σ_j weight[t, j] · W2_e (silu(min(g, limit)) · clamp(u, ±limit))      (g | u) = W13_e x[t], e = ids[t, j]
 
 SwiGLU acts on each slot after every scale; the routing weight is applied once, in FP32, after the down projection.
 A slot is one (token, choice) pair; id -1 (an expert held elsewhere) contributes nothing.
@@ -63,10 +63,12 @@ def moe_nvfp4(
 ) -> Tensor:
     """x [tokens, hidden] -> [tokens, hidden], without the shared expert.
 
-    w13: [experts, 2 I, hidden], gate rows first, alpha [], [experts] or [experts, 2] (gate, up); w2: [experts, hidden, I],
-    alpha [] or [experts]; topk_ids: int32 [tokens, topk], -1 for none; topk_weights: FP32 [tokens, topk].
-    A float x is W4A16: SwiGLU's output is rounded to x's dtype, and so is the result. An NVFP4Tensor x is W4A4: SwiGLU's
-    output is quantised again ("absmax", one alpha from its own maximum) and the result is BF16.
+    w13: [experts, 2 I, hidden], gate rows first, alpha [], [experts] or [experts, 2] (gate, up)
+    w2: [experts, hidden, I], alpha [] or [experts]
+    topk_ids: int32 [tokens, topk], -1 for none; topk_weights: FP32 [tokens, topk]
+
+    A float x is W4A16: SwiGLU's output is rounded to x's dtype, and so is the result. An NVFP4Tensor x is W4A4:
+    SwiGLU's output is quantised again ("absmax", one alpha from its own maximum) and the result is BF16.
     """
     order, offsets = permute(topk_ids, w13.shape[0])
     token = order.long() // topk_ids.shape[1]
@@ -86,7 +88,7 @@ def moe_nvfp4(
 
 
 def moe(x: Tensor, w13: Tensor, w2: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, limit: float = 10.0) -> Tensor:
-    """`moe_nvfp4` for experts kept as plain tensors [experts, 2 I, hidden] and [experts, hidden, I]: the FP32 oracle."""
+    """`moe_nvfp4` for experts in plain tensors, w13 [experts, 2 I, hidden] and w2 [experts, hidden, I]."""
     order, offsets = permute(topk_ids, len(w13))
     token = order.long() // topk_ids.shape[1]
     bounds = offsets.tolist()

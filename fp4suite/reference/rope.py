@@ -3,8 +3,8 @@
     a' = a cos φ − b sin φ        b' = b cos φ + a sin φ        φ = position · frequency_j
 
 Inverse: sin φ negated. Frequencies are θ^(−2j/rope); under YaRN (Peng et al., 2309.00071) the slow ones are divided
-by `factor`. Cosine and sine keep amplitude 1: the model has no YaRN mscale. Tables are FP32 products of an FP32 position
-and an FP32 frequency, as every public implementation has them, so that long contexts see the same angles.
+by `factor`. Cosine and sine keep amplitude 1: the model has no YaRN mscale. Angles are FP32 products of an FP32
+position and an FP32 frequency, as every public implementation has them, so that long contexts see the same ones.
 """
 
 import math

@@ -1,7 +1,7 @@
 """transformers' DeepseekV4ForCausalLM as the independent oracle, and our model filled with its weights.
 
-What its initialisation leaves constant (sinks, biases, tables, norms, mHC) is drawn at random here: a constant would hide
-an error.
+What its initialisation leaves constant (sinks, biases, tables, norms, mHC) is drawn at random here: a constant would
+hide an error.
 """
 
 from dataclasses import replace
@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from fp4suite.formats import FP8BlockTensor, NVFP4Tensor
+from fp4suite.reference.native import quantize_fp8_block
+from fp4suite.reference.quant import quantize_nvfp4
 from model.cache import KVCache
 from model.checkpoint.names import hf_name
 from model.config import ModelConfig
@@ -170,3 +173,44 @@ def _weight(name: str, ours: Any, state: dict[str, Tensor]) -> Tensor:
 def _theirs(name: str, state: dict[str, Tensor]) -> Tensor:
     theirs = hf_name(name)
     return state[theirs] if theirs in state else state[f"{theirs}.weight"]
+
+
+def random_model(config: ModelConfig, seed: int = 0, **kwargs: Any) -> Transformer:
+    """Our model, draft blocks included, with random weights of the formats asked for (FP32 by default)."""
+    model = Transformer(config, **{"weight_format": lambda name: "fp32", "act_dtype": torch.float32, **kwargs})
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for name, value in list(model.weights()):
+        shape, last = tuple(value.shape), name.rpartition(".")[2]
+        if last == "tid2eid":
+            choice = torch.rand(shape[0], config.n_routed_experts, generator=generator).argsort(-1)
+            new = choice[:, : shape[1]].int()
+        elif last in ("attn_sink", "ape"):
+            new = normal(*shape)
+        elif last == "bias":
+            new = 0.2 * normal(*shape)
+        elif last.endswith("_base"):
+            new = 0.5 * normal(*shape)
+        elif last.endswith("_scale"):
+            new = 0.5 + normal(*shape).abs()
+        elif len(shape) == 1:
+            new = (1 + 0.3 * normal(*shape)).to(value.dtype)
+        elif last == "embed":
+            new = normal(*shape).to(value.dtype)
+        else:
+            new = _like(normal(*shape) * shape[-1] ** -0.5, value)
+        model.set_weight(name, new)
+    return model
+
+
+def _like(x: Tensor, old: Any) -> Any:
+    """x in the format of `old`."""
+    if isinstance(old, FP8BlockTensor):
+        return quantize_fp8_block(x)
+    if isinstance(old, NVFP4Tensor):
+        halves = (x.shape[-2] // 2,) * 2 if old.alpha.ndim > x.ndim - 2 else None
+        return quantize_nvfp4(x, segments=halves)
+    return x.to(old.dtype)
