@@ -5,9 +5,8 @@
 gives each problem that a forward pass of m tokens brings, once, with the layers that have it. Plain integers in, plain
 integers out: no model is built, and any mapping with the field names of the Hugging Face config.json will do.
 
-Tensor parallelism follows DeepSeek's own inference code: q_b, the indexer's q_b and o_a (by group) are split over their
-rows, o_b and the down projections over their columns; q_a, kv, the compressors and the weights projection are replicated.
-The shared expert is replicated too, so its gate|up and down are whole on every rank.
+Tensor parallelism follows DeepSeek's own inference code: q_b, the indexer's q_b and o_a (by group) are split over rows,
+o_b over columns; q_a, kv, compressors, the indexer's weights projection and the shared expert are whole on every rank.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +41,7 @@ FIELDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """One kind of linear layer: y[m, n] = x[m, k] @ w[n, k].T, `count` times in the model, n in `segments` with an own alpha."""
+    """y[m, n] = x[m, k] @ w[n, k].T, `count` times in the model; n falls into `segments` with an alpha of their own."""
 
     name: str
     n: int

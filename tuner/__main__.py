@@ -45,7 +45,9 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
     devices = args.devices.split(",") if args.devices else []
     if devices:
         rest = [a for i, a in enumerate(argv[1:], 1) if not (a.startswith("--devices") or argv[i - 1] == "--devices")]
-        code = tune.run_on_devices([d if ":" in d else f"cuda:{d}" for d in devices], [a for a in rest if a != "--json"])
+        code = tune.run_on_devices(
+            [d if ":" in d else f"cuda:{d}" for d in devices], [a for a in rest if a != "--json"]
+        )
         if code:
             return code, {"error": "a worker failed, see above"}
         args.device = devices[0] if ":" in devices[0] else f"cuda:{devices[0]}"
@@ -103,7 +105,9 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, An
     ops = tune.check_ops(None if args.op == ["all"] else args.op)
     configs = tune.load_configs(args.layers_of or ["pro"])
     out = args.out or provenance.results_dir() / "bench"
-    paths, rows = bench.run(chosen, configs, ops, args.m, args.tp, out, rounds=args.rounds, seed=args.seed, quiet=args.quiet)
+    paths, rows = bench.run(
+        chosen, configs, ops, args.m, args.tp, out, rounds=args.rounds, seed=args.seed, quiet=args.quiet
+    )
     print(bench.render(rows))
     return 0, {"files": [str(p) for p in paths], "rows": rows}
 

@@ -23,7 +23,7 @@ def name(problem: Problem) -> str:
 
 
 def function(problem: Problem) -> Callable[[Case], object]:
-    """The baseline as a function of a case. What it needs is prepared the first time it sees a case, outside any graph."""
+    """The baseline as a function of a case. It prepares what it needs when it first sees a case, before any capture."""
     prepared: dict[int, Callable[[], object]] = {}
 
     def run(case: Case) -> object:
@@ -56,9 +56,7 @@ def _eager(case: Case) -> Callable[[], object]:
     if isinstance(p, QuantizeProblem):
         return lambda: reference.quantize_nvfp4(x[0], alpha=x[1], sf_layout=p.sf_layout, rule=p.rule)
     if isinstance(p, RmsnormQuantizeProblem):
-        return lambda: reference.rmsnorm_quantize(
-            x[0], x[1], x[2], alpha=x[3], sf_layout=p.sf_layout, rule=p.rule
-        )
+        return lambda: reference.rmsnorm_quantize(x[0], x[1], x[2], alpha=x[3], sf_layout=p.sf_layout, rule=p.rule)
     if isinstance(p, SwigluQuantizeProblem):
         return lambda: reference.swiglu_quantize(x[0], limit=x[1], alpha=x[2], sf_layout=p.sf_layout, rule=p.rule)
     raise TypeError(f"no baseline for {type(p).__name__}")

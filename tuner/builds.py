@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ class Build:
     def key(self) -> str:
         """Hash of all that the result depends on.
 
-        A kernel module may say what of a problem its build depends on, `build_key(problem, config)`, when one binary serves
-        many problems; without it every problem is compiled anew.
+        A kernel module may say what of a problem its build depends on, `build_key(problem, config)`, when one binary
+        serves many problems; without it every problem is compiled anew.
         """
         module = registry.load(self.kernel)
         what = getattr(module, "build_key", lambda problem, config: problem.dims())(self.problem, self.config)
@@ -54,7 +54,9 @@ class Build:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def compile_all(builds: Iterable[Build], jobs: int, timeout: float = TIMEOUT_S) -> Iterator[tuple[Build, Resources | Rejected]]:
+def compile_all(
+    builds: Iterable[Build], jobs: int, timeout: float = TIMEOUT_S
+) -> Generator[tuple[Build, Resources | Rejected], None, None]:
     """The resource use of each build, or why it has none; cached ones first, builds of one key together.
 
     jobs: child processes; 0 compiles here, for tests of modules that no child can import.
@@ -75,10 +77,14 @@ def compile_all(builds: Iterable[Build], jobs: int, timeout: float = TIMEOUT_S) 
 
 
 def _outcomes(builds: list[Build], jobs: int, timeout: float) -> Iterator[tuple[int, Any]]:
-    calls = [(compile_one, (b.kernel, b.problem.op, b.problem.dims(), dataclasses.asdict(b.config), b.arch)) for b in builds]
+    calls = [
+        (compile_one, (b.kernel, b.problem.op, b.problem.dims(), dataclasses.asdict(b.config), b.arch)) for b in builds
+    ]
     if jobs:
         # the interpreter of Triton, should someone have it on, has nothing to compile
-        yield from worker.run_all(calls, min(jobs, len(calls)), timeout, {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"})
+        yield from worker.run_all(
+            calls, min(jobs, len(calls)), timeout, {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+        )
         return
     for index, (function, args) in enumerate(calls):
         try:

@@ -3,12 +3,12 @@
     us = launch + norm(dram, waves * (latency + norm(load, mma, alu)))
 
 dram: all unique bytes at the bandwidth of device memory. Per wave of CTAs: load, what one CTA reads through L2 at the
-rate that its own loads in flight sustain (Little's law) or its share of L2's; mma, on the padded tile; alu, for decoding
-and quantising. The norm is a sharp one (p = 6) in place of a maximum: overlap is never perfect, and a plateau of equals
-would leave the choice to chance.
+rate that its own loads in flight sustain (Little's law) or its share of L2's; mma, on the padded tile; alu, for
+decoding and quantising. The norm is a sharp one (p = 6) in place of a maximum: overlap is never perfect, and a plateau
+of equals would leave the choice to chance.
 
-It ranks, it does not predict: whoever shows its figures marks them as predicted. `MACHINES` says where its constants are
-from; those marked "estimate" have no better source than reasoning.
+It ranks, it does not predict: whoever shows its figures marks them as predicted. `MACHINES` says where its constants
+are from; those marked "estimate" have no better source than reasoning.
 """
 
 import math
@@ -90,9 +90,10 @@ MACHINES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One launch. Per CTA: threads, loaded and stored bytes, bytes of loads in flight, MMA flops (padded), ALU instructions.
+    """One launch.
 
-    act: format of the MMA's activations. ramps: how often a CTA waits a full latency with nothing in flight.
+    Per CTA: threads, bytes loaded and stored, bytes of loads in flight, MMA flops (of the padded tile), ALU
+    instructions. act: format of the MMA's activations. ramps: how often a CTA waits with nothing in flight.
     """
 
     ctas: int
@@ -176,9 +177,12 @@ def _gemm(problem: GemmProblem, config: Any, arch: str, resources: Resources | N
     ctas = math.ceil(tiles_m / cluster_m) * cluster_m * math.ceil(tiles_n / cluster_n) * cluster_n * split
     k = math.ceil(p.k / (tile_k * split)) * tile_k
     a_bytes = 2.0 if p.act == "bf16" else NVFP4_BYTES
-    # rows past m and n are not read twice from device memory, but they do travel; multicast shares a tile in a cluster
-    loaded = (tile_m * a_bytes / cluster_n + tile_n * NVFP4_BYTES / cluster_m) * k
-    stored = min(tile_m, p.m) * min(tile_n, p.n) * ELEMENT_BYTES[p.out]
+    # rows past m and n cost no traffic (TMA does not read them, cp.async finds them in L1), but the MMA computes them
+    rows, columns = min(tile_m, p.m), min(tile_n, p.n)
+    loaded = (
+        rows * a_bytes / cluster_n + columns * NVFP4_BYTES / cluster_m
+    ) * k  # multicast shares a tile in a cluster
+    stored = rows * columns * ELEMENT_BYTES[p.out]
     stage = (tile_m * a_bytes + tile_n * NVFP4_BYTES) * tile_k
     stages = getattr(config, "num_stages", None)
     if stages is None:  # the kernel takes what shared memory holds
@@ -189,7 +193,7 @@ def _gemm(problem: GemmProblem, config: Any, arch: str, resources: Resources | N
         ctas=ctas,
         threads=2 * tile_n if arch == "sm_90a" else 192,  # a warpgroup for each 64 rows of weights; six warps
         cta_bytes=loaded + stored,
-        in_flight=min((stages - 1) * stage, loaded),
+        in_flight=min((stages - 1) * (rows * a_bytes + columns * NVFP4_BYTES) * tile_k, loaded),
         cta_flops=2.0 * tile_m * tile_n * k,
         cta_instructions=decoded * DECODE_INSTRUCTIONS,
         act=p.act,

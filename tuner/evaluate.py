@@ -98,10 +98,12 @@ class Measured:
             return Rejected("crash", f"while timed: {e.kind}: {_first_line(e)}")
         return float(np.median(ratios))
 
-    def time(self, candidates: Sequence[Candidate], rounds: int, baseline: bool = False) -> dict[Candidate | str, Samples]:
+    def time(
+        self, candidates: Sequence[Candidate], rounds: int, baseline: bool = False
+    ) -> dict[Candidate | str, Samples]:
         """Fresh samples of all candidates (and of the problem's baseline, under its name) in the same rounds.
 
-        A candidate that fails now, having passed before, is left out and logged. Raises DefaultFailed if the default does.
+        A candidate that fails now, having passed before, is left out and logged. Raises DefaultFailed for the default.
         """
         names: dict[Candidate | str, int] = {}
         self._ready()
@@ -128,7 +130,12 @@ class Measured:
         what = f"{task.space.default} for {task.problem.op} ({task.problem})"
         try:
             self._worker.call(
-                self._backend.open_bench, task.problem.op, task.problem.dims(), self._device, self._seed, timeout=COMPILE_S
+                self._backend.open_bench,
+                task.problem.op,
+                task.problem.dims(),
+                self._device,
+                self._seed,
+                timeout=COMPILE_S,
             )
             self._worker.call(self._backend.record, DEFAULT, *_spelled(task.space.default), timeout=COMPILE_S)
         except (worker.WorkerDied, worker.RemoteError) as e:

@@ -137,7 +137,7 @@ class Bench:
 
     def _replay_us(self, timed: Timed) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(SPIN_CYCLES)
         start.record()
         timed.graph.replay()
         end.record()
@@ -177,7 +177,7 @@ def _loop_us(function: Callable[[], object], repeats: int = 20) -> float:
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(SPIN_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(SPIN_CYCLES)
         start.record()
         graph.replay()
         end.record()
@@ -233,3 +233,17 @@ def record_baseline(number: int) -> str:
     problem = _bench.problem
     _recorded[number] = _bench.record_function(baselines.name(problem), baselines.function(problem))
     return baselines.name(problem)
+
+
+def verify(op: str, dims: dict[str, int | str], device: str, kernel: str, knobs: dict[str, Any]) -> None:
+    """Run one config on random operands and compare with the reference. Raises AssertionError."""
+    module = registry.load(kernel)
+    config = registry.make_config(module, knobs)
+    problem = problems.from_dims(op, dims)
+    if hasattr(module, "warm"):
+        module.warm(problem, config)
+    for seed in range(CHECKED_SETS):
+        case = testing.case(problem, device, seed)
+        case.run(module, config)
+        torch.cuda.synchronize(device)
+        case.check()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent  # the checkout, or site-packages/
 @functools.cache
 def compilers() -> dict[str, str]:
     """Versions of what turns a kernel's source into a binary."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name, package in (("triton", "triton"), ("cutlass", "nvidia-cutlass-dsl")):
         try:
             found[name] = importlib.metadata.version(package)
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
     """Compilers, plus toolkit and driver where there is a GPU."""
     found = dict(compilers())
     if torch.version.cuda is not None:
-        found["toolkit"] = torch.version.cuda
+        found["toolkit"] = str(torch.version.cuda)
     driver = _driver()
     if driver is not None:
         found["driver"] = driver
@@ -41,7 +41,8 @@ def commit() -> str:
     if not (ROOT / ".git").exists():
         return ""
     head = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "fp4suite", "kernels_triton", "kernels_cute", "tuner")
+    code = ("fp4suite", "kernels_triton", "kernels_cute", "tuner")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
     return head + ("+" if head and changed else "")
 
 

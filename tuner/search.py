@@ -1,14 +1,16 @@
 """The search for one problem: an Optuna study that any number of processes may work on, stop and resume.
 
 A trial is one candidate. Its value is its time relative to the default's, taken in the same rounds, so that trials of
-different hosts compare; a rejection is a violated constraint. The default and other seeds come first; then, if the budget
-does not cover the whole space, the sampler (TPE) proposes. No candidate is evaluated twice: a proposal that repeats one, or
-that no kernel supports, is answered with the nearest candidate that is still untried.
+different hosts compare; a rejection is a violated constraint. The default and other seeds come first; then, if the
+budget does not cover the whole space, the sampler (TPE) proposes. No candidate is evaluated twice: a proposal that
+repeats one, or that no kernel supports, is answered with the nearest candidate that is still untried.
 """
 
+import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -39,11 +41,15 @@ PROTOCOL = 1  # raised whenever a change of search or measuring makes old trials
 STALE_S = 900.0  # a trial of another host that has run for so long is taken to be lost
 PRUNE_P = 0.01  # a candidate that is slower with this confidence is not timed further
 PRUNE_AFTER = 5  # rounds
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class Evaluator(Protocol):
-    """Judges candidates: time over the default's, or why not. `stop(step, ratio)` takes a round's ratio; True ends it early."""
+    """Judges candidates: time over the default's, or why not.
+
+    `stop(step, ratio)` takes a round's ratio and returns True when further rounds are not worth it.
+    """
 
     def evaluate(self, candidate: Candidate, stop: Callable[[int, float], bool]) -> float | Rejected: ...
 
@@ -101,13 +107,11 @@ class Search:
         self._seed_study()
         self._revive_lost()
 
-    def run(
-        self, evaluator: Evaluator, *, deadline: float = float("inf"), after: Callable[[], None] = lambda: None
-    ) -> None:
-        """Evaluate until the budget is spent or `deadline` (of time.monotonic) has passed; `after` follows each trial."""
+    def run(self, judge: Evaluator, *, deadline: float = math.inf, after: Callable[[], None] = lambda: None) -> None:
+        """Evaluate until the budget is spent or `deadline` (time.monotonic) has passed. `after` follows each trial."""
         while time.monotonic() < deadline and (claimed := self._claim()) is not None:
             trial, candidate = claimed
-            result = evaluator.evaluate(candidate, lambda step, ratio, trial=trial: _reported(trial, step, ratio))  # type: ignore[misc]
+            result = judge.evaluate(candidate, functools.partial(_reported, trial))
             if isinstance(result, Rejected):
                 trial.set_constraint(result.reason, result.by)
                 trial.set_user_attr("detail", result.detail)
@@ -184,7 +188,7 @@ class Search:
         kernel = str(trial.suggest_categorical("kernel", kernels))
         params: dict[str, Knob] = {"kernel": kernel}
         for name, values in self.space.choices[kernel].items():
-            params[f"{kernel}.{name}"] = trial.suggest_categorical(f"{kernel}.{name}", values)  # type: ignore[assignment]
+            params[f"{kernel}.{name}"] = trial.suggest_categorical(f"{kernel}.{name}", values)
         return params
 
     def _seed_study(self) -> None:

@@ -28,7 +28,7 @@ class Candidate:
 
     @property
     def params(self) -> dict[str, Knob]:
-        """As the study spells it: the kernel, and its knobs under its own name, because kernels may share knob names."""
+        """As the study spells it: the kernel, and its knobs under its own name, as kernels may share knob names."""
         return {"kernel": self.kernel} | {f"{self.kernel}.{name}": value for name, value in self.knobs}
 
     def __str__(self) -> str:
@@ -57,7 +57,9 @@ class Space:
         if a.kernel != b.kernel:
             return 1000
         values = self.choices[a.kernel]
-        return sum(abs(values[k].index(x) - values[k].index(y)) for (k, x), (_, y) in zip(a.knobs, b.knobs, strict=True))
+        return sum(
+            abs(values[k].index(x) - values[k].index(y)) for (k, x), (_, y) in zip(a.knobs, b.knobs, strict=True)
+        )
 
 
 class NoKernel(ValueError):
@@ -67,8 +69,8 @@ class NoKernel(ValueError):
 def of(problem: Problem, arch: str) -> Space:
     """The candidates of `problem` on `arch`.
 
-    Raises NoKernel if there is none, and ValueError if a SPACE is not one: a knob that Config does not have, no values, a
-    default that SPACE leaves out.
+    Raises NoKernel if there is none, and ValueError if a SPACE is not one: a knob that Config does not have, no values,
+    a default that SPACE leaves out.
     """
     found: list[Candidate] = []
     choices: dict[str, dict[str, tuple[Knob, ...]]] = {}

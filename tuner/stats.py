@@ -1,8 +1,8 @@
 """When a candidate counts as faster: paired samples, a signed-rank test and a minimum margin.
 
 A round times every contender once, so that clocks and temperature drift for all of them alike; what is compared is the
-ratio within a round. A candidate replaces the default only if the Wilcoxon signed-rank test rejects "it is not faster by
-`margin`" at `alpha` divided by the number of contenders (Bonferroni), on rounds that played no part in choosing them.
+ratio within a round. A candidate replaces the default only if the Wilcoxon signed-rank test rejects "it is not faster
+by `margin`" at `alpha` divided by the number of contenders (Bonferroni), on rounds that had no part in choosing them.
 """
 
 from collections.abc import Hashable, Mapping

@@ -1,8 +1,9 @@
 """`tune`: search every problem of a model's layers, and put the winners into tables.
 
-On a GPU: search, then final rounds among the fastest (fresh samples, signed-rank test against the default), then the regret
-of running a bucket's config in the next bucket. Without one, for each architecture: compile, drop what does not fit, rank by
-the cost model. An entry goes into its table as soon as its problem is finished, so that an interrupted run loses nothing.
+On a GPU: search, then final rounds among the fastest (fresh samples, signed-rank test against the default), then the
+regret of running a bucket's config in the next bucket. An entry goes into the table as soon as its problem is finished.
+Without one, for each architecture: compile, drop what does not fit, rank by the cost model. Trials lie in the study and
+builds in the cache, so that an interrupted run loses nothing.
 """
 
 import contextlib
@@ -55,7 +56,11 @@ BUDGETS = {
     "small": Budget(trials=12, rounds=7, final_rounds=20, finalists=3, m=(1, 64, 2048)),
     "normal": Budget(trials=48, rounds=11, final_rounds=40, finalists=6, m=(1, 16, 64, 256, 2048, 8192)),
     "large": Budget(
-        trials=1000, rounds=15, final_rounds=60, finalists=8, m=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+        trials=1000,
+        rounds=15,
+        final_rounds=60,
+        finalists=8,
+        m=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
     ),
 }
 
@@ -117,7 +122,7 @@ def targets(arch: str | None, device: str | None) -> list[Target]:
 
 
 def table_path(out: Path, target: Target, count: int) -> Path:
-    """`out` is a directory, or the one table if it ends in .json. Raises ValueError if one file would have to hold several."""
+    """`out` is a folder, or the table itself if it ends in .json: then a ValueError if there would be several."""
     if out.suffix != ".json":
         return out / f"{target.device}.json"
     if count > 1:
@@ -126,19 +131,18 @@ def table_path(out: Path, target: Target, count: int) -> Path:
 
 
 def run(chosen: Sequence[Target], options: Options) -> Report:
-    """Tune everything on every target."""
+    """Tune everything on every target: they are all predicted, or it is one GPU."""
     report = Report()
-    for index, target in enumerate(chosen):
-        share = (options.deadline - time.monotonic()) / (len(chosen) - index)
-        mine = dataclasses.replace(options, deadline=time.monotonic() + share)
-        path = table_path(options.out, target, len(chosen))
-        tasks = _tasks(target, mine, report)
-        if target.cuda is not None:
-            _measure(target, tasks, mine, path, report)
-        else:
-            _predict(target, tasks, mine, path, report)
-        if path.exists():
-            report.tables.append(path)
+    paths = {target: table_path(options.out, target, len(chosen)) for target in chosen}
+    tasks = {target: _tasks(target, options, report) for target in chosen}
+    if any(target.cuda is not None for target in chosen):
+        for target in chosen:
+            _measure(target, tasks[target], options, paths[target], report)
+    else:
+        compiled = _compile([t for mine in tasks.values() for t in mine], options)
+        for target in chosen:
+            _predict(target, tasks[target], compiled, paths[target], report)
+    report.tables = [path for path in paths.values() if path.exists()]
     return report
 
 
@@ -180,8 +184,10 @@ def _seeds(whole: Space, trials: int, measured: bool) -> tuple[Candidate, ...]:
 # --- without a GPU ---
 
 
-def _predict(target: Target, tasks: list[Task], options: Options, path: Path, report: Report) -> None:
-    compiled = _compile(target, tasks, options)
+def _predict(
+    target: Target, tasks: list[Task], compiled: Mapping[Build, Resources | Rejected], path: Path, report: Report
+) -> None:
+    entries = []
     for task in tasks:
         tried = [c for c in task.seeds if build_of(task, c) in compiled]
         if task.space.default not in tried:
@@ -199,17 +205,18 @@ def _predict(target: Target, tasks: list[Task], options: Options, path: Path, re
         if ratio > 1 - PREDICTED_MARGIN:
             best = task.space.default
         entry = _entry(task, best, search, measured=False, predicted_us=round(judge.us(best), 3))
-        entry = msgspec.structs.replace(entry, default_us=round(judge.default_us, 3))
-        _keep(path, target, [entry])
-        report.rows.append(_row(task, entry, search, target))
+        entries.append(msgspec.structs.replace(entry, default_us=round(judge.default_us, 3)))
+        report.rows.append(_row(task, entries[-1], search, target))
+    if entries:
+        _keep(path, target, entries)
 
 
-def _compile(target: Target, tasks: list[Task], options: Options) -> dict[Build, Resources | Rejected]:
+def _compile(tasks: list[Task], options: Options) -> dict[Build, Resources | Rejected]:
     """Compile the tasks' seeds: all defaults first, then every task's next best in turn, until the deadline."""
     turns = itertools.zip_longest(*([build_of(t, c) for c in t.seeds] for t in tasks))
     wanted = list(dict.fromkeys(b for turn in turns for b in turn if b is not None))
     compiled: dict[Build, Resources | Rejected] = {}
-    bar = tqdm(total=len(wanted), desc=f"{target.arch}: compile", unit="config", disable=options.quiet, smoothing=0.1)
+    bar = tqdm(total=len(wanted), desc="compile", unit="config", disable=options.quiet, smoothing=0.1)
     with bar, contextlib.closing(builds.compile_all(wanted, options.jobs)) as done:
         for b, result in done:
             compiled[b] = result
@@ -223,7 +230,8 @@ def _compile(target: Target, tasks: list[Task], options: Options) -> dict[Build,
 
 
 def _measure(target: Target, tasks: list[Task], options: Options, path: Path, report: Report) -> None:
-    assert options.storage is not None and target.cuda is not None
+    assert options.storage is not None
+    assert target.cuda is not None
     storage = open_storage(options.storage)
     entries: dict[Task, Entry] = {}
     bar = tqdm(total=len(tasks) * options.budget.trials, desc=target.device, unit="trial", disable=options.quiet)
@@ -234,7 +242,7 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
             try:
                 with Measured(task, target.cuda, options.budget.rounds, options.seed) as judge:
                     search = Search(task, storage, options.budget.trials, options.seed)
-                    search.run(judge, deadline=time.monotonic() + share, after=bar.update)
+                    search.run(judge, deadline=time.monotonic() + share, after=lambda: _tick(bar))
                     bar.update((index + 1) * options.budget.trials - bar.n)
                     if search.evaluated() == 0:
                         report.left += 1
@@ -284,6 +292,10 @@ def final(search: Search, judge: Measured, budget: Budget) -> Entry:
         baseline=baseline,
         baseline_us=round(stats.summary(samples[baseline]).median_us, 3),
     )
+
+
+def _tick(bar: "tqdm[Any]") -> None:
+    bar.update()
 
 
 def _add_regret(target: Target, entries: dict[Task, Entry], options: Options, path: Path) -> None:
@@ -368,7 +380,8 @@ def _keep(path: Path, target: Target, new: list[Entry]) -> None:
 def _row(task: Task, entry: Entry, search: Search, target: Target) -> dict[str, Any]:
     best = entry.median_us if entry.measured else entry.predicted_us
     default = entry.default_us
-    assert best is not None and default is not None
+    assert best is not None
+    assert default is not None
     return {
         "device": target.device,
         "op": entry.op,
@@ -391,9 +404,13 @@ def _row(task: Task, entry: Entry, search: Search, target: Target) -> dict[str, 
 
 
 def run_on_devices(devices: Sequence[str], arguments: Sequence[str]) -> int:
-    """The same command once a device, each a worker on the same studies; then once more to finish. Returns an exit code."""
+    """The same command once a device, each a worker on the same studies. Returns the worst exit code.
+
+    Who ends first leaves problems that another still has in hand: run once more to see to their finals.
+    """
     children = [
-        subprocess.Popen([sys.executable, "-m", __package__, "tune", *arguments, "--device", device]) for device in devices
+        subprocess.Popen([sys.executable, "-m", __package__, "tune", *arguments, "--device", device])
+        for device in devices
     ]
     try:
         codes = [child.wait() for child in children]
@@ -419,7 +436,9 @@ def load_configs(names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
             path = path / "config.json"
         if not path.exists():
             known = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
-            raise ValueError(f"--layers-of {name}: neither a shipped config ({known}) nor a config.json or a folder with one")
+            raise ValueError(
+                f"--layers-of {name}: neither a shipped config ({known}) nor a config.json or a folder with one"
+            )
         try:
             found[path.stem if path.parent == shipped else (path.parent.name or path.stem)] = msgspec.json.decode(
                 path.read_bytes(), type=dict[str, Any]

@@ -1,0 +1,98 @@
+"""`report`: a summary and plots, drawn from the rows of benchmarks and from nothing else."""
+
+import io
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from . import bench
+
+BASELINE_COLOUR, OWN_COLOUR = "0.6", "C0"
+
+
+def write(rows_dir: Path, plots_dir: Path) -> tuple[str, list[Path]]:
+    """Text of the summary, and the plots written. Raises ValueError if there are no rows."""
+    import pandas as pd
+
+    files = sorted(rows_dir.rglob("*.csv"))
+    if not files:
+        raise ValueError(f"no rows under {rows_dir}; run bench first")
+    frame = pd.DataFrame([row for path in files for row in bench.load(path)])
+    for column in ("median_us", "p20_us", "p80_us", "tflop_per_s", "gb_per_s", "share_of_roof", "baseline_us", "calls"):
+        frame[column] = pd.to_numeric(frame[column])
+    frame["measured"] = frame["measured"] == "True"
+    frame["m"] = frame["problem"].str.extract(r"\bm=(\d+)")[0].astype(int)
+    frame["rest"] = frame["problem"].str.replace(r"\bm=\d+ ", "", regex=True)
+    text = [
+        _summary(group, str(device), bool(measured))
+        for (device, measured), group in frame.groupby(["device", "measured"])
+    ]
+    plots = [
+        _plot(group, plots_dir / f"{device}{'' if measured else '-predicted'}-{op}.svg")
+        for (device, measured, op), group in frame.groupby(["device", "measured", "op"])
+    ]
+    return "\n\n".join(text), plots
+
+
+def _summary(rows: Any, device: str, measured: bool) -> str:
+    """One line an op: how near the roof, and how much faster than the baseline (geometric mean over problems)."""
+    import numpy as np
+    from tabulate import tabulate
+
+    lines = []
+    for op, group in rows.groupby("op"):
+        faster = group["baseline_us"] / group["median_us"]
+        lines.append(
+            [
+                op,
+                len(group),
+                f"{100 * group['share_of_roof'].median():.0f} %",
+                f"{100 * group['share_of_roof'].min():.0f} .. {100 * group['share_of_roof'].max():.0f} %",
+                f"{float(np.exp(np.log(faster.dropna()).mean())):.2f}x" if faster.notna().any() else "-",
+                group["baseline"].iloc[0] or "-",
+                group["date"].max(),
+            ]
+        )
+    headers = ["op", "rows", "share of roof (median)", "range", "speed-up (geometric mean)", "over", "newest row"]
+    return f"{device}, {'measured' if measured else 'PREDICTED, not measured'}\n" + tabulate(lines, headers=headers)
+
+
+def _plot(rows: Any, path: Path) -> Path:
+    """Time over m, a line a shape, the baseline in grey. The same rows give the same file, byte for byte."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "fp4suite"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    measured = bool(rows["measured"].iloc[0])
+    for index, (shape, group) in enumerate(sorted(rows.groupby("rest"), key=lambda item: item[0])):
+        group = group.sort_values("m")
+        axes.plot(
+            group["m"], group["median_us"], "o-" if measured else "o--", ms=3, lw=1, color=f"C{index % 10}", label=shape
+        )
+        if group["baseline_us"].notna().any():
+            axes.plot(group["m"], group["baseline_us"], ":", lw=1, color=f"C{index % 10}", alpha=0.6)
+    axes.set(
+        xscale="log", yscale="log", xlabel="m (rows)", ylabel="microseconds" + ("" if measured else " (predicted)")
+    )
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    op, device, baseline = rows["op"].iloc[0], rows["device"].iloc[0], rows["baseline"].iloc[0]
+    axes.set_title(
+        f"{op} on {device}" + (f", dotted: {baseline}" if baseline else "") + ("" if measured else ", PREDICTED")
+    )
+    axes.grid(True, which="both", lw=0.3)
+    axes.legend(fontsize=6, ncols=2)
+    figure.tight_layout()
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, aside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(fd, "w") as f:
+        f.write(drawn.getvalue())
+    os.chmod(aside, 0o644)
+    os.replace(aside, path)
+    return path
