@@ -20,6 +20,8 @@ Status: compiled, and its layouts, descriptors and budgets checked on the host. 
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +37,9 @@ from cutlass.utils import blackwell_helpers, blockscaled_layout
 from torch import Tensor
 
 from fp4suite.built import MAX_SHARED_BYTES, TMEM_COLUMNS, Built
-from fp4suite.formats import BLOCK, NVFP4Tensor
+from fp4suite.formats import BLOCK, NVFP4Tensor, SfLayout
 from fp4suite.problem import GemmProblem
+from fp4suite.reference.gemm import check_segments
 
 from . import build as cross
 
@@ -60,7 +63,8 @@ THREADS = 32 * 6
 
 E2M1, E4M3, F32 = cutlass.Float4E2M1FN, cutlass.Float8E4M3FN, cutlass.Float32
 OUT = {"bf16": cutlass.BFloat16, "fp32": cutlass.Float32}
-TORCH_OUT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+OUT_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+SF_LAYOUT: SfLayout = "blocked_128x4"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,15 +84,14 @@ SPACE = {"tile_n": (64, 128, 256), "mma_ctas": (1, 2), "cluster_m": (1, 2, 4), "
 class Budget:
     """What a config takes of one SM.
 
-    stage_bytes: codes and scales of TILE_K, per stage. num_stages: as many as fit. shared_bytes: the whole CTA.
-    acc_columns: one accumulator. acc_stages: two where they fit, so that the epilogue overlaps the next tile.
-    tmem_columns: as allocated, a power of two.
+    stage_bytes: codes and scales of TILE_K. num_stages: as many as fit. shared_bytes: the whole CTA.
+    acc_stages: accumulators of tile_n columns, two where they fit, so that the epilogue overlaps the next tile.
+    sfa_columns, sfb_columns: scales of one stage. tmem_columns: as allocated, a power of two.
     """
 
     stage_bytes: int
     num_stages: int
     shared_bytes: int
-    acc_columns: int
     acc_stages: int
     sfa_columns: int
     sfb_columns: int
@@ -112,7 +115,6 @@ def budget(config: Config) -> Budget:
         stage_bytes=codes + scales,
         num_stages=num_stages,
         shared_bytes=fixed + num_stages * (codes + scales),
-        acc_columns=config.tile_n,
         acc_stages=acc_stages,
         sfa_columns=sfa_columns,
         sfb_columns=sfb_columns,
@@ -126,7 +128,6 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     Scales are blocked_128x4. Their padding rows may hold anything (they reach only rows and columns that are cut off);
     there is no padding along k, as k is a multiple of 64.
     """
-    c = config
     if problem.act != "nvfp4":
         return f'act="{problem.act}": the block-scaled MMA takes NVFP4 on both sides, quantise the activations first'
     if problem.out not in OUT:
@@ -137,16 +138,11 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         return f"n={problem.n} is not a multiple of 8: TMA stores rows of a multiple of 16 bytes"
     if not 1 <= problem.segments <= MAX_SEGMENTS:
         return f"segments={problem.segments} is not in 1..{MAX_SEGMENTS}"
-    for name, value in (
-        ("tile_n", c.tile_n),
-        ("mma_ctas", c.mma_ctas),
-        ("cluster_m", c.cluster_m),
-        ("cluster_n", c.cluster_n),
-    ):
-        if value not in SPACE[name]:
-            return f"{name}={value} is none of {', '.join(map(str, SPACE[name]))}"
-    if c.cluster_m % c.mma_ctas:
-        return f"cluster_m={c.cluster_m} is not a multiple of mma_ctas={c.mma_ctas}"
+    for knob, values in SPACE.items():
+        if getattr(config, knob) not in values:
+            return f"{knob}={getattr(config, knob)} is none of {', '.join(map(str, values))}"
+    if config.cluster_m % config.mma_ctas:
+        return f"cluster_m={config.cluster_m} is not a multiple of mma_ctas={config.mma_ctas}"
     return None
 
 
@@ -244,10 +240,11 @@ class GemmNvfp4Sm100:
     def load(self, a_tma, sfa_tma, b_tma, sfb_tma, storage, ring, tiles, k_tiles):
         """Fills the ring: per stage this CTA's 128 rows of a, its rows of b, and the scales of both."""
         x, y, _ = cute.arch.block_idx()  # x, y: place in the cluster, whose ranks run along x first
-        half = x % self.mma_ctas
+        half, pairs = x % self.mma_ctas, self.cluster_m // self.mma_ctas
         row = sum(1 << (self.cluster_m * j) for j in range(self.cluster_n))
         column = sum(1 << i for i in range(self.cluster_m))
         halves = sum(1 << i for i in range(0, self.cluster_m, self.mma_ctas))
+        # who receives: a and sfa the row of the cluster, sfb the column, b those of the column that hold the same half
         to_row = cutlass.Int16(row << x)
         to_column = cutlass.Int16(column << (y * self.cluster_m))
         to_halves = cutlass.Int16(halves << (y * self.cluster_m + half))
@@ -255,7 +252,7 @@ class GemmNvfp4Sm100:
         sA, sSFA, sB, sSFB = self.operands(storage)
         tAs, tAg = partition(a_tma, sA, (TILE_M, TILE_K), y, self.cluster_n)
         tSFAs, tSFAg = partition(sfa_tma, sSFA, (SF_WORDS, MMAS, 1), y, self.cluster_n)
-        tBs, tBg = partition(b_tma, sB, (self.b_rows, TILE_K), x // self.mma_ctas, self.cluster_m // self.mma_ctas)
+        tBs, tBg = partition(b_tma, sB, (self.b_rows, TILE_K), x // self.mma_ctas, pairs)
         tSFBs, tSFBg = partition(sfb_tma, sSFB, (SF_WORDS, MMAS, self.sfb_atoms), x, self.cluster_m)
 
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.budget.num_stages)
@@ -269,14 +266,7 @@ class GemmNvfp4Sm100:
                 full, stage = ring.producer_get_barrier(state), state.index
                 send(a_tma, tAg[None, i, k_tile], tAs[None, stage], full, to_row, self.cluster_n)
                 send(sfa_tma, tSFAg[None, 0, k_tile, i], tSFAs[None, stage], full, to_row, self.cluster_n)
-                send(
-                    b_tma,
-                    tBg[None, j * self.mma_ctas + half, k_tile],
-                    tBs[None, stage],
-                    full,
-                    to_halves,
-                    self.cluster_m // self.mma_ctas,
-                )
+                send(b_tma, tBg[None, j * self.mma_ctas + half, k_tile], tBs[None, stage], full, to_halves, pairs)
                 send(sfb_tma, tSFBg[None, 0, k_tile, sfb_tile], tSFBs[None, stage], full, to_column, self.cluster_m)
                 state.advance()
             tile += step
@@ -291,10 +281,7 @@ class GemmNvfp4Sm100:
         if x % self.mma_ctas == 0:
             tiled_mma = self.tiled_mma()
             sA, sSFA, sB, sSFB = self.mma_operands(storage, tiled_mma)
-            tCrA, tCrB = (
-                tiled_mma.make_fragment_A(sA),
-                tiled_mma.make_fragment_B(sB),
-            )  # descriptors [MMA, 1, MMAS, stage]
+            tCrA, tCrB = tiled_mma.make_fragment_A(sA), tiled_mma.make_fragment_B(sB)  # [MMA, 1, MMAS, stage]
             tCtAcc, tCtSFA, tCtSFB = self.tensor_memory(tmem.retrieve_ptr(F32), tiled_mma, sSFA, sSFB)
             copy_sfa, tSFAs, tSFAt = self.scale_copy(sSFA, tCtSFA)
             copy_sfb, tSFBs, tSFBt = self.scale_copy(sSFB, tCtSFB)
@@ -434,12 +421,12 @@ class GemmNvfp4Sm100:
         """ring: TMA fills, MMA empties. accumulators: MMA fills, the epilogue warps (of both CTAs of a pair) empty."""
         ctas = cute.tiled_divide(cute.make_layout((self.cluster_m, self.cluster_n, 1)), (self.mma_ctas,))
         thread = pipeline.Agent.Thread
-        senders = self.cluster_m // self.mma_ctas + self.cluster_n - 1  # MMAs that read what this CTA sends
+        readers = self.cluster_m // self.mma_ctas + self.cluster_n - 1  # MMAs that read what this CTA sends
         ring = pipeline.PipelineTmaUmma.create(
             barrier_storage=storage.ring.data_ptr(),
             num_stages=self.budget.num_stages,
             producer_group=pipeline.CooperativeGroup(thread),
-            consumer_group=pipeline.CooperativeGroup(thread, senders),
+            consumer_group=pipeline.CooperativeGroup(thread, readers),
             tx_count=self.budget.stage_bytes * self.mma_ctas,
             cta_layout_vmnk=ctas,
             defer_sync=True,
@@ -511,7 +498,7 @@ class GemmNvfp4Sm100:
 
     def tensor_memory(self, address, tiled_mma, sSFA, sSFB):
         """Accumulators, then scales of a, then scales of b (the last two [MMA, 1, MMAS])."""
-        sfa = address + self.budget.acc_stages * self.budget.acc_columns
+        sfa = address + self.budget.acc_stages * self.tile_n
         sfb = sfa + self.budget.sfa_columns
         one_stage = (None, None, None, 0)
         sfa_layout = blockscaled_layout.make_tmem_layout_sfa(
@@ -576,61 +563,101 @@ def tcgen05_fence(side, *, loc=None, ip=None):
     nvvm.tcgen05_fence(kinds[side], loc=loc, ip=ip)
 
 
-def _operands(segments: int, out: str) -> tuple[Any, ...]:
-    """What compiling needs of the operands: types, alignment and the number of segments. No memory behind them."""
-    zero = cutlass.Int32(0)
-    pointers = [_pointer(t, 0) for t in (E2M1, E4M3, E2M1, E4M3, OUT[out])]
-    alphas = [_pointer(F32, 0, align=4)] * 2
-    return (*pointers, *alphas, (zero,) * segments, zero, zero, zero, zero, cuda.CUstream(0))
-
-
-def _pointer(dtype: Any, address: int, align: int = 16) -> Any:
-    return make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
-
-
 @functools.cache
 def compiled(config: Config, out: str, segments: int) -> Any:
-    """Compiled against pointers to nothing, so that it also works on a machine without a GPU."""
-    return cute.compile(GemmNvfp4Sm100(config, out, segments), *_operands(segments, out), options=cross.options(ARCH))
-
-
-def launch(a: NVFP4Tensor, b: NVFP4Tensor, segments: tuple[int, ...] | None, out: Tensor, config: Config) -> None:
-    """out [m, n] = a [m, k] @ b [n, k].T on the current stream. segments: widths of the column runs of b.alpha."""
-    (m, k), (n, _) = a.shape, b.shape
-    widths = segments or (n,)
-    kernel = compiled(config, TORCH_OUT[out.dtype], len(widths))
-    starts = tuple(cutlass.Int32(sum(widths[:i])) for i in range(len(widths)))
-    device = out.device
-    clusters = _sm_count(device) // (config.cluster_m * config.cluster_n)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    kernel(
-        _pointer(E2M1, a.data.data_ptr()),
-        _pointer(E4M3, a.sf.data_ptr()),
-        _pointer(E2M1, b.data.data_ptr()),
-        _pointer(E4M3, b.sf.data_ptr()),
-        _pointer(OUT[TORCH_OUT[out.dtype]], out.data_ptr()),
-        _pointer(F32, a.alpha.data_ptr(), align=4),
-        _pointer(F32, b.alpha.data_ptr(), align=4),
-        starts,
-        cutlass.Int32(m),
-        cutlass.Int32(n),
-        cutlass.Int32(k),
-        cutlass.Int32(clusters),
-        cuda.CUstream(stream),
+    """The compiled host function, for every m, n and k."""
+    return cute.compile(
+        GemmNvfp4Sm100(config, out, segments), *_fake_arguments(out, segments), options=cross.options(ARCH)
     )
 
 
+def launch(a: NVFP4Tensor, b: NVFP4Tensor, segments: tuple[int, ...] | None, out: Tensor, config: Config) -> None:
+    """out [m, n] = a [m, k] @ b [n, k].T, times a.alpha and b.alpha of the column's segment, on the current stream.
+
+    a, b: scales in blocked_128x4; a has one alpha. out: BF16 or FP32, contiguous. segments: widths of the column runs
+    that have an alpha each. Raises ValueError or TypeError for what the kernel cannot run.
+    """
+    if not isinstance(a, NVFP4Tensor):
+        raise TypeError(
+            f"a must be an NVFP4Tensor: the block-scaled MMA takes NVFP4 on both sides, got {type(a).__name__}"
+        )
+    if out.dtype not in OUT_NAMES:
+        raise TypeError(f"out must be bfloat16 or float32, got {out.dtype}")
+    (m, k), n = a.shape, b.shape[0]
+    check_segments(b.alpha, n, segments)
+    widths = segments or (n,)
+    problem = GemmProblem(m=m, n=n, k=k, act="nvfp4", out=OUT_NAMES[out.dtype], segments=len(widths))
+    if reason := supports(problem, config):
+        raise ValueError(reason)
+    if b.shape[1] != k or tuple(out.shape) != (m, n) or not out.is_contiguous():
+        raise ValueError(
+            f"a [{m}, {k}] and b {list(b.shape)} need a contiguous out [m, n], "
+            f"got {list(out.shape)} with strides {list(out.stride())}"
+        )
+    if a.alpha.numel() != 1:
+        raise ValueError(f"a must have one alpha, got {list(a.alpha.shape)}")
+    _check_layout(a, "a")
+    _check_layout(b, "b")
+    if m == 0:
+        return
+    tensors = (a.data, a.sf, b.data, b.sf, out, a.alpha, b.alpha)
+    starts = (0, *itertools.accumulate(widths[:-1]))
+    clusters = max(1, _sm_count(out.device) // (config.cluster_m * config.cluster_n))
+    sizes = (m, n, k, clusters)
+    function = compiled(config, problem.out, problem.segments)
+    if out.is_cuda:
+        with torch.cuda.device(out.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            function(*_arguments(problem.out, [t.data_ptr() for t in tensors], starts, sizes, stream))
+    else:
+        function(*_arguments(problem.out, [t.data_ptr() for t in tensors], starts, sizes, 0))
+
+
 def warm(problem: GemmProblem, config: Config) -> None:
-    """Compile now what `launch` would compile at its first call."""
-    compiled(config, problem.out, problem.segments)
+    """Compile for `problem` and, where there is a GPU, load the kernel, so that a later launch may be captured."""
+    if reason := supports(problem, config):
+        raise ValueError(reason)
+    function = compiled(config, problem.out, problem.segments)
+    if torch.cuda.is_available():
+        torch.cuda.current_stream()  # makes the context that the kernel is loaded into
+        function.to()
 
 
-def build(problem: GemmProblem, config: Config, arch: str) -> Built:
-    """PTX and cubin of what `launch` runs for this problem, without a GPU."""
+def build(problem: GemmProblem, config: Config, arch: str = ARCH) -> Built:
+    """Compile for `problem` without a GPU. Raises ValueError for another architecture or what `supports` refuses."""
     if arch != ARCH:
-        raise ValueError(f"gemm_nvfp4_sm100 is for {ARCH}, not {arch}")
+        raise ValueError(f"this kernel is for {ARCH}, got {arch!r}")
+    if reason := supports(problem, config):
+        raise ValueError(reason)
     kernel = GemmNvfp4Sm100(config, problem.out, problem.segments)
-    return cross.build(kernel, *_operands(problem.segments, problem.out), arch=arch)
+    return cross.build(kernel, *_fake_arguments(problem.out, problem.segments), arch=arch)
+
+
+def _arguments(
+    out: str, addresses: Sequence[int], starts: Sequence[int], sizes: Sequence[int], stream: int
+) -> tuple[Any, ...]:
+    """What `GemmNvfp4Sm100.__call__` takes. addresses: a, sfa, b, sfb, d, alpha_a, alpha_b; sizes: m, n, k, clusters."""
+    dtypes = (E2M1, E4M3, E2M1, E4M3, OUT[out], F32, F32)
+    aligned = (16, 16, 16, 16, 16, 4, 4)
+    pointers = (
+        make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
+        for dtype, address, align in zip(dtypes, addresses, aligned, strict=True)
+    )
+    return (*pointers, tuple(map(cutlass.Int32, starts)), *map(cutlass.Int32, sizes), cuda.CUstream(stream))
+
+
+def _fake_arguments(out: str, segments: int) -> tuple[Any, ...]:
+    """Arguments to compile with: types, alignments and the number of segments count, the values do not."""
+    return _arguments(out, (0,) * 7, (0,) * segments, (0,) * 4, 0)
+
+
+def _check_layout(t: NVFP4Tensor, name: str) -> None:
+    if t.sf_layout != SF_LAYOUT:
+        raise ValueError(f"{name} must have its scales in {SF_LAYOUT}, got {t.sf_layout}")
+    if not (t.data.is_contiguous() and t.sf.is_contiguous() and t.alpha.is_contiguous()):
+        raise ValueError(f"data, sf and alpha of {name} must be contiguous")
+    if t.data.data_ptr() % 16 or t.sf.data_ptr() % 16:
+        raise ValueError(f"data and sf of {name} must start at multiples of 16 bytes, as TMA reads them")
 
 
 @functools.cache
