@@ -121,7 +121,7 @@ def launch(t: NVFP4Tensor, out: Tensor, config: Config, segments: Sequence[int] 
 
 def warm(problem: DequantProblem, config: Config) -> None:
     """Compile for the current device what a launch of `problem` needs."""
-    t = host.empty_nvfp4(1, problem.k, torch.ones((), device="cuda"), problem.sf_layout)
+    t = NVFP4Tensor.empty((1, problem.k), torch.ones((), device="cuda"), problem.sf_layout)
     launch(t, torch.empty(1, problem.k, dtype=host.DTYPES[problem.out], device="cuda"), config)
 
 

@@ -1,6 +1,5 @@
 """What launching and building the Triton kernels share on the host: tiles, strides, cross compilation."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fp4suite import arch as archs
-from fp4suite import layouts
 from fp4suite.built import Built
-from fp4suite.formats import BLOCK, NVFP4Tensor, SfLayout
 
 CAPABILITY = {"sm_90a": 90, "sm_100a": 100}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,13 +44,6 @@ def grid(m: int, k: int, block_m: int, block_k: int, sf_layout: str) -> tuple[in
     return triton.cdiv(m, block_m), triton.cdiv(k, block_k)
 
 
-def empty_nvfp4(m: int, k: int, alpha: Tensor, sf_layout: SfLayout) -> NVFP4Tensor:
-    """Room for the codes and scales of an [m, k] matrix under alpha, on alpha's device."""
-    shape = (m, k // BLOCK) if sf_layout == "linear" else (layouts.blocked_128x4_bytes(m, k // BLOCK),)
-    sf = torch.empty(shape, dtype=torch.float8_e4m3fn, device=alpha.device)
-    return NVFP4Tensor(torch.empty(m, k // 2, dtype=torch.uint8, device=alpha.device), sf, alpha, sf_layout)
-
-
 def row_stride(x: Tensor) -> int:
     """Elements from row to row of [m, k]. Raises ValueError unless each row is contiguous."""
     m, k = x.shape
@@ -85,7 +75,7 @@ def build(
         raise RuntimeError("Triton interprets in this process (TRITON_INTERPRET): build in one where it does not")
     names = kernel.arg_names
     signature = {n: types.get(n, "constexpr") for n in names}
-    even = [n for n, t in types.items() if (t.startswith("*") or t.startswith("i")) and n not in unaligned]
+    even = [n for n, t in types.items() if t.startswith(("*", "i")) and n not in unaligned]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in even}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attrs)
     target = GPUTarget("cuda", CAPABILITY[arch], 32)

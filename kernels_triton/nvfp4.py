@@ -110,7 +110,7 @@ def times_e2m1(scale, packed, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit
 def sf_offsets(rows, blocks, K, SF_BLOCKED: tl.constexpr):
-    """Where the scales of rows (int64 [ROWS]) and blocks (int32 [BLOCKS]) of a [., K] matrix lie: bytes [ROWS, BLOCKS]."""
+    """Where the scales of rows (int64 [ROWS]) and blocks (int32 [BLOCKS]) of a [., K] matrix lie: [ROWS, BLOCKS]."""
     count = K // BLOCK
     if SF_BLOCKED:
         by_row = (rows // 128) * ((count + 3) // 4 * 512) + (rows % 32) * 16 + (rows % 128 // 32) * 4
@@ -177,7 +177,7 @@ def pair_sum(x, ROWS: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def row_sum(x, ROWS: tl.constexpr, N: tl.constexpr):
-    """Sum of each row of [ROWS, N], N a power of two, in the order of `reference.quant`: halves, then adjacent pairs."""
+    """Sum of each row of [ROWS, N], N a power of two, in `reference.quant`'s order: halves, then pairs."""
     for level in tl.static_range(1, 8):
         if N >> level >= SUM_CHUNK:
             x = tl.sum(x.reshape(ROWS, 2, N >> level), axis=1)

@@ -81,7 +81,7 @@ def launch(x: Tensor, alpha: Tensor, out: NVFP4Tensor, rule: Rule, config: Confi
 
 
 def global_scale(x: Tensor, alpha: Tensor, config: Config) -> None:
-    """alpha float32 [] <- amax(|x|) / 2688 of x [m, k], in two launches and without a word to the host."""
+    """alpha float32 [] <- amax(|x|) / 2688 of x [m, k], in two launches, nothing read on the host."""
     m, k = x.shape
     if m == 0:
         alpha.zero_()
@@ -99,7 +99,7 @@ def warm(problem: QuantizeProblem, config: Config) -> None:
     x = torch.zeros(1, problem.k, dtype=host.DTYPES[problem.x], device="cuda")
     alpha = torch.ones((), device="cuda")
     global_scale(x, alpha, config)
-    launch(x, alpha, host.empty_nvfp4(1, problem.k, alpha, problem.sf_layout), problem.rule, config)
+    launch(x, alpha, NVFP4Tensor.empty((1, problem.k), alpha, problem.sf_layout), problem.rule, config)
 
 
 def build(problem: QuantizeProblem, config: Config, arch: str) -> Built:

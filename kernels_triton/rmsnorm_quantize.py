@@ -85,7 +85,7 @@ def launch(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, out: NVFP4Tenso
 
 
 def global_scale(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, config: Config) -> None:
-    """alpha float32 [] <- amax / 2688 of the normed rows of x [m, k], in two launches and without a word to the host."""
+    """alpha float32 [] <- amax / 2688 of the normed rows of x [m, k], in two launches, nothing read on the host."""
     m, k = x.shape
     if m == 0:
         alpha.zero_()
@@ -103,7 +103,7 @@ def warm(problem: RmsnormQuantizeProblem, config: Config) -> None:
     x = torch.zeros(1, problem.k, dtype=host.DTYPES[problem.x], device="cuda")
     alpha = torch.ones((), device="cuda")
     global_scale(x, x[0], 1.0, alpha, config)
-    launch(x, x[0], 1.0, alpha, host.empty_nvfp4(1, problem.k, alpha, problem.sf_layout), problem.rule, config)
+    launch(x, x[0], 1.0, alpha, NVFP4Tensor.empty((1, problem.k), alpha, problem.sf_layout), problem.rule, config)
 
 
 def build(problem: RmsnormQuantizeProblem, config: Config, arch: str) -> Built:

@@ -90,7 +90,7 @@ def launch(x: Tensor, limit: float, alpha: Tensor, out: NVFP4Tensor, rule: Rule,
 
 
 def global_scale(x: Tensor, limit: float, alpha: Tensor, config: Config) -> None:
-    """alpha float32 [] <- amax / 2688 of the activations of x [m, 2 k], in two launches and without a word to the host."""
+    """alpha float32 [] <- amax / 2688 of the activations of x [m, 2 k], in two launches, nothing read on the host."""
     m, k = x.shape[0], x.shape[1] // 2
     if m == 0:
         alpha.zero_()
@@ -108,7 +108,7 @@ def warm(problem: SwigluQuantizeProblem, config: Config) -> None:
     x = torch.zeros(1, 2 * problem.k, dtype=host.DTYPES[problem.x], device="cuda")
     alpha = torch.ones((), device="cuda")
     global_scale(x, 1.0, alpha, config)
-    launch(x, 1.0, alpha, host.empty_nvfp4(1, problem.k, alpha, problem.sf_layout), problem.rule, config)
+    launch(x, 1.0, alpha, NVFP4Tensor.empty((1, problem.k), alpha, problem.sf_layout), problem.rule, config)
 
 
 def build(problem: SwigluQuantizeProblem, config: Config, arch: str) -> Built:

@@ -1,0 +1,169 @@
+"""Formats against ml_dtypes: every pair of codes under every finite scale, every rounding; and what is refused."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from fp4suite import reference
+from fp4suite.formats import FP8BlockTensor, IndexCache, MXFP4Tensor, NVFP4Tensor, PagedCache, index_layout, kv_layout
+from fp4suite.reference import e2m1
+
+E2M1 = ml_dtypes.float4_e2m1fn
+E4M3 = ml_dtypes.float8_e4m3fn
+FINITE_SCALES = [b for b in range(256) if b & 0x7F != 0x7F]
+
+
+def every_half(dtype: torch.dtype) -> torch.Tensor:
+    """All 65536 values of a 16-bit type as FP32."""
+    return torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype).float()
+
+
+def test_every_byte_under_every_scale():
+    """256 pairs of codes x 254 finite scales: what a byte means, its order of nibbles, and the product, exactly."""
+    scales = torch.tensor(FINITE_SCALES, dtype=torch.uint8)
+    data = torch.arange(256, dtype=torch.uint8).expand(254, 256).contiguous()
+    sf = scales[:, None].expand(254, 32).contiguous().view(torch.float8_e4m3fn)
+    t = NVFP4Tensor(data, sf, torch.tensor(1.0))
+
+    codes = np.arange(256, dtype=np.uint8)
+    pairs = np.stack((codes & 0xF, codes >> 4), axis=-1).reshape(-1).view(E2M1).astype(np.float64)  # even k low
+    want = pairs[None, :] * np.array(FINITE_SCALES, np.uint8).view(E4M3).astype(np.float64)[:, None]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        got = reference.dequant_nvfp4(t, dtype).double().numpy()
+        assert np.array_equal(got, want)
+        assert np.array_equal(np.signbit(got), np.signbit(want))
+
+
+@pytest.mark.parametrize("alpha", [2.0**-40, 2.0**40, 0.3, 1e-30])
+def test_alpha_brings_the_only_rounding(alpha):
+    scales = torch.arange(127, dtype=torch.uint8)
+    data = torch.arange(256, dtype=torch.uint8).expand(127, 256).contiguous()
+    sf = scales[:, None].expand(127, 32).contiguous().view(torch.float8_e4m3fn)
+    a = torch.tensor(alpha)
+    t = NVFP4Tensor(data, sf, a)
+    exact = reference.dequant_nvfp4(NVFP4Tensor(data, sf, torch.tensor(1.0)), torch.float64) * a.double()
+    assert torch.equal(reference.dequant_nvfp4(t, torch.float64), exact)
+    assert torch.equal(reference.dequant_nvfp4(t, torch.float32), exact.float())
+    assert torch.equal(reference.dequant_nvfp4(t, torch.bfloat16), exact.float().bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_e2m1_rounding_of_every_half(dtype):
+    """ml_dtypes saturates as we do; it has no rule for NaN, ours is +6."""
+    x = every_half(dtype)
+    got = e2m1.encode(x)
+    number = ~x.isnan()
+    want = x[number].numpy().astype(E2M1).view(np.uint8)
+    assert np.array_equal(got[number].numpy(), want)
+    assert (got[x.isnan()] == 7).all()
+
+
+def test_e2m1_rounding_next_to_each_boundary():
+    """FP32 on both sides of every boundary, and the boundary itself, which goes to the even code."""
+    values = np.arange(8, dtype=np.uint8).view(E2M1).astype(np.float32)
+    middle = (values[1:] + values[:-1]) / 2
+    for i, m in enumerate(middle):
+        x = torch.tensor([np.nextafter(m, np.float32(0)), m, np.nextafter(m, np.float32(9))])
+        assert e2m1.encode(x).tolist() == [i, i if i % 2 == 0 else i + 1, i + 1]
+        assert e2m1.encode(-x).tolist() == [8 + i, 8 + (i if i % 2 == 0 else i + 1), 9 + i]
+
+
+def test_e2m1_round_trip():
+    codes = torch.arange(16, dtype=torch.uint8)
+    assert torch.equal(e2m1.encode(e2m1.decode(codes)), codes)
+    data = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(e2m1.pack(e2m1.unpack(data)), data)
+    assert e2m1.unpack(torch.tensor([0xA3], dtype=torch.uint8)).tolist() == [0x3, 0xA]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_e4m3_rounding_of_every_half(dtype):
+    """The cast that scales go through, on the range that they have: 0 .. 448, subnormal numbers and ties included."""
+    x = every_half(dtype)
+    x = x[(x >= 0) & (x <= 448)]
+    got = x.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    assert np.array_equal(got, x.numpy().astype(E4M3).view(np.uint8))
+
+
+def nvfp4(m: int = 4, k: int = 32, **changes: object) -> NVFP4Tensor:
+    parts: dict[str, object] = {
+        "data": torch.zeros(m, k // 2, dtype=torch.uint8),
+        "sf": torch.zeros(m, k // 16, dtype=torch.uint8).view(torch.float8_e4m3fn),
+        "alpha": torch.ones(()),
+    }
+    return NVFP4Tensor(**{**parts, **changes})  # type: ignore[arg-type]
+
+
+def test_nvfp4_shape_and_layouts():
+    t = nvfp4(5, 96)
+    assert t.shape == (5, 96)
+    blocked = t.with_sf_layout("blocked_128x4")
+    assert blocked.sf.shape == (128 * 8,)
+    assert blocked.with_sf_layout("linear").sf.shape == (5, 6)
+    assert t.with_sf_layout("linear") is t
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": torch.zeros(4, 16)}, TypeError, "data must be uint8"),
+        ({"sf": torch.zeros(4, 2)}, TypeError, "sf must be float8_e4m3fn"),
+        ({"alpha": torch.ones((), dtype=torch.float64)}, TypeError, "alpha must be float32"),
+        ({"data": torch.zeros(4, 12, dtype=torch.uint8)}, ValueError, "k must be a multiple of 16, got 24"),
+        ({"data": torch.zeros(16, dtype=torch.uint8)}, ValueError, r"data must be \[\.\.\., m, k / 2\]"),
+        ({"sf": torch.zeros(4, 3, dtype=torch.float8_e4m3fn)}, ValueError, r"linear sf \[4, 2\], got \[4, 3\]"),
+        ({"sf_layout": "blocked_128x4"}, ValueError, r"blocked_128x4 sf \[512\], got \[4, 2\]"),
+        ({"sf_layout": "swizzled"}, ValueError, "sf_layout must be"),
+        ({"alpha": torch.ones(1, 1, 1)}, ValueError, "alpha must have at most two axes"),
+        ({"alpha": torch.ones((), device="meta")}, ValueError, "must share a device"),
+    ],
+)
+def test_nvfp4_refusals(changes, error, message):
+    with pytest.raises(error, match=message):
+        nvfp4(**changes)
+
+
+def test_native_refusals():
+    codes = torch.zeros(4, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"sf \[4, 2\]"):
+        MXFP4Tensor(codes, torch.zeros(4, 4, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="sf must be uint8"):
+        MXFP4Tensor(codes, torch.zeros(4, 2))
+    weight = torch.zeros(200, 130).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"data \[200, 130\] needs sf \[2, 2\]"):
+        FP8BlockTensor(weight, torch.zeros(1, 2, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("format", "page_size", "page_bytes"),
+    [
+        ("fp32", 64, 64 * 512 * 4),
+        ("bf16", 64, 64 * 512 * 2),
+        ("fp8_ds_mla", 64, 37440),  # 37376 bytes of content, rounded up to 576
+        ("fp8_ds_mla", 2, 1728),
+        ("nvfp4", 64, 64 * 384),
+    ],
+)
+def test_kv_pages(format, page_size, page_bytes):
+    """Page sizes as deployed (fp8_ds_mla) or as defined here."""
+    assert kv_layout(format, page_size).page_bytes == page_bytes
+    cache = PagedCache(torch.zeros(3, page_bytes, dtype=torch.uint8), format, page_size)
+    assert cache.slots == 3 * page_size
+    with pytest.raises(ValueError, match=rf"\[pages, {page_bytes}\]"):
+        PagedCache(torch.zeros(3, page_bytes - 1, dtype=torch.uint8), format, page_size)
+
+
+@pytest.mark.parametrize(
+    ("format", "page_bytes"), [("fp32", 64 * 512), ("bf16", 64 * 256), ("fp8", 64 * 132), ("mxfp4", 64 * 68)]
+)
+def test_index_pages(format, page_bytes):
+    assert index_layout(format, 64).page_bytes == page_bytes
+    assert IndexCache(torch.zeros(2, page_bytes, dtype=torch.uint8), format, 64).slots == 128
+
+
+def test_unknown_cache_format():
+    with pytest.raises(ValueError, match="KV format must be"):
+        kv_layout("fp4", 64)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="index format must be"):
+        index_layout("fp4", 64)  # type: ignore[arg-type]
