@@ -65,15 +65,7 @@ class Entry:
 
     @property
     def held(self) -> Held:
-        """How the model holds it."""
-        if self.storage in ("nvfp4", "mxfp4"):
-            return "nvfp4"
-        if self.storage == "fp8":
-            return "fp8"
-        if self.storage == "i64":
-            return "int32"
-        # what the release keeps in FP32 is computed with in FP32; widening loses nothing
-        return "fp32" if self.param.native == "fp32" or self.storage == "fp32" else "bf16"
+        return held(self.param, self.storage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,40 +118,48 @@ class Checkpoint:
         first: dict[str, Entry] = {}
         for entry in self.entries.values():
             name = place(entry.param, self.config).name
-            held: Held = "fp32" if weights == "fp32" and entry.held != "int32" else entry.held
-            if found.setdefault(name, held) != held:
+            kind: Held = "fp32" if weights == "fp32" and entry.held != "int32" else entry.held
+            if found.setdefault(name, kind) != kind:
                 wanted = f"{first[name].storage} as in {first[name].param.name}, which it is stacked with"
                 raise entry.main.error(wanted=wanted, got=entry.storage)
             first.setdefault(name, entry)
         return found
 
     def weights(
-        self, device: torch.device | str = "cpu", *, weights: Weights = "stored", progress: bool | None = None
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        weights: Weights = "stored",
+        only: str = "",
+        progress: bool | None = None,
     ) -> Iterator[tuple[str, Weight]]:
         """The model's weights by canonical name, each as soon as it is whole, in the order of the files.
 
-        weights="fp32" gives every number dequantised to FP32. `progress` shows a bar; None does so on a terminal.
+        weights="fp32" gives every number dequantised to FP32; `only` those whose names begin so. `progress` shows a
+        bar; None does so on a terminal.
         """
         if weights not in ("stored", "fp32"):
             raise ValueError(f'weights must be "stored" or "fp32", got {weights!r}')
         formats = self.formats(weights)
+        entries = [entry for entry in self.entries.values() if entry.param.name.startswith(only)]
         waiting: dict[str, int] = {}
-        for entry in self.entries.values():
+        for entry in entries:
             name = place(entry.param, self.config).name
             waiting[name] = waiting.get(name, 0) + 1
         open_stacks: dict[str, _Stack] = {}
         inexact: list[str] = []
-        order = sorted(self.entries.values(), key=lambda e: (e.main.file, e.main.offset))
+        order = sorted(entries, key=lambda e: (e.main.file, e.main.offset))
+        total = sum(t.spec.bytes for entry in entries for t in entry.tensors.values())
         bar = tqdm(
-            total=self.bytes, unit="B", unit_scale=True, desc="load", disable=None if progress is None else not progress
+            total=total, unit="B", unit_scale=True, desc="load", disable=None if progress is None else not progress
         )
         with Reader() as reader, bar:
             for entry in order:
                 where = place(entry.param, self.config)
                 stack = open_stacks.get(where.name)
                 if stack is None:
-                    held = formats[where.name]
-                    stack = open_stacks[where.name] = _Stack.empty(entry.param, where, held, torch.device(device))
+                    kind = formats[where.name]
+                    stack = open_stacks[where.name] = _Stack.empty(entry.param, where, kind, torch.device(device))
                 blocks = stack.fill(reader, entry, where, self.config.n_routed_experts)
                 if blocks:
                     inexact.append(f"{entry.param.name} ({blocks})")
@@ -173,6 +173,17 @@ class Checkpoint:
                 len(inexact),
                 ", ".join(inexact[:8]) + (", ..." if len(inexact) > 8 else ""),
             )
+
+    def expect_config(self, config: ModelConfig) -> None:
+        """Raises CheckpointError unless this is a checkpoint of `config`, whose draft blocks it may lack."""
+        ours, want = (
+            replace(c, num_nextn_predict_layers=0, compress_ratios=c.compress_ratios[: c.num_hidden_layers]).to_json()
+            for c in (self.config, config)
+        )
+        for key, value in want.items():
+            if value != ours[key]:
+                path = self.directory / "config.json"
+                raise CheckpointError(path, None, wanted=f"{key}={value}", got=f"{key}={ours[key]}")
 
     def read(self, reader: Reader, entry: Entry) -> dict[str, Tensor]:
         """The stored tensors of one parameter by suffix, checked."""
@@ -236,6 +247,18 @@ class Checkpoint:
         if experts.storage == "nvfp4":
             return "nvfp4-experts"
         return "native" if experts.storage == "mxfp4" else "fp32"
+
+
+def held(param: Param, storage: Storage) -> Held:
+    """How the model holds what is stored so."""
+    if storage in ("nvfp4", "mxfp4"):
+        return "nvfp4"
+    if storage == "fp8":
+        return "fp8"
+    if storage == "i64":
+        return "int32"
+    # what the release keeps in FP32 is computed with in FP32; widening loses nothing
+    return "fp32" if param.native == "fp32" or storage == "fp32" else "bf16"
 
 
 def place(param: Param, config: ModelConfig) -> Place:

@@ -1,0 +1,93 @@
+"""A model from a checkpoint directory."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..config import ModelConfig
+from ..linear import ActFormat
+from ..transformer import Transformer
+from .files import CheckpointError
+from .read import Checkpoint, Weights
+
+
+def load(
+    model: Transformer | ModelConfig | None,
+    directory: str | Path | Checkpoint,
+    device: torch.device | str = "cpu",
+    *,
+    weights: Weights = "stored",
+    act_dtype: torch.dtype | None = None,
+    act_format: ActFormat = "float",
+    drafts: str | Path | Checkpoint | None = None,
+    progress: bool | None = None,
+) -> Transformer:
+    """The model with the weights of a checkpoint, on `device`.
+
+    model       built already (on the meta device, say), or the config that the checkpoint must have, or None
+    weights     "stored" keeps each format (MXFP4 experts become NVFP4), "fp32" dequantises everything
+    act_dtype   of activations; by default FP32 with weights="fp32", else BF16; act_format as `Transformer` has it
+    drafts      another checkpoint to take the draft blocks (MTP) from, for one that has none
+    progress    a progress bar; None shows one on a terminal
+
+    Without draft blocks in the files, a config is taken as one without them. Raises CheckpointError (a ValueError) for
+    anything missing, surplus, misshapen, cut short, not a number, or not of this model.
+    """
+    checkpoint = directory if isinstance(directory, Checkpoint) else Checkpoint(directory)
+    config = checkpoint.config
+    sources = [(checkpoint, "")]
+    if drafts is not None:
+        other = drafts if isinstance(drafts, Checkpoint) else Checkpoint(drafts)
+        config = _with_drafts(checkpoint, other)
+        sources.append((other, "mtp."))
+    formats = {
+        name: held
+        for source, prefix in sources
+        for name, held in source.formats(weights).items()
+        if name.startswith(prefix)
+    }
+    if not isinstance(model, Transformer):
+        if model is not None:
+            checkpoint.expect_config(model)
+        if act_dtype is None:
+            act_dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+        model = Transformer(
+            config,
+            lambda name: formats[name],  # type: ignore[arg-type,return-value]  # "int32" is of tables, never asked for
+            act_dtype=act_dtype,
+            act_format=act_format,
+            device="meta",
+        )
+    _expect_weights(checkpoint, model, formats.keys())
+    for source, prefix in sources:
+        for name, weight in source.weights(device, weights=weights, only=prefix, progress=progress):
+            try:
+                model.set_weight(name, weight)
+            except (ValueError, TypeError) as error:
+                wanted = "a weight that fits the model"
+                raise CheckpointError(source.directory, name, wanted=wanted, got=str(error)) from None
+    return model
+
+
+def _with_drafts(checkpoint: Checkpoint, other: Checkpoint) -> ModelConfig:
+    if checkpoint.config.num_nextn_predict_layers:
+        raise CheckpointError(checkpoint.directory, None, wanted="no draft blocks beside `drafts`", got="its own")
+    if not other.config.num_nextn_predict_layers:
+        raise CheckpointError(other.directory, None, wanted="draft blocks", got="none")
+    config = replace(checkpoint.config, num_nextn_predict_layers=other.config.num_nextn_predict_layers)
+    other.expect_config(config)
+    return config
+
+
+def _expect_weights(checkpoint: Checkpoint, model: Transformer, names: Iterable[str]) -> None:
+    """The model has just the weights that the checkpoint will bring."""
+    ours = {name for name, _ in model.weights()}
+    theirs = set(names)
+    if missing := sorted(ours - theirs):
+        wanted = f"a weight for the model's {missing[0]}"
+        raise CheckpointError(checkpoint.directory, missing[0], wanted=wanted, got=f"none ({len(missing)} lack)")
+    if extra := sorted(theirs - ours):
+        wanted = "weights that the model has a place for"
+        raise CheckpointError(checkpoint.directory, extra[0], wanted=wanted, got=f"one it lacks ({len(extra)} such)")
