@@ -188,5 +188,5 @@ def _split(x: Tensor, segments: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def _check_segments(m: int, segments: Sequence[int]) -> None:
-    if sum(segments) != m or any(s <= 0 for s in segments):
+    if sum(segments) != m or min(segments, default=0) <= 0:
         raise ValueError(f"segments {list(segments)} must be positive runs of rows that sum to m={m}")
