@@ -475,11 +475,11 @@ def launch(
     a segment of columns; out: BF16 or FP32 with adjacent columns. Scales are linear. Raises ValueError or TypeError.
     """
     (m, k), n = a.shape, b.shape[0]
-    ends = _segment_ends(b.alpha, segments, n)
-    packed = isinstance(a, NVFP4Tensor)
     if out.dtype not in _DTYPES:
         raise TypeError(f"out must be bfloat16 or float32, got {out.dtype}")
-    variant = Variant(act="nvfp4" if packed else "bf16", out=_DTYPES[out.dtype], segments=len(ends))
+    ends = _segment_ends(b.alpha, segments, n)
+    act = "nvfp4" if isinstance(a, NVFP4Tensor) else "bf16"
+    variant = Variant(act=act, out=_DTYPES[out.dtype], segments=len(ends))
     problem = GemmProblem(m=m, n=n, k=k, act=variant.act, out=variant.out, segments=variant.segments)  # type: ignore[arg-type]
     if reason := supports(problem, config):
         raise ValueError(reason)
@@ -488,38 +488,40 @@ def launch(
     if out.stride(1) != 1:
         raise ValueError(f"columns of out must be adjacent, got strides {list(out.stride())}")
     _check_packed(b, "b")
+    pointers_b = (b.data.data_ptr(), b.sf.data_ptr(), b.alpha.data_ptr())
     if isinstance(a, NVFP4Tensor):
         _check_packed(a, "a")
         if a.alpha.numel() != 1:
             raise ValueError(f"a has one alpha, got {list(a.alpha.shape)}")
         pointers_a, a_stride = (a.data.data_ptr(), a.sf.data_ptr(), a.alpha.data_ptr()), k
     else:
-        if a.dtype != torch.bfloat16:
-            raise TypeError(f"a must be bfloat16 or an NVFP4Tensor, got {a.dtype}")
-        if a.stride(1) != 1 or a.stride(0) % 8 or a.data_ptr() % 16:
-            raise ValueError(
-                f"rows of a must be adjacent elements from 16-byte boundaries on, "
-                f"got strides {list(a.stride())} at {a.data_ptr() % 16} bytes past one"
-            )
-        pointers_a, a_stride = (a.data_ptr(), b.sf.data_ptr(), b.alpha.data_ptr()), a.stride(0)
+        a_stride = a.stride(0) if m > 1 else k  # the stride of a single row may be anything
+        _check_rows(a, a_stride)
+        pointers_a = (a.data_ptr(), *pointers_b[1:])  # of which the kernel reads the first
     if m == 0:
         return
-    pointers = (*pointers_a, b.data.data_ptr(), b.sf.data_ptr(), b.alpha.data_ptr(), out.data_ptr())
-    arguments = _operands(variant, pointers, (m, n, k, a_stride, out.stride(0)), ends)
+    sizes = (m, n, k, a_stride, out.stride(0))
+    arguments = _operands(variant, (*pointers_a, *pointers_b, out.data_ptr()), sizes, ends)
     if out.is_cuda:
         with torch.cuda.device(out.device):
             stream = cuda.CUstream(torch.cuda.current_stream().cuda_stream)
             compiled(config, variant)(*arguments, stream)
-    else:
+    else:  # CPU tensors, where an emulator stands in for the CUDA runtime
         compiled(config, variant)(*arguments, cuda.CUstream(0))
 
 
 def warm(problem: GemmProblem, config: Config) -> None:
-    """Compile for `problem` and, where there is a GPU, load the kernel, so that a later launch may be captured."""
-    function = compiled(config, _variant(problem, config))
-    if torch.cuda.is_available():
-        torch.cuda.current_stream()  # makes the context that the kernel is loaded into
-        function.to()
+    """Compile for `problem` and, where there is a GPU, launch once, so that a later launch may be captured in a graph."""
+    variant = _variant(problem, config)
+    if not torch.cuda.is_available():
+        compiled(config, variant)
+        return
+    n, k = 8 * variant.segments, config.tile_k
+    b = NVFP4Tensor.empty((n, k), torch.ones(variant.segments, device="cuda"))
+    one = torch.ones((), device="cuda")
+    a = NVFP4Tensor.empty((1, k), one) if variant.act == "nvfp4" else b.data.new_empty((1, k), dtype=torch.bfloat16)
+    out = b.data.new_empty((1, n), dtype=next(t for t, name in _DTYPES.items() if name == variant.out))
+    launch(a, b, (8,) * variant.segments, out, config)
 
 
 def build(problem: GemmProblem, config: Config, arch: str = ARCH) -> Built:
@@ -546,9 +548,19 @@ def _segment_ends(alpha: Tensor, segments: tuple[int, ...] | None, n: int) -> tu
     return tuple(itertools.accumulate(segments))
 
 
+def _check_rows(a: Tensor, stride: int) -> None:
+    if a.dtype != torch.bfloat16:
+        raise TypeError(f"a must be bfloat16 or an NVFP4Tensor, got {a.dtype}")
+    if a.stride(1) != 1 or stride % 8 or a.data_ptr() % 16:
+        raise ValueError(
+            "rows of a must be adjacent elements that start at multiples of 16 bytes, "
+            f"got strides {list(a.stride())} from {a.data_ptr() % 16} bytes past one on"
+        )
+
+
 def _check_packed(t: NVFP4Tensor, name: str) -> None:
-    if t.sf_layout != "linear":
-        raise ValueError(f"{name} must have linear scales, got {t.sf_layout}")
+    if t.sf_layout != SF_LAYOUT:
+        raise ValueError(f"{name} must have {SF_LAYOUT} scales, got {t.sf_layout}")
     if not (t.data.is_contiguous() and t.sf.is_contiguous()):
         raise ValueError(f"{name}.data and {name}.sf must be contiguous")
     if t.data.data_ptr() % 16 or t.sf.data_ptr() % 4:
