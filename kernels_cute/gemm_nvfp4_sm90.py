@@ -511,7 +511,7 @@ def launch(
 
 
 def warm(problem: GemmProblem, config: Config) -> None:
-    """Compile for `problem` and, where there is a GPU, launch once, so that a later launch may be captured in a graph."""
+    """Compile for `problem` and, where there is a GPU, launch once: later launches may be captured in a graph."""
     variant = _variant(problem, config)
     if not torch.cuda.is_available():
         compiled(config, variant)
