@@ -234,9 +234,8 @@ def test_every_code_under_every_scale_is_exact(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("out", ["bf16", "fp32"])
-@pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("config", testing.configs(kernel, 40), ids=str)
+@pytest.mark.parametrize(("act", "out"), [("bf16", "bf16"), ("nvfp4", "fp32")])
+@pytest.mark.parametrize("config", testing.configs(kernel), ids=str)
 def test_configs(config, act, out, device):
     problem = GemmProblem(m=77, n=264, k=640, act=act, out=out, segments=2)
     if reason := kernel.supports(problem, config):
@@ -326,7 +325,7 @@ def test_repeated_runs_and_graph_replays_agree_to_the_bit(act, device):
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     case.poison()
-    with torch.cuda.graph(graph, stream=stream):  # the first launch of this variant is the captured one
+    with torch.cuda.graph(graph, stream=stream):
         case.launch(kernel, config)
     graph.replay()
     case.check()
