@@ -69,31 +69,35 @@ def generate(
     waiting = deque(_sequences(prompts, sampling, cache))
     running: list[Request] = []
     results = [s.tokens for s in waiting]
-    while waiting or running:
-        while waiting:
-            first = waiting[0]
-            try:
-                first.slot = cache.open(len(first.prompt) + sampling.max_new_tokens - 1)
-            except OutOfPages:
-                if not running:
-                    raise
-                break
-            running.append(waiting.popleft())
-        step = list(_next_tokens(running, min(chunk, cache.step_tokens)))
-        batch = cache.prepare([(s.slot, ids) for s, ids in step])
-        with torch.inference_mode():
-            logits = model(batch, cache)  # [sequences, vocab]
-        for s, ids in step:
-            if s.read < len(s.prompt):
-                s.read += len(ids)
-        ready = [(row, s) for row, (s, _) in enumerate(step) if s.read == len(s.prompt)]
-        for (_, s), token in zip(ready, _sample(logits, ready, sampling), strict=True):
-            s.tokens.append(token)
-            if on_token is not None:
-                on_token(s.index, token)
-            if token == sampling.eos or len(s.tokens) == sampling.max_new_tokens:
-                cache.close(s.slot)
-                running.remove(s)
+    try:
+        while waiting or running:
+            while waiting:
+                first = waiting[0]
+                try:
+                    first.slot = cache.open(len(first.prompt) + sampling.max_new_tokens - 1)
+                except OutOfPages:
+                    if not running:
+                        raise
+                    break
+                running.append(waiting.popleft())
+            step = list(_next_tokens(running, min(chunk, cache.step_tokens)))
+            batch = cache.prepare([(s.slot, ids) for s, ids in step])
+            with torch.inference_mode():
+                logits = model(batch, cache)  # [sequences, vocab]
+            for s, ids in step:
+                if s.read < len(s.prompt):
+                    s.read += len(ids)
+            ready = [(row, s) for row, (s, _) in enumerate(step) if s.read == len(s.prompt)]
+            for (_, s), token in zip(ready, _sample(logits, ready, sampling), strict=True):
+                s.tokens.append(token)
+                if on_token is not None:
+                    on_token(s.index, token)
+                if token == sampling.eos or len(s.tokens) == sampling.max_new_tokens:
+                    cache.close(s.slot)
+                    running.remove(s)
+    finally:
+        for s in running:
+            cache.close(s.slot)
     return results
 
 

@@ -127,8 +127,12 @@ def _pow2(exponent: Tensor) -> Tensor:
 
 
 def _bytes(x: Tensor) -> Tensor:
+    if not x.numel():  # an empty tensor may have strides that a view refuses
+        return x.new_empty((*x.shape[:-1], x.shape[-1] * x.element_size()), dtype=torch.uint8)
     return x.contiguous().view(torch.uint8)
 
 
 def _numbers(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if not x.numel():
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // dtype.itemsize), dtype=dtype)
     return x.contiguous().view(dtype)
