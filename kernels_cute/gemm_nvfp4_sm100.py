@@ -28,11 +28,12 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import torch
-from cutlass import cute, pipeline, utils
+from cutlass import cute, pipeline
 from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import cpasync, tcgen05
 from cutlass.cute.runtime import make_ptr
 from cutlass.cutlass_dsl import dsl_user_op
+from cutlass.memory import SmemAllocator, TmemAllocator
 from cutlass.utils import blackwell_helpers, blockscaled_layout
 from torch import Tensor
 
@@ -173,7 +174,8 @@ class GemmNvfp4Sm100:
         mA = cute.make_tensor(a, cute.make_layout((m, k), stride=(k, 1)))
         mB = cute.make_tensor(b, cute.make_layout((n, k), stride=(k, 1)))
         mD = cute.make_tensor(d, cute.make_layout((m, n), stride=(n, 1)))
-        mSFA, mSFB = scale_words(sfa, m, k), scale_words(sfb, n, k)
+        mSFA = cute.make_tensor(cute.recast_ptr(sfa, dtype=cutlass.Int32), scale_words(m, k))
+        mSFB = cute.make_tensor(cute.recast_ptr(sfb, dtype=cutlass.Int32), scale_words(n, k))
         mAlphaA = cute.make_tensor(alpha_a, cute.make_layout(1))
         mAlphaB = cute.make_tensor(alpha_b, cute.make_layout(self.segments))
 
@@ -216,9 +218,9 @@ class GemmNvfp4Sm100:
             for tma in (a_tma, sfa_tma, b_tma, sfb_tma, d_tma):
                 cpasync.prefetch_descriptor(tma.atom)
 
-        storage = utils.SmemAllocator().allocate(self.shared_storage())
+        storage = SmemAllocator().allocate(self.shared_storage())
         ring, accumulators = self.pipelines(storage)
-        tmem = utils.TmemAllocator(
+        tmem = TmemAllocator(
             storage.tmem_address.ptr,
             barrier_for_retrieve=pipeline.NamedBarrier(barrier_id=2, num_threads=32 * (1 + len(EPILOGUE_WARPS))),
             allocator_warp_id=EPILOGUE_WARPS[0],
@@ -331,11 +333,8 @@ class GemmNvfp4Sm100:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         alphas = [mAlphaA[0] * mAlphaB[s] for s in range(self.segments)]
 
-        # tensor memory as [128, store_n, 1, stores, stage]
-        box = (TILE_M, self.store_n)
-        tAcc = cute.flat_divide(self.accumulator(address, self.tiled_mma())[(None, None), 0, 0, None], box)
-        load_op = tcgen05.Ld32x32bOp(tcgen05.Repetition(self.store_n), tcgen05.Pack.NONE)
-        copy_t2r = tcgen05.make_tmem_copy(cute.make_copy_atom(load_op, F32), tAcc[None, None, 0, 0, 0])
+        box, num_stores = (TILE_M, self.store_n), self.tile_n // self.store_n
+        copy_t2r, tAcc = self.accumulator_copy(self.accumulator(address, self.tiled_mma()))
         thr_t2r = copy_t2r.get_slice(thread)
         tTRt = thr_t2r.partition_S(tAcc)  # [load, 1, 1, 1, stores, stage]
         tTRc = thr_t2r.partition_D(cute.make_identity_tensor(box))  # [load, 1, 1] -> (row, column)
@@ -360,13 +359,12 @@ class GemmNvfp4Sm100:
             i, j = self.place(tile, tiles)
             accumulators.consumer_wait(acc_state)
             tcgen05_fence("after")
-            for s in cutlass.range_constexpr(self.tile_n // self.store_n):
+            for s in cutlass.range(num_stores, unroll=1):
                 cute.copy(copy_t2r, tTRt[None, None, None, 0, s, acc_state.index], rAcc)
                 cute.arch.fence_view_async_tmem_load()
-                if cutlass.const_expr(s == self.tile_n // self.store_n - 1):
+                if s == num_stores - 1:
                     tcgen05_fence("before")
                     accumulators.consumer_release(acc_state)
-                    acc_state.advance()
                 self.scale(rAcc, rD, tTRc, alphas, starts, j * self.tile_n + s * self.store_n)
 
                 if warp == EPILOGUE_WARPS[0]:
@@ -376,10 +374,10 @@ class GemmNvfp4Sm100:
                 cute.arch.fence_proxy("async.shared", space="cta")
                 warps.arrive_and_wait()
                 if warp == EPILOGUE_WARPS[0]:
-                    column = j * (self.tile_n // self.store_n) + s
-                    cute.copy(d_tma.atom, tDs[None, staged.index], tDg[None, i, column])
+                    cute.copy(d_tma.atom, tDs[None, staged.index], tDg[None, i, j * num_stores + s])
                     stores.producer_commit()
                 staged.advance()
+            acc_state.advance()
             tile += step
 
         tmem.relinquish_alloc_permit()
@@ -496,6 +494,12 @@ class GemmNvfp4Sm100:
         shape = cute.append(tiled_mma.partition_shape_C(self.mma_tile[:2]), self.budget.acc_stages)
         return cute.make_tensor(address, tiled_mma.make_fragment_C(shape).layout)
 
+    def accumulator_copy(self, tCtAcc):
+        """Copy to registers, a lane to a thread, and what it copies: [128, store_n, 1, stores, stage]."""
+        tAcc = cute.flat_divide(tCtAcc[(None, None), 0, 0, None], (TILE_M, self.store_n))
+        op = tcgen05.Ld32x32bOp(tcgen05.Repetition(self.store_n), tcgen05.Pack.NONE)
+        return tcgen05.make_tmem_copy(cute.make_copy_atom(op, F32), tAcc[None, None, 0, 0, 0]), tAcc
+
     def tensor_memory(self, address, tiled_mma, sSFA, sSFB):
         """Accumulators, then scales of a, then scales of b (the last two [MMA, 1, MMAS])."""
         sfa = address + self.budget.acc_stages * self.tile_n
@@ -527,13 +531,11 @@ def swizzled_rows(dtype, rows, stages):
     return cute.tile_to_shape(atom, (rows, 128 * 8 // dtype.width, stages), order=(0, 1, 2))
 
 
-def scale_words(sf, rows, k):
+def scale_words(rows, k):
     """A blocked_128x4 buffer as [SF_WORDS, k / MMA_K, ceil(rows / SF_ROWS)]: to TMA an atom is a run of words."""
     atoms_k = k // MMA_K
-    layout = cute.make_layout(
-        (SF_WORDS, atoms_k, cute.ceil_div(rows, SF_ROWS)), stride=(1, SF_WORDS, SF_WORDS * atoms_k)
-    )
-    return cute.make_tensor(cute.recast_ptr(sf, dtype=cutlass.Int32), layout)
+    shape = (SF_WORDS, atoms_k, cute.ceil_div(rows, SF_ROWS))
+    return cute.make_layout(shape, stride=(1, SF_WORDS, SF_WORDS * atoms_k))
 
 
 def scale_atoms(atoms, stages):
@@ -636,7 +638,7 @@ def build(problem: GemmProblem, config: Config, arch: str = ARCH) -> Built:
 def _arguments(
     out: str, addresses: Sequence[int], starts: Sequence[int], sizes: Sequence[int], stream: int
 ) -> tuple[Any, ...]:
-    """What `GemmNvfp4Sm100.__call__` takes. addresses: a, sfa, b, sfb, d, alpha_a, alpha_b; sizes: m, n, k, clusters."""
+    """What `__call__` takes. addresses: a, sfa, b, sfb, d, alpha_a, alpha_b; sizes: m, n, k, most clusters."""
     dtypes = (E2M1, E4M3, E2M1, E4M3, OUT[out], F32, F32)
     aligned = (16, 16, 16, 16, 16, 4, 4)
     pointers = (

@@ -1,0 +1,386 @@
+"""gemm_nvfp4_sm100 as far as a machine without a B200 can tell: it compiles for sm_100a, fits, asks the tensor core for
+the right thing, and its layouts agree with the formulas of the PTX ISA. Nothing here executes the kernel.
+"""
+
+import functools
+import itertools
+import re
+
+import cutlass
+import pytest
+import torch
+from cutlass import cute
+from cutlass.utils import blackwell_helpers, blockscaled_layout
+
+from fp4suite import layouts, testing
+from fp4suite.built import MAX_SHARED_BYTES, TMEM_COLUMNS, Built, resources, sass
+from fp4suite.formats import NVFP4Tensor
+from fp4suite.problem import GemmProblem
+from kernels_cute import build as cross
+from kernels_cute import gemm_nvfp4_sm100 as kernel
+from kernels_cute.gemm_nvfp4_sm100 import Config
+
+
+def problem(**changes) -> GemmProblem:
+    return GemmProblem(**{"m": 300, "n": 520, "k": 832, "act": "nvfp4"} | changes)
+
+
+EVERY = [Config(**dict(zip(kernel.SPACE, values, strict=True))) for values in itertools.product(*kernel.SPACE.values())]
+CONFIGS = [config for config in EVERY if kernel.supports(problem(), config) is None]
+TILES = list({(c.tile_n, c.mma_ctas): c for c in CONFIGS}.values())  # one config a shape of the MMA
+
+
+def test_space_holds_single_and_paired_ctas_with_and_without_multicast():
+    assert len(EVERY) == 36
+    assert len(CONFIGS) == 30  # without the pairs in clusters of one row
+    assert Config() in CONFIGS
+
+
+# --- what the compiler makes of it ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def built(config: Config, out: str = "bf16", segments: int = 1) -> Built:
+    return kernel.build(problem(out=out, segments=segments), config)
+
+
+# each tile shape is compiled for both outputs, the clusters by turns
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_config_fits(config):
+    variants = [("bf16", 1), ("fp32", 3)]
+    for out, segments in variants if config in TILES else variants[CONFIGS.index(config) % 2 :][:1]:
+        made = built(config, out, segments)
+        found, want = resources(made), kernel.budget(config)
+        assert found.spill_bytes == 0
+        assert found.registers <= 128
+        assert made.shared_bytes == want.shared_bytes <= MAX_SHARED_BYTES["sm_100a"]
+        assert made.tmem_columns == want.tmem_columns <= TMEM_COLUMNS
+        _check_instructions(made.ptx, config)
+
+
+def _check_instructions(ptx: str, config: Config) -> None:
+    group = f"cta_group::{config.mma_ctas}"
+    atoms = 4 * (1 + max(config.tile_n, 128) // 128)  # of scales a stage: a's and b's, four along k
+    assert ptx.count(f"tcgen05.mma.{group}.kind::mxf4nvf4.block_scale.block16") == 4
+    assert ptx.count("tcgen05.mma.") == 4
+    assert ptx.count(f"tcgen05.cp.{group}.32x128b.warpx4") == ptx.count("tcgen05.cp.") == atoms
+
+    # loads: codes as 2D boxes, scales as 3D; each multicast exactly if CTAs of the cluster share it
+    loads = re.findall(r"cp\.async\.bulk\.tensor\.(\d)d\.shared::\w+\.global\.\S+", ptx)
+    assert sorted(loads) == ["2", "2", "3", "3"]
+    shared = [config.cluster_n, config.cluster_n, config.cluster_m // config.mma_ctas, config.cluster_m]
+    assert len(re.findall(r"\.multicast::cluster\S* +\[.*\], *\[%rd", ptx)) == sum(s > 1 for s in shared)
+
+    # bytes that complete a stage: of both CTAs if they share an MMA
+    expected = {int(_constant(ptx, r)) for r in re.findall(r"arrive\.expect_tx\S+ +%rd\d+, \[%r\d+\], (%?\w+);", ptx)}
+    assert expected == {kernel.budget(config).stage_bytes * config.mma_ctas}
+
+    # each read of an accumulator is complete before it is used or its place given back
+    reads = len(re.findall(r"tcgen05\.ld\.sync\.aligned\.32x32b", ptx))
+    assert reads == len(re.findall(r"tcgen05\.wait::ld", ptx)) >= 1
+    assert "tcgen05.fence::before_thread_sync" in ptx
+    assert "tcgen05.fence::after_thread_sync" in ptx
+
+
+def _constant(ptx: str, operand: str) -> str:
+    if not operand.startswith("%"):
+        return operand
+    (value,) = re.findall(rf"mov\.[bu]32\s+{operand}, (\d+);", ptx)
+    return value
+
+
+@pytest.mark.parametrize(("config", "suffix"), [(Config(), ""), (Config(mma_ctas=2, cluster_m=2), ".2CTA")], ids=str)
+def test_cubin_holds_the_block_scaled_mma(config, suffix):
+    text = sass(built(config))
+    assert len(re.findall(rf"\bUTCOMMA{suffix}\.4X\b", text)) == 4  # OMMA: FP4; 4X: four scales a row and MMA
+    assert "UTMALDG" in text
+    assert "UTMASTG" in text
+    assert "UTCCP" in text
+
+
+@pytest.mark.parametrize("config", TILES, ids=str)
+def test_instruction_descriptor(config):
+    """PTX ISA, instruction descriptor of kind::mxf4nvf4: E2M1 both, K-major, UE4M3, k = 64, dense.
+
+    The kernel ors the scale factor ids in, which are zero here: an address of whole words.
+    """
+    e2m1, m = 1, 128 * config.mma_ctas
+    want = e2m1 << 7 | e2m1 << 10 | config.tile_n // 8 << 17 | m // 128 << 27
+    ptx = built(config).ptx
+    constants = {int(c) for c in re.findall(r"or\.b32\s+%r\d+, %r\d+, (\d+);", ptx)}
+    assert want in constants
+    assert not {c for c in constants if c >> 7 & 7 == e2m1 and c >> 10 & 7 == e2m1} - {want}
+
+
+@pytest.mark.parametrize("config", TILES, ids=str)
+def test_shared_memory_descriptors(config):
+    """PTX ISA, "Shared memory descriptor": codes in 128-byte swizzle, 1024 bytes from eight rows to the next eight;
+    scales unswizzled, 128 bytes from eight rows of 16 bytes to the next."""
+    version = 1 << 46
+    codes = 2 << 61 | version | 1024 // 16 << 32
+    scales = version | 128 // 16 << 32
+    leading = 1 << 16  # of no meaning for one atom along k
+    ptx = built(config).ptx
+    found = [int(c) for c in re.findall(r"or\.b64\s+%rd\d+, %rd\d+, (\d+);", ptx)]
+    assert sorted(c & ~(0x3FFF << 16) for c in found) == [scales, scales, codes, codes]
+    assert {c >> 16 & 0x3FFF for c in found} == {leading >> 16}
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def traced(function):
+    """Run `function` where CuTe's layout algebra works, and return what it returns."""
+    results = []
+
+    def body():
+        results.append(function())
+
+    @cute.jit
+    def host():
+        body()
+
+    cute.compile(host, options=cross.options("sm_100a"))
+    return results[0]
+
+
+def table(layout) -> torch.Tensor:
+    """Every offset of a static layout, one axis for each number in its shape, in that order."""
+    sizes, strides = _numbers(layout.shape), _numbers(layout.stride)
+    return sum(stride * axis for stride, axis in zip(strides, axes(*sizes), strict=True))
+
+
+def axes(*sizes: int) -> list[torch.Tensor]:
+    """Coordinates along each axis of a grid, each to be broadcast against the others."""
+    rank = len(sizes)
+    return [torch.arange(n).reshape([n if i == axis else 1 for i in range(rank)]) for axis, n in enumerate(sizes)]
+
+
+def _numbers(nested) -> list[int]:
+    return [n for x in nested for n in _numbers(x)] if isinstance(nested, tuple) else [nested]
+
+
+def test_global_scales_are_blocked_128x4():
+    """Where the load looks for the words of an atom is where `layouts.to_blocked_128x4` put them."""
+    rows, k = 300, 832
+    words = traced(lambda: table(kernel.scale_words(rows, k)))  # [128, k / 64, 3]
+    sf = torch.randint(0, 127, (rows, k // 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    flat = layouts.to_blocked_128x4(sf.view(torch.float8_e4m3fn)).view(torch.uint8)
+    assert words.max() * 4 + 4 == len(flat)
+    row, s = axes(rows, k // 16)
+    word = row % 32 * 4 + row % 128 // 32  # a word holds the scales of one row and 64 of k
+    assert torch.equal(flat[4 * words[word, s // 4, row // 128] + s % 4], sf)
+
+
+@pytest.mark.parametrize("config", TILES, ids=str)
+def test_scales_in_shared_memory(config):
+    """The load writes atoms of 512 bytes, four along k and then the next 128 rows; the copy on reads them as atoms."""
+    gemm, stages = kernel.GemmNvfp4Sm100(config, "bf16", 1), 2
+
+    def tables():
+        mma = gemm.tiled_mma()
+        a = blockscaled_layout.make_smem_layout_sfa(mma, gemm.mma_tile, 16, stages)
+        b = blockscaled_layout.make_smem_layout_sfb(mma, gemm.mma_tile, 16, stages)
+        atoms = (1, gemm.sfb_atoms)
+        return [(table(read), table(kernel.scale_atoms(n, stages)), n) for read, n in zip((a, b), atoms, strict=True)]
+
+    for read, written, atoms in traced(tables):
+        word, atom_k, atom, stage = axes(128, 4, atoms, stages)
+        assert torch.equal(written, word + 128 * (atom_k + 4 * (atom + atoms * stage)))
+        # PTX ISA, scale factor layout: offset(m, s) = m % 32 * 16 + m / 32 * 4 + s in an atom of 128 x 4
+        low, high, atom, _, s, _, atom_k, stage = axes(32, 4, atoms, 16, 4, 1, 4, stages)
+        want = low * 16 + high * 4 + s + 512 * (atom_k + 4 * (atom + atoms * stage))
+        assert torch.equal(read, want.expand(read.shape))
+
+
+@pytest.mark.parametrize("config", TILES, ids=str)
+def test_scales_in_tensor_memory(config):
+    """PTX ISA, scale factor layout 4X: row r in lane r % 32 of column r / 32, the scales of 64 along k in its bytes."""
+    gemm = kernel.GemmNvfp4Sm100(config, "bf16", 1)
+    lane, column = 4 << 16, 4  # offsets count bytes; the upper half of an address is the lane
+
+    def tables():
+        mma, one = gemm.tiled_mma(), (None, None, None, 0)
+        sfa = blockscaled_layout.make_smem_layout_sfa(mma, gemm.mma_tile, 16, 1)
+        sfb = blockscaled_layout.make_smem_layout_sfb(mma, gemm.mma_tile, 16, 1)
+        a = blockscaled_layout.make_tmem_layout_sfa(mma, gemm.mma_tile, 16, cute.slice_(sfa, one))
+        b = blockscaled_layout.make_tmem_layout_sfb(mma, gemm.mma_tile, 16, cute.slice_(sfb, one))
+        return [(table(a), 128), (table(b), 128 * gemm.sfb_atoms)]
+
+    for found, rows in traced(tables):
+        low, high, warp, _, s, _, mma_k = axes(32, rows // 32, 4, 16, 4, 1, 4)
+        want = (low + 32 * warp) * lane + (mma_k * (rows // 32) + high) * column + s
+        assert torch.equal(found, want.expand(found.shape))
+
+
+@pytest.mark.parametrize("config", TILES, ids=str)
+def test_codes_in_shared_memory(config):
+    """The load writes rows of 128 bytes, one after the other, and the MMA reads them in the same swizzle."""
+    gemm, stages = kernel.GemmNvfp4Sm100(config, "bf16", 1), 2
+
+    def tables():
+        mma = gemm.tiled_mma()
+        a = blackwell_helpers.make_smem_layout_a(mma, gemm.mma_tile, kernel.E2M1, stages)
+        b = blackwell_helpers.make_smem_layout_b(mma, gemm.mma_tile, kernel.E2M1, stages)
+        rows = (128, gemm.b_rows)
+        written = [kernel.swizzled_rows(kernel.E2M1, n, stages) for n in rows]
+        assert {str(x.inner) for x in (a, b, *written)} == {"S<3,4,3>"}  # 16-byte chunk ^= 128-byte row % 8
+        return [(table(r.outer), table(w.outer), n) for r, w, n in zip((a, b), written, rows, strict=True)]
+
+    for read, written, rows in traced(tables):
+        row, k, _, mma_k, stage = axes(rows, 64, 1, 4, stages)
+        assert torch.equal(read, (stage * rows + row) * 256 + 64 * mma_k + k)
+        row, eight, k, _, _, stage = axes(8, rows // 8, 256, 1, 1, stages)
+        want = (stage * rows + 8 * eight + row) * 256 + k
+        assert torch.equal(written, want.expand(written.shape))
+
+
+@pytest.mark.parametrize("config", TILES, ids=str)
+def test_accumulators_in_tensor_memory(config):
+    """Row r of a CTA's tile in lane r, a column of d in each column, stages side by side."""
+    gemm = kernel.GemmNvfp4Sm100(config, "bf16", 1)
+    stages = gemm.budget.acc_stages
+
+    def found():
+        mma = gemm.tiled_mma()
+        return table(mma.make_fragment_C(cute.append(mma.partition_shape_C(gemm.mma_tile[:2]), stages)).layout)
+
+    row, column, _, _, stage = axes(128, config.tile_n, 1, 1, stages)
+    assert torch.equal(traced(found), (row << 16) + column + stage * config.tile_n)
+
+
+@pytest.mark.parametrize("out", ["bf16", "fp32"])
+def test_epilogue_gives_each_thread_a_row(out):
+    """Thread t reads lane t, which its warp may, and all columns of a store in order: `scale` finds alpha by them."""
+    gemm = kernel.GemmNvfp4Sm100(Config(), out, 1)
+
+    def coordinates():
+        address = cute.make_ptr(cutlass.Float32, 0, cute.AddressSpace.tmem, assumed_align=16)
+        copy, _ = gemm.accumulator_copy(gemm.accumulator(address, gemm.tiled_mma()))
+        box = cute.make_identity_tensor((128, gemm.store_n))
+        threads = [copy.get_slice(t).partition_D(box) for t in (0, 1, 37, 127)]
+        return [[tuple(part[e]) for e in range(cute.size(part))] for part in threads]
+
+    want = [[(t, column) for column in range(gemm.store_n)] for t in (0, 1, 37, 127)]
+    assert traced(coordinates) == want
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_by_hand():
+    staging, barriers = 2 * 128 * 128, 1024
+    one = kernel.budget(Config())
+    assert one.stage_bytes == 16384 + 16384 + 2048 + 2048  # a, b, sfa, sfb
+    assert one.shared_bytes == barriers + staging + 5 * 36864
+    assert (one.num_stages, one.acc_stages, one.tmem_columns) == (5, 2, 512)  # 2 * 128 + 16 + 16 columns
+
+    pair = kernel.budget(Config(tile_n=256, mma_ctas=2, cluster_m=2))
+    assert pair.stage_bytes == 16384 + 16384 + 2048 + 4096  # half of b, all of sfb
+    assert (pair.num_stages, pair.acc_stages, pair.tmem_columns) == (5, 1, 512)  # 256 + 16 + 32 columns
+
+    narrow = kernel.budget(Config(tile_n=64))
+    assert narrow.stage_bytes == 16384 + 8192 + 2048 + 2048  # an atom of scales covers 128 rows, whatever the tile
+    assert (narrow.num_stages, narrow.acc_stages, narrow.tmem_columns) == (6, 2, 256)  # 2 * 64 + 16 + 16 columns
+
+
+# --- what it takes and what it refuses --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "knobs", "reason"),
+    [
+        ({"act": "bf16"}, {}, r'act="bf16": .* quantise the activations first'),
+        ({"out": "fp16"}, {}, r'out="fp16" is none of bf16, fp32'),
+        ({"k": 1056}, {}, r"k=1056 is not a multiple of 64"),
+        ({"n": 260}, {}, r"n=260 is not a multiple of 8"),
+        ({"segments": 9}, {}, r"segments=9 is not in 1\.\.8"),
+        ({}, {"tile_n": 192}, r"tile_n=192 is none of 64, 128, 256"),
+        ({}, {"cluster_n": 16}, r"cluster_n=16 is none of 1, 2"),
+        ({}, {"mma_ctas": 2}, r"cluster_m=1 is not a multiple of mma_ctas=2"),
+    ],
+)
+def test_refusals(changes, knobs, reason):
+    p, config = problem(**changes), Config(**knobs)
+    assert re.match(reason, kernel.supports(p, config))
+    with pytest.raises(ValueError, match=reason):
+        kernel.build(p, config)
+    with pytest.raises(ValueError, match=reason):
+        kernel.warm(p, config)
+
+
+def test_builds_for_its_own_architecture_only():
+    with pytest.raises(ValueError, match="for sm_100a, got 'sm_90a'"):
+        kernel.build(problem(), Config(), "sm_90a")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Launches that `kernel.launch` made, each as (config, out, segments, arguments); nothing runs."""
+    calls = []
+
+    def compiled(*key):
+        return lambda *arguments: calls.append((*key, arguments))
+
+    monkeypatch.setattr(kernel, "compiled", compiled)
+    return calls
+
+
+def operands(m=5, n=520, k=832, segments=1) -> tuple[NVFP4Tensor, NVFP4Tensor, torch.Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    alpha = torch.linspace(1, 2, segments) if segments > 1 else None
+    a = testing.random_nvfp4(m, k, gen, sf_layout="blocked_128x4")
+    b = testing.random_nvfp4(n, k, gen, sf_layout="blocked_128x4", alpha=alpha)
+    return a, b, torch.empty(m, n, dtype=torch.bfloat16)
+
+
+def test_launch_hands_over_addresses_and_sizes(launched):
+    a, b, out = operands(segments=3)
+    kernel.launch(a, b, (200, 8, 312), out, Config(cluster_m=2, cluster_n=2))
+    [(config, name, segments, arguments)] = launched
+    assert (config, name, segments) == (Config(cluster_m=2, cluster_n=2), "bf16", 3)
+    *pointers, starts, m, n, k, clusters, _ = arguments
+    want = [a.data, a.sf, b.data, b.sf, out, a.alpha, b.alpha]
+    assert [p._pointer for p in pointers] == [t.data_ptr() for t in want]
+    assert [p.dtype for p in pointers] == [
+        cutlass.Float4E2M1FN,
+        cutlass.Float8E4M3FN,
+        cutlass.Float4E2M1FN,
+        cutlass.Float8E4M3FN,
+        cutlass.BFloat16,
+        cutlass.Float32,
+        cutlass.Float32,
+    ]
+    assert [int(s.value) for s in starts] == [0, 200, 208]
+    assert [int(x.value) for x in (m, n, k, clusters)] == [5, 520, 832, 148 // 4]
+
+
+def test_launch_of_no_rows_does_nothing(launched):
+    a, b, out = operands(m=0)
+    kernel.launch(a, b, None, out, Config())
+    assert launched == []
+
+
+def test_launch_refuses_what_the_kernel_cannot_read(launched):
+    a, b, out = operands()
+    config = Config()
+
+    def refused(error, match, *, a=a, b=b, segments=None, out=out):
+        with pytest.raises(error, match=match):
+            kernel.launch(a, b, segments, out, config)
+
+    refused(TypeError, "a must be an NVFP4Tensor: .* got Tensor", a=torch.zeros(5, 832, dtype=torch.bfloat16))
+    refused(TypeError, "out must be bfloat16 or float32, got torch.float16", out=out.half())
+    refused(ValueError, "a must have its scales in blocked_128x4, got linear", a=a.with_sf_layout("linear"))
+    refused(ValueError, "b must have its scales in blocked_128x4, got linear", b=b.with_sf_layout("linear"))
+    refused(ValueError, r"got \[5, 512\]", out=out[:, :512])
+    refused(ValueError, "need a contiguous out", out=torch.empty(520, 5, dtype=torch.bfloat16).T)
+    refused(ValueError, "segments .* sum to n=520", segments=(512,))
+    refused(ValueError, "a must have one alpha", a=NVFP4Tensor(a.data, a.sf, torch.ones(2), a.sf_layout))
+    shifted = torch.empty(a.data.numel() + 8, dtype=torch.uint8)[8:].view(a.data.shape)
+    refused(ValueError, "a must start at multiples of 16 bytes", a=NVFP4Tensor(shifted, a.sf, a.alpha, a.sf_layout))
+    assert launched == []
+
+
+def test_one_compiled_kernel_for_every_size():
+    assert kernel.compiled(Config(), "bf16", 1) is kernel.compiled(Config(), "bf16", 1)
