@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..formats import BLOCK, E4M3_MAX, MX_BLOCK, IndexCache, PagedCache
 from . import e2m1
+from .e8m0 import ceil_log2, pow2
 from .norm import rms_norm, wide
 from .rope import rotate
 
@@ -59,18 +60,18 @@ def encode_rows(cache: PagedCache | IndexCache, rows: Tensor) -> list[Tensor]:
         return [_bytes(rows)]
     if isinstance(cache, IndexCache):
         if cache.format == "fp8":
-            exponent = _exponent(rows.float().abs().amax(-1, keepdim=True).clamp(min=FP8_FLOOR), E4M3_MAX)
-            scale = _pow2(exponent)
+            exponent = ceil_log2(rows.float().abs().amax(-1, keepdim=True).clamp(min=FP8_FLOOR), E4M3_MAX)
+            scale = pow2(exponent)
             return [_bytes((rows.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)), _bytes(scale)]
         blocks = rows.float().unflatten(-1, (-1, MX_BLOCK))
-        exponent = _exponent(blocks.abs().amax(-1).clamp(min=6 * 2.0**-126), e2m1.MAX)  # [n, blocks]
-        codes = e2m1.encode((blocks / _pow2(exponent)[..., None]).flatten(-2))
+        exponent = ceil_log2(blocks.abs().amax(-1).clamp(min=6 * 2.0**-126), e2m1.MAX)  # [n, blocks]
+        codes = e2m1.encode((blocks / pow2(exponent)[..., None]).flatten(-2))
         return [e2m1.pack(codes), (exponent + 127).to(torch.uint8)]
     nope, rope = rows.split((cache.head_dim - cache.rope_dim, cache.rope_dim), dim=-1)
     if cache.format == "fp8_ds_mla":
         blocks = nope.float().unflatten(-1, (-1, FP8_GROUP))
-        exponent = _exponent(blocks.abs().amax(-1).clamp(min=FP8_FLOOR), E4M3_MAX)  # [n, blocks]
-        data = (blocks / _pow2(exponent)[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(-2)
+        exponent = ceil_log2(blocks.abs().amax(-1).clamp(min=FP8_FLOOR), E4M3_MAX)  # [n, blocks]
+        data = (blocks / pow2(exponent)[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(-2)
         scales = torch.zeros(len(rows), cache.layout.scale_bytes, dtype=torch.uint8, device=rows.device)
         scales[:, : exponent.shape[1]] = (exponent + 127).to(torch.uint8)
         return [torch.cat((_bytes(data), _bytes(rope)), dim=-1), scales]
@@ -89,16 +90,16 @@ def decode_rows(cache: PagedCache | IndexCache, parts: list[Tensor]) -> Tensor:
     if isinstance(cache, IndexCache):
         if cache.format == "fp8":
             return _numbers(row, torch.float8_e4m3fn).float() * _numbers(parts[1], torch.float32)
-        scale = _pow2(parts[1].int() - 127)
-        return (e2m1.decode(e2m1.unpack(row)).unflatten(-1, (-1, MX_BLOCK)) * scale[..., None]).flatten(-2)
+        scale = pow2(parts[1].int() - 127)
+        return (e2m1.decode_packed(row).unflatten(-1, (-1, MX_BLOCK)) * scale[..., None]).flatten(-2)
     nope = d - cache.rope_dim
     rope = _numbers(row[:, -2 * cache.rope_dim :], torch.bfloat16).float()
     if cache.format == "fp8_ds_mla":
-        scale = _pow2(parts[1][:, : nope // FP8_GROUP].int() - 127)
+        scale = pow2(parts[1][:, : nope // FP8_GROUP].int() - 127)
         data = _numbers(row[:, :nope], torch.float8_e4m3fn).float()
         return torch.cat(((data.unflatten(-1, (-1, FP8_GROUP)) * scale[..., None]).flatten(-2), rope), dim=-1)
     codes, sf, alpha, _ = row.split((nope // 2, nope // BLOCK, 4, 2 * cache.rope_dim), dim=-1)
-    x = e2m1.decode(e2m1.unpack(codes)).unflatten(-1, (-1, BLOCK))
+    x = e2m1.decode_packed(codes).unflatten(-1, (-1, BLOCK))
     x = x * _numbers(sf, torch.float8_e4m3fn).float()[..., None]  # exact
     return torch.cat(((x * _numbers(alpha, torch.float32)[..., None]).flatten(-2), rope), dim=-1)
 
@@ -111,19 +112,6 @@ def _addresses(cache: PagedCache | IndexCache, slots: Tensor) -> list[Tensor]:
     if layout.scale_bytes:
         starts.append((page + p * layout.row_bytes + row * layout.scale_bytes, layout.scale_bytes))
     return [at[:, None] + torch.arange(size, device=slots.device) for at, size in starts]
-
-
-def _exponent(amax: Tensor, top: float) -> Tensor:
-    """int32 ceil(log2(amax / top)), exactly: no rounding of a quotient or a logarithm can move it."""
-    fraction, exponent = torch.frexp(amax)  # amax = fraction 2^exponent, fraction in [0.5, 1)
-    top_fraction, top_exponent = torch.frexp(torch.tensor(top)).mantissa, torch.frexp(torch.tensor(top)).exponent
-    return exponent - int(top_exponent) + (fraction > float(top_fraction)).int()
-
-
-def _pow2(exponent: Tensor) -> Tensor:
-    """FP32 2^exponent for int exponents in -127..127 (-127: the subnormal that E8M0 byte 0 means)."""
-    normal = ((exponent.int() + 127) << 23).view(torch.float32)
-    return torch.where(exponent == -127, 2.0**-127, normal)
 
 
 def _bytes(x: Tensor) -> Tensor:

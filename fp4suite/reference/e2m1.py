@@ -64,6 +64,12 @@ def unpack(data: Tensor) -> Tensor:
     return torch.stack((data & 0xF, data >> 4), dim=-1).flatten(-2)
 
 
+def decode_packed(data: Tensor) -> Tensor:
+    """Bytes [..., k / 2] -> float32 [..., k]: `decode(unpack(data))`, many times faster on a CPU, a pair at a time."""
+    pairs = _pairs(data.device).index_select(0, data.flatten().int())
+    return pairs.view(torch.float32).view(*data.shape[:-1], 2 * data.shape[-1])
+
+
 def quantize_blocks(x: Tensor, alpha: Tensor, rule: Rule = "absmax") -> tuple[Tensor, Tensor]:
     """x float32 [..., k] under alpha (broadcasts against [..., k / 16]) -> codes uint8 [..., k], sf E4M3 [..., k / 16].
 
@@ -124,6 +130,13 @@ def _least_squares(blocks: Tensor, sf: Tensor, alpha: Tensor, inv: Tensor) -> Te
 def _reciprocal(sf: Tensor, alpha: Tensor) -> Tensor:
     scale = sf.float() * alpha
     return torch.where(scale == 0, 0.0, constant(1.0, scale.device) / scale)
+
+
+@functools.cache
+def _pairs(device: torch.device) -> Tensor:
+    """The two numbers of each byte, as one 64-bit item: [256]."""
+    every = torch.arange(256, dtype=torch.int32, device=device).to(torch.uint8)
+    return decode(unpack(every[:, None])).contiguous().view(torch.int64).view(256)
 
 
 @functools.cache

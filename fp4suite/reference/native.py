@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats import BLOCK, E2M1_MAX, E4M3_MAX, FP8_BLOCK, MX_BLOCK, FP8BlockTensor, MXFP4Tensor, NVFP4Tensor
-from .e2m1 import decode, encode, pack, unpack
+from .e2m1 import decode, decode_packed, encode, pack
 from .e8m0 import ceil_log2, pow2
 
 CAST_EXPONENT = 8  # the cast gives the largest block scale of a matrix 2^8 as E4M3; 2^-9 is the least it can give
@@ -30,7 +30,7 @@ def quantize_mxfp4(x: Tensor) -> MXFP4Tensor:
 
 def dequant_mxfp4(t: MXFP4Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """MXFP4 [..., m, k] -> dtype. Exact in float32 and bfloat16 where the result is normal; byte 255 gives NaN."""
-    blocks = decode(unpack(t.data)).unflatten(-1, (t.sf.shape[-1], MX_BLOCK))
+    blocks = decode_packed(t.data).unflatten(-1, (t.sf.shape[-1], MX_BLOCK))
     return (blocks.to(_wide(dtype)) * _scale(t.sf, dtype)[..., None]).flatten(-2).to(dtype)
 
 
@@ -76,11 +76,13 @@ def mxfp4_to_nvfp4(t: MXFP4Tensor, segments: Sequence[int] | None = None) -> tup
 
     sf = pow2(exponent + drop - top_of_row + CAST_EXPONENT)
     sf = sf.to(torch.float8_e4m3fn).view(torch.uint8).repeat_interleave(MX_BLOCK // BLOCK, dim=-1)
-    blocks = decode(unpack(t.data)).unflatten(-1, (exponent.shape[-1], MX_BLOCK))
-    moved = blocks * pow2(-drop.clamp(max=126))[..., None]
-    codes = encode(moved)
-    lost = (decode(codes) != moved).any(-1).sum()
-    data = torch.where((drop > 0)[..., None], pack(codes), t.data.unflatten(-1, (-1, MX_BLOCK // 2))).flatten(-2)
+    data, lost = t.data, torch.zeros((), dtype=torch.int64, device=t.device)
+    if bool((drop > 0).any()):  # trained weights stay within the span: then no code is touched
+        blocks = decode_packed(data).unflatten(-1, (exponent.shape[-1], MX_BLOCK))
+        moved = blocks * pow2(-drop.clamp(max=126))[..., None]
+        codes = encode(moved)
+        lost = (decode(codes) != moved).any(-1).sum()
+        data = torch.where((drop > 0)[..., None], pack(codes), data.unflatten(-1, (-1, MX_BLOCK // 2))).flatten(-2)
     if segments is None:
         alpha = alpha[..., 0]
     return NVFP4Tensor(data, sf.view(torch.float8_e4m3fn), alpha), lost

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import layouts
 from ..formats import BLOCK, E2M1_MAX, E4M3_MAX, NVFP4Tensor, SfLayout
 from ..problem import Rule
-from .e2m1 import constant, decode, pack, pair_sum, quantize_blocks, unpack
+from .e2m1 import constant, decode_packed, pack, pair_sum, quantize_blocks
 
 SUM_CHUNK = 1024  # columns under one tree of adjacent pairs in the sum of rmsnorm
 
@@ -73,7 +73,7 @@ def dequant_nvfp4(
     """
     sf = t.sf if t.sf_layout == "linear" else layouts.from_blocked_128x4(t.sf, t.shape[-2], t.shape[-1] // BLOCK)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    x = decode(unpack(t.data)).unflatten(-1, (sf.shape[-1], BLOCK))
+    x = decode_packed(t.data).unflatten(-1, (sf.shape[-1], BLOCK))
     x = (x * sf.float()[..., None]).flatten(-2).to(wide)
     return (x * row_alpha(t.alpha, t.shape, segments).to(wide)).to(dtype)
 
