@@ -29,7 +29,7 @@ class Config:
     num_warps: int = 4
 
 
-SPACE = {"block_m": (1, 4, 16), "block_k": (256, 1024, 2048), "num_warps": (2, 4, 8)}
+SPACE = {"block_m": (1, 4, 16), "block_k": (256, 1024), "num_warps": (2, 4, 8)}
 
 
 def supports(problem: DequantProblem, config: Config) -> str | None:

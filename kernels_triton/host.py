@@ -16,25 +16,30 @@ CAPABILITY = {"sm_90a": 90, "sm_100a": 100}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SF_ROWS, SF_COLUMNS = 128, 64  # m and k are padded to these where scales are blocked_128x4
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}  # a multiply-add of the compiler's own would change bytes
-LEAST, MOST = 8, 64  # elements of a tile one thread may hold: fewer waste it, more spill
+LEAST, MOST = 8, 64  # elements of a tile one thread may hold
 
 
-def refuse_tile(block_m: int, block_k: int, num_warps: int) -> str | None:
+def refuse_tile(block_m: int, block_k: int, num_warps: int, rule: str = "absmax") -> str | None:
     """Why a [block_m, block_k] tile cannot be, or None."""
     held = block_m * block_k / (32 * num_warps)
-    if LEAST <= held <= MOST:
-        return None
-    return (
-        f"block_m={block_m} block_k={block_k} num_warps={num_warps}: {held:g} elements a thread, not {LEAST} .. {MOST}"
-    )
+    if held < LEAST:
+        return (
+            f"block_m={block_m} block_k={block_k} num_warps={num_warps}: {held:g} elements a thread, less than {LEAST}"
+        )
+    return _refuse_held(held, num_warps, rule)
 
 
-def refuse_rows(block_m: int, k: int, num_warps: int) -> str | None:
+def refuse_rows(block_m: int, k: int, num_warps: int, rule: str) -> str | None:
     """Why block_m whole rows of k elements cannot be a tile, or None."""
-    held = block_m * triton.next_power_of_2(k) / (32 * num_warps)
-    if held <= MOST:
+    return _refuse_held(block_m * triton.next_power_of_2(k) / (32 * num_warps), num_warps, rule)
+
+
+def _refuse_held(held: float, num_warps: int, rule: str) -> str | None:
+    registers = min(255, 65536 // (32 * num_warps))
+    most = min(MOST, registers // (7 if rule == "mse" else 2))  # registers an element, by the compiler's report
+    if held <= most:
         return None
-    return f"block_m={block_m} num_warps={num_warps}: rows of k={k} leave {held:g} elements a thread, more than {MOST}"
+    return f"{held:g} elements a thread spill: {num_warps} warps hold {most} by rule {rule}"
 
 
 def grid(m: int, k: int, block_m: int, block_k: int, sf_layout: str) -> tuple[int, int]:

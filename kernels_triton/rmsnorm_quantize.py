@@ -33,7 +33,7 @@ SPACE = {"block_m": (1, 2, 4), "num_warps": (2, 4, 8, 16)}
 
 def supports(problem: RmsnormQuantizeProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
-    return host.refuse_rows(config.block_m, problem.k, config.num_warps)
+    return host.refuse_rows(config.block_m, problem.k, config.num_warps, problem.rule)
 
 
 @triton.jit(do_not_specialize=["M"])

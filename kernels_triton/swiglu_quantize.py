@@ -29,12 +29,12 @@ class Config:
     num_warps: int = 4
 
 
-SPACE = {"block_m": (1, 4, 16), "block_k": (256, 512, 1024), "num_warps": (2, 4, 8)}
+SPACE = {"block_m": (1, 4, 16), "block_k": (256, 512), "num_warps": (2, 4, 8)}
 
 
 def supports(problem: SwigluQuantizeProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
-    return host.refuse_tile(config.block_m, config.block_k, config.num_warps)
+    return host.refuse_tile(config.block_m, config.block_k, config.num_warps, problem.rule)
 
 
 @triton.jit(do_not_specialize=["M"])
