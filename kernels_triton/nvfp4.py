@@ -90,7 +90,7 @@ def e4m3_to_f32(byte):
     byte = byte.to(tl.int32)
     magnitude = byte & 0x7F
     x = tl.where(magnitude == 0x7F, float("nan"), e4m3_decode(magnitude))
-    return tl.where(byte >= 0x80, -x, x)
+    return tl.where(byte >= 0x80, x * -1.0, x)  # -x is 0 - x, which loses the sign of 0
 
 
 @triton.jit
