@@ -8,9 +8,10 @@ the entry that its own token completes.
 import torch
 from torch import Tensor, nn
 
+from fp4suite import ops
 from fp4suite.formats import IndexCache, NVFP4Tensor, PagedCache
+from fp4suite.reference import rms_norm
 
-from .backend import ops
 from .cache import Batch, LayerCache
 from .config import CSA_RATIO, ModelConfig
 from .linear import Build
@@ -38,7 +39,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         """x [tokens, hidden], normed -> [tokens, hidden]."""
         heads, head_dim, eps = self.config.num_attention_heads, self.config.head_dim, self.config.rms_norm_eps
-        c_q = ops.rms_norm(self.wq_a(x), self.q_norm, eps)  # [tokens, q_lora_rank]
+        c_q = rms_norm(self.wq_a(x), self.q_norm, eps)  # [tokens, q_lora_rank]
         q = self.wq_b(c_q).unflatten(-1, (heads, head_dim))
         q = ops.qnorm_rope(q, batch.positions, cache.table, eps)  # [tokens, heads, head_dim]
         ops.kv_norm_rope_insert(
@@ -127,7 +128,7 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config, CSA_RATIO, config.index_head_dim, build.child("compressor"))
 
     def forward(self, x: Tensor, c_q: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        """x [tokens, hidden], c_q [tokens, q_lora_rank] -> cache slots of the entries, int32 [tokens, rows], -1 behind."""
+        """x [tokens, hidden], c_q [tokens, q_lora_rank] -> slots of the entries, int32 [tokens, rows], -1 behind."""
         assert cache.index is not None
         assert cache.index_state is not None
         step, heads, head_dim = batch.compressed[CSA_RATIO], self.config.index_n_heads, self.config.index_head_dim

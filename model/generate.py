@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fp4suite.reference import sample
+from fp4suite import ops
 
 from .cache import KVCache, OutOfPages
 from .transformer import Transformer
@@ -132,4 +132,4 @@ def _sample(logits: Tensor, ready: list[tuple[int, Request]], sampling: Sampling
         return logits.argmax(-1).tolist()
     uniform = torch.tensor([torch.rand((), generator=s.random).item() for _, s in ready], device=logits.device)
     ones = torch.ones_like(uniform)
-    return sample(logits, sampling.temperature * ones, sampling.top_p * ones, uniform).tolist()
+    return ops.sample(logits, sampling.temperature * ones, sampling.top_p * ones, uniform).tolist()

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fp4suite import ops
 from fp4suite.formats import BLOCK, FP8_BLOCK, FP8BlockTensor, NVFP4Tensor
 from fp4suite.reference.native import dequant_fp8_block
-
-from .backend import ops
 
 Format = Literal["bf16", "fp32", "nvfp4", "fp8"]
 WeightFormat = Callable[[str], Format]  # by canonical name

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from fp4suite import ops
 from fp4suite.formats import NVFP4Tensor
+from fp4suite.reference import moe, swiglu
 
-from .backend import ops
 from .config import ModelConfig
 from .linear import Build, Linear
 
@@ -30,7 +31,7 @@ class MoE(nn.Module):
         else:
             assert isinstance(w13, Tensor)
             assert isinstance(w2, Tensor)
-            routed = ops.moe(x, w13, w2, ids, weights, limit=limit)
+            routed = moe(x, w13, w2, ids, weights, limit=limit)
         return routed + self.shared(x)
 
 
@@ -72,5 +73,5 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]."""
-        act = ops.swiglu(self.w13(x, torch.float32), self.limit)  # [tokens, inner]
+        act = swiglu(self.w13(x, torch.float32), self.limit)  # [tokens, inner]
         return self.w2(act.to(x.dtype))

@@ -107,9 +107,7 @@ def test_no_page_has_two_owners() -> None:
             slot = live.pop(dice.randrange(len(live)))
             cache.close(slot)
             owner = {key: who for key, who in owner.items() if who[0] != slot}
-        step = [
-            (slot, [0] * dice.randint(1, 13)) for slot in live if cache.length(slot) <= 47 and dice.random() < 0.6
-        ]
+        step = [(slot, [0] * dice.randint(1, 13)) for slot in live if cache.length(slot) <= 47 and dice.random() < 0.6]
         if not step:
             continue
         batch = cache.prepare(step)

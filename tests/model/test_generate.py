@@ -18,7 +18,7 @@ def model() -> Transformer:
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(max_new_tokens=12), Sampling(max_new_tokens=12, temperature=0.9, top_p=0.8)]
+    "sampling", [Sampling(max_new_tokens=8), Sampling(max_new_tokens=8, temperature=0.9, top_p=0.8)]
 )
 @pytest.mark.parametrize(("slots", "chunk"), [(1, 512), (2, 3), (5, 16)])
 def test_neighbours_do_not_matter(model: Transformer, sampling: Sampling, slots: int, chunk: int) -> None:

@@ -68,7 +68,7 @@ def test_gate_and_up_keep_their_own_alpha() -> None:
 
 
 def test_w4a4_error_is_that_of_quantised_inputs() -> None:
-    """Four-bit inputs beside four-bit weights: off by about 0.1 in one layer, more through a random net, never equal."""
+    """Four-bit inputs beside four-bit weights: off by about 0.1 in one layer, by exactly their rounding."""
     layer = Linear(96, 256, "nvfp4", act="nvfp4")
     generator = torch.Generator().manual_seed(0)
     layer.weight = quantize_nvfp4(torch.randn(96, 256, generator=generator))

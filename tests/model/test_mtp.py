@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.backend import ops
+from fp4suite import ops
 from model.cache import KVCache
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -33,7 +33,7 @@ IDS = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43]
 
 @torch.inference_mode()
 def draft(model: Transformer, sizes: tuple[int, ...] = (12,)) -> tuple[Tensor, Tensor, Tensor]:
-    """Streams of the trunk, logits and streams of the draft block, for the first twelve tokens in steps of these sizes."""
+    """Streams of the trunk, logits and streams of the draft block: twelve tokens in steps of these sizes."""
     cache: KVCache = cache_for(model.config)
     slot, at, parts = cache.open(), 0, []
     for size in sizes:
@@ -163,7 +163,7 @@ def test_a_second_block_takes_the_streams_of_the_first() -> None:
 
 
 def test_each_input_enters_by_its_own_projection(model: Transformer) -> None:
-    """With e_proj zero the next token cannot matter, with h_proj zero the trunk cannot; all streams get the embedding."""
+    """With e_proj zero the next token cannot matter, with h_proj zero the trunk cannot; hnorm takes streams singly."""
     other = random_model(CONFIG, seed=4)
     other.mtp[0].e_proj.weight = torch.zeros(64, 64)
     cache, batch, h = _step(other)
@@ -176,7 +176,6 @@ def test_each_input_enters_by_its_own_projection(model: Transformer) -> None:
         a, _ = other.draft(h, torch.tensor([1, 2, 3]), batch, cache)
         b, _ = other.draft(h.flip(0), torch.tensor([1, 2, 3]), batch, cache)
         assert torch.equal(a, b)
-        # streams fed one by one: hnorm is over d, not over all of them
         scaled = h * torch.tensor([1.0, 100.0, 1.0, 1.0])[None, :, None]
         eps_free = random_model(replace(CONFIG, rms_norm_eps=1e-12), seed=4)
         a, _ = eps_free.draft(h, torch.tensor([1, 2, 3]), batch, cache)
