@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fp4suite import arch as archs
-from fp4suite.errors import TableError, UnsupportedError
+from fp4suite.errors import UnsupportedError
 from fp4suite.problem import PROBLEMS
 
-from . import provenance
+from . import provenance, worker
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, OSError, TableError, UnsupportedError) as e:
+    except (ValueError, OSError, UnsupportedError, worker.StartFailed) as e:
         document, code = {"error": str(e)}, 1
         print(f"{_parser().prog} {args.name}: {e}", file=sys.stderr)
     if args.json:

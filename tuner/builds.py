@@ -38,11 +38,12 @@ class Build:
     def key(self) -> str:
         """Hash of all that the result depends on.
 
-        A kernel module may say what of a problem its build depends on, `build_key(problem, config)`, when one binary
-        serves many problems; without it every problem is compiled anew.
+        Of the problem that is everything but m, which every kernel reads at launch: serving would compile otherwise. A
+        module that depends on less says so with `build_key(problem, config)`; its value, any repr, takes their place.
         """
         module = registry.load(self.kernel)
-        what = getattr(module, "build_key", lambda problem, config: problem.dims())(self.problem, self.config)
+        dims = {name: value for name, value in self.problem.dims().items() if name != "m"}
+        what = module.build_key(self.problem, self.config) if hasattr(module, "build_key") else dims
         parts = {
             "kernel": self.kernel,
             "source": registry.source_hash(self.kernel),

@@ -59,15 +59,15 @@ class Predicted:
 class Measured:
     """Times candidates in a child process, against the default, on `device` ("cuda:0").
 
-    backend holds the functions that run in the child; tests put another in the place of `measure`.
+    backend holds the functions that run in the child, `measure` unless a test gives another.
     """
 
-    def __init__(self, task: Task, device: str, rounds: int, seed: int = 0, backend: ModuleType = measure) -> None:
+    def __init__(self, task: Task, device: str, rounds: int, seed: int = 0, backend: ModuleType | None = None) -> None:
         self._task = task
         self._device = device
         self._rounds = rounds
         self._seed = seed
-        self._backend = backend
+        self._backend = backend or measure
         self._worker = worker.Worker()
         self._numbers = 0
         self._open = False

@@ -3,7 +3,7 @@
 A trial is one candidate. Its value is its time relative to the default's, taken in the same rounds, so that trials of
 different hosts compare; a rejection is a violated constraint. The default and other seeds come first; then, if the
 budget does not cover the whole space, the sampler (TPE) proposes. No candidate is evaluated twice: a proposal that
-repeats one, or that no kernel supports, is answered with the nearest candidate that is still untried.
+repeats one, or that no kernel supports, is answered with a candidate near it that is still untried.
 """
 
 import functools
@@ -41,6 +41,7 @@ PROTOCOL = 1  # raised whenever a change of search or measuring makes old trials
 STALE_S = 900.0  # a trial of another host that has run for so long is taken to be lost
 PRUNE_P = 0.01  # a candidate that is slower with this confidence is not timed further
 PRUNE_AFTER = 5  # rounds
+AVOID = 6.0  # steps it is worth going to avoid a knob value that has always been rejected
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -181,7 +182,22 @@ class Search:
             waiting = self._by_state((TrialState.WAITING,))
             untried = [c for c in self.space.candidates if c not in taken and c not in waiting]
             if untried:
-                self.study.enqueue_trial(self.space.nearest(near, untried).params)
+                self.study.enqueue_trial(self._most_promising(near, untried).params)
+
+    def _most_promising(self, near: Candidate, untried: list[Candidate]) -> Candidate:
+        """The untried candidate nearest to `near`, away from knob values that have led to rejections."""
+        bad: Counter[tuple[str, Knob]] = Counter()
+        seen: Counter[tuple[str, Knob]] = Counter()
+        for trial in self.study.get_trials(deepcopy=False, states=DONE):
+            candidate = self._known.get(_key(_params(trial)))
+            if candidate is not None:
+                seen.update(candidate.knobs)
+                bad.update(candidate.knobs if _violated(trial) else ())
+
+        def cost(c: Candidate) -> float:
+            return self.space.steps(c, near) + AVOID * max((bad[k] / seen[k] for k in c.knobs if k in seen), default=0.0)
+
+        return min(untried, key=cost)
 
     def _suggest(self, trial: Trial) -> dict[str, Knob]:
         kernels = sorted(self.space.choices)

@@ -70,8 +70,8 @@ def pick(
 ) -> tuple[Key, dict[Key, Verdict]]:
     """The winner among contenders timed in the same rounds, and each contender's verdict against the incumbent.
 
-    The incumbent stays unless someone beats it by the margin. Of those who do, the smallest ratio wins; one within half
-    the margin of it that comes earlier in `samples` is preferred, so that noise does not choose among equals.
+    The incumbent stays unless someone beats it by the margin. Of those who do, the first in `samples` wins that the one with
+    the smallest ratio does not itself beat by the margin: noise does not choose among equals.
     """
     others = [k for k in samples if k != incumbent]
     verdicts = {
@@ -80,8 +80,12 @@ def pick(
     faster = [k for k in others if verdicts[k].faster]
     if not faster:
         return incumbent, verdicts
-    best = min(verdicts[k].ratio for k in faster)
-    return next(k for k in faster if verdicts[k].ratio <= best * (1 + margin / 2)), verdicts
+    best = min(faster, key=lambda k: verdicts[k].ratio)
+
+    def as_good(k: Key) -> bool:
+        return not compare(samples[best], samples[k], margin=margin, alpha=alpha).faster
+
+    return next(k for k in faster if k == best or as_good(k)), verdicts
 
 
 def _signed_rank_p(d: Samples) -> float:

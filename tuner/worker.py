@@ -27,6 +27,10 @@ class WorkerDied(RuntimeError):
         self.reason = reason
 
 
+class StartFailed(RuntimeError):
+    """The child did not come up: something is wrong with the installation, not with a candidate."""
+
+
 class RemoteError(RuntimeError):
     """The call raised: `kind` is the exception's type name, the message its text."""
 
@@ -44,38 +48,46 @@ class Worker:
         self._pipe: Connection | None = None
         self._deadline = 0.0
         self._allowed = 0.0
+        self._outcome: tuple[bool, Any] | None = None
+        self._up = False
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float) -> Any:
         """`function(*args)` in the child. Raises WorkerDied, or RemoteError for what the function raised."""
         self.start(function, *args, timeout=timeout)
-        while True:
-            if self.pipe.poll(max(0.0, self.remaining)):
-                return self.result()
-            if self.remaining <= 0:
-                self.expire()
+        while not self.advance(self.pipe.poll(self.remaining)):
+            pass
+        return self.result()
 
     def start(self, function: Callable[..., Any], *args: Any, timeout: float) -> None:
-        """Begin a call; `result` collects it."""
+        """Begin a call; `advance` until it has ended, then `result`. Its time runs from when the child is up."""
         fresh = self._ensure()
         self._allowed = timeout
-        self._deadline = time.monotonic() + timeout + (START_S if fresh else 0.0)
+        self._deadline = time.monotonic() + (START_S if fresh else timeout)
+        self._outcome = None
         self.pipe.send((function, args))
 
     @property
     def pipe(self) -> Connection:
-        """Readable when the running call has ended, one way or the other."""
+        """Readable when there is something for `advance` to see."""
         assert self._pipe is not None, "no call was started"
         return self._pipe
 
     @property
     def remaining(self) -> float:
-        """Seconds until the running call is overdue."""
-        return self._deadline - time.monotonic()
+        """Seconds until the running call is overdue, at least 0."""
+        return max(0.0, self._deadline - time.monotonic())
 
-    def result(self) -> Any:
-        """The outcome of the running call, once `pipe` is readable."""
+    def advance(self, readable: bool) -> bool:
+        """Whether the running call has ended. Raises WorkerDied if the child ended or is overdue, StartFailed before."""
+        if not readable:
+            if self.remaining == 0:
+                self.close()
+                if not self._up:
+                    raise StartFailed(f"a worker process was not ready within {START_S:.0f} s")
+                raise WorkerDied("timeout", f"no answer within {self._allowed:.0f} s")
+            return False
         try:
-            ok, value = self.pipe.recv()
+            message = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             process = self._process
             assert process is not None
@@ -83,15 +95,23 @@ class Worker:
             code = process.exitcode
             self.close()
             how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+            if not self._up:
+                raise StartFailed(f"a worker process ended with {how} before it was ready") from None
             raise WorkerDied("crash", f"the process ended with {how}") from None
+        if message is None:
+            self._up = True
+            self._deadline = time.monotonic() + self._allowed
+            return False
+        self._outcome = message
+        return True
+
+    def result(self) -> Any:
+        """What the call that has ended returned. Raises RemoteError for what it raised."""
+        assert self._outcome is not None, "no call has ended"
+        ok, value = self._outcome
         if ok:
             return value
         raise RemoteError(*value)
-
-    def expire(self) -> None:
-        """End an overdue call. Always raises WorkerDied."""
-        self.close()
-        raise WorkerDied("timeout", f"no answer within {self._allowed:.0f} s")
 
     def close(self) -> None:
         """End the child, whatever it does."""
@@ -109,6 +129,7 @@ class Worker:
             return False
         self.close()
         context = multiprocessing.get_context("spawn")
+        self._up = False
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(theirs, os.getpid(), registry.KERNELS, self._environment), daemon=True
@@ -139,17 +160,14 @@ def run_all(
                 busy[index].start(function, *args, timeout=timeout)
             if not busy:
                 return
-            patience = max(0.0, min(w.remaining for w in busy.values()))
+            patience = min(w.remaining for w in busy.values())
             ready = multiprocessing.connection.wait([w.pipe for w in busy.values()], patience)
             for index, worker in list(busy.items()):
                 outcome: Any
                 try:
-                    if worker.pipe in ready:
-                        outcome = worker.result()
-                    elif worker.remaining <= 0:
-                        worker.expire()
-                    else:
+                    if not worker.advance(worker.pipe in ready):
                         continue
+                    outcome = worker.result()
                 except (WorkerDied, RemoteError) as e:
                     outcome = e
                 del busy[index]
@@ -165,6 +183,7 @@ def _serve(pipe: Connection, parent: int, kernels: list[registry.Kernel], enviro
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(environment)
     registry.KERNELS[:] = kernels  # a parent may have registered kernels of its own
+    pipe.send(None)  # up: torch is imported
     while os.getppid() == parent:
         try:
             function, args = pipe.recv()

@@ -1,0 +1,28 @@
+"""A registry with one fake kernel, a cache and an environment of the test's own."""
+
+import pytest
+
+from fp4suite import registry
+from fp4suite.problem import GemmProblem
+
+FAKE = registry.Kernel("gemm_nvfp4", "fake_gemm", "tests.tuner.fake_kernel", ("sm_90a",))
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """The fake kernel is the only one; builds are cached in a folder of the test."""
+    before = list(registry.KERNELS)
+    registry.KERNELS[:] = [FAKE]
+    registry.load.cache_clear()
+    registry.source_hash.cache_clear()
+    monkeypatch.setenv("FP4SUITE_CACHE_DIR", str(tmp_path / "cache"))
+    yield registry.load("fake_gemm")
+    monkeypatch.undo()
+    registry.KERNELS[:] = before
+    registry.load.cache_clear()
+    registry.source_hash.cache_clear()
+
+
+@pytest.fixture
+def problem():
+    return GemmProblem(m=16, n=512, k=512)

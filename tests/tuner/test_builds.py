@@ -1,0 +1,129 @@
+"""Compiling candidates: in parallel, once, and with crashes told apart from refusals. Real kernels, no GPU."""
+
+import dataclasses
+import hashlib
+
+import pytest
+
+from fp4suite import registry
+from fp4suite.built import Resources
+from fp4suite import problem as problems
+from fp4suite.problem import PROBLEMS, GemmProblem, QuantizeProblem
+from tuner import builds, provenance, worker
+from tuner.builds import Build
+from tuner.rejection import Rejected
+
+from . import fake_kernel
+from .conftest import FAKE
+
+
+@pytest.fixture
+def both(fake):
+    """The fake, and a real Triton kernel beside it."""
+    registry.KERNELS[:] = [
+        FAKE,
+        registry.Kernel("quantize_nvfp4", "triton_quantize_nvfp4", "kernels_triton.quantize_nvfp4", ("sm_90a", "sm_100a")),
+    ]
+
+
+def fake_build(problem, **knobs):
+    return Build("fake_gemm", problem, fake_kernel.Config(**knobs), "sm_90a")
+
+
+def real_build(arch="sm_90a", m=64, **knobs):
+    config = registry.load("triton_quantize_nvfp4").Config(**knobs)
+    return Build("triton_quantize_nvfp4", QuantizeProblem(m=m, k=4096), config, arch)
+
+
+def test_a_pool_compiles_what_compiles_and_tells_why_the_rest_does_not(both, problem):
+    real = [real_build(), real_build("sm_100a")]
+    raises, crashes, hangs = (fake_build(problem, **k) for k in ({"fault": "raise"}, {"num_stages": 3}, {"num_stages": 4}))
+    found = dict(builds.compile_all([*real, raises, crashes, hangs], jobs=3, timeout=25))
+    for b in real:
+        assert isinstance(found[b], Resources)
+        assert 0 < found[b].registers <= 255
+        assert found[b].spill_bytes == 0
+    assert found[raises] == Rejected("compile", "ValueError: tile too strange")
+    assert (found[crashes].reason, found[hangs].reason) == ("crash", "timeout")
+
+
+def test_a_second_time_nothing_is_compiled_except_what_crashed(both, problem, monkeypatch):
+    compiled = []
+    resources = Resources(registers=40, spill_bytes=0, shared_bytes=1024, tmem_columns=0)
+
+    def compile_one(kernel, op, dims, knobs, arch):
+        compiled.append(knobs["fault"])
+        if knobs["fault"] == "raise":
+            raise ValueError("no")
+        return dataclasses.asdict(resources)
+
+    monkeypatch.setattr(builds, "compile_one", compile_one)
+    wanted = [fake_build(problem), fake_build(problem, fault="raise")]
+    first = dict(builds.compile_all(wanted, jobs=0))
+    assert first == {wanted[0]: resources, wanted[1]: Rejected("compile", "ValueError: no")}
+    assert dict(builds.compile_all(wanted, jobs=0)) == first
+    assert compiled == ["none", "raise"]
+
+
+def test_one_build_serves_every_m_and_what_build_key_leaves_out(both, problem, monkeypatch):
+    calls = []
+    resources = {"registers": 32, "spill_bytes": 0, "shared_bytes": 0, "tmem_columns": 0}
+    monkeypatch.setattr(builds, "compile_one", lambda *a: calls.append(a) or resources)
+    same = [fake_build(dataclasses.replace(problem, m=m, n=n)) for m in (1, 64) for n in (512, 1024)]
+    found = dict(builds.compile_all([*same, real_build(m=1), real_build(m=2)], jobs=0))
+    assert len(found) == 6
+    assert len(calls) == 2
+
+
+def test_the_key_changes_with_whatever_the_result_depends_on(both, problem, monkeypatch):
+    keys = {
+        fake_build(problem).key,
+        fake_build(problem, tile_m=32).key,
+        fake_build(GemmProblem(m=16, n=512, k=512, out="fp32")).key,
+        dataclasses.replace(fake_build(problem), arch="sm_100a").key,
+    }
+    monkeypatch.setattr(provenance, "compilers", lambda: {"triton": "9"})
+    keys.add(fake_build(problem).key)
+    monkeypatch.setattr(registry, "source_hash", lambda name: "changed")
+    keys.add(fake_build(problem).key)
+    assert len(keys) == 6
+
+
+def test_a_spoilt_cache_file_is_compiled_again(both, problem, monkeypatch):
+    result = Resources(registers=1, spill_bytes=0, shared_bytes=0, tmem_columns=0)
+    builds.store("abcd", result)
+    assert builds.load("abcd") == result
+    builds._path("abcd").write_text('{"resou')
+    assert builds.load("abcd") is None
+
+
+def ptx_of(kernel, op, dims, knobs, arch):
+    """Runs in a child, where Triton does not interpret."""
+    module = registry.load(kernel)
+    built = module.build(problems.from_dims(op, dims), registry.make_config(module, knobs), arch)
+    return hashlib.sha256(built.ptx.encode()).hexdigest(), built.shared_bytes
+
+
+@pytest.mark.parametrize("row", registry.KERNELS, ids=lambda row: row.name)
+def test_binaries_of_one_key_are_equal(row):
+    """What the cache relies on: a build reads nothing of a problem that its key leaves out, m first of all."""
+    arch = row.archs[-1]
+    config = registry.load(row.name).Config()
+    if row.op == "gemm_nvfp4":
+        act = "nvfp4" if arch == "sm_100a" else "bf16"
+        several = [GemmProblem(m=m, n=n, k=k, act=act) for m, n, k in ((1, 128, 256), (77, 128, 256), (4096, 7168, 2048))]
+    else:
+        kind = PROBLEMS[row.op]
+        several = [kind(m=m, k=k) for m, k in ((1, 1024), (77, 1024), (4096, 7168))]
+    alike = {}
+    for p in several:
+        alike.setdefault(Build(row.name, p, config, arch).key, []).append(p)
+    assert len(alike) < len(several)
+    knobs = dataclasses.asdict(config)
+    calls = [(ptx_of, (row.name, p.op, p.dims(), knobs, arch)) for same in alike.values() for p in same]
+    found = dict(worker.run_all(calls, jobs=1, timeout=120, environment={"TRITON_INTERPRET": "0"}))
+    at = 0
+    for same in alike.values():
+        results = {found[at + i] for i in range(len(same))}
+        at += len(same)
+        assert len(results) == 1, results

@@ -1,0 +1,151 @@
+"""The cost model: not its figures, but that they move the right way, and agree with what was measured once."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from fp4suite.built import Resources
+from fp4suite.problem import (
+    PROBLEMS,
+    DequantProblem,
+    GemmProblem,
+    Problem,
+    QuantizeProblem,
+    RmsnormQuantizeProblem,
+    SwigluQuantizeProblem,
+)
+from tuner import cost_model
+from tuner.cost_model import MACHINES, occupancy, predict_us
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm:
+    tile_m: int = 64
+    tile_n: int = 128
+    tile_k: int = 64
+    num_stages: int = 4
+    split_k: int = 1
+    cluster_m: int = 1
+    cluster_n: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    block_m: int = 4
+    block_k: int = 1024
+    num_warps: int = 4
+
+
+def act(arch):
+    return "nvfp4" if arch == "sm_100a" else "bf16"
+
+
+def problems_at(m, arch):
+    yield GemmProblem(m=m, n=7168, k=2048, act=act(arch)), Gemm()
+    for kind in (DequantProblem, QuantizeProblem, RmsnormQuantizeProblem, SwigluQuantizeProblem):
+        yield kind(m=m, k=7168), Rows()
+
+
+@pytest.mark.parametrize("arch", MACHINES)
+def test_more_rows_never_take_less_time_and_nothing_beats_the_roof(arch):
+    before = {}
+    for m in (1, 2, 7, 16, 64, 200, 256, 1024, 2048, 8192):
+        for problem, config in problems_at(m, arch):
+            us = predict_us(problem, config, arch)
+            assert us >= cost_model.roof_us(problem, arch, act(arch)), problem
+            assert us >= before.get(problem.op, 0), problem
+            before[problem.op] = us
+
+
+@pytest.mark.parametrize("arch", MACHINES)
+@pytest.mark.parametrize("dim", ["n", "k"])
+def test_a_larger_weight_never_takes_less_time(arch, dim):
+    times = [
+        predict_us(GemmProblem(**{"m": 64, "n": 4096, "k": 4096, "act": act(arch), dim: size}), Gemm(), arch)
+        for size in (512, 1024, 2048, 4096, 8192, 16384)
+    ]
+    assert times == sorted(times)
+
+
+def test_every_problem_has_a_model():
+    for kind in PROBLEMS.values():
+        if kind is not GemmProblem:
+            assert predict_us(kind(m=64, k=1024), Rows(), "sm_90a") > 0
+    assert predict_us(GemmProblem(m=64, n=1024, k=1024), Gemm(), "sm_90a") > 0
+
+
+def test_what_has_no_model_is_refused():
+    class Other(Problem):
+        op = "other"
+
+    with pytest.raises(ValueError, match="no cost model of other"):
+        predict_us(Other(), Rows(), "sm_90a")
+    with pytest.raises(ValueError, match="arch must be one of"):
+        predict_us(QuantizeProblem(m=1, k=64), Rows(), "sm_80")
+
+
+def test_more_stages_help_until_memory_is_busy():
+    problem = GemmProblem(m=16, n=7168, k=16384)
+    times = [predict_us(problem, Gemm(num_stages=s), "sm_90a") for s in (2, 3, 4, 6)]
+    assert times == sorted(times, reverse=True)
+
+
+def test_wide_token_tiles_cost_tensor_time_when_there_are_few_tokens():
+    few, many = GemmProblem(m=8, n=7168, k=4096), GemmProblem(m=4096, n=7168, k=4096)
+    assert predict_us(few, Gemm(tile_m=16), "sm_90a") <= predict_us(few, Gemm(tile_m=256), "sm_90a")
+    assert predict_us(many, Gemm(tile_m=16), "sm_90a") > predict_us(many, Gemm(tile_m=128), "sm_90a")
+
+
+def test_a_wave_and_a_bit_costs_two_waves():
+    machine = MACHINES["sm_90a"]
+    full = GemmProblem(m=64 * machine.sms, n=128, k=8192)
+    over = dataclasses.replace(full, m=full.m + 64)
+    resources = Resources(registers=255, spill_bytes=0, shared_bytes=200_000, tmem_columns=0)  # one CTA an SM
+    ratio = predict_us(over, Gemm(), "sm_90a", resources) / predict_us(full, Gemm(), "sm_90a", resources)
+    assert ratio > 1.5
+
+
+def test_multicast_takes_load_off_l2():
+    problem = GemmProblem(m=8192, n=8192, k=8192, act="nvfp4")
+    alone, shared = Gemm(tile_m=128), Gemm(tile_m=128, cluster_m=2, cluster_n=2)
+    assert cost_model.work(problem, shared, "sm_100a").cta_bytes < cost_model.work(problem, alone, "sm_100a").cta_bytes
+
+
+def test_split_k_helps_where_there_are_few_ctas():
+    thin = GemmProblem(m=1, n=512, k=16384)
+    assert predict_us(thin, Gemm(tile_m=8, split_k=8), "sm_90a") < predict_us(thin, Gemm(tile_m=8), "sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("threads", "registers", "shared", "ctas"),
+    [
+        (128, 32, 0, 16),  # 2048 threads
+        (128, 255, 0, 2),  # 65536 / (256 * 128)
+        (256, 64, 100_000, 2),  # shared memory
+        (32, 16, 0, 32),  # the SM's limit on CTAs
+        (384, 168, 232_448, 1),
+    ],
+)
+def test_occupancy_is_the_programming_guides_arithmetic(threads, registers, shared, ctas):
+    resources = Resources(registers=registers, spill_bytes=0, shared_bytes=shared, tmem_columns=0)
+    assert occupancy(threads, resources, MACHINES["sm_90a"]) == ctas
+
+
+def test_reads_take_what_a_bare_read_kernel_took_on_an_h100():
+    """Microseconds for 16, 32, 64 and 128 MiB, cold, in a CUDA graph: the model's floor has to lie near them."""
+    machine = MACHINES["sm_90a"]
+    for mib, us in ((16, 7.6), (32, 13.9), (64, 26.5), (128, 49.3)):
+        floor = machine.launch_us + machine.latency_us + (mib << 20) / (machine.dram * 1e3)
+        assert floor == pytest.approx(us, rel=0.06), mib
+
+
+def test_configs_are_told_apart():
+    """No plateau: on the layer shapes of the models, distinct tiles get distinct times."""
+    for m, n, k in itertools.product((1, 64, 2048), (512, 7168), (1536, 7168)):
+        times = {
+            predict_us(GemmProblem(m=m, n=n, k=k), Gemm(tile_m=tm, tile_n=tn), "sm_90a")
+            for tm in (16, 64)
+            for tn in (64, 128)
+        }
+        assert len(times) > 1

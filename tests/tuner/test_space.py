@@ -1,0 +1,72 @@
+"""Candidates: what is in a space, and what is no space."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+from fp4suite.problem import GemmProblem
+from tuner import space
+
+
+def test_holds_exactly_what_supports_admits(fake, problem):
+    s = space.of(GemmProblem(m=16, n=64, k=512), "sm_90a")
+    assert {dict(c.knobs)["tile_n"] for c in s.candidates} == {32, 64}
+    assert len(s.candidates) == 4 * 2 * 2 * 3 * 4
+    assert len(space.of(problem, "sm_90a").candidates) == 4 * 4 * 2 * 3 * 4
+
+
+def test_default_is_config_or_the_nearest_that_supports(fake, problem):
+    assert space.of(problem, "sm_90a").default == space.default_of("fake_gemm")
+    near = space.of(GemmProblem(m=16, n=64, k=512), "sm_90a").default
+    assert dict(near.knobs) == dict(space.default_of("fake_gemm").knobs) | {"tile_n": 64}
+
+
+def test_no_kernel_says_why(fake):
+    with pytest.raises(space.NoKernel, match="n=40 is not a multiple of tile_n=128"):
+        space.of(GemmProblem(m=16, n=40, k=512), "sm_90a")
+    with pytest.raises(space.NoKernel, match="no kernel of gemm_nvfp4 for sm_100a"):
+        space.of(GemmProblem(m=16, n=512, k=512), "sm_100a")
+
+
+def test_neighbours_are_one_step_of_one_knob(fake, problem):
+    s = space.of(problem, "sm_90a")
+    around = s.neighbours(s.default)
+    assert len(around) == 2 + 2 + 1 + 1 + 1  # tile_m and tile_n both ways, the others from an end
+    assert all(s.steps(c, s.default) == 1 for c in around)
+    assert s.nearest(s.default, list(s.candidates)) == s.default
+
+
+def test_config_of_a_candidate_keeps_what_space_leaves_out(fake):
+    candidate = space.Candidate("fake_gemm", (("tile_m", 16),))
+    assert candidate.config == fake.Config(tile_m=16)
+    assert candidate.params == {"kernel": "fake_gemm", "fake_gemm.tile_m": 16}
+
+
+def test_a_large_space_is_sampled_alike_each_time_with_the_default_in_it(fake, problem, monkeypatch):
+    monkeypatch.setattr(space, "MAX_CANDIDATES", 50)
+    s = space.of(problem, "sm_90a")
+    assert len(s.candidates) == 50
+    assert s.default in s.candidates
+    assert s.candidates == space.of(problem, "sm_90a").candidates
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    tile: int = 2
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"tile": (1, 4)}, "leaves out the default, 2"),
+        ({"tile": (2,), "other": (1,)}, "has other, which Config does not have"),
+        ({"tile": ()}, "must have values"),
+        ({"tile": (2, 2)}, "each once"),
+        ({"tile": (2, (1, 2))}, "integers, strings or truth values"),
+    ],
+)
+def test_what_is_no_space(choices, message):
+    module = SimpleNamespace(__name__="m", Config=_Config, SPACE=choices)
+    with pytest.raises(ValueError, match=message):
+        space.checked_space(module)

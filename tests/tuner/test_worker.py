@@ -1,0 +1,94 @@
+"""Children that crash, hang, raise and are replaced."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from tuner import worker
+
+
+def add(a, b):
+    return a + b
+
+
+def pid():
+    return os.getpid()
+
+
+def fail():
+    raise ValueError("first line\nsecond line")
+
+
+def die(how):
+    if how == "exit":
+        os._exit(7)
+    os.kill(os.getpid(), getattr(signal, how))
+
+
+def sleep(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+@pytest.fixture
+def child():
+    w = worker.Worker()
+    yield w
+    w.close()
+
+
+def test_one_child_serves_many_calls(child):
+    assert child.call(add, 1, 2, timeout=30) == 3
+    assert child.call(pid, timeout=30) == child.call(pid, timeout=30) != os.getpid()
+
+
+def test_what_the_function_raises_comes_back(child):
+    before = child.call(pid, timeout=30)
+    with pytest.raises(worker.RemoteError, match="first line\nsecond line") as e:
+        child.call(fail, timeout=30)
+    assert e.value.kind == "ValueError"
+    assert child.call(pid, timeout=30) == before  # an exception is no reason for a new child
+
+
+@pytest.mark.parametrize(("how", "message"), [("exit", "exit code 7"), ("SIGSEGV", "SIGSEGV"), ("SIGKILL", "SIGKILL")])
+def test_a_crash_is_told_and_the_next_call_gets_a_new_child(child, how, message):
+    with pytest.raises(worker.WorkerDied, match=message) as e:
+        child.call(die, how, timeout=30)
+    assert e.value.reason == "crash"
+    assert child.call(add, 1, 1, timeout=30) == 2
+
+
+def test_a_hang_is_ended(child):
+    first = child.call(pid, timeout=30)
+    began = time.monotonic()
+    with pytest.raises(worker.WorkerDied, match="no answer within 1 s") as e:
+        child.call(sleep, 600, timeout=1)
+    assert e.value.reason == "timeout"
+    assert time.monotonic() - began < 5
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+
+
+@pytest.mark.parametrize("seconds", [120, 0.01])
+def test_a_child_that_never_comes_up_is_no_fault_of_the_call(child, monkeypatch, seconds):
+    monkeypatch.setattr(worker, "START_S", seconds)
+    monkeypatch.setattr(worker, "_serve", die)  # dies on being given a pipe in place of the name of a signal
+    with pytest.raises(worker.StartFailed, match=r"exit code 1 before it was ready|not ready within 0 s"):
+        child.call(add, 1, 1, timeout=30)
+
+
+def test_a_pool_tells_which_call_crashed_or_hung():
+    calls = [(add, (i, i)) for i in range(6)] + [(die, ("SIGSEGV",)), (fail, ()), (sleep, (600,))]
+    results = dict(worker.run_all(calls, jobs=2, timeout=2))
+    assert [results[i] for i in range(6)] == [0, 2, 4, 6, 8, 10]
+    assert (results[6].reason, results[7].kind, results[8].reason) == ("crash", "ValueError", "timeout")
+
+
+def test_closing_a_pool_early_ends_its_children():
+    done = worker.run_all([(pid, ())] + [(sleep, (600,))] * 3, jobs=2, timeout=600)
+    _, first = next(done)
+    done.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
