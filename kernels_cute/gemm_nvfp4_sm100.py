@@ -16,7 +16,7 @@ TMA fills what lies past m, n or k with zeros and stores nothing past m and n: n
 a pair of CTAs computes 256 rows together: each holds its 128 rows of a and half of the tile's rows of b, and the even
 one issues the MMAs of both.
 
-Status: compiled, and its layouts, descriptors and budgets checked on the host. Not yet executed on a GPU or otherwise.
+Status: compiled, and its layouts, descriptors and budgets checked on the host; not yet executed on a GPU.
 """
 
 import functools

@@ -1,10 +1,12 @@
 """gemm_nvfp4_sm100 as far as a machine without a B200 can tell: it compiles for sm_100a, fits, asks the tensor core for
-the right thing, and its layouts agree with the formulas of the PTX ISA. Nothing here executes the kernel.
+the right thing, and its layouts agree with the formulas of the PTX ISA. Only the last test executes it, on a B200.
 """
 
 import functools
 import itertools
+import json
 import re
+from pathlib import Path
 
 import cutlass
 import pytest
@@ -12,7 +14,7 @@ import torch
 from cutlass import cute
 from cutlass.utils import blackwell_helpers, blockscaled_layout
 
-from fp4suite import layouts, testing
+from fp4suite import layouts, shapes, testing
 from fp4suite.built import MAX_SHARED_BYTES, TMEM_COLUMNS, Built, resources, sass
 from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import GemmProblem
@@ -85,7 +87,7 @@ def _check_instructions(ptx: str, config: Config) -> None:
 def _constant(ptx: str, operand: str) -> str:
     if not operand.startswith("%"):
         return operand
-    (value,) = re.findall(rf"mov\.[bu]32\s+{operand}, (\d+);", ptx)
+    (value,) = re.findall(rf"mov\.(?:b|u)32\s+{operand}, (\d+);", ptx)
     return value
 
 
@@ -114,16 +116,17 @@ def test_instruction_descriptor(config):
 
 @pytest.mark.parametrize("config", TILES, ids=str)
 def test_shared_memory_descriptors(config):
-    """PTX ISA, "Shared memory descriptor": codes in 128-byte swizzle, 1024 bytes from eight rows to the next eight;
-    scales unswizzled, 128 bytes from eight rows of 16 bytes to the next."""
+    """PTX ISA, shared memory descriptor: codes in 128-byte swizzle, 1024 bytes from eight rows to the next eight.
+
+    Scales are not swizzled and read as rows of 16 bytes, eight of them 128 bytes before the next eight.
+    """
     version = 1 << 46
     codes = 2 << 61 | version | 1024 // 16 << 32
     scales = version | 128 // 16 << 32
-    leading = 1 << 16  # of no meaning for one atom along k
     ptx = built(config).ptx
     found = [int(c) for c in re.findall(r"or\.b64\s+%rd\d+, %rd\d+, (\d+);", ptx)]
     assert sorted(c & ~(0x3FFF << 16) for c in found) == [scales, scales, codes, codes]
-    assert {c >> 16 & 0x3FFF for c in found} == {leading >> 16}
+    assert {c >> 16 & 0x3FFF for c in found} == {1}  # of no meaning for one atom along k
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
@@ -384,3 +387,30 @@ def test_launch_refuses_what_the_kernel_cannot_read(launched):
 
 def test_one_compiled_kernel_for_every_size():
     assert kernel.compiled(Config(), "bf16", 1) is kernel.compiled(Config(), "bf16", 1)
+
+
+def test_default_config_takes_every_gemm_of_the_models():
+    for name in ("pro", "flash"):
+        config = json.loads((Path(__file__).parents[2] / "model" / "configs" / f"{name}.json").read_text())
+        found = shapes.problems(config, "gemm_nvfp4", arch="sm_100a", m=(1, 300))
+        assert len(found) > 10
+        assert [kernel.supports(x.problem, Config()) for x in found] == [None] * len(found)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+B200 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (10, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not B200, reason="executes sm_100a code, which the GPU here cannot")
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_numbers(config):
+    """Ragged, single-tile and many-wave problems against the FP64 product, and twice the same bits."""
+    for changes in ({}, {"m": 1, "n": 64, "k": 64}, {"m": 129, "out": "fp32", "segments": 3}, {"m": 4000, "n": 7168}):
+        case = testing.case(problem(**changes), "cuda", seed=1)
+        case.run(kernel, config)
+        case.check()
+        first = case.out.clone()
+        case.run(kernel, config)
+        assert torch.equal(first, case.out)
