@@ -17,6 +17,7 @@ MAX_SHARED_BYTES = {
     "sm_90a": 232_448,
     "sm_100a": 232_448,
 }  # 227 KiB a CTA (CUDA programming guide, compute capabilities)
+RESERVED_SHARED_BYTES = 1024  # of every CTA, kept by the system; cuobjdump counts them, MAX_SHARED_BYTES does not
 TMEM_COLUMNS = 512  # tensor memory of one SM: 128 lanes x 512 columns of 32 bits (PTX ISA, tensor memory)
 
 
@@ -64,7 +65,7 @@ def resources(built: Built) -> Resources:
     return Resources(
         registers=reg,
         spill_bytes=stack + local,
-        shared_bytes=shared + built.shared_bytes,
+        shared_bytes=max(0, shared - RESERVED_SHARED_BYTES) + built.shared_bytes,
         tmem_columns=built.tmem_columns,
     )
 
