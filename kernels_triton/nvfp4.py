@@ -32,6 +32,14 @@ E4M3_BIAS = tl.constexpr((127 - 7) << 3)  # FP32's exponent bias less E4M3's, at
 
 
 @triton.jit
+def widen(x):
+    """BF16, FP16 or FP32 -> FP32, exactly: Triton's interpreter mistakes subnormal BF16 numbers in a cast."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def magnitude_bits(x):
     """|x| as int32: in the order of the numbers, with NaN above infinity, so that a maximum loses no NaN."""
     return x.to(tl.int32, bitcast=True) & MAGNITUDE

@@ -17,7 +17,7 @@ from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import QuantizeProblem, Rule
 
 from . import amax, host
-from .nvfp4 import magnitude_bits, store_quantized
+from .nvfp4 import magnitude_bits, store_quantized, widen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ def _quantize_nvfp4(
     blocks = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
     cols = blocks[:, None] * 16 + tl.arange(0, 16)[None, :]
     inside = (rows < M)[:, None, None] & (cols < K)[None, :, :]
-    x = tl.load(x_ptr + rows[:, None, None] * stride_m + cols[None, :, :], mask=inside, other=0.0).to(tl.float32)
+    x = widen(tl.load(x_ptr + rows[:, None, None] * stride_m + cols[None, :, :], mask=inside, other=0.0))
     if RULE == "amax":
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         tl.store(amax_ptr + tile, tl.max(magnitude_bits(x)))

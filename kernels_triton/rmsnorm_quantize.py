@@ -17,7 +17,7 @@ from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import RmsnormQuantizeProblem, Rule
 
 from . import amax, host
-from .nvfp4 import magnitude_bits, row_sum, store_quantized
+from .nvfp4 import magnitude_bits, row_sum, store_quantized, widen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,8 @@ def _rmsnorm_quantize(
     blocks = tl.arange(0, BLOCKS)
     cols = blocks[:, None] * 16 + tl.arange(0, 16)[None, :]
     inside = (rows < M)[:, None, None] & (cols < K)[None, :, :]
-    x = tl.load(x_ptr + rows[:, None, None] * stride_m + cols[None, :, :], mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + cols, mask=cols < K, other=0.0).to(tl.float32)
+    x = widen(tl.load(x_ptr + rows[:, None, None] * stride_m + cols[None, :, :], mask=inside, other=0.0))
+    weight = widen(tl.load(weight_ptr + cols, mask=cols < K, other=0.0))
 
     mean = tl.div_rn(row_sum((x * x).reshape(BLOCK_M, PADDED_K), BLOCK_M, PADDED_K), K.to(tl.float32))
     y = x * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None, None] * weight[None, :, :]

@@ -17,7 +17,7 @@ from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import Rule, SwigluQuantizeProblem
 
 from . import amax, host
-from .nvfp4 import exp_neg, magnitude_bits, store_quantized
+from .nvfp4 import exp_neg, magnitude_bits, store_quantized, widen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,8 @@ def _swiglu_quantize(
     cols = blocks[:, None] * 16 + tl.arange(0, 16)[None, :]
     inside = (rows < M)[:, None, None] & (cols < K)[None, :, :]
     at = rows[:, None, None] * stride_m + cols[None, :, :]
-    g = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(x_ptr + K + at, mask=inside, other=0.0).to(tl.float32)
+    g = widen(tl.load(x_ptr + at, mask=inside, other=0.0))
+    u = widen(tl.load(x_ptr + K + at, mask=inside, other=0.0))
 
     # comparisons, not minima: a NaN stays one
     g = tl.where(g > limit, limit, g)
