@@ -244,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dir", type=Path, help="where to keep what is made (default: a temporary folder)")
     demo.add_argument("--config", default="demo", metavar="NAME", help=a_config)
     demo.add_argument("--prompt", default=None, help="the text to continue")
-    demo.add_argument("--max-new-tokens", type=int, default=48)
+    demo.add_argument("--max-new-tokens", type=int, default=32)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     demo.add_argument("--tune-seconds", type=float, default=45, help="time for tuning (default 45)")
