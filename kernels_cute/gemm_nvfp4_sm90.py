@@ -524,6 +524,11 @@ def warm(problem: GemmProblem, config: Config) -> None:
     launch(a, b, (8,) * variant.segments, out, config)
 
 
+def build_key(problem: GemmProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on: its sizes are read at launch."""
+    return problem.act, problem.out, problem.segments
+
+
 def build(problem: GemmProblem, config: Config, arch: str = ARCH) -> Built:
     """Compile for `problem` without a GPU. Raises ValueError for another architecture or what `supports` refuses."""
     if arch != ARCH:

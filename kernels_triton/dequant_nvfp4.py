@@ -125,6 +125,11 @@ def warm(problem: DequantProblem, config: Config) -> None:
     launch(t, torch.empty(1, problem.k, dtype=host.DTYPES[problem.out], device="cuda"), config)
 
 
+def build_key(problem: DequantProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on: its sizes are read at launch."""
+    return problem.out, problem.sf_layout
+
+
 def build(problem: DequantProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU."""
     types = {"data_ptr": "*u8", "sf_ptr": "*u8", "alpha_ptr": "*fp32", "out_ptr": f"*{problem.out}"}

@@ -102,6 +102,11 @@ def warm(problem: QuantizeProblem, config: Config) -> None:
     launch(x, alpha, NVFP4Tensor.empty((1, problem.k), alpha, problem.sf_layout), problem.rule, config)
 
 
+def build_key(problem: QuantizeProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on: its sizes are read at launch."""
+    return problem.x, problem.rule, problem.sf_layout
+
+
 def build(problem: QuantizeProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU."""
     types = {"x_ptr": f"*{problem.x}", "stride_m": "i32", "alpha_ptr": "*fp32", "data_ptr": "*u8", "sf_ptr": "*u8"}

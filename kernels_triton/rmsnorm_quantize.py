@@ -106,6 +106,11 @@ def warm(problem: RmsnormQuantizeProblem, config: Config) -> None:
     launch(x, x[0], 1.0, alpha, NVFP4Tensor.empty((1, problem.k), alpha, problem.sf_layout), problem.rule, config)
 
 
+def build_key(problem: RmsnormQuantizeProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on: m is read at launch, k within its power of two."""
+    return problem.x, problem.rule, problem.sf_layout, triton.next_power_of_2(problem.k)
+
+
 def build(problem: RmsnormQuantizeProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU."""
     types = {"x_ptr": f"*{problem.x}", "stride_m": "i32", "weight_ptr": f"*{problem.x}", "alpha_ptr": "*fp32"}

@@ -111,6 +111,11 @@ def warm(problem: SwigluQuantizeProblem, config: Config) -> None:
     launch(x, 1.0, alpha, NVFP4Tensor.empty((1, problem.k), alpha, problem.sf_layout), problem.rule, config)
 
 
+def build_key(problem: SwigluQuantizeProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on: its sizes are read at launch."""
+    return problem.x, problem.rule, problem.sf_layout
+
+
 def build(problem: SwigluQuantizeProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU."""
     types = {"x_ptr": f"*{problem.x}", "stride_m": "i32", "alpha_ptr": "*fp32", "data_ptr": "*u8", "sf_ptr": "*u8"}

@@ -17,6 +17,8 @@ from fp4suite.problem import PROBLEMS
 
 from . import provenance, worker
 
+SHOWN = 24  # rows of a summary; the tables and --json have them all
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
@@ -37,8 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any]]:
-    from tabulate import tabulate
-
     from . import tune
 
     began = time.monotonic()
@@ -71,10 +71,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
         quiet=args.quiet,
     )
     report = tune.run(chosen, options)
-    columns = ("device", "op", "problem", "kernel", "default_us", "best_us", "gain", "trials", "rejected")
-    rows = [[_cell(row[c]) for c in columns] for row in report.rows]
-    if rows:
-        print(tabulate(rows, headers=[*columns[:-1], "rejected (why)"], disable_numparse=True))
+    print(tune.render(report, SHOWN))
     if not measured:
         print("No GPU here: times are predicted by a cost model, and the tables say so (measured: false).")
     for line in report.unsupported:
@@ -204,15 +201,6 @@ def _positive(text: str) -> int:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cell(value: Any) -> str:
-    """A value as the tables on screen show it."""
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items()) or "-"
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1 else f"{value:.1f}"
-    return str(value)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,9 @@ class Search:
                 bad.update(candidate.knobs if _violated(trial) else ())
 
         def cost(c: Candidate) -> float:
-            return self.space.steps(c, near) + AVOID * max((bad[k] / seen[k] for k in c.knobs if k in seen), default=0.0)
+            return self.space.steps(c, near) + AVOID * max(
+                (bad[k] / seen[k] for k in c.knobs if k in seen), default=0.0
+            )
 
         return min(untried, key=cost)
 

@@ -70,8 +70,8 @@ def pick(
 ) -> tuple[Key, dict[Key, Verdict]]:
     """The winner among contenders timed in the same rounds, and each contender's verdict against the incumbent.
 
-    The incumbent stays unless someone beats it by the margin. Of those who do, the first in `samples` wins that the one with
-    the smallest ratio does not itself beat by the margin: noise does not choose among equals.
+    The incumbent stays unless someone beats it by the margin. Of those who do, the first in `samples` wins that the one
+    with the smallest ratio does not itself beat by the margin: noise does not choose among equals.
     """
     others = [k for k in samples if k != incumbent]
     verdicts = {

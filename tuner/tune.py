@@ -13,6 +13,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import msgspec
 import optuna
 import torch
+from tabulate import tabulate
 from tqdm import tqdm
 
 from fp4suite import arch as archs
@@ -389,6 +391,7 @@ def _row(task: Task, entry: Entry, search: Search, target: Target) -> dict[str, 
         "layers": list(task.layers),
         "kernel": entry.kernel,
         "config": entry.config,
+        "changed": _as_candidate(entry) != task.space.default,
         "default_us": default,
         "best_us": best,
         "gain": round(default / best - 1, 4),
@@ -398,6 +401,54 @@ def _row(task: Task, entry: Entry, search: Search, target: Target) -> dict[str, 
         "baseline": entry.baseline,
         "baseline_us": entry.baseline_us,
     }
+
+
+def render(report: Report, most: int) -> str:
+    """One line an op and device; then the problems that gained most, at most so many."""
+    if not report.rows:
+        return "no entries"
+    ops = []
+    for (device, op), group in itertools.groupby(report.rows, key=lambda r: (r["device"], r["op"])):
+        rows = list(group)
+        gains = sorted(r["gain"] for r in rows)
+        why = Counter[str]()
+        for r in rows:
+            why.update(r["rejected"])
+        ops.append(
+            [
+                device,
+                op,
+                len(rows),
+                sum(r["changed"] for r in rows),
+                f"{gains[len(gains) // 2]:+.1%}",
+                f"{gains[-1]:+.1%}",
+                sum(r["trials"] for r in rows),
+                ", ".join(f"{count} {reason}" for reason, count in sorted(why.items())) or "-",
+            ]
+        )
+    heads = ["device", "op", "problems", "not default", "median gain", "best gain", "trials", "rejected"]
+    text = tabulate(ops, headers=heads, disable_numparse=True)
+    changed = sorted((r for r in report.rows if r["changed"]), key=lambda r: -r["gain"])
+    best = [
+        [
+            r["device"],
+            r["op"],
+            r["problem"],
+            f"{r['default_us']:.1f}",
+            f"{r['best_us']:.1f}",
+            f"{r['gain']:+.1%}",
+            r["trials"],
+            ", ".join(f"{count} {reason}" for reason, count in r["rejected"].items()) or "-",
+            " ".join(f"{k}={v}" for k, v in r["config"].items()),
+        ]
+        for r in changed[:most]
+    ]
+    if best:
+        heads = ["device", "op", "problem", "default us", "best us", "gain", "trials", "rejected", "config"]
+        text += "\n\n" + tabulate(best, headers=heads, disable_numparse=True)
+        if len(changed) > most:
+            text += f"\n... and {len(changed) - most} more that left the default"
+    return text
 
 
 # --- several GPUs of one host ---

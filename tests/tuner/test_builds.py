@@ -5,9 +5,9 @@ import hashlib
 
 import pytest
 
+from fp4suite import problem as problems
 from fp4suite import registry
 from fp4suite.built import Resources
-from fp4suite import problem as problems
 from fp4suite.problem import PROBLEMS, GemmProblem, QuantizeProblem
 from tuner import builds, provenance, worker
 from tuner.builds import Build
@@ -22,7 +22,9 @@ def both(fake):
     """The fake, and a real Triton kernel beside it."""
     registry.KERNELS[:] = [
         FAKE,
-        registry.Kernel("quantize_nvfp4", "triton_quantize_nvfp4", "kernels_triton.quantize_nvfp4", ("sm_90a", "sm_100a")),
+        registry.Kernel(
+            "quantize_nvfp4", "triton_quantize_nvfp4", "kernels_triton.quantize_nvfp4", ("sm_90a", "sm_100a")
+        ),
     ]
 
 
@@ -37,7 +39,9 @@ def real_build(arch="sm_90a", m=64, **knobs):
 
 def test_a_pool_compiles_what_compiles_and_tells_why_the_rest_does_not(both, problem):
     real = [real_build(), real_build("sm_100a")]
-    raises, crashes, hangs = (fake_build(problem, **k) for k in ({"fault": "raise"}, {"num_stages": 3}, {"num_stages": 4}))
+    raises, crashes, hangs = (
+        fake_build(problem, **k) for k in ({"fault": "raise"}, {"num_stages": 3}, {"num_stages": 4})
+    )
     found = dict(builds.compile_all([*real, raises, crashes, hangs], jobs=3, timeout=25))
     for b in real:
         assert isinstance(found[b], Resources)
@@ -111,10 +115,12 @@ def test_binaries_of_one_key_are_equal(row):
     config = registry.load(row.name).Config()
     if row.op == "gemm_nvfp4":
         act = "nvfp4" if arch == "sm_100a" else "bf16"
-        several = [GemmProblem(m=m, n=n, k=k, act=act) for m, n, k in ((1, 128, 256), (77, 128, 256), (4096, 7168, 2048))]
+        several = [
+            GemmProblem(m=m, n=n, k=k, act=act) for m, n, k in ((1, 128, 256), (77, 128, 256), (4096, 7168, 2048))
+        ]
     else:
         kind = PROBLEMS[row.op]
-        several = [kind(m=m, k=k) for m, k in ((1, 1024), (77, 1024), (4096, 7168))]
+        several = [kind(m=m, k=k) for m, k in ((1, 1024), (77, 1024), (64, 5120), (4096, 7168))]
     alike = {}
     for p in several:
         alike.setdefault(Build(row.name, p, config, arch).key, []).append(p)

@@ -92,10 +92,16 @@ def test_a_broken_default_is_no_candidate_but_a_failure(fake, problem, monkeypat
     import dataclasses
 
     task = Task(space=dataclasses.replace(whole, default=broken), device="some-gpu")
-    with Measured(task, "cuda:0", rounds=3, backend=fake_bench) as judge, pytest.raises(DefaultFailed, match="out of bound"):
+    with (
+        Measured(task, "cuda:0", rounds=3, backend=fake_bench) as judge,
+        pytest.raises(DefaultFailed, match="out of bound"),
+    ):
         judge.evaluate(whole.default, never)
 
 
 def test_no_device_is_a_failure(task):
-    with Measured(task, "cuda:absent", rounds=3, backend=fake_bench) as judge, pytest.raises(DefaultFailed, match="no such"):
+    with (
+        Measured(task, "cuda:absent", rounds=3, backend=fake_bench) as judge,
+        pytest.raises(DefaultFailed, match="no such"),
+    ):
         judge.evaluate(task.space.default, never)

@@ -9,7 +9,7 @@ ROUNDS, CONTENDERS = 40, 6
 
 
 def timings(rng, true_us, rounds=ROUNDS):
-    """Interleaved rounds: 1 % noise with outliers, clocks that wander by tens of percent over the run, shared by all."""
+    """Interleaved rounds: 1 % noise with outliers, and clocks that wander by tens of percent, for all alike."""
     drift = np.exp(np.cumsum(0.01 * rng.standard_normal(rounds)) + np.linspace(0, 0.2, rounds))
     noise = np.exp(0.01 * rng.standard_t(3, size=(rounds, len(true_us))))
     return np.asarray(true_us)[None, :] * noise * drift[:, None]
