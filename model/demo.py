@@ -35,8 +35,8 @@ from .tokenizer import load_tokenizer
 from .transformer import Transformer
 
 PROMPT = (
-    "NVFP4 keeps two numbers in a byte. Sixteen of them share a scale, and a matrix shares one more, so that a trillion "
-    "parameters fit where a quarter did:"
+    "NVFP4 keeps two numbers in a byte. Sixteen of them share a scale, and a matrix shares one more, so that a "
+    "trillion parameters fit where a quarter did:"
 )
 
 
@@ -84,9 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cpu":
         print("\nwhat the tuned tables choose on GPUs (predicted: nothing was timed here):")
         print(text_table(("arch", "op", "layers", "m", "kernel", "config"), [list(row.values()) for row in planned]))
-    print(
-        "\nlogits against the same weights in FP32, every position (random weights pass errors on; trained ones damp them):"
-    )
+    print("\nlogits at every position against the same weights in FP32 (random layers pass errors on undamped):")
     print(text_table(("model", "relative error", "same top token"), [list(row.values()) for row in errors]))
     if acceptance is not None:
         print(f"draft block: {acceptance:.1%} of its tokens are the model's own (random weights: chance is the rule)")

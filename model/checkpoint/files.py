@@ -74,7 +74,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     except FileNotFoundError:
         raise CheckpointError(path, None, wanted="a file", got="none there") from None
     try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(path, None, wanted="a JSON header", got=str(error)) from None
     if not isinstance(header, dict):
@@ -97,13 +97,13 @@ def read_index(directory: Path) -> dict[str, Stored]:
         raise CheckpointError(index, None, wanted="a weight_map of tensor names to files", got=repr(weight_map)[:80])
     by_file: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
             raise CheckpointError(index, name, wanted="a file name without directories", got=repr(file))
         by_file.setdefault(file, set()).add(name)
     found: dict[str, Stored] = {}
     for file in sorted(by_file):
         path = directory / file
-        if not path.exists():
+        if not path.is_file():
             wanted = f"the shard {file} that {INDEX_NAME} names for {len(by_file[file])} tensors"
             raise CheckpointError(path, min(by_file[file]), wanted=wanted, got="no such file")
         shard = read_header(path)

@@ -286,7 +286,7 @@ def _storage(param: Param, name: str, main: Stored, stored: dict[str, Stored]) -
         if f"{name}.weight_scale" in stored:
             return "nvfp4"
         if f"{name}.scale" in stored:
-            return "fp8" if dtype == "F8_E4M3" else "mxfp4"
+            return "fp8" if dtype == "F8_E4M3" else "mxfp4" if dtype in _ALIASES["I8"] else param.native
     if dtype in _PLAIN:
         return "bf16" if dtype == "BF16" else "fp32"
     if param.init == "linear":

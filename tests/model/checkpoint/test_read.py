@@ -79,7 +79,9 @@ def test_nvfp4_codes_and_scales_keep_every_bit(family: Family, made: dict[Family
         assert w13.alpha.shape == (config.n_routed_experts, 2)
         assert w2.alpha.shape == (config.n_routed_experts,)
         for expert in range(config.n_routed_experts):
-            for i, (name, rows) in enumerate(zip(names, (slice(0, inner), slice(inner, None), slice(None)), strict=True)):
+            for i, (name, rows) in enumerate(
+                zip(names, (slice(0, inner), slice(inner, None), slice(None)), strict=True)
+            ):
                 stacked = w2 if i == 2 else w13
                 stored = f"{mlp.format(layer)}.experts.{expert}.{name}"
                 assert same_bits(stacked.data[expert, rows], files[f"{stored}.weight"])
@@ -123,7 +125,11 @@ def test_native_formats_keep_every_bit(made: dict[Family, Path]) -> None:
 def test_native_experts_keep_their_values(made: dict[Family, Path], config: ModelConfig) -> None:
     """MXFP4 -> NVFP4 loses nothing, draft block included, and the codes are the file's own."""
     checkpoint = Checkpoint(made["native"])
-    files, weights, exact = load_all(made["native"]), dict(checkpoint.weights()), dict(checkpoint.weights(weights="fp32"))
+    files, weights, exact = (
+        load_all(made["native"]),
+        dict(checkpoint.weights()),
+        dict(checkpoint.weights(weights="fp32")),
+    )
     for prefix in ("layers.0", "layers.3", "mtp.0"):
         for name in ("w13", "w2"):
             cast, true = weights[f"{prefix}.ffn.{name}"], exact[f"{prefix}.ffn.{name}"]

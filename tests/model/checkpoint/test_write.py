@@ -30,7 +30,9 @@ def load_all(directory: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_library_reads_what_the_inventory_says(family: Family, made: dict[Family, Path], config: ModelConfig) -> None:
+def test_the_library_reads_what_the_inventory_says(
+    family: Family, made: dict[Family, Path], config: ModelConfig
+) -> None:
     tensors = load_all(made[family])
     expected = {name: (TORCH_DTYPES[s.dtype], s.shape) for name, s in inventory(config, family).items()}
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == expected
@@ -62,7 +64,13 @@ def test_another_seed_changes_everything_random(made: dict[Family, Path], config
 
 def test_every_family_quantises_the_same_weights(made: dict[Family, Path], config: ModelConfig) -> None:
     """Errors as the formats have them on Gaussian rows, and the very same numbers where nothing is quantised."""
-    bounds = {"nvfp4": (0.05, 0.12), "mxfp4": (0.08, 0.16), "fp8": (0.01, 0.04), "bf16": (0.0, 0.003), "fp32": (0.0, 0.0)}
+    bounds = {
+        "nvfp4": (0.05, 0.12),
+        "mxfp4": (0.08, 0.16),
+        "fp8": (0.01, 0.04),
+        "bf16": (0.0, 0.003),
+        "fp32": (0.0, 0.0),
+    }
     for family in FAMILIES:
         checkpoint = Checkpoint(made[family])
         tensors = load_all(made[family])
