@@ -40,7 +40,7 @@ def combine(
     """
     slots = torch.empty_like(y)
     slots[order.long()] = y
-    slots = torch.where(topk_ids.flatten()[:, None] >= 0, slots, 0.0).view(*topk_ids.shape, -1)
+    slots = torch.where(topk_ids.flatten()[:, None] >= 0, slots, 0.0).view(*topk_ids.shape, y.shape[1])
     out = (wide(slots) * topk_weights.to(wide(y).dtype)[:, :, None]).sum(1)
     return (out if shared is None else out + wide(shared)).to(y.dtype)
 
