@@ -616,13 +616,17 @@ def launch(a: NVFP4Tensor, b: NVFP4Tensor, segments: tuple[int, ...] | None, out
 
 
 def warm(problem: GemmProblem, config: Config) -> None:
-    """Compile for `problem` and, where there is a GPU, load the kernel, so that a later launch may be captured."""
+    """Compile for `problem` and, where there is a GPU, launch once: later launches may be captured in a graph."""
     if reason := supports(problem, config):
         raise ValueError(reason)
-    function = compiled(config, problem.out, problem.segments)
-    if torch.cuda.is_available():
-        torch.cuda.current_stream()  # makes the context that the kernel is loaded into
-        function.to()
+    if not torch.cuda.is_available():
+        compiled(config, problem.out, problem.segments)
+        return
+    widths = (8,) * problem.segments
+    a = NVFP4Tensor.empty((1, MMA_K), torch.ones((), device="cuda"), SF_LAYOUT)
+    b = NVFP4Tensor.empty((sum(widths), MMA_K), torch.ones(problem.segments, device="cuda"), SF_LAYOUT)
+    dtype = next(t for t, name in OUT_NAMES.items() if name == problem.out)
+    launch(a, b, widths, torch.empty(1, sum(widths), dtype=dtype, device="cuda"), config)
 
 
 def build_key(problem: GemmProblem, config: Config) -> tuple[Any, ...]:
