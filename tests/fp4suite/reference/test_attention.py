@@ -75,7 +75,7 @@ def test_a_row_named_twice_counts_twice() -> None:
 @pytest.mark.parametrize("sink", [-math.inf, -1e30, 0.0, 1e4])
 @pytest.mark.parametrize("size", [1.0, 1e3])
 def test_extreme_logits_and_sinks(sink: float, size: float) -> None:
-    """A sink of -inf is no sink (padded heads); logits of thousands, either way, neither overflow nor divide by zero."""
+    """A sink of -inf is no sink (padded heads); logits of thousands neither overflow nor divide by zero."""
     g = torch.Generator().manual_seed(2)
     k = size * torch.randn(6, D, generator=g)
     q = torch.randn(2, 2, D, generator=g)
