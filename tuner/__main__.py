@@ -53,7 +53,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
         args.device = devices[0] if ":" in devices[0] else f"cuda:{devices[0]}"
     chosen = tune.targets(args.arch, args.device)
     measured = any(t.cuda for t in chosen)
-    budget = tune.BUDGETS[args.budget or ("normal" if measured else "small")]
+    budget = tune.BUDGETS[args.budget or "normal"]
     if args.trials is not None:
         budget = tune.replace_trials(budget, args.trials)
     results = provenance.results_dir()
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     tune = command("tune", _tune, "Search the kernels' configs for a model's layer shapes and write tuned tables.")
     where(tune)
     tune.add_argument("--op", action="append", metavar="NAME", help=f"one of {', '.join(PROBLEMS)}; may be repeated")
-    tune.add_argument("--budget", choices=("small", "normal", "large"), help="default: normal on a GPU, small without")
+    tune.add_argument("--budget", choices=("small", "normal", "large"), help="default: normal")
     tune.add_argument("--trials", type=_positive, help="candidates a problem, instead of the budget's")
     tune.add_argument("--seconds", type=float, help="stop after this long; the same command goes on later")
     tune.add_argument("--jobs", type=_positive, help="compiling processes without a GPU (default: the cores)")

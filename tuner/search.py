@@ -55,7 +55,7 @@ class Evaluator(Protocol):
     def evaluate(self, candidate: Candidate, stop: Callable[[int, float], bool]) -> float | Rejected: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
     """A problem on a target. `seeds` are tried first, in this order."""
 

@@ -35,7 +35,7 @@ class Candidate:
         return f"{self.kernel}({', '.join(f'{k}={v}' for k, v in self.knobs)})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Space:
     """All supported candidates of a problem. `default` is what dispatch runs without a table, or the nearest to it."""
 

@@ -55,7 +55,7 @@ class Budget:
 
 
 BUDGETS = {
-    "small": Budget(trials=12, rounds=7, final_rounds=20, finalists=3, m=(1, 64, 2048)),
+    "small": Budget(trials=6, rounds=7, final_rounds=20, finalists=3, m=(1, 64, 2048)),
     "normal": Budget(trials=48, rounds=11, final_rounds=40, finalists=6, m=(1, 16, 64, 256, 2048, 8192)),
     "large": Budget(
         trials=1000,

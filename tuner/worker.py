@@ -78,7 +78,7 @@ class Worker:
         return max(0.0, self._deadline - time.monotonic())
 
     def advance(self, readable: bool) -> bool:
-        """Whether the call has ended. Raises WorkerDied if the child ended or is overdue, StartFailed if it never ran."""
+        """Whether the call has ended. Raises WorkerDied if the child ended or is overdue, StartFailed if it never was."""
         if not readable:
             if self.remaining == 0:
                 self.close()

@@ -1,0 +1,104 @@
+"""Layer shapes of the shipped models against the published matrix sizes, and against the checkpoints' own tensors."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fp4suite import shapes
+from fp4suite.problem import PROBLEMS
+
+CONFIGS = Path(__file__).parents[2] / "model" / "configs"
+
+# n x k of the projections as the public tensor lists of both models have them; (name, n, k, layers that have it)
+PRO = {
+    "q_a": (1536, 7168, 61),
+    "kv": (512, 7168, 61),
+    "q_b": (65536, 1536, 61),
+    "o_a": (1024, 4096, 61 * 16),
+    "o_b": (7168, 16384, 61),
+    "csa_compressor": (1024, 7168, 2 * 30),
+    "hca_compressor": (512, 7168, 2 * 31),
+    "indexer_q_b": (8192, 1536, 30),
+    "indexer_compressor": (256, 7168, 2 * 30),
+    "indexer_weights": (64, 7168, 30),
+    "shared_gate_up": (6144, 7168, 61),
+    "shared_down": (7168, 3072, 61),
+}
+FLASH = {
+    "q_a": (1024, 4096, 43),
+    "kv": (512, 4096, 43),
+    "q_b": (32768, 1024, 43),
+    "o_a": (1024, 4096, 43 * 8),
+    "o_b": (4096, 8192, 43),
+    "csa_compressor": (1024, 4096, 2 * 21),
+    "hca_compressor": (512, 4096, 2 * 20),
+    "indexer_q_b": (8192, 1024, 21),
+    "indexer_compressor": (256, 4096, 2 * 21),
+    "indexer_weights": (64, 4096, 21),
+    "shared_gate_up": (4096, 4096, 43),
+    "shared_down": (4096, 2048, 43),
+}
+
+
+def config_of(name):
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(("name", "want"), [("pro", PRO), ("flash", FLASH)])
+def test_linears_are_the_published_ones(name, want):
+    found = {x.name: (x.n, x.k, x.count) for x in shapes.linears(config_of(name))}
+    assert found == want
+
+
+def test_gate_and_up_have_an_alpha_each():
+    assert {x.name: x.segments for x in shapes.linears(config_of("pro")) if x.segments > 1} == {"shared_gate_up": 2}
+
+
+def test_tensor_parallel_ranks_split_what_deepseek_splits():
+    whole, rank = ({x.name: x for x in shapes.linears(config_of("pro"), tp)} for tp in (1, 8))
+    assert rank["q_b"].n * 8 == whole["q_b"].n
+    assert rank["indexer_q_b"].n * 8 == whole["indexer_q_b"].n
+    assert rank["o_a"].count * 8 == whole["o_a"].count
+    assert rank["o_b"].k * 8 == whole["o_b"].k
+    for name in ("q_a", "kv", "csa_compressor", "indexer_weights", "shared_gate_up", "shared_down"):
+        assert rank[name] == whole[name]
+
+
+@pytest.mark.parametrize("op", PROBLEMS)
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_every_op_has_each_problem_once(op, arch):
+    found = shapes.problems(config_of("flash"), op, arch=arch, m=(1, 64))
+    assert found
+    assert len({p.problem for p in found}) == len(found)
+    assert all(p.count > 0 and p.layers for p in found)
+
+
+def test_equal_shapes_of_different_layers_are_one_problem():
+    found = {p.layers: p for p in shapes.problems(config_of("flash"), "gemm_nvfp4", arch="sm_90a", m=(16,))}
+    joined = found["q_a", "o_a", "csa_compressor"]
+    assert joined.count == 43 + 43 * 8 + 42
+
+
+def test_the_architecture_decides_activations_and_scale_layout():
+    for arch, act, layout in (("sm_90a", "bf16", "linear"), ("sm_100a", "nvfp4", "blocked_128x4")):
+        gemm = shapes.problems(config_of("demo"), "gemm_nvfp4", arch=arch, m=(1,))[0].problem
+        norm = shapes.problems(config_of("demo"), "rmsnorm_quantize", arch=arch, m=(1,))[0].problem
+        assert (gemm.act, norm.sf_layout) == (act, layout)
+
+
+@pytest.mark.parametrize(
+    ("change", "kwargs", "message"),
+    [
+        ({"hidden_size": None}, {}, "config has no hidden_size"),
+        ({"compress_ratios": [0]}, {}, "compress_ratios has 1 entries for 43 layers"),
+        ({}, {"tp": 3}, "tp must divide o_groups = 8, got 3"),
+        ({}, {"m": (0,)}, "m must be positive"),
+        ({}, {"op": "nothing"}, "op must be one of"),
+    ],
+)
+def test_what_is_refused(change, kwargs, message):
+    config = {k: v for k, v in (config_of("flash") | change).items() if v is not None}
+    arguments = {"op": "gemm_nvfp4", "arch": "sm_90a", "m": (1,)} | kwargs
+    with pytest.raises(ValueError, match=message):
+        shapes.problems(config, arguments.pop("op"), **arguments)

@@ -1,0 +1,381 @@
+"""Tuning from the command line to the table, with a fake kernel: predicted, measured, resumed, merged, refused."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import msgspec
+import pytest
+
+from fp4suite import dispatch, registry, table
+from fp4suite.built import Resources
+from fp4suite.problem import GemmProblem
+from tuner import builds, evaluate, tune
+from tuner.__main__ import main
+from tuner.tune import Target
+
+from . import fake_bench, fake_kernel
+
+TINY = {
+    "hidden_size": 512,
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 256,
+    "q_lora_rank": 512,
+    "o_lora_rank": 256,
+    "o_groups": 2,
+    "index_n_heads": 1,
+    "index_head_dim": 128,
+    "compress_ratios": [0, 0],
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "model" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(TINY))
+    return path.parent
+
+
+@pytest.fixture
+def compiled(fake, monkeypatch):
+    """Compiling the fake: some raise, some spill, some take too much shared memory. Counts what was compiled."""
+    seen = []
+
+    def compile_one(kernel, op, dims, knobs, arch):
+        seen.append(knobs)
+        if knobs["fault"] == "raise":
+            raise ValueError("no")
+        shared = 40_000 * knobs["num_stages"] * knobs["tile_n"] // 128
+        return dataclasses.asdict(
+            Resources(registers=64, spill_bytes=8 * (knobs["fault"] == "spill"), shared_bytes=shared, tmem_columns=0)
+        )
+
+    monkeypatch.setattr(builds, "compile_one", compile_one)
+    monkeypatch.setattr(builds, "compile_all", lambda wanted, jobs: compile_all(wanted, 0))
+    return seen
+
+
+compile_all = builds.compile_all
+
+
+def run(capsys, *arguments):
+    """Exit code, and the document of --json."""
+    code = main(["tune", *map(str, arguments), "--json", "--quiet"])
+    out = capsys.readouterr().out
+    return code, json.loads(out.splitlines()[-1]) if out else None
+
+
+def test_without_a_gpu_every_entry_is_predicted_and_fits(compiled, config, tmp_path, capsys):
+    out = tmp_path / "tables"
+    code, document = run(
+        capsys,
+        "--layers-of",
+        config,
+        "--arch",
+        "sm_90a",
+        "--op",
+        "gemm_nvfp4",
+        "--m",
+        "1,64",
+        "--trials",
+        60,
+        "--out",
+        out,
+    )
+    assert code == 0
+    assert document["tables"] == [str(out / "sm_90a.json")]
+    assert not document["measured"]
+    read = table.read(out / "sm_90a.json")
+    assert len(read.entries) == document["problems"] > 4
+    for entry in read.entries:
+        assert not entry.measured
+        assert entry.median_us is None
+        assert entry.predicted_us <= entry.default_us
+        assert entry.source_hash == registry.source_hash("fake_gemm")
+        assert entry.config["fault"] not in ("raise", "spill")
+        assert 40_000 * entry.config["num_stages"] * entry.config["tile_n"] // 128 <= 232_448
+    assert any(row["rejected"].get("compile") and row["rejected"].get("fit") for row in document["rows"])
+    assert any(row["changed"] for row in document["rows"])
+
+
+def test_the_table_changes_what_dispatch_chooses(compiled, config, tmp_path, capsys):
+    run(
+        capsys,
+        "--layers-of",
+        config,
+        "--op",
+        "gemm_nvfp4",
+        "--arch",
+        "sm_90a",
+        "--m",
+        "64",
+        "--out",
+        tmp_path / "t.json",
+    )
+    target = dispatch.Target("sm_90a", "sm_90a")
+    entry = next(
+        e for e in table.read(tmp_path / "t.json").entries if e.config != dataclasses.asdict(fake_kernel.Config())
+    )
+    problem = GemmProblem(**entry.problem)
+    before = dispatch.choose_for("gemm_nvfp4", problem, target)
+    try:
+        dispatch.use_table(tmp_path / "t.json")
+        after = dispatch.choose_for("gemm_nvfp4", problem, target)
+    finally:
+        dispatch.use_table(None)
+    assert before.config == fake_kernel.Config()
+    assert dataclasses.asdict(after.config) == entry.config
+    assert "predicted" in after.reason
+
+
+def test_a_second_run_compiles_nothing_and_leaves_the_table_alone(compiled, config, tmp_path, capsys):
+    arguments = (
+        "--layers-of",
+        config,
+        "--op",
+        "gemm_nvfp4",
+        "--arch",
+        "sm_90a",
+        "--m",
+        "1",
+        "--out",
+        tmp_path / "t.json",
+    )
+    run(capsys, *arguments)
+    first, count = (tmp_path / "t.json").read_bytes(), len(compiled)
+    run(capsys, *arguments)
+    assert len(compiled) == count > 0
+    assert (tmp_path / "t.json").read_bytes() == first
+
+
+def test_entries_of_other_problems_stay(compiled, config, tmp_path, capsys):
+    for m in ("1", "64"):
+        run(
+            capsys,
+            "--layers-of",
+            config,
+            "--op",
+            "gemm_nvfp4",
+            "--arch",
+            "sm_90a",
+            "--m",
+            m,
+            "--out",
+            tmp_path / "t.json",
+        )
+    assert {e.problem["m"] for e in table.read(tmp_path / "t.json").entries} == {1, 64}
+
+
+def test_a_promise_below_the_margin_keeps_the_default(compiled, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tune, "PREDICTED_MARGIN", 0.99)
+    _, document = run(
+        capsys,
+        "--layers-of",
+        config,
+        "--op",
+        "gemm_nvfp4",
+        "--arch",
+        "sm_90a",
+        "--m",
+        "1",
+        "--out",
+        tmp_path / "t.json",
+    )
+    assert not any(row["changed"] for row in document["rows"])
+    assert all(row["gain"] == 0 for row in document["rows"])
+
+
+def test_a_default_that_does_not_compile_fails_the_run_but_not_the_rest(
+    compiled, config, tmp_path, capsys, monkeypatch
+):
+    whole = builds.compile_one
+
+    def compile_one(kernel, op, dims, knobs, arch):
+        if dims["segments"] == 2 and knobs == dataclasses.asdict(fake_kernel.Config()):
+            raise RuntimeError("ptxas died")
+        return whole(kernel, op, dims, knobs, arch)
+
+    monkeypatch.setattr(builds, "compile_one", compile_one)
+    monkeypatch.setattr(fake_kernel, "build_key", lambda problem, config: problem.segments)
+    code, document = run(
+        capsys,
+        "--layers-of",
+        config,
+        "--op",
+        "gemm_nvfp4",
+        "--arch",
+        "sm_90a",
+        "--m",
+        "1",
+        "--out",
+        tmp_path / "t.json",
+    )
+    assert code == 1
+    assert len(document["failed"]) == 1
+    assert "RuntimeError: ptxas died" in document["failed"][0]
+    assert document["problems"] == len(table.read(tmp_path / "t.json").entries) > 2
+
+
+# --- measured, with the fake bench in the child ---
+
+
+@pytest.fixture
+def gpu(fake, monkeypatch):
+    """A device that is the fake bench."""
+    monkeypatch.setattr(evaluate, "measure", fake_bench)
+    monkeypatch.setattr(tune, "targets", lambda arch, device: [Target("sm_90a", "some-gpu", "cuda:0")])
+    monkeypatch.setitem(fake_kernel.SPACE, "fault", ("none", "wrong"))
+
+
+def measured(capsys, config, tmp_path, *more):
+    arguments = ("--layers-of", config, "--op", "gemm_nvfp4", "--storage", tmp_path / "journal.log", "--out", tmp_path)
+    return run(capsys, *arguments, *more)
+
+
+def test_measured_winners_beat_the_default_and_state_their_regret(gpu, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tune.shapes, "linears", lambda c, tp=1: [tune.shapes.Linear(name="q_a", n=512, k=512, count=1)])
+    code, document = measured(capsys, config, tmp_path, "--m", "1,64", "--trials", 60)
+    assert code == 0
+    assert document["measured"]
+    read = table.read(tmp_path / "some-gpu.json")
+    assert (read.device, read.arch, len(read.entries)) == ("some-gpu", "sm_90a", 2)
+    for entry in read.entries:
+        assert entry.measured
+        assert fake_kernel.true_us(fake_kernel.Config(**entry.config)) <= 10.0 * 1.132
+        assert entry.p20_us <= entry.median_us <= entry.p80_us
+        assert entry.median_us < entry.default_us / 1.3
+        assert entry.baseline == "cublas_bf16"
+        assert 0.9 < entry.default_us / entry.baseline_us / (16.4 / 20) < 1.1
+        assert 1.0 <= entry.regret < 1.2
+        assert entry.trials == 60
+        assert 0 < entry.rejected < 60
+
+    again, document = measured(capsys, config, tmp_path, "--m", "1,64", "--trials", 60)
+    assert again == 0
+    assert table.read(tmp_path / "some-gpu.json") == read  # nothing was measured again
+
+
+def test_where_nothing_is_faster_the_default_stays(gpu, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tune.shapes, "linears", lambda c, tp=1: [tune.shapes.Linear(name="q_a", n=512, k=512, count=1)])
+    monkeypatch.setattr(
+        fake_kernel,
+        "SPACE",
+        {k: (getattr(fake_kernel.Config(), k),) for k in fake_kernel.SPACE} | {"fault": ("none", "wrong")},
+    )
+    code, document = measured(capsys, config, tmp_path, "--m", "1")
+    assert code == 0
+    (entry,) = table.read(tmp_path / "some-gpu.json").entries
+    assert registry.make_config(fake_kernel, entry.config) == fake_kernel.Config()
+    assert (entry.trials, entry.rejected) == (2, 1)
+
+
+def test_a_wrong_default_is_a_failure_and_no_entry(gpu, config, tmp_path, capsys, monkeypatch):
+    class Broken(evaluate.Measured):
+        def _ready(self):
+            raise evaluate.DefaultFailed("the default is wrong")
+
+    monkeypatch.setattr(tune, "Measured", Broken)
+    code, document = measured(capsys, config, tmp_path, "--m", "1", "--trials", 4)
+    assert code == 1
+    assert set(document["failed"]) == {"some-gpu: the default is wrong"}
+    assert not (tmp_path / "some-gpu.json").exists()
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--layers-of", "nowhere"), "neither a shipped config"),
+        (("--op", "nothing"), "--op must be one of"),
+        (("--out", "/tmp/x.json"), "there are 2 targets"),
+        (("--device", "cuda:0"), "sees no GPU"),
+        (("--layers-of", "demo", "--tp", "7"), "tp must divide"),
+    ],
+)
+def test_wrong_arguments_get_one_sentence_and_exit_code_1(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["tune", "--json", "--quiet", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert message in json.loads(captured.out.splitlines()[-1])["error"]
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("arguments", [("--m", "1,x"), ("--m", "0"), ("--trials", "0"), ("--budget", "vast")])
+def test_malformed_arguments_are_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["tune", *arguments])
+    assert e.value.code == 2
+
+
+def test_a_config_that_is_not_json_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    assert main(["tune", "--layers-of", str(tmp_path)]) == 1
+    assert "not a config.json" in capsys.readouterr().err
+
+
+# --- tables among processes ---
+
+
+def add_entries(path, worker, count):
+    for i in range(count):
+        entry = table.Entry(
+            op="gemm_nvfp4",
+            problem={"m": 1 + i, "n": 8 * (worker + 1), "k": 64},
+            kernel="k",
+            source_hash="s",
+            config={},
+            measured=False,
+            predicted_us=1.0,
+        )
+        table.merge(path, "d", "sm_90a", [entry])
+
+
+def test_no_entry_is_lost_when_many_processes_merge(tmp_path):
+    path = tmp_path / "t.json"
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=add_entries, args=(path, w, 25)) for w in range(6)]
+    for c in children:
+        c.start()
+    while any(c.is_alive() for c in children):
+        if path.exists():
+            table.read(path)  # whole at every moment
+    for c in children:
+        c.join()
+        assert c.exitcode == 0
+    assert len(table.read(path).entries) == 6 * 25
+
+
+INTERRUPTED = """
+import sys
+from fp4suite import table
+from tests.tuner.test_tune import add_entries
+print("go", flush=True)
+add_entries(sys.argv[1], 1, 100000)
+"""
+
+
+def test_a_kill_leaves_a_whole_table(tmp_path):
+    path = tmp_path / "t.json"
+    add_entries(path, 0, 3)
+    for _ in range(3):
+        child = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(path)], stdout=subprocess.PIPE, text=True)
+        child.stdout.readline()
+        time.sleep(0.2)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert {e.problem["m"] for e in table.read(path).entries if e.problem["n"] == 8} == {1, 2, 3}
+    add_entries(path, 2, 1)  # a lock of the killed one does not stay
+    assert any(e.problem["n"] == 24 for e in table.read(path).entries)
+    assert msgspec.json.decode(path.read_bytes())
+    assert os.path.exists(path)
