@@ -1,0 +1,111 @@
+"""Every config that `supports` lets through compiles for both architectures without a GPU and without spilling."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import re
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fp4suite import built, testing
+from fp4suite.problem import (
+    DequantProblem,
+    Problem,
+    QuantizeProblem,
+    RmsnormQuantizeProblem,
+    SwigluQuantizeProblem,
+)
+from kernels_triton import dequant_nvfp4, quantize_nvfp4, rmsnorm_quantize, swiglu_quantize
+
+ARCHS = ("sm_90a", "sm_100a")
+QUANTISERS: list[tuple[ModuleType, type[Problem]]] = [
+    (quantize_nvfp4, QuantizeProblem),
+    (rmsnorm_quantize, RmsnormQuantizeProblem),
+    (swiglu_quantize, SwigluQuantizeProblem),
+]
+Job = tuple[ModuleType, Problem, Any, str]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Processes in which Triton compiles; in this one it may interpret."""
+    before = os.environ.pop("TRITON_INTERPRET", None)  # children read it when they start, which is at their first job
+    workers = min(2, os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as p:
+        yield p
+    if before is not None:
+        os.environ["TRITON_INTERPRET"] = before
+
+
+def build(pool: concurrent.futures.Executor, jobs: list[Job]) -> list[built.Built]:
+    return [f.result() for f in [pool.submit(m.build, problem, config, arch) for m, problem, config, arch in jobs]]
+
+
+def supported(module: ModuleType, problem: Problem) -> list[Any]:
+    return [c for c in testing.configs(module) if module.supports(problem, c) is None]
+
+
+@pytest.mark.parametrize(("module", "kind"), [*QUANTISERS, (dequant_nvfp4, DequantProblem)])
+def test_every_config_compiles_without_spills(module, kind, pool):
+    problem = kind(m=64, k=7168)
+    jobs = [(module, problem, c, arch) for c in supported(module, problem) for arch in ARCHS]
+    assert len(jobs) >= 10
+    for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
+        assert b.arch == arch
+        assert built.resources(b).refusal(arch) is None, (config, arch)
+        assert f".target {arch}" in b.ptx
+
+
+@pytest.mark.parametrize(("module", "kind"), QUANTISERS)
+def test_rule_mse_does_not_spill(module, kind, pool):
+    """The config that holds most: `supports` draws the line by registers."""
+    problem = kind(m=64, k=7168, rule="mse")
+    held = lambda c: c.block_m * getattr(c, "block_k", 8192) / c.num_warps  # noqa: E731
+    most = sorted(supported(module, problem), key=held)[-1:]
+    jobs = [(module, problem, c, "sm_90a") for c in most]
+    for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
+        assert built.resources(b).refusal(arch) is None, config
+
+
+def test_instructions(pool):
+    """What the bytes and the speed depend on, read from the PTX."""
+    jobs: list[Job] = [
+        (module, kind(m=64, k=7168, rule=rule), module.Config(), arch)
+        for module, kind in QUANTISERS
+        for rule, arch in (
+            ("absmax", "sm_90a"),
+            ("absmax", "sm_100a"),
+            ("mse", "sm_90a"),
+            ("modelopt_weight", "sm_100a"),
+        )
+    ]
+    for (module, problem, _, arch), b in zip(jobs, build(pool, jobs), strict=True):
+        where = f"{module.__name__} {problem} {arch}"
+        # the arithmetic is IEEE: nothing approximate, flushed or contracted
+        inexact = re.findall(r"\b(?:fma|mad|ex2|lg2|rcp|rsqrt|div|sqrt)\.(?!rn|lo|wide)\S+|\S+\.ftz\S*", b.ptx)
+        assert not inexact, (where, inexact)
+        assert "fma.rn.f32" not in b.ptx, where
+        assert "div.rn.f32" in b.ptx, where
+        # 16-byte loads, and FP4 in hardware where there is an instruction
+        assert "ld.global.v4.b32" in b.ptx, where
+        assert ("cvt.rn.satfinite.e2m1x2.f32" in b.ptx) == (arch == "sm_100a"), where
+        assert ("F2FP" in built.sass(b) and "E2M1" in built.sass(b)) == (arch == "sm_100a"), where
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_other_types_compile(dtype, pool):
+    jobs: list[Job] = [(module, kind(m=1, k=1104, x=dtype), module.Config(), "sm_90a") for module, kind in QUANTISERS]
+    jobs += [(dequant_nvfp4, DequantProblem(m=1, k=1104, out=dtype), dequant_nvfp4.Config(), "sm_90a")]
+    blocked = [
+        (module, kind(m=1, k=1104, x=dtype, sf_layout="blocked_128x4"), module.Config(), "sm_100a")
+        for module, kind in QUANTISERS
+    ]
+    for b in build(pool, jobs + blocked):
+        assert built.resources(b).refusal(b.arch) is None
+
+
+def test_build_says_when_it_cannot():
+    with pytest.raises(RuntimeError, match="Triton interprets in this process"):
+        quantize_nvfp4.host.build(object(), {}, {}, "sm_90a", 4)
