@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from .cache import KVCache
 from .checkpoint import Checkpoint, load
-from .runtime import pick_device, reference_where_no_kernel, synchronize, text_table
+from .runtime import expect_positions, pick_device, reference_where_no_kernel, synchronize, text_table
 from .transformer import Transformer
 
 
@@ -25,6 +25,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = load(None, checkpoint, device, weights=args.weights, act_format=args.act_format, progress=progress)
     formats = {"kv_format": args.kv_format, "index_format": args.index_format}
     rows = []
+    for tokens in (*args.prefill, args.context + args.repeats + 1):
+        expect_positions(model, tokens)
     cases = [("prefill", 1, n) for n in args.prefill] + [("decode", n, args.context) for n in args.batch]
     with reference_where_no_kernel(device) as references:
         for phase, sequences, tokens in tqdm(cases, desc="bench", disable=True if args.quiet else None):

@@ -79,7 +79,8 @@ def timed_generation(
     chunk: int = 512,
     on_token: Callable[[int], None] | None = None,
 ) -> Generated:
-    """Generates from one prompt with a fresh cache."""
+    """Generates from one prompt with a fresh cache. Raises ValueError for more tokens than the model has positions."""
+    expect_positions(model, len(prompt) + sampling.max_new_tokens - 1)
     cache = KVCache(
         model.config,
         max_tokens=len(prompt) + sampling.max_new_tokens,
@@ -99,6 +100,13 @@ def timed_generation(
     return Generated(
         prompt_tokens=len(prompt), tokens=tokens, prefill_s=times[1] - times[0], decode_s=times[-1] - times[1]
     )
+
+
+def expect_positions(model: Transformer, tokens: int) -> None:
+    """Raises ValueError if a sequence would grow longer than the model was made for."""
+    most = model.config.max_position_embeddings
+    if tokens > most:
+        raise ValueError(f"a sequence of {tokens} tokens is longer than the model's {most} positions")
 
 
 def synchronize(device: torch.device) -> None:
