@@ -42,14 +42,14 @@ def test_fp32_model(device: torch.device) -> None:
 @pytest.mark.parametrize("formats", [native, modelopt])
 @pytest.mark.parametrize("act_format", ["float", "nvfp4"])
 def test_packed_model(formats, act_format: str, device: torch.device) -> None:
-    """BF16 arithmetic flips roundings and random nets amplify them; a wrong kernel is off by 1."""
+    """Flipped roundings grow in random nets: other chunks alone cost 0.005 to 0.02, or 0.29 (W4A4), on a CPU."""
     model = random_model(DEMO, seed=1, weight_format=formats, act_dtype=torch.bfloat16, act_format=act_format)
     want = logits(model, "cpu", "bf16", "bf16")
     with reference_where_no_kernel(device), fp4suite.recording() as choices:
         got = logits(model.to(device), device, "bf16", "bf16")
     if formats is modelopt:
         assert any(c.op == "gemm_nvfp4" and c.kernel != registry.REFERENCE for c in choices)
-    assert relative_error(got, want) < 0.25
+    assert relative_error(got, want) < {"float": 0.06, "nvfp4": 0.4}[act_format]
 
 
 def test_generation(device: torch.device) -> None:
