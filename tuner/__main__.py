@@ -99,7 +99,7 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, An
     from . import bench, tune
 
     chosen = tune.targets(args.arch, args.device)
-    ops = tune.check_ops(None if args.op == ["all"] else args.op)
+    ops = tune.check_ops(args.op)
     configs = tune.load_configs(args.layers_of or ["pro"])
     out = args.out or provenance.results_dir() / "bench"
     paths, rows = bench.run(
@@ -158,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = command("tune", _tune, "Search the kernels' configs for a model's layer shapes and write tuned tables.")
     where(tune)
-    tune.add_argument("--op", action="append", metavar="NAME", help=f"one of {', '.join(PROBLEMS)}; may be repeated")
+    tune.add_argument(
+        "--op", action="append", metavar="NAME", help=f"all (default), or one of {', '.join(PROBLEMS)}; may be repeated"
+    )
     tune.add_argument("--budget", choices=("small", "normal", "large"), help="default: normal")
     tune.add_argument("--trials", type=_positive, help="candidates a problem, instead of the budget's")
     tune.add_argument("--seconds", type=float, help="stop after this long; the same command goes on later")

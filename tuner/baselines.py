@@ -16,10 +16,13 @@ from fp4suite.problem import (
 )
 from fp4suite.testing import Case
 
+CUBLAS = "cublas_bf16"  # weights and activations already in BF16, from a CUDA graph
+EAGER = "torch_eager"  # fp4suite.reference on the GPU, uncompiled, launched from the host
+
 
 def name(problem: Problem) -> str:
-    """cublas_bf16: weights and activations already in BF16. torch_eager: fp4suite.reference on the GPU, uncompiled."""
-    return "cublas_bf16" if isinstance(problem, GemmProblem) else "torch_eager"
+    """Which baseline a problem has."""
+    return CUBLAS if isinstance(problem, GemmProblem) else EAGER
 
 
 def function(problem: Problem) -> Callable[[Case], object]:

@@ -189,7 +189,7 @@ def _measured(target: Target, problem: Problem, choice: dispatch.Choice, roofs: 
     bench = measure.Bench(problem, target.cuda, seed)
     timed = [
         bench.record(choice.kernel, choice.config),
-        bench.record_function(baselines.name(problem), baselines.function(problem)),
+        bench.record_baseline(),
     ]
     times = bench.rounds(timed, rounds)
     own, other = stats.summary(times[:, 0]), stats.summary(times[:, 1])

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from fp4suite import arch as archs
 from fp4suite import registry, shapes, table
 from fp4suite.built import Resources
-from fp4suite.problem import PROBLEMS
+from fp4suite.problem import PROBLEMS, GemmProblem
 from fp4suite.table import Entry
 
 from . import builds, cost_model, measure, provenance, space, stats, worker
@@ -277,13 +277,13 @@ def final(search: Search, judge: Measured, budget: Budget) -> Entry:
     # nearest to the default first: among equals the first wins
     fastest = [c for c, ratio in search.feasible() if c != default and ratio < 1][: budget.finalists]
     fastest.sort(key=lambda c: _steps_from_default(task, c))
-    samples = judge.time([default, *fastest], budget.final_rounds, baseline=True)
+    samples = judge.time([default, *fastest], budget.final_rounds, baseline=isinstance(task.problem, GemmProblem))
     contenders = {c: samples[c] for c in (default, *fastest) if c in samples}
     winner, verdicts = stats.pick(contenders, default)
     for candidate, verdict in verdicts.items():
         log.info("%s: %.3f of the default, p = %.2g", candidate, verdict.ratio, verdict.p)
     won = stats.summary(samples[winner])
-    baseline = next(name for name in samples if isinstance(name, str))
+    baseline = next((name for name in samples if isinstance(name, str)), None)
     entry = _entry(task, winner, search, measured=True)
     return msgspec.structs.replace(
         entry,
@@ -292,7 +292,7 @@ def final(search: Search, judge: Measured, budget: Budget) -> Entry:
         p80_us=round(won.p80_us, 3),
         default_us=round(stats.summary(samples[default]).median_us, 3),
         baseline=baseline,
-        baseline_us=round(stats.summary(samples[baseline]).median_us, 3),
+        baseline_us=round(stats.summary(samples[baseline]).median_us, 3) if baseline else None,
     )
 
 
@@ -500,8 +500,8 @@ def load_configs(names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
 
 
 def check_ops(names: Sequence[str] | None) -> tuple[str, ...]:
-    """All tunable ops, or the ones named. Raises ValueError for one that does not exist."""
-    if not names:
+    """All tunable ops for none or "all", else the ones named. Raises ValueError for one that does not exist."""
+    if not names or "all" in names:
         return tuple(PROBLEMS)
     for name in names:
         if name not in PROBLEMS:

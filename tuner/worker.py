@@ -78,7 +78,10 @@ class Worker:
         return max(0.0, self._deadline - time.monotonic())
 
     def advance(self, readable: bool) -> bool:
-        """Whether the call has ended. Raises WorkerDied if the child ended or is overdue, StartFailed if it never was."""
+        """Whether the call has ended.
+
+        Raises WorkerDied if the child ended or is overdue, StartFailed if that was before it was up.
+        """
         if not readable:
             if self.remaining == 0:
                 self.close()

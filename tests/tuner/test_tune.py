@@ -270,7 +270,7 @@ def test_where_nothing_is_faster_the_default_stays(gpu, config, tmp_path, capsys
         "SPACE",
         {k: (getattr(fake_kernel.Config(), k),) for k in fake_kernel.SPACE} | {"fault": ("none", "wrong")},
     )
-    code, document = measured(capsys, config, tmp_path, "--m", "1")
+    code, _ = measured(capsys, config, tmp_path, "--m", "1")
     assert code == 0
     (entry,) = table.read(tmp_path / "some-gpu.json").entries
     assert registry.make_config(fake_kernel, entry.config) == fake_kernel.Config()

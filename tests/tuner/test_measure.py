@@ -1,0 +1,133 @@
+"""The timing protocol on a real GPU: times that are plausible, repeatable, cold, and only of what is right."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fp4suite import arch, registry, table
+from fp4suite.problem import DequantProblem, QuantizeProblem
+from tuner import bench as rows
+from tuner import check, measure, tune
+from tuner.measure import Bench
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def small():
+    return Bench(QuantizeProblem(m=64, k=4096), "cuda")
+
+
+@pytest.fixture
+def large():
+    return Bench(DequantProblem(m=65536, k=1536), "cuda")
+
+
+def config_of(kernel, **knobs):
+    return registry.load(kernel).Config(**knobs)
+
+
+def test_operands_do_not_stay_in_l2(small, large):
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    assert large.rotates
+    assert len(large.cases) * large.problem.bytes >= 2 * l2
+    assert not small.rotates
+    assert small._flush.nbytes >= 2 * l2
+
+
+def test_times_lie_between_the_roof_and_reason(large):
+    timed = large.record("triton_dequant_nvfp4", config_of("triton_dequant_nvfp4"))
+    us = float(np.median(large.rounds([timed], 20)))
+    floor = large.problem.bytes / measure.copy_bandwidth("cuda") / 1e3
+    assert 0.8 * floor < us < 20 * floor
+
+
+def test_the_same_contender_twice_gives_the_same_time(small, large):
+    for bench, kernel in ((small, "triton_quantize_nvfp4"), (large, "triton_dequant_nvfp4")):
+        twice = [bench.record(kernel, config_of(kernel)) for _ in range(2)]
+        times = bench.rounds(twice, 30)
+        ratio = float(np.median(times[:, 0] / times[:, 1]))
+        assert ratio == pytest.approx(1.0, abs=0.02)
+
+
+def test_twice_the_work_takes_about_twice_as_long():
+    kernel, times = "triton_dequant_nvfp4", []
+    for m in (32768, 65536):
+        bench = Bench(DequantProblem(m=m, k=4096), "cuda")
+        times.append(float(np.median(bench.rounds([bench.record(kernel, config_of(kernel))], 20))))
+    assert times[1] / times[0] == pytest.approx(2.0, rel=0.15)
+
+
+def test_nothing_takes_next_to_nothing(small):
+    timed = small._capture("empty again", lambda case: None)
+    assert abs(float(np.median(small.rounds([timed], 30)))) < 0.3
+
+
+def test_a_wrong_result_is_never_timed(small, monkeypatch):
+    kernel = registry.load("triton_quantize_nvfp4")
+
+    def launch(x, alpha, out, rule, config):
+        kernel.launch(x, alpha, out, rule, config)
+        out.data[0, 0] ^= 1
+
+    wrong = SimpleNamespace(launch=launch)
+    monkeypatch.setattr(registry, "load", lambda name: wrong)
+    with pytest.raises(AssertionError, match="data"):
+        small.record("triton_quantize_nvfp4", kernel.Config())
+
+
+def test_what_the_graph_writes_is_checked_too(small, monkeypatch):
+    kernel = registry.load("triton_quantize_nvfp4")
+
+    def launch(x, alpha, out, rule, config):
+        if not torch.cuda.is_current_stream_capturing():
+            kernel.launch(x, alpha, out, rule, config)
+
+    monkeypatch.setattr(registry, "load", lambda name: SimpleNamespace(launch=launch))
+    with pytest.raises(AssertionError):
+        small.record("triton_quantize_nvfp4", kernel.Config())
+
+
+def test_roofs_are_those_of_a_data_centre_gpu():
+    assert 1500 < measure.read_bandwidth("cuda") < 9000
+    assert 1500 < measure.copy_bandwidth("cuda") < 9000
+    assert 300 < measure.matmul_tflops("cuda") < 3000
+
+
+def test_tune_bench_and_check_from_end_to_end(tmp_path):
+    target = tune.targets(None, None)[0]
+    assert target.cuda == "cuda:0"
+    options = tune.Options(
+        configs=tune.load_configs(["demo"]),
+        ops=("rmsnorm_quantize",),
+        m=(16, 64),
+        tp=1,
+        budget=dataclasses.replace(tune.BUDGETS["small"], trials=4),
+        jobs=2,
+        seed=0,
+        deadline=float("inf"),
+        storage=tmp_path / "journal.log",
+        out=tmp_path,
+        quiet=True,
+    )
+    report = tune.run([target], options)
+    assert not report.failed
+    (path,) = report.tables
+    assert path.name == f"{arch.device_name('cuda')}.json"
+    entries = table.read(path).entries
+    assert len(entries) == 4
+    for entry in entries:
+        assert entry.measured
+        assert entry.median_us <= entry.default_us * 1.005
+        assert entry.regret is not None
+        assert {"driver", "toolkit", "torch", "triton"} <= set(entry.versions)
+    found = check.run(path)
+    assert (found.ran, found.problems) == (4, [])
+    paths, measured = rows.run(
+        [target], options.configs, options.ops, (16,), 1, tmp_path / "bench", rounds=10, seed=0, quiet=True
+    )
+    assert all(r["measured"] and r["baseline_us"] > 0 for r in measured)
+    assert paths[0].parent.name == target.device
