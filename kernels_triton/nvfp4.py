@@ -63,33 +63,33 @@ def e4m3_decode(byte):
 
 
 @triton.jit
-def _e2m1_step(y):
-    """y <= 6 -> (|y| clamped and rounded to E2M1 plus shift, shift), where shift = 2^22 times the power of two below.
-
-    Floats near the shift lie 0.5, 1 or 2 apart, as E2M1 numbers do near |y|: one addition rounds, ties to even.
-    """
+def _power_below(y):
+    """y <= 6 -> (|y| saturated, the power of two at or below it, at least 1)."""
     a = tl.minimum(tl.abs(y), 6.0)
     power = (a.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    shift = tl.maximum(power, 1.0) * 4194304.0
-    return a + shift, shift
+    return a, tl.maximum(power, 1.0)
 
 
 @triton.jit
 def e2m1_code(y):
-    """y <= 6 -> E2M1 code as int32; saturates at -6; the sign of -0 is kept."""
-    rounded, _ = _e2m1_step(y)
-    bits = rounded.to(tl.int32, bitcast=True)
-    # the exponent e of |y| stands in bit 23 up, the count n of steps in the low bits: the magnitude is n + 2 e
-    magnitude = (bits + (bits >> 22) + 6) & 7
-    return magnitude | ((y.to(tl.int32, bitcast=True) >> 28) & 8)
+    """y <= 6 -> E2M1 code as int32; saturates at -6; the sign of -0 is kept.
+
+    Near 2^22 times 1, 2 or 4 floats lie 0.5, 1 or 2 apart, as E2M1 numbers do near |y|: one addition rounds to nearest,
+    ties to even. It leaves the exponent e of |y| in bit 23 up and the count n of steps in the low bits; the code is
+    n + 2 e. The 3 beside 2^22 makes up for what the exponent's bias leaves modulo 8.
+    """
+    a, power = _power_below(y)
+    bits = tl.fma(power, 4194307.0, a).to(tl.int32, bitcast=True)  # the product is exact: as good as one addition
+    return ((bits + (bits >> 22)) & 7) | ((y.to(tl.int32, bitcast=True) >> 28) & 8)
 
 
 @triton.jit
 def e2m1_round(y):
     """y <= 6 -> the nearest E2M1 value as FP32, without -0."""
-    rounded, shift = _e2m1_step(y)
-    a = rounded - shift
-    return tl.where(y < 0, -a, a)
+    a, power = _power_below(y)
+    shift = power * 4194304.0
+    rounded = (a + shift) - shift
+    return tl.where(y < 0, -rounded, rounded)
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def sf_offsets(rows, blocks, K, SF_BLOCKED: tl.constexpr):
 
 @triton.jit
 def pack_e2m1(y, ROWS: tl.constexpr, BLOCKS: tl.constexpr, E2M1_CVT: tl.constexpr):
-    """y [ROWS, BLOCKS, 16], clamped to at most 6, -> bytes uint8 [ROWS, BLOCKS, 8], even k in the low nibble."""
+    """y [ROWS, BLOCKS, 16] -> bytes uint8 [ROWS, BLOCKS, 8], even k in the low nibble; saturates, NaN gives +6."""
     even, odd = tl.split(y.reshape(ROWS, BLOCKS, BLOCK // 2, 2))
     if E2M1_CVT:
         return tl.inline_asm_elementwise(
@@ -146,13 +146,13 @@ def pack_e2m1(y, ROWS: tl.constexpr, BLOCKS: tl.constexpr, E2M1_CVT: tl.constexp
             }
             """,
             "=r,f,f,f,f,f,f,f,f",
-            [even, odd],
+            [tl.minimum(even, 6.0), tl.minimum(odd, 6.0)],  # of NaN and 6 a GPU takes 6
             dtype=tl.uint8,
             is_pure=True,
             pack=4,
         )
     else:
-        return (e2m1_code(even) | (e2m1_code(odd) << 4)).to(tl.uint8)
+        return (e2m1_code(_below_6(even)) | (e2m1_code(_below_6(odd)) << 4)).to(tl.uint8)
 
 
 @triton.jit
@@ -235,7 +235,7 @@ def quantize_blocks(x, alpha, RULE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl
                     byte = tl.where(better, trial, byte)
                     least = tl.where(better, error, least)
         y = x * _reciprocal(e4m3_decode(byte) * alpha)[:, :, None]
-    return pack_e2m1(_below_6(y), ROWS, BLOCKS, E2M1_CVT), byte
+    return pack_e2m1(y, ROWS, BLOCKS, E2M1_CVT), byte
 
 
 @triton.jit
