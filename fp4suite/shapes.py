@@ -48,6 +48,7 @@ class Linear:
     k: int
     count: int
     segments: int = 1
+    out: Literal["bf16", "fp32"] = "bf16"  # compressors, indexer scores and SwiGLU take the sum before it is rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +86,12 @@ def linears(config: Mapping[str, Any], tp: int = 1) -> list[Linear]:
         Linear(name="q_b", n=heads * head_dim // tp, k=rq, count=layers),
         Linear(name="o_a", n=ro, k=heads // groups * head_dim, count=layers * (groups // tp)),
         Linear(name="o_b", n=d, k=groups * ro // tp, count=layers),
-        Linear(name="csa_compressor", n=2 * head_dim, k=d, count=2 * csa),
-        Linear(name="hca_compressor", n=head_dim, k=d, count=2 * hca),
+        Linear(name="csa_compressor", n=2 * head_dim, k=d, count=2 * csa, out="fp32"),
+        Linear(name="hca_compressor", n=head_dim, k=d, count=2 * hca, out="fp32"),
         Linear(name="indexer_q_b", n=index_heads * index_dim // tp, k=rq, count=csa),
-        Linear(name="indexer_compressor", n=2 * index_dim, k=d, count=2 * csa),
-        Linear(name="indexer_weights", n=index_heads, k=d, count=csa),
-        Linear(name="shared_gate_up", n=2 * inter, k=d, count=layers, segments=2),
+        Linear(name="indexer_compressor", n=2 * index_dim, k=d, count=2 * csa, out="fp32"),
+        Linear(name="indexer_weights", n=index_heads, k=d, count=csa, out="fp32"),
+        Linear(name="shared_gate_up", n=2 * inter, k=d, count=layers, segments=2, out="fp32"),
         Linear(name="shared_down", n=d, k=inter, count=layers),
     ]
     return [x for x in found if x.count]
@@ -126,7 +127,7 @@ def _walk(
     for rows in m:
         if op == GemmProblem.op:
             for x in layers:
-                yield x.name, x.count, GemmProblem(m=rows, n=x.n, k=x.k, act=act, segments=x.segments)
+                yield x.name, x.count, GemmProblem(m=rows, n=x.n, k=x.k, act=act, out=x.out, segments=x.segments)
         elif op == QuantizeProblem.op:
             # what no norm and no SwiGLU hands over already quantised: the attention output (all groups) and o_a's
             heads, head_dim = config["num_attention_heads"], config["head_dim"]
