@@ -1,9 +1,8 @@
 """Layer shapes of the shipped models against the published matrix sizes, and against the checkpoints' own tensors."""
 
 import json
-from pathlib import Path
-
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
