@@ -40,6 +40,21 @@ def hard_rows():
     return make
 
 
+@pytest.fixture(scope="session")
+def blocks_at_ties():
+    """make(alpha, device) -> FP32 [126, 80]: blocks whose scale lies within two units of a tie between E4M3 numbers."""
+
+    def make(alpha: float, device: torch.device) -> Tensor:
+        e4m3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+        amax = ((e4m3[1:] + e4m3[:-1]) / 2 * 6 * torch.tensor(alpha).double()).float()
+        near = torch.stack([(amax.view(torch.int32) + ulps).view(torch.float32) for ulps in range(-2, 3)], dim=-1)
+        x = torch.linspace(-0.9, 0.9, 16) * near[..., None]
+        x[..., 7] = near
+        return x.flatten(-2).to(device)
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def _quiet_interpreter():
     """Triton's interpreter computes in numpy, which warns where a GPU does not: of infinities that tests are about."""

@@ -58,6 +58,19 @@ def test_every_bf16_under_any_alpha(rule, alpha, device):
         check(rows, torch.tensor(alpha, device=device), rule, "linear", config)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.37, 0.0123, 3e-5])
+def test_scales_at_ties(alpha, device, blocks_at_ties):
+    """Here the order of the two products that make a scale can be seen in its byte."""
+    x, a = blocks_at_ties(alpha, device), torch.tensor(alpha, device=device)
+    for rule in RULES:
+        check(x, a, rule, "linear", WIDE)
+    if alpha != 1:
+        amax, sixth = x.unflatten(-1, (-1, 16)).abs().amax(-1), torch.tensor(1 / 6, device=device)
+        inv = torch.ones_like(a) / a
+        one, other = ((amax * sixth * inv).to(torch.float8_e4m3fn), (amax * inv * sixth).to(torch.float8_e4m3fn))
+        assert not torch.equal(one.float(), other.float())
+
+
 @pytest.mark.parametrize("exponent", range(-110, 100, 30))
 def test_amplitudes(exponent, device, hard_rows):
     x = hard_rows(7, 256, torch.float32, device) * 2.0**exponent

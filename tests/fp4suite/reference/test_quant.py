@@ -96,6 +96,18 @@ def test_random_rows_match_the_oracle(rule, dtype):
     assert_oracle(x, torch.tensor(0.01), rule)
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("alpha", [1.0, 0.37, 0.0123])
+def test_scales_next_to_a_tie_match_the_oracle(rule, alpha):
+    """Where a different order of the products, or another rounding, would change the byte."""
+    e4m3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    amax = ((e4m3[1:] + e4m3[:-1]) / 2 * 6 * torch.tensor(alpha).double()).float()
+    near = torch.cat([(amax.view(torch.int32) + ulps).view(torch.float32) for ulps in range(-2, 3)])
+    x = torch.linspace(-0.9, 0.9, 16) * near[:, None]
+    x[:, 7] = near
+    assert_oracle(x, torch.tensor(alpha), rule)
+
+
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True)
 
 
