@@ -58,6 +58,11 @@ class Machine:
     ctas: int = 32
 
     @property
+    def ingest_per_us(self) -> float:
+        """Bytes a microsecond that one SM takes in: 64 a clock."""
+        return 64 * self.clock_ghz * 1e3
+
+    @property
     def alu_per_us(self) -> float:
         """Instructions a microsecond of one SM: 128 lanes."""
         return 128 * self.clock_ghz * 1e3
@@ -93,14 +98,16 @@ MACHINES = {
 class Work:
     """One launch.
 
-    Per CTA: threads, bytes loaded and stored, bytes of loads in flight, MMA flops (of the padded tile), ALU
-    instructions. act: format of the MMA's activations. ramps: how often a CTA waits with nothing in flight.
+    Per CTA: threads; bytes loaded and stored, its share of a multicast; bytes of loads in flight; bytes ingested by its
+    SM, multicast or not; MMA flops of the padded tile; ALU instructions. act: format of the MMA's activations. ramps:
+    how often a CTA waits with nothing in flight.
     """
 
     ctas: int
     threads: int
     cta_bytes: float
     in_flight: float
+    ingested: float = 0.0
     cta_flops: float = 0.0
     cta_instructions: float = 0.0
     act: str = "bf16"
@@ -119,7 +126,7 @@ def predict_us(problem: Problem, config: Any, arch: str, resources: Resources | 
     resident = min(occupancy(w.threads, resources, machine), math.ceil(w.ctas / machine.sms))
     active = min(w.ctas, resident * machine.sms)
     rate = min(w.in_flight / machine.latency_us, machine.l2 * 1e3 / active)  # bytes a microsecond, of one CTA
-    load = w.cta_bytes / rate
+    load = max(w.cta_bytes / rate, w.ingested * resident / machine.ingest_per_us)
     mma = w.cta_flops * resident * machine.sms / (machine.mma_tflops[w.act] * 1e6)
     alu = w.cta_instructions * resident / machine.alu_per_us
     wave = w.ramps * machine.latency_us + _norm(load, mma, alu)
@@ -196,6 +203,7 @@ def _gemm(problem: GemmProblem, config: Any, arch: str, resources: Resources | N
         threads=2 * tile_n if arch == "sm_90a" else 192,  # a warpgroup for each 64 rows of weights; six warps
         cta_bytes=loaded + stored,
         in_flight=min((stages - 1) * (rows * a_bytes + columns * NVFP4_BYTES) * tile_k, loaded),
+        ingested=(rows * a_bytes + columns * NVFP4_BYTES / getattr(config, "mma_ctas", 1)) * k,  # a pair halves b
         cta_flops=2.0 * tile_m * tile_n * k,
         cta_instructions=decoded * DECODE_INSTRUCTIONS,
         act=p.act,

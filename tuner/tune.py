@@ -45,9 +45,14 @@ PREDICTED_MARGIN = 0.05  # a model's opinion has to promise this much before it 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """trials: candidates a problem. rounds: timings of a candidate while searching; final_rounds: of a finalist."""
+    """What to spend on a problem.
+
+    trials: candidates to time on a GPU. builds: candidates to compile without one. rounds: timings of a candidate while
+    searching; final_rounds: of each of the `finalists`. m: numbers of tokens.
+    """
 
     trials: int
+    builds: int
     rounds: int
     final_rounds: int
     finalists: int
@@ -55,10 +60,11 @@ class Budget:
 
 
 BUDGETS = {
-    "small": Budget(trials=6, rounds=7, final_rounds=20, finalists=3, m=(1, 64, 2048)),
-    "normal": Budget(trials=48, rounds=11, final_rounds=40, finalists=6, m=(1, 16, 64, 256, 2048, 8192)),
+    "small": Budget(trials=12, builds=4, rounds=7, final_rounds=20, finalists=3, m=(1, 64, 2048)),
+    "normal": Budget(trials=48, builds=16, rounds=11, final_rounds=40, finalists=6, m=(1, 16, 64, 256, 2048, 8192)),
     "large": Budget(
         trials=1000,
+        builds=space.MAX_CANDIDATES,
         rounds=15,
         final_rounds=60,
         finalists=8,
@@ -163,12 +169,12 @@ def _tasks(target: Target, options: Options, report: Report) -> list[Task]:
         except space.NoKernel as e:
             report.unsupported.append(f"{target.arch}: {e}")
             continue
-        seeds = _seeds(whole, options.budget.trials, target.cuda is not None)
+        seeds = _seeds(whole, options.budget, measured=target.cuda is not None)
         tasks.append(Task(space=whole, device=target.device, layers=tuple(names), count=count, seeds=seeds))
     return tasks
 
 
-def _seeds(whole: Space, trials: int, measured: bool) -> tuple[Candidate, ...]:
+def _seeds(whole: Space, budget: Budget, *, measured: bool) -> tuple[Candidate, ...]:
     """What to try first. Predicted: the model's order, which leaves nothing for a sampler to learn.
 
     Measured: the default, then in turn the model's favourites and the default's neighbours, for half of the budget.
@@ -178,9 +184,9 @@ def _seeds(whole: Space, trials: int, measured: bool) -> tuple[Candidate, ...]:
         whole.candidates, key=lambda c: (cost_model.predict_us(whole.problem, c.config, whole.arch), order[c])
     )
     if not measured:
-        return tuple(dict.fromkeys((whole.default, *ranked)))[:trials]
+        return tuple(dict.fromkeys((whole.default, *ranked)))[: budget.builds]
     turns = itertools.chain.from_iterable(zip(ranked, whole.neighbours(whole.default), strict=False))
-    return tuple(dict.fromkeys((whole.default, *turns, *ranked)))[: max(1, trials // 2)]
+    return tuple(dict.fromkeys((whole.default, *turns, *ranked)))[: max(1, budget.trials // 2)]
 
 
 # --- without a GPU ---
@@ -218,11 +224,14 @@ def _compile(tasks: list[Task], options: Options) -> dict[Build, Resources | Rej
     turns = itertools.zip_longest(*([build_of(t, c) for c in t.seeds] for t in tasks))
     wanted = list(dict.fromkeys(b for turn in turns for b in turn if b is not None))
     compiled: dict[Build, Resources | Rejected] = {}
-    bar = tqdm(total=len(wanted), desc="compile", unit="config", disable=options.quiet, smoothing=0.1)
+    kinds = {b: b.key for b in wanted}  # one binary may serve many
+    seen: set[str] = set()
+    bar = tqdm(total=len(set(kinds.values())), desc="compile", unit="kernel", disable=options.quiet, smoothing=0.1)
     with bar, contextlib.closing(builds.compile_all(wanted, options.jobs)) as done:
         for b, result in done:
             compiled[b] = result
-            bar.update()
+            bar.update(kinds[b] not in seen)
+            seen.add(kinds[b])
             if time.monotonic() > options.deadline:
                 break
     return compiled
@@ -408,8 +417,8 @@ def render(report: Report, most: int) -> str:
     if not report.rows:
         return "no entries"
     ops = []
-    for (device, op), group in itertools.groupby(report.rows, key=lambda r: (r["device"], r["op"])):
-        rows = list(group)
+    for device, op in dict.fromkeys((r["device"], r["op"]) for r in report.rows):
+        rows = [r for r in report.rows if (r["device"], r["op"]) == (device, op)]
         gains = sorted(r["gain"] for r in rows)
         why = Counter[str]()
         for r in rows:
@@ -510,4 +519,5 @@ def check_ops(names: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def replace_trials(budget: Budget, trials: int) -> Budget:
-    return dataclasses.replace(budget, trials=trials)
+    """`budget` with another number of candidates."""
+    return dataclasses.replace(budget, trials=trials, builds=trials)
