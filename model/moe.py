@@ -14,7 +14,7 @@ from .linear import Build, Linear
 class MoE(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, build: Build) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.act = config, build.act
         d, inner, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
         self.gate = Gate(config, layer, build)
         self.w13 = build.weight("w13", (experts, 2 * inner, d), segments=(inner, inner))  # gate rows, then up
@@ -26,12 +26,13 @@ class MoE(nn.Module):
         ids, weights = self.gate(x, token_ids)  # [tokens, topk]
         w13, w2, limit = self.w13.weight, self.w2.weight, self.config.swiglu_limit
         if isinstance(w13, NVFP4Tensor) and isinstance(w2, NVFP4Tensor):
-            a = ops.quantize_nvfp4(x) if self.shared.w13.act == "nvfp4" else x
+            a = ops.quantize_nvfp4(x) if self.act == "nvfp4" else x
             routed = ops.moe_nvfp4(a, w13, w2, ids, weights, limit=limit).to(x.dtype)
-        else:
-            assert isinstance(w13, Tensor)
-            assert isinstance(w2, Tensor)
+        elif isinstance(w13, Tensor) and isinstance(w2, Tensor):
             routed = moe(x, w13, w2, ids, weights, limit=limit)
+        else:
+            kinds = f"{type(w13).__name__} and {type(w2).__name__}"
+            raise TypeError(f"w13 and w2 must both be NVFP4 or both plain tensors, got {kinds}")
         return routed + self.shared(x)
 
 

@@ -90,7 +90,8 @@ class Transformer(nn.Module):
     def embedding(self, token_ids: Tensor) -> Tensor:
         """int64 [tokens] -> [tokens, hidden]."""
         weight = self.embed.weight
-        assert isinstance(weight, Tensor)
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"the embedding must be a plain tensor, got {type(weight).__name__}")
         return F.embedding(token_ids, weight).to(self.act_dtype)
 
     def weights(self) -> Iterator[tuple[str, AnyWeight]]:
@@ -167,6 +168,7 @@ class DraftBlock(Layer):
     """Multi-token prediction: from the streams at t and the token at t + 1, the token at t + 2.
 
     h⁰ = e_proj(enorm(embed(x[t + 1]))) + h_proj(hnorm(h[t])), each stream, at position t; then one window-only layer.
+    As in DeepSeek's own code, the first position's embedding counts too (vLLM 0.33 zeroes it).
     """
 
     def __init__(self, config: ModelConfig, block: int, build: Build) -> None:

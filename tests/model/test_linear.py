@@ -141,6 +141,18 @@ def test_set_weight_refuses_what_does_not_fit() -> None:
         model.set_weight("layers.0.ffn.gate.tid2eid", torch.empty(288, 2))
 
 
+def test_kinds_that_no_op_takes() -> None:
+    model = random_model(TINY, weight_format=lambda name: "nvfp4" if name == "layers.0.ffn.w13" else "fp32")
+    cache = cache_for(TINY)
+    with pytest.raises(TypeError, match="both be NVFP4 or both plain tensors, got NVFP4Tensor and Tensor"):
+        run(model, cache, [[(cache.open(), IDS)]])
+    model = random_model(TINY)
+    model.embed.weight = quantize_nvfp4(model.embed.weight)
+    cache = cache_for(TINY)
+    with pytest.raises(TypeError, match="embedding must be a plain tensor, got NVFP4Tensor"):
+        run(model, cache, [[(cache.open(), IDS)]])
+
+
 @pytest.mark.parametrize(("name", "parameters"), [("pro", 1572.99e9), ("flash", 284.3e9)])
 def test_released_models_on_meta(name: str, parameters: float) -> None:
     """All weights under their names, nothing allocated; the trunks' published sizes."""
