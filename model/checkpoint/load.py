@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from fp4suite import arch
+
 from ..config import ModelConfig
 from ..linear import ActFormat
 from ..transformer import Transformer
@@ -20,7 +22,7 @@ def load(
     *,
     weights: Weights = "stored",
     act_dtype: torch.dtype | None = None,
-    act_format: ActFormat = "float",
+    act_format: ActFormat | None = None,
     drafts: str | Path | Checkpoint | None = None,
     progress: bool | None = None,
 ) -> Transformer:
@@ -28,7 +30,9 @@ def load(
 
     model       built already (on the meta device, say), or the config that the checkpoint must have, or None
     weights     "stored" keeps each format (MXFP4 experts become NVFP4), "fp32" dequantises everything
-    act_dtype   of activations; by default FP32 with weights="fp32", else BF16; act_format as `Transformer` has it
+    act_dtype   of activations; by default FP32 with weights="fp32", else BF16
+    act_format  "nvfp4" quantises what goes into NVFP4 linears (W4A4), "float" does not (W4A16); by default what the
+                device's tensor cores take: NVFP4 on sm_100a, BF16 elsewhere
     drafts      another checkpoint to take the draft blocks (MTP) from, for one that has none
     progress    a progress bar; None shows one on a terminal
 
@@ -53,6 +57,8 @@ def load(
             checkpoint.expect_config(model)
         if act_dtype is None:
             act_dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+        if act_format is None:
+            act_format = default_act_format(device)
         model = Transformer(
             config,
             lambda name: formats[name],  # type: ignore[arg-type,return-value]  # "int32" is of tables, never asked for
@@ -69,6 +75,11 @@ def load(
                 wanted = "a weight that fits the model"
                 raise CheckpointError(source.directory, name, wanted=wanted, got=str(error)) from None
     return model
+
+
+def default_act_format(device: torch.device | str) -> ActFormat:
+    """How NVFP4 linears take their input on this device."""
+    return "nvfp4" if arch.of(device) == "sm_100a" else "float"
 
 
 def _with_drafts(checkpoint: Checkpoint, other: Checkpoint) -> ModelConfig:
