@@ -61,7 +61,7 @@ def test_without_the_override_a_missing_kernel_is_an_error(checkpoints: Path, de
 
 @pytest.mark.parametrize("act", ["float", "nvfp4"])
 def test_logits_are_those_of_the_cpu(act: str, checkpoints: Path, device: torch.device) -> None:
-    """Same weights, same BF16 arithmetic in another order: closer to the CPU's logits than those are to FP32's."""
+    """Same weights and arithmetic, sums in another order: as far from FP32 as the CPU is, and no farther from the CPU."""
     if act == "float" and default_act_format(device) == "nvfp4":
         pytest.skip("these tensor cores multiply FP4 by FP4 only")
     cpu = torch.device("cpu")
@@ -76,11 +76,11 @@ def test_logits_are_those_of_the_cpu(act: str, checkpoints: Path, device: torch.
     assert act != "nvfp4" or ran["quantize_nvfp4"] != registry.REFERENCE
     assert torch.isfinite(there).all()
     error = float((there.cpu() - true).norm() / true.norm())
-    # W4A4 is chaotic in a random model: a rounding that tips moves a whole code. Both must then be equally far from FP32
+    # measured on a CPU: 0.028 (BF16) and 0.28 (W4A4) from FP32. Another order of sums may not be farther away
     expected = float((here - true).norm() / true.norm())
-    assert error == pytest.approx(expected, rel=0.15), (error, expected)
+    assert error < 1.5 * expected, (error, expected)
     if act == "float":
-        assert float((there.cpu() - here).norm() / here.norm()) < 0.15
+        assert float((there.cpu() - here).norm() / here.norm()) < 2 * expected
 
 
 def test_generation(checkpoints: Path, device: torch.device) -> None:
