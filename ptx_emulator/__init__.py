@@ -1,0 +1,15 @@
+"""Runs compiled sm_90a and sm_100a PTX on a CPU.
+
+    with ptx_emulator.emulate("sm_100a") as device:
+        function(...)                   # compiled by cute.compile: host code as compiled, kernels emulated
+    device.launches                     # statistics of each launch
+
+    ptx_emulator.load(ptx).launch("kernel", grid=(2, 1, 1), block=(128, 1, 1), args=[array, 7])
+
+Needs numpy only.
+"""
+
+from .api import Loaded, load
+from .errors import DeadlockError, Fault, PtxSyntaxError, UnknownInstructionError
+
+__all__ = ["DeadlockError", "Fault", "Loaded", "PtxSyntaxError", "UnknownInstructionError", "load"]

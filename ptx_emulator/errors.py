@@ -1,0 +1,17 @@
+"""What the emulator raises: a fault names the kernel, the PTX line, its text and the thread."""
+
+
+class PtxSyntaxError(ValueError):
+    """Text that is not PTX, or PTX that the parser does not know."""
+
+
+class Fault(RuntimeError):
+    """A kernel did what the PTX ISA forbids, or what the emulator does not know. Never computed past."""
+
+
+class UnknownInstructionError(Fault):
+    """An opcode, or a form of one, that the emulator does not execute."""
+
+
+class DeadlockError(Fault):
+    """Every warp waits. The message says who waits for what."""

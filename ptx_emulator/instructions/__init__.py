@@ -1,0 +1,5 @@
+"""One module a family of instructions; importing it registers the decoders."""
+
+from . import arithmetic, asynchronous, convert, data, matrix, sync, tcgen05, tma, warp, wgmma
+
+__all__ = ["arithmetic", "asynchronous", "convert", "data", "matrix", "sync", "tcgen05", "tma", "warp", "wgmma"]

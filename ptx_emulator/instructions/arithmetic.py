@@ -1,0 +1,709 @@
+"""Integer, floating point, half precision, comparison, logic and shift instructions (PTX ISA, sections of these names).
+
+FP32 and FP64 are numpy's IEEE arithmetic; what must round once after more than one operation, or not to nearest, goes
+through FP64 rounded to odd. Approximations (`ex2.approx`, `rsqrt.approx`, ...) are given correctly rounded: the ISA
+states a bound for them, not the bits.
+"""
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from .. import numbers
+from ..numbers import U32, U64, Array
+from ..parser import Imm, Instruction, Pair, Reg
+from ..program import DTYPES, Mask, Program, Read, Run, constant, decoder, kind_of, simple, unknown
+from ..machine import LANES, Warp
+
+FLOATS = ("f32", "f64", "f32x2", "f16", "f16x2", "bf16", "bf16x2")
+
+
+# --- floating point: every type as FP64 lanes, [32] or [32, 2] ---
+
+
+def _rounding(i: Instruction) -> str:
+    for mode in ("rn", "rz", "rm", "rp"):
+        if mode in i.op:
+            return mode
+    return "rn"
+
+
+def float_reader(i: Instruction, p: Program, operand: Any, kind: str) -> Read:
+    """Values as FP64, [32] or [32, 2] for packed types."""
+    read = p.source(operand, kind)
+    if kind == "f64":
+        return read
+    if kind == "f32":
+        if "ftz" in i.op:
+            return lambda w: flush(read(w)).astype(np.float64)
+        return lambda w: read(w).astype(np.float64)
+    if kind == "f32x2":
+        return lambda w: read(w).view(np.float32).reshape(LANES, 2).astype(np.float64)
+    if kind in ("f16", "f16x2"):
+        return lambda w: _halves(read(w)).view(np.float16).astype(np.float64)
+    if kind in ("bf16", "bf16x2"):
+        return lambda w: numbers.from_bf16(_halves(read(w))).astype(np.float64)
+    raise unknown(i)
+
+
+def float_writer(i: Instruction, p: Program, operand: Any, kind: str) -> Callable[[Warp, Array, Mask], None]:
+    """Rounds FP64 (exact, or rounded to odd) to `kind`, once."""
+    write, mode = p.target(operand, kind), _rounding(i)
+    ftz, sat, relu = "ftz" in i.op, "sat" in i.op, "relu" in i.op
+
+    def put(w: Warp, v: Array, m: Mask) -> None:
+        if sat:
+            v = np.where(np.isnan(v), 0.0, np.clip(v, 0.0, 1.0))
+        if relu:
+            v = np.where(v > 0, v, np.where(np.isnan(v), v, 0.0))
+        if kind == "f64":
+            write(w, v, m)
+        elif kind in ("f32", "f32x2"):
+            out = numbers.to_f32(v, mode)
+            out = flush(out) if ftz else out
+            out = np.where(np.isnan(out), np.uint32(0x7FFFFFFF).view(np.float32), out)
+            write(w, out if kind == "f32" else np.ascontiguousarray(out).view(np.uint64).reshape(LANES), m)
+        else:
+            bits = numbers.to_f16(v, mode) if kind.startswith("f16") else numbers.to_bf16(v, mode)
+            bits = np.where(np.isnan(v), np.uint16(0x7FFF), bits)
+            if kind.endswith("x2"):
+                write(w, np.ascontiguousarray(bits).view(np.uint32).reshape(LANES), m)
+            else:
+                write(w, bits if kind == "bf16" else bits.view(np.float16), m)
+
+    return put
+
+
+def flush(x: Array) -> Array:
+    """FP32 with subnormals replaced by zeros of their sign."""
+    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
+
+
+def _halves(x: Array) -> Array:
+    return x.view(np.uint16) if x.dtype.itemsize == 2 else x.view(np.uint16).reshape(LANES, 2)
+
+
+def _float(i: Instruction, p: Program, kind: str, count: int, compute: Callable[..., Array]) -> Run:
+    read = [float_reader(i, p, x, kind) for x in i.operands[1 : 1 + count]]
+    return simple(read, float_writer(i, p, i.operands[0], kind), compute)
+
+
+def _plain_f32(i: Instruction, kind: str) -> bool:
+    return kind == "f32" and not {"ftz", "sat", "rz", "rm", "rp"} & set(i.op)
+
+
+def fma_odd(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of values of at most 26 bits, in FP64 rounded to odd."""
+    return numbers.round_odd_sum(a * b, c)
+
+
+def fma_f64(a: Array, b: Array, c: Array) -> Array:
+    """Rounded once; lane by lane in exact arithmetic."""
+    out = a * b + c
+    exact = np.isfinite(a) & np.isfinite(b) & np.isfinite(c) & np.isfinite(out)
+    for lane in np.flatnonzero(exact):
+        total = Fraction(float(a[lane])) * Fraction(float(b[lane])) + Fraction(float(c[lane]))
+        if total:
+            out[lane] = float(total)
+    return out
+
+
+# --- arithmetic on either ---
+
+
+def _binary(name: str) -> None:
+    integer = {"add": np.add, "sub": np.subtract}[name]
+
+    @decoder(name)
+    def decode(i: Instruction, p: Program) -> Run:
+        kind = kind_of(i)
+        if kind in FLOATS:
+            if _plain_f32(i, kind):
+                read = [p.source(x, kind) for x in i.operands[1:3]]
+                return simple(read, p.target(i.operands[0], kind), lambda a, b: _nan32(integer(a, b)))
+            if kind == "f64":
+                return _float(i, p, kind, 2, integer)
+            if name == "add":
+                return _float(i, p, kind, 2, numbers.round_odd_sum)
+            return _float(i, p, kind, 2, lambda a, b: numbers.round_odd_sum(a, -b))
+        if "cc" in i.op:
+            return _carry(i, p, name, False)
+        read = [p.source(x, kind) for x in i.operands[1:3]]
+        if "sat" in i.op:
+            low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+
+            def saturate(a: Array, b: Array) -> Array:
+                return np.clip(integer(a.astype(np.int64), b.astype(np.int64)), low, high).astype(np.int32)
+
+            return simple(read, p.target(i.operands[0], kind), saturate)
+        if kind in ("s16x2", "u16x2"):
+            raise unknown(i)
+        return simple(read, p.target(i.operands[0], kind), integer)
+
+    assert decode
+
+
+_binary("add")
+_binary("sub")
+
+
+def _nan32(x: Array) -> Array:
+    return np.where(np.isnan(x), np.uint32(0x7FFFFFFF).view(np.float32), x)
+
+
+def _carry(i: Instruction, p: Program, name: str, use: bool) -> Run:
+    """Extended-precision add and subtract; the carry flag is the warp's."""
+    kind = kind_of(i)
+    wide = DTYPES[kind].itemsize == 8
+    unsigned = "u64" if wide else "u32"
+    a, b = (p.source(x, unsigned) for x in i.operands[1:3])
+    write, keep = p.target(i.operands[0], unsigned), "cc" in i.op
+
+    def run(w: Warp, m: Mask) -> str | None:
+        x, y = a(w).astype(object), b(w).astype(object)
+        carry = w.state.get("carry", np.zeros(LANES, np.int64)) if use else np.zeros(LANES, np.int64)
+        total = x + y + carry if name == "add" else x - y - carry
+        bits = 64 if wide else 32
+        result = np.array([int(t) % (1 << bits) for t in total], U64 if wide else U32)
+        flag = np.array([not 0 <= int(t) < (1 << bits) for t in total], np.int64)
+        write(w, result, m)
+        if keep:
+            w.state["carry"] = flag if m is None else np.where(m, flag, w.state.get("carry", flag * 0))
+        return None
+
+    return run
+
+
+@decoder("addc")
+def _addc(i: Instruction, p: Program) -> Run:
+    return _carry(i, p, "add", True)
+
+
+@decoder("subc")
+def _subc(i: Instruction, p: Program) -> Run:
+    return _carry(i, p, "sub", True)
+
+
+_WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
+
+
+def _high(a: Array, b: Array) -> Array:
+    """High half of the product."""
+    dtype = a.dtype
+    if dtype.itemsize < 8:
+        wide = np.dtype(f"{dtype.kind}{2 * dtype.itemsize}")
+        return (a.astype(wide) * b.astype(wide) >> wide.type(8 * dtype.itemsize)).astype(dtype)
+    high = [int(x) * int(y) >> 64 for x, y in zip(a, b, strict=True)]
+    return np.array([h % (1 << 64) for h in high], np.uint64).view(dtype)
+
+
+@decoder("mul")
+def _mul(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    if kind in FLOATS:
+        if _plain_f32(i, kind):
+            read = [p.source(x, kind) for x in i.operands[1:3]]
+            return simple(read, p.target(i.operands[0], kind), lambda a, b: _nan32(a * b))
+        return _float(i, p, kind, 2, np.multiply)
+    a, b = (p.source(x, kind) for x in i.operands[1:3])
+    if "wide" in i.op:
+        wide = _WIDER[kind]
+        dtype = DTYPES[wide]
+        return simple([a, b], p.target(i.operands[0], wide), lambda x, y: x.astype(dtype) * y.astype(dtype))
+    if "hi" in i.op:
+        return simple([a, b], p.target(i.operands[0], kind), _high)
+    return simple([a, b], p.target(i.operands[0], kind), np.multiply)
+
+
+@decoder("mul24")
+def _mul24(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    if "lo" not in i.op:
+        raise unknown(i)
+    shift = DTYPES[kind].type(8)
+
+    def low24(x: Array) -> Array:
+        return (x << shift) >> shift
+
+    read = [p.source(x, kind) for x in i.operands[1:3]]
+    return simple(read, p.target(i.operands[0], kind), lambda a, b: low24(a) * low24(b))
+
+
+@decoder("mad", "fma")
+def _mad(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    if kind in FLOATS:
+        if kind == "f64":
+            return _float(i, p, kind, 3, fma_f64)
+        return _float(i, p, kind, 3, fma_odd)
+    if "cc" in i.op or "sat" in i.op:
+        raise unknown(i)
+    a, b = (p.source(x, kind) for x in i.operands[1:3])
+    if "wide" in i.op:
+        wide = _WIDER[kind]
+        dtype, c = DTYPES[wide], p.source(i.operands[3], _WIDER[kind])
+        write = p.target(i.operands[0], wide)
+        return simple([a, b, c], write, lambda x, y, z: x.astype(dtype) * y.astype(dtype) + z)
+    c, write = p.source(i.operands[3], kind), p.target(i.operands[0], kind)
+    if "hi" in i.op:
+        return simple([a, b, c], write, lambda x, y, z: _high(x, y) + z)
+    return simple([a, b, c], write, lambda x, y, z: x * y + z)
+
+
+def _divide(x: Array, y: Array) -> Array:
+    """Integer division towards zero; all ones for a zero divisor, as the hardware gives it."""
+    safe = np.where(y == 0, y.dtype.type(1), y)
+    if x.dtype.kind == "u":
+        q = x // safe
+    else:
+        q = x // safe
+        q = q + ((x % safe != 0) & ((x < 0) != (safe < 0))).astype(x.dtype)
+    return np.where(y == 0, np.zeros(1, x.dtype) - x.dtype.type(1), q).astype(x.dtype)
+
+
+@decoder("div")
+def _div(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    if kind == "f32":
+        if _plain_f32(i, kind):
+            read = [p.source(x, kind) for x in i.operands[1:3]]
+            return simple(read, p.target(i.operands[0], kind), lambda a, b: _nan32(a / b))
+        if _rounding(i) != "rn":
+            raise unknown(i, "directed rounding of a quotient")
+        # FP64 quotients of FP32 numbers are never close enough to a tie for the second rounding to matter
+        return _float(i, p, kind, 2, np.divide)
+    if kind == "f64":
+        return _float(i, p, kind, 2, np.divide)
+    read = [p.source(x, kind) for x in i.operands[1:3]]
+    return simple(read, p.target(i.operands[0], kind), _divide)
+
+
+@decoder("rem")
+def _rem(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    read = [p.source(x, kind) for x in i.operands[1:3]]
+    return simple(read, p.target(i.operands[0], kind), lambda x, y: x - _divide(x, y) * y)
+
+
+def _extremum(name: str) -> None:
+    pick = {"min": np.minimum, "max": np.maximum}[name]
+    finite = {"min": np.fmin, "max": np.fmax}[name]
+
+    @decoder(name)
+    def decode(i: Instruction, p: Program) -> Run:
+        kind = kind_of(i)
+        count = len(i.operands) - 1
+        if kind in FLOATS:
+            if "xorsign" in i.op:
+                raise unknown(i)
+            by_nan = pick if "NaN" in i.op else finite
+
+            def compute(*xs: Array) -> Array:
+                out = xs[0]
+                for x in xs[1:]:
+                    zero = (out == 0) & (x == 0)
+                    negative = np.signbit(out) | np.signbit(x) if name == "min" else np.signbit(out) & np.signbit(x)
+                    signed = np.where(negative, -0.0, 0.0)
+                    out = np.where(zero, signed, by_nan(out, x))
+                return np.abs(out) if "abs" in i.op else out
+
+            return _float(i, p, kind, count, compute)
+        read = [p.source(x, kind) for x in i.operands[1:3]]
+        if "relu" in i.op:
+            return simple(read, p.target(i.operands[0], kind), lambda a, b: np.maximum(pick(a, b), 0))
+        return simple(read, p.target(i.operands[0], kind), pick)
+
+    assert decode
+
+
+_extremum("min")
+_extremum("max")
+
+
+@decoder("abs")
+def _abs(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    if kind in FLOATS:
+        return _sign_bits(i, p, kind, lambda bits, sign: bits & ~sign)
+    return simple([p.source(i.operands[1], kind)], p.target(i.operands[0], kind), np.abs)
+
+
+@decoder("neg")
+def _neg(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    if kind in FLOATS:
+        return _sign_bits(i, p, kind, lambda bits, sign: bits ^ sign)
+    return simple([p.source(i.operands[1], kind)], p.target(i.operands[0], kind), np.negative)
+
+
+def _sign_bits(i: Instruction, p: Program, kind: str, change: Callable[[Array, Any], Array]) -> Run:
+    unsigned = f"u{8 * DTYPES[kind].itemsize}"
+    masks = {"f32": 1 << 31, "f64": 1 << 63, "f16": 1 << 15, "bf16": 1 << 15, "f32x2": 0x80000000_80000000}
+    sign = DTYPES[unsigned].type(masks.get(kind, 0x8000_8000))
+    ftz = "ftz" in i.op and kind == "f32"
+
+    def compute(x: Array) -> Array:
+        return change(flush(x.view(np.float32)).view(np.uint32) if ftz else x, sign)
+
+    return simple([p.source(i.operands[1], unsigned)], p.target(i.operands[0], unsigned), compute)
+
+
+def _function(name: str, compute: Callable[[Array], Array]) -> None:
+    @decoder(name)
+    def decode(i: Instruction, p: Program) -> Run:
+        return _float(i, p, kind_of(i), 1, compute)
+
+    assert decode
+
+
+_function("rcp", lambda x: 1.0 / x)
+_function("sqrt", np.sqrt)
+_function("rsqrt", lambda x: 1.0 / np.sqrt(x))
+_function("sin", np.sin)
+_function("cos", np.cos)
+_function("lg2", np.log2)
+_function("ex2", np.exp2)
+_function("tanh", np.tanh)
+
+
+@decoder("copysign")
+def _copysign(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    read = [p.source(x, kind) for x in i.operands[1:3]]
+    return simple(read, p.target(i.operands[0], kind), lambda a, b: np.copysign(b, a))
+
+
+@decoder("testp")
+def _testp(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    tests: dict[str, Callable[[Array], Array]] = {
+        "finite": np.isfinite,
+        "infinite": np.isinf,
+        "number": lambda x: ~np.isnan(x),
+        "notanumber": np.isnan,
+        "normal": lambda x: np.isfinite(x) & (np.abs(x) >= np.finfo(x.dtype).tiny),
+        "subnormal": lambda x: (x != 0) & (np.abs(x) < np.finfo(x.dtype).tiny),
+    }
+    return simple([p.source(i.operands[1], kind)], p.target(i.operands[0], "pred"), tests[i.op[1]])
+
+
+# --- bits ---
+
+
+def _logic(name: str, compute: Callable[..., Array]) -> None:
+    @decoder(name)
+    def decode(i: Instruction, p: Program) -> Run:
+        kind = kind_of(i)
+        read = [p.source(x, kind) for x in i.operands[1:]]
+        return simple(read, p.target(i.operands[0], kind), compute)
+
+    assert decode
+
+
+_logic("and", np.bitwise_and)
+_logic("or", np.bitwise_or)
+_logic("xor", np.bitwise_xor)
+_logic("not", np.invert)
+_logic("cnot", lambda x: (x == 0).astype(x.dtype))
+
+
+@decoder("lop3")
+def _lop3(i: Instruction, p: Program) -> Run:
+    if i.op[1] != "b32":
+        raise unknown(i)
+    table = constant(i.operands[4])
+    read = [p.source(x, "b32") for x in i.operands[1:4]]
+
+    def compute(a: Array, b: Array, c: Array) -> Array:
+        out = np.zeros(LANES, U32)
+        for row in range(8):
+            if table >> row & 1:
+                out |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
+        return out
+
+    return simple(read, p.target(i.operands[0], "b32"), compute)
+
+
+@decoder("shl")
+def _shl(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    dtype = DTYPES[kind]
+    bits = 8 * dtype.itemsize
+
+    def compute(x: Array, n: Array) -> Array:
+        return np.where(n < bits, x << np.minimum(n, bits - 1).astype(dtype), dtype.type(0))
+
+    return simple([p.source(i.operands[1], kind), p.source(i.operands[2], "u32")], p.target(i.operands[0], kind), compute)
+
+
+@decoder("shr")
+def _shr(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    dtype = DTYPES[kind]
+    bits = 8 * dtype.itemsize
+
+    def compute(x: Array, n: Array) -> Array:
+        shifted = x >> np.minimum(n, bits - 1).astype(dtype)
+        return shifted if dtype.kind == "i" else np.where(n < bits, shifted, dtype.type(0))
+
+    return simple([p.source(i.operands[1], kind), p.source(i.operands[2], "u32")], p.target(i.operands[0], kind), compute)
+
+
+@decoder("shf")
+def _shf(i: Instruction, p: Program) -> Run:
+    left, clamp = i.op[1] == "l", i.op[2] == "clamp"
+    read = [p.source(x, "b32") for x in i.operands[1:4]]
+
+    def compute(a: Array, b: Array, c: Array) -> Array:
+        n = (np.minimum(c, U32(32)) if clamp else c & U32(31)).astype(U64)
+        both = (b.astype(U64) << U64(32)) | a
+        out = both << n >> U64(32) if left else both >> n
+        return (out & U64(0xFFFFFFFF)).astype(U32)
+
+    return simple(read, p.target(i.operands[0], "b32"), compute)
+
+
+@decoder("prmt")
+def _prmt(i: Instruction, p: Program) -> Run:
+    if i.op[-1] != "b32":
+        raise unknown(i)
+    read = [p.source(x, "b32") for x in i.operands[1:4]]
+
+    def compute(a: Array, b: Array, c: Array) -> Array:
+        both = np.stack([a, b], 1).view(np.uint8)  # [32, 8]
+        out = np.empty((LANES, 4), np.uint8)
+        rows = np.arange(LANES)
+        for byte in range(4):
+            pick = (c >> U32(4 * byte)) & U32(15)
+            value = both[rows, (pick & U32(7)).astype(np.int64)]
+            out[:, byte] = np.where(pick & U32(8), (value >> 7) * np.uint8(255), value)
+        return out.view(U32).reshape(LANES)
+
+    return simple(read, p.target(i.operands[0], "b32"), compute)
+
+
+@decoder("popc")
+def _popc(i: Instruction, p: Program) -> Run:
+    return simple(
+        [p.source(i.operands[1], kind_of(i))], p.target(i.operands[0], "u32"), lambda x: np.bitwise_count(x).astype(U32)
+    )
+
+
+def _leading(x: Array) -> Array:
+    """Index of the highest set bit, -1 if there is none."""
+    return np.array([int(v).bit_length() - 1 for v in x], np.int64)
+
+
+@decoder("clz")
+def _clz(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    top = 8 * DTYPES[kind].itemsize - 1
+    return simple(
+        [p.source(i.operands[1], kind)], p.target(i.operands[0], "u32"), lambda x: (top - _leading(x)).astype(U32)
+    )
+
+
+@decoder("bfind")
+def _bfind(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    top = 8 * DTYPES[kind].itemsize - 1
+
+    def compute(x: Array) -> Array:
+        magnitude = np.where(x < 0, ~x, x) if x.dtype.kind == "i" else x
+        at = _leading(magnitude)
+        found = np.where(at < 0, at, top - at) if "shiftamt" in i.op else at
+        return (found & 0xFFFFFFFF).astype(U32)
+
+    return simple([p.source(i.operands[1], kind)], p.target(i.operands[0], "u32"), compute)
+
+
+@decoder("brev")
+def _brev(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    bits = 8 * DTYPES[kind].itemsize
+
+    def compute(x: Array) -> Array:
+        return np.array([int(f"{int(v):0{bits}b}"[::-1], 2) for v in x], x.dtype)
+
+    return simple([p.source(i.operands[1], kind)], p.target(i.operands[0], kind), compute)
+
+
+@decoder("bfe")
+def _bfe(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    dtype = DTYPES[kind]
+    bits = 8 * dtype.itemsize
+    read = [p.source(i.operands[1], kind), p.source(i.operands[2], "u32"), p.source(i.operands[3], "u32")]
+
+    def compute(x: Array, pos: Array, length: Array) -> Array:
+        out = []
+        for v, at, n in zip(x, pos & U32(255), length & U32(255), strict=True):
+            value, start, count = int(v) % (1 << bits), int(at), int(n)
+            field = (value >> start) & ((1 << count) - 1) if count else 0
+            sign = (value >> min(start + count - 1, bits - 1)) & 1 if dtype.kind == "i" and count else 0
+            if sign and count < bits:
+                field |= -1 << min(count, max(bits - start, 0)) if start < bits else -1
+            out.append(field % (1 << bits))
+        return np.array(out, f"u{dtype.itemsize}").view(dtype)
+
+    return simple(read, p.target(i.operands[0], kind), compute)
+
+
+@decoder("bfi")
+def _bfi(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    bits = 8 * DTYPES[kind].itemsize
+    read = [p.source(x, kind) for x in i.operands[1:3]] + [p.source(x, "u32") for x in i.operands[3:5]]
+
+    def compute(a: Array, b: Array, pos: Array, length: Array) -> Array:
+        out = []
+        for x, y, at, n in zip(a, b, pos & U32(255), length & U32(255), strict=True):
+            mask = (((1 << int(n)) - 1) << int(at)) % (1 << bits)
+            out.append((int(y) & ~mask) | ((int(x) << int(at)) & mask))
+        return np.array(out, a.dtype)
+
+    return simple(read, p.target(i.operands[0], kind), compute)
+
+
+@decoder("bmsk")
+def _bmsk(i: Instruction, p: Program) -> Run:
+    clamp = i.op[1] == "clamp"
+
+    def compute(a: Array, b: Array) -> Array:
+        out = []
+        for x, y in zip(a, b, strict=True):
+            start, count = (min(int(x), 32), min(int(y), 32)) if clamp else (int(x) & 31, int(y) & 31)
+            out.append((((1 << count) - 1) << start) & 0xFFFFFFFF)
+        return np.array(out, U32)
+
+    return simple([p.source(x, "u32") for x in i.operands[1:3]], p.target(i.operands[0], "u32"), compute)
+
+
+@decoder("szext")
+def _szext(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    clamp = i.op[1] == "clamp"
+
+    def compute(x: Array, n: Array) -> Array:
+        width = np.minimum(n, U32(32)) if clamp else n & U32(31)
+        shift = (U32(32) - width).astype(np.int64)
+        out = (x.astype(np.int64) << shift & 0xFFFFFFFF).astype(U32).view(x.dtype).astype(np.int64) >> shift
+        return np.where(width == 0, 0, out).astype(x.dtype)
+
+    return simple([p.source(i.operands[1], kind), p.source(i.operands[2], "u32")], p.target(i.operands[0], kind), compute)
+
+
+@decoder("dp4a")
+def _dp4a(i: Instruction, p: Program) -> Run:
+    kinds = {"s32": np.int8, "u32": np.uint8}
+    at, bt = kinds[i.op[1]], kinds[i.op[2]]
+    read = [p.source(x, "b32") for x in i.operands[1:4]]
+
+    def compute(a: Array, b: Array, c: Array) -> Array:
+        product = a.view(at).reshape(LANES, 4).astype(np.int64) * b.view(bt).reshape(LANES, 4)
+        return (product.sum(1) + c & 0xFFFFFFFF).astype(U32)
+
+    return simple(read, p.target(i.operands[0], "b32"), compute)
+
+
+# --- comparison and selection ---
+
+_INTEGER: dict[str, Callable[[Array, Array], Array]] = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "lo": np.less,
+    "ls": np.less_equal,
+    "hi": np.greater,
+    "hs": np.greater_equal,
+}
+
+
+def comparison(name: str, floating: bool) -> Callable[[Array, Array], Array]:
+    """PTX ISA, "Comparisons": unordered forms are true for NaN, ne is false for it."""
+    if not floating:
+        return _INTEGER[name]
+
+    def unordered(a: Array, b: Array) -> Array:
+        return np.isnan(a) | np.isnan(b)
+
+    if name == "num":
+        return lambda a, b: ~unordered(a, b)
+    if name == "nan":
+        return unordered
+    if name == "ne":
+        return lambda a, b: (a != b) & ~unordered(a, b)
+    if name in _INTEGER:
+        return _INTEGER[name]
+    ordered = _INTEGER[name[:-1]]
+    return lambda a, b: ordered(a, b) | unordered(a, b)
+
+
+@decoder("setp")
+def _setp(i: Instruction, p: Program) -> Run:
+    kind, combine = kind_of(i), next((x for x in i.op[2:] if x in ("and", "or", "xor")), None)
+    floating = kind in FLOATS
+    compare = comparison(i.op[1], floating)
+    if floating:
+        a, b = (float_reader(i, p, x, kind) for x in i.operands[1:3])
+    else:
+        a, b = (p.source(x, kind) for x in i.operands[1:3])
+    first = i.operands[0]
+    if isinstance(first, Pair):
+        writes = (p.target(first.first, "pred"), p.target(first.second, "pred"))
+    else:
+        writes = (p.target(first, "pred"),)
+    joined = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+    c = p.source(i.operands[3], "pred") if combine else None
+    if combine is None and len(writes) == 1 and kind[-2:] != "x2":
+        return simple([a, b], writes[0], compare)
+
+    def run(w: Warp, m: Mask) -> str | None:
+        out = compare(a(w), b(w))
+        if out.ndim == 2:
+            pieces = [out[:, 0], out[:, 1]]
+        else:
+            pieces = [out, ~out]
+        for write, piece in zip(writes, pieces, strict=False):
+            write(w, joined[combine](piece, c(w)) if combine and c else piece, m)
+        return None
+
+    return run
+
+
+@decoder("set")
+def _set(i: Instruction, p: Program) -> Run:
+    kind, target = i.op[-1], i.op[-2]
+    if any(x in ("and", "or", "xor") for x in i.op[2:]) or kind.endswith("x2"):
+        raise unknown(i)
+    compare = comparison(i.op[1], kind in FLOATS)
+    if kind in FLOATS:
+        a, b = (float_reader(i, p, x, kind) for x in i.operands[1:3])
+    else:
+        a, b = (p.source(x, kind) for x in i.operands[1:3])
+    if target == "f32":
+        return simple([a, b], p.target(i.operands[0], "f32"), lambda x, y: compare(x, y).astype(np.float32))
+    return simple([a, b], p.target(i.operands[0], "u32"), lambda x, y: np.where(compare(x, y), U32(0xFFFFFFFF), U32(0)))
+
+
+@decoder("selp")
+def _selp(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    read = [p.source(i.operands[3], "pred"), p.source(i.operands[1], kind), p.source(i.operands[2], kind)]
+    return simple(read, p.target(i.operands[0], kind), np.where)
+
+
+@decoder("slct")
+def _slct(i: Instruction, p: Program) -> Run:
+    kind, by = i.op[-2], i.op[-1]
+    read = [p.source(i.operands[3], by), p.source(i.operands[1], kind), p.source(i.operands[2], kind)]
+    return simple(read, p.target(i.operands[0], kind), lambda c, a, b: np.where(c >= 0, a, b))
+
+
+assert Imm
+assert Reg

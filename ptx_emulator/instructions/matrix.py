@@ -1,0 +1,153 @@
+"""ldmatrix, stmatrix, movmatrix and mma.sync (PTX ISA, "Warp-level matrix instructions").
+
+Fragments: with g = lane / 4 and q = lane % 4, a lane holds of an 8 x 8 matrix of 16-bit elements row g, columns 2q and
+2q + 1. mma.m16n8k16 and its kin hold their operands in such pieces.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .. import numbers
+from ..errors import Fault
+from ..machine import LANE, LANES, Warp
+from ..memory import split_shared
+from ..numbers import SMALL, U32, Array
+from ..parser import Instruction
+from ..program import Mask, Program, Run, decoder, unknown
+from .data import shared_of
+
+GROUP, QUAD = (LANE // 4).astype(np.int64), (LANE % 4).astype(np.int64)
+
+
+def _rows(w: Warp, address: Array, count: int) -> tuple[Array, int]:
+    """Offsets of the 8 * count rows of 16 bytes, whose addresses the first lanes hold, and the rank."""
+    rank, offset = split_shared(address[: 8 * count])
+    if (offset % 16).any():
+        raise Fault(f"matrix row at shared address {int(offset[offset % 16 != 0][0]):#x}, not a multiple of 16")
+    if not (rank == rank[0]).all():
+        raise Fault("matrix rows in several CTAs")
+    return offset[:, None] + np.arange(16), int(rank[0])
+
+
+def _shape(i: Instruction) -> int:
+    if "m8n8" not in i.op or i.op[-1] != "b16":
+        raise unknown(i)
+    return int(next(x for x in i.op if x in ("x1", "x2", "x4"))[1:])
+
+
+@decoder("ldmatrix")
+def _ldmatrix(i: Instruction, p: Program) -> Run:
+    count, transposed = _shape(i), "trans" in i.op
+    writes, address = [p.target(x, "b32") for x in p.vector(i.operands[0])], p.address(i.operands[1])
+
+    def run(w: Warp, m: Mask) -> str | None:
+        if not w.everyone(m):
+            return "ldmatrix is executed by a divergent warp"
+        index, rank = _rows(w, address(w), count)
+        words = shared_of(w, rank).shared.gather(index).view(np.uint16).reshape(count, 8, 8)
+        for j, write in enumerate(writes):
+            matrix = words[j].T if transposed else words[j]
+            pair = matrix[GROUP[:, None], 2 * QUAD[:, None] + np.arange(2)]
+            write(w, np.ascontiguousarray(pair).view(U32).reshape(LANES), m)
+        return None
+
+    return run
+
+
+@decoder("stmatrix")
+def _stmatrix(i: Instruction, p: Program) -> Run:
+    count, transposed = _shape(i), "trans" in i.op
+    address, reads = p.address(i.operands[0]), [p.source(x, "b32") for x in p.vector(i.operands[1])]
+
+    def run(w: Warp, m: Mask) -> str | None:
+        if not w.everyone(m):
+            return "stmatrix is executed by a divergent warp"
+        index, rank = _rows(w, address(w), count)
+        words = np.zeros((count, 8, 8), np.uint16)
+        for j, read in enumerate(reads):
+            pair = read(w).view(np.uint16).reshape(LANES, 2)
+            matrix = np.zeros((8, 8), np.uint16)
+            matrix[GROUP[:, None], 2 * QUAD[:, None] + np.arange(2)] = pair
+            words[j] = matrix.T if transposed else matrix
+        shared_of(w, rank).shared.scatter(index, words.view(np.uint8).reshape(count * 8, 16))
+        return None
+
+    return run
+
+
+@decoder("movmatrix")
+def _movmatrix(i: Instruction, p: Program) -> Run:
+    read, write = p.source(i.operands[1], "b32"), p.target(i.operands[0], "b32")
+
+    def run(w: Warp, m: Mask) -> str | None:
+        if not w.everyone(m):
+            return "movmatrix is executed by a divergent warp"
+        matrix = np.zeros((8, 8), np.uint16)
+        matrix[GROUP[:, None], 2 * QUAD[:, None] + np.arange(2)] = read(w).view(np.uint16).reshape(LANES, 2)
+        pair = matrix.T[GROUP[:, None], 2 * QUAD[:, None] + np.arange(2)]
+        write(w, np.ascontiguousarray(pair).view(U32).reshape(LANES), m)
+        return None
+
+    return run
+
+
+def element_values(kind: str) -> tuple[int, Callable[[Array], Array]]:
+    """Bytes of an element of an MMA operand and its value in FP64 from raw unsigned integers."""
+    if kind == "f16":
+        return 2, lambda x: x.view(np.float16).astype(np.float64)
+    if kind == "bf16":
+        return 2, lambda x: numbers.from_bf16(x).astype(np.float64)
+    if kind == "tf32":
+        return 4, lambda x: numbers.to_tf32(x.view(np.float32)).astype(np.float64)
+    if kind in ("e4m3", "e5m2"):
+        return 1, lambda x: SMALL[kind].decode(x).astype(np.float64)
+    if kind in ("s8", "u8"):
+        return 1, lambda x: x.view(np.int8 if kind == "s8" else np.uint8).astype(np.float64)
+    raise KeyError(kind)
+
+
+@decoder("mma")
+def _mma(i: Instruction, p: Program) -> Run:
+    """m16n8k{8,16,32} in pieces of 8 rows and 32 bits of K per lane; sums in FP64, rounded once to FP32 or FP16."""
+    shape = next(x for x in i.op if x.startswith("m16n8k"))
+    if i.op[1] != "sync" or "block_scale" in i.op or i.op[-5:-4] == ("sp",):
+        raise unknown(i)
+    k = int(shape[6:])
+    d_kind, a_kind, b_kind, c_kind = i.op[-4:]
+    size, a_value = element_values(a_kind)
+    _, b_value = element_values(b_kind)
+    per = 4 // size  # elements in a register
+    if d_kind != c_kind or d_kind not in ("f32", "s32", "f16") or k % (4 * per):
+        raise unknown(i)
+    a, b, c = ([p.source(x, "b32") for x in p.vector(o)] for o in i.operands[1:4])
+    writes = [p.target(x, "b32") for x in p.vector(i.operands[0])]
+    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[size]
+    pieces = k // (4 * per)  # registers along K for one row
+
+    def run(w: Warp, m: Mask) -> str | None:
+        if not w.everyone(m):
+            return "mma.sync is executed by a divergent warp"
+        left, right = np.zeros((16, k)), np.zeros((8, k))
+        columns = per * QUAD[:, None] + np.arange(per)
+        for piece in range(pieces):
+            for half in range(2):
+                values = a_value(a[2 * piece + half](w).view(unsigned)).reshape(LANES, per)
+                left[GROUP[:, None] + 8 * half, columns + 4 * per * piece] = values
+            right[GROUP[:, None], columns + 4 * per * piece] = b_value(b[piece](w).view(unsigned)).reshape(LANES, per)
+        total = left @ right.T
+        if d_kind == "f16":
+            for half, (read, write) in enumerate(zip(c, writes, strict=True)):
+                old = read(w).view(np.float16).reshape(LANES, 2).astype(np.float64)
+                new = total[GROUP[:, None] + 8 * half, 2 * QUAD[:, None] + np.arange(2)]
+                write(w, np.ascontiguousarray(numbers.to_f16(old + new)).view(U32).reshape(LANES), m)
+            return None
+        for j, (read, write) in enumerate(zip(c, writes, strict=True)):
+            new = total[GROUP + 8 * (j // 2), 2 * QUAD + j % 2]
+            if d_kind == "f32":
+                write(w, (read(w).view(np.float32) + new).astype(np.float32).view(U32), m)
+            else:
+                write(w, (read(w).view(np.int32) + new.astype(np.int64) & 0xFFFFFFFF).astype(U32), m)
+        return None
+
+    return run

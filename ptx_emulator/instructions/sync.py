@@ -1,0 +1,379 @@
+"""Barriers of a CTA and of a cluster, mbarriers, fences, and what steers a thread (PTX ISA, "Parallel Synchronization
+and Communication Instructions": bar, barrier.cluster, mbarrier, membar/fence; "Miscellaneous": nanosleep, setmaxnreg,
+trap; griddepcontrol).
+
+An mbarrier's phase ends when no arrival is pending and its transaction count is zero. A wait for a parity is over when
+the phase of that parity has ended, that is when the current phase has the other one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import Fault
+from ..machine import LANES, Cluster, Cta, Warp
+from ..memory import RANK_SHIFT, SHARED_WINDOW, WINDOW_SHIFT
+from ..numbers import U64, Array
+from ..parser import Address, Imm, Instruction, Sink
+from ..program import FINISHERS, Mask, Program, Run, decoder, unknown
+from .data import shared_of, space_of
+
+_ALL = np.ones(LANES, bool)
+MBARRIER_BYTES = 8
+MAX_COUNT = (1 << 20) - 1  # of arrivals and of transactions
+
+
+# --- named barriers ---
+
+
+@dataclass(slots=True)
+class NamedBarrier:
+    """arrived: threads; expected: 0 for all of the CTA; generation: times it completed; votes: of bar.red."""
+
+    arrived: int = 0
+    expected: int = 0
+    generation: int = 0
+    votes: int = 0
+    voters: int = 0
+    result: tuple[int, int] = (0, 0)
+
+
+@decoder("bar", "barrier")
+def _bar(i: Instruction, p: Program) -> Run:
+    if i.op[1] == "cluster":
+        return _cluster_barrier(i)
+    parts = [x for x in i.op[1:] if x not in ("cta",)]
+    # bar is barrier.aligned; sync of a warp is not a barrier of the CTA
+    action = parts[0]
+    if action == "warp":
+        return _warp_barrier(i, p)
+    aligned = i.op[0] == "bar" or "aligned" in parts
+    operands = list(i.operands)
+    target = operands.pop(0) if action == "red" else None
+    vote = operands.pop() if action == "red" else None
+    which = p.source(operands[0], "u32")
+    count = p.source(operands[1], "u32") if len(operands) > 1 else None
+    if action == "arrive" and count is None:
+        raise unknown(i, "arrive without a thread count")
+    read = p.source(vote, "pred") if vote is not None else None
+    name = next((x for x in parts if x in ("popc", "and", "or")), "")
+    write = p.target(target, "u32" if name == "popc" else "pred") if target is not None else None
+
+    def run(w: Warp, m: Mask) -> str | None:
+        if aligned and not w.everyone(m):
+            return "an aligned barrier is executed by a divergent warp"
+        number = int(which(w)[0 if m is None else int(np.argmax(m))])
+        if not 0 <= number < 16:
+            raise Fault(f"barrier {number} is not one of 0..15")
+        barrier = w.cta.barriers.setdefault(number, NamedBarrier())
+        here = w.alive if m is None else m
+        key = ("bar", number, int(np.argmax(here)))
+        if key not in w.state:
+            expected = int(count(w)[int(np.argmax(here))]) if count else 0
+            if expected % LANES:
+                raise Fault(f"barrier {number} for {expected} threads, which is not a multiple of {LANES}")
+            if barrier.arrived and barrier.expected != expected:
+                raise Fault(f"barrier {number} for {expected} threads, but others came for {barrier.expected}")
+            barrier.expected = expected
+            barrier.arrived += LANES if aligned else int(here.sum())
+            if read:
+                value = read(w) & here
+                barrier.votes += int(value.sum())
+                barrier.voters += int(here.sum())
+            if action != "arrive":
+                w.state[key] = barrier.generation
+            _complete(w.cta, number, barrier)
+            if action == "arrive":
+                return None
+        _complete(w.cta, number, barrier)
+        if barrier.generation == w.state[key]:
+            wanted = barrier.expected or "all"
+            return f"waits at barrier {number}, {barrier.arrived} of {wanted} threads are there"
+        del w.state[key]
+        if write:
+            votes, voters = barrier.result
+            result: Any = {"popc": votes, "and": votes == voters, "or": votes > 0}[name]
+            write(w, np.full(LANES, result, np.uint32 if name == "popc" else bool), m)
+        return None
+
+    return run
+
+
+def _complete(cta: Cta, number: int, barrier: NamedBarrier) -> None:
+    expected = barrier.expected or LANES * sum(bool(w.fragments) for w in cta.warps)
+    if barrier.arrived > expected:
+        raise Fault(f"barrier {number} for {expected} threads: {barrier.arrived} came")
+    if barrier.arrived == expected:
+        barrier.generation += 1
+        barrier.result = (barrier.votes, barrier.voters)
+        barrier.arrived = barrier.votes = barrier.voters = 0
+
+
+def _warp_barrier(i: Instruction, p: Program) -> Run:
+    from .warp import members
+
+    wait = members(p, i.operands[0])
+    return lambda w, m: wait(w, m)
+
+
+def _cluster_barrier(i: Instruction) -> Run:
+    if i.op[2] == "arrive":
+
+        def arrive(w: Warp, m: Mask) -> str | None:
+            if "aligned" in i.op and not w.everyone(m):
+                return "an aligned cluster barrier is executed by a divergent warp"
+            here = w.alive if m is None else m
+            waited = w.state.setdefault("cluster", np.full(LANES, -1))
+            if (waited[here] >= 0).any():
+                raise Fault("barrier.cluster.arrive twice without a wait")
+            state = w.cta.cluster.state
+            waited[here] = state.setdefault("generation", 0)
+            state["arrived"] = state.get("arrived", 0) + int(here.sum())
+            _cluster_complete(w.cta.cluster)
+            return None
+
+        return arrive
+
+    def wait(w: Warp, m: Mask) -> str | None:
+        if "aligned" in i.op and not w.everyone(m):
+            return "an aligned cluster barrier is executed by a divergent warp"
+        here = w.alive if m is None else m
+        waited = w.state.get("cluster", np.full(LANES, -1))
+        if (waited[here] < 0).any():
+            raise Fault("barrier.cluster.wait without an arrive")
+        cluster = w.cta.cluster
+        _cluster_complete(cluster)
+        if (waited[here] == cluster.state["generation"]).any():
+            return f"waits at the cluster barrier, {cluster.state['arrived']} threads are there"
+        waited[here] = -1
+        return None
+
+    return wait
+
+
+def _cluster_complete(cluster: Cluster) -> None:
+    living = sum(int(w.alive.sum()) for cta in cluster.ctas for w in cta.warps)
+    if cluster.state.get("arrived", 0) >= living:
+        cluster.state["arrived"] = 0
+        cluster.state["generation"] += 1
+
+
+# --- mbarrier ---
+
+
+@dataclass(slots=True)
+class MBarrier:
+    """phase counts the phases that ended."""
+
+    expected: int
+    pending: int
+    transactions: int = 0
+    phase: int = 0
+
+    def arrive(self, count: int) -> None:
+        if count > self.pending:
+            raise Fault(f"mbarrier: {count} arrivals, but only {self.pending} of {self.expected} are pending")
+        self.pending -= count
+        self._end()
+
+    def expect(self, count: int) -> None:
+        self._count(count)
+
+    def complete(self, count: int) -> None:
+        self._count(-count)
+        self._end()
+
+    def _count(self, change: int) -> None:
+        self.transactions += change
+        if abs(self.transactions) > MAX_COUNT:
+            raise Fault(f"mbarrier: transaction count {self.transactions} is out of range")
+
+    def _end(self) -> None:
+        if self.pending == 0 and self.transactions == 0:
+            self.phase += 1
+            self.pending = self.expected
+
+
+def mbarrier_at(w: Warp, address: int) -> MBarrier:
+    """The mbarrier at a shared window address (own or another CTA's). Raises Fault."""
+    if address >> WINDOW_SHIFT:
+        address -= SHARED_WINDOW
+    cta = shared_of(w, address >> RANK_SHIFT)
+    return mbarrier_of(cta, address & ((1 << RANK_SHIFT) - 1))
+
+
+def mbarrier_of(cta: Cta, offset: int) -> MBarrier:
+    if offset not in cta.mbarriers:
+        raise Fault(f"shared address {offset:#x} of CTA rank {cta.rank} holds no initialised mbarrier")
+    found: MBarrier = cta.mbarriers[offset]
+    return found
+
+
+def _own(w: Warp, address: int) -> int:
+    if address >> WINDOW_SHIFT:
+        address -= SHARED_WINDOW
+    if address >> RANK_SHIFT != w.cta.rank:
+        raise Fault(f"mbarrier of CTA rank {address >> RANK_SHIFT} where the own CTA's is required")
+    return address & ((1 << RANK_SHIFT) - 1)
+
+
+@decoder("mbarrier")
+def _mbarrier(i: Instruction, p: Program) -> Run:
+    action = i.op[1]
+    handlers: dict[str, Callable[[Instruction, Program], Run]] = {
+        "init": _init,
+        "inval": _inval,
+        "arrive": _arrive,
+        "arrive_drop": _arrive,
+        "expect_tx": _transaction,
+        "complete_tx": _transaction,
+        "try_wait": _wait,
+        "test_wait": _wait,
+    }
+    if action not in handlers or space_of(i) not in ("shared", "generic"):
+        raise unknown(i)
+    return handlers[action](i, p)
+
+
+def _lanes(m: Mask) -> Array:
+    return np.flatnonzero(_ALL if m is None else m)
+
+
+def _init(i: Instruction, p: Program) -> Run:
+    address, count = p.address(i.operands[0]), p.source(i.operands[1], "u32")
+
+    def run(w: Warp, m: Mask) -> str | None:
+        for lane in _lanes(m):
+            offset, n = _own(w, int(address(w)[lane])), int(count(w)[lane])
+            if offset % MBARRIER_BYTES:
+                raise Fault(f"mbarrier at {offset:#x}, which is not a multiple of {MBARRIER_BYTES}")
+            if not 1 <= n <= MAX_COUNT:
+                raise Fault(f"mbarrier.init with a count of {n}")
+            if offset in w.cta.mbarriers:
+                raise Fault(f"mbarrier.init at {offset:#x}, where a valid mbarrier is")
+            w.cta.shared.check(offset, MBARRIER_BYTES)
+            w.cta.mbarriers[offset] = MBarrier(n, n)
+        return None
+
+    return run
+
+
+def _inval(i: Instruction, p: Program) -> Run:
+    address = p.address(i.operands[0])
+
+    def run(w: Warp, m: Mask) -> str | None:
+        for lane in _lanes(m):
+            offset = _own(w, int(address(w)[lane]))
+            mbarrier_of(w.cta, offset)
+            del w.cta.mbarriers[offset]
+        return None
+
+    return run
+
+
+def _arrive(i: Instruction, p: Program) -> Run:
+    operands = list(i.operands)
+    state = None if isinstance(operands[0], Address) else operands.pop(0)
+    write = p.target(state, "b64") if state is not None and not isinstance(state, Sink) else None
+    address = p.address(operands[0])
+    expect, drop = "expect_tx" in i.op, i.op[1] == "arrive_drop"
+    extra = p.source(operands[1], "u32") if len(operands) > 1 else None
+
+    def run(w: Warp, m: Mask) -> str | None:
+        a, n, token = address(w), extra(w) if extra else None, np.zeros(LANES, U64)
+        for lane in _lanes(m):
+            barrier = mbarrier_at(w, int(a[lane]))
+            token[lane] = barrier.phase
+            amount = 1
+            if expect:
+                assert n is not None
+                barrier.expect(int(n[lane]))
+            elif n is not None:
+                amount = int(n[lane])
+            if drop:
+                barrier.expected -= amount
+            barrier.arrive(amount)
+        if write:
+            write(w, token, m)
+        return None
+
+    return run
+
+
+def _transaction(i: Instruction, p: Program) -> Run:
+    address, count, expect = p.address(i.operands[0]), p.source(i.operands[1], "u32"), i.op[1] == "expect_tx"
+
+    def run(w: Warp, m: Mask) -> str | None:
+        for lane in _lanes(m):
+            barrier = mbarrier_at(w, int(address(w)[lane]))
+            (barrier.expect if expect else barrier.complete)(int(count(w)[lane]))
+        return None
+
+    return run
+
+
+def _wait(i: Instruction, p: Program) -> Run:
+    """try_wait waits until the phase has ended; test_wait looks and goes on."""
+    write, address = p.target(i.operands[0], "pred"), p.address(i.operands[1])
+    parity, blocking = "parity" in i.op, i.op[1] == "try_wait"
+    which = p.source(i.operands[2], "u32" if parity else "b64")
+
+    def run(w: Warp, m: Mask) -> str | None:
+        a, phase, done = address(w), which(w), np.zeros(LANES, bool)
+        lanes = _lanes(m)
+        if (a == a[lanes[0]]).all() and (phase == phase[lanes[0]]).all():
+            lanes = lanes[:1]
+        for lane in lanes:
+            offset, wanted = _own(w, int(a[lane])), int(phase[lane])
+            barrier = mbarrier_of(w.cta, offset)
+            if parity and wanted not in (0, 1):
+                raise Fault(f"mbarrier wait for parity {wanted}")
+            over = barrier.phase & 1 != wanted if parity else barrier.phase > wanted
+            if not over and blocking:
+                return (
+                    f"waits for {'parity' if parity else 'phase'} {wanted} of mbarrier {offset:#x} (now phase "
+                    f"{barrier.phase}, {barrier.pending} of {barrier.expected} arrivals and "
+                    f"{barrier.transactions} bytes pending)"
+                )
+            done[lane] = over
+        if len(lanes) == 1:
+            done[:] = done[lanes[0]]
+        w.cta.cluster.launch.statistics.events["mbarrier waits"] += 1
+        write(w, done, m)
+        return None
+
+    return run
+
+
+# --- fences and the rest ---
+
+
+@decoder("fence", "membar")
+def _fence(i: Instruction, p: Program) -> Run:
+    """Threads see one memory in the order of execution: a fence has nothing left to do."""
+    return lambda w, m: None
+
+
+@decoder("nanosleep", "setmaxnreg", "griddepcontrol", "pmevent")
+def _nothing(i: Instruction, p: Program) -> Run:
+    return lambda w, m: None
+
+
+@decoder("trap", "brkpt")
+def _trap(i: Instruction, p: Program) -> Run:
+    def run(w: Warp, m: Mask) -> str | None:
+        raise Fault(f"{i.op[0]} was executed")
+
+    return run
+
+
+def _still_waiting(cta: Cta) -> None:
+    for number, barrier in cta.barriers.items():
+        if barrier.arrived:
+            raise Fault(f"CTA {cta.index} ended with {barrier.arrived} threads arrived at barrier {number}")
+
+
+FINISHERS.append(_still_waiting)
+assert Imm

@@ -1,0 +1,176 @@
+"""wgmma: the tensor cores of sm_90 (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions").
+
+D[64, n] += A[64, k] B[k, n]. Warp w of the group owns rows 16 w .. 16 w + 15 of D and A. With g = lane / 4, q = lane % 4
+register r of D is row g + 8 (r / 2 % 2), column 8 (r / 4) + 2 q + r % 2.
+
+Products are exact, their sum over k is taken in FP64 and added to D with one rounding to FP32. The hardware keeps fewer
+bits while it adds: results agree within k 2^-23 of the sum of magnitudes.
+
+The work is done when it is waited for ("eager": at issue), so that registers or shared memory touched too early give
+wrong results.
+"""
+
+import numpy as np
+
+from .. import numbers
+from ..descriptors import hopper, read_k_major, read_mn_major
+from ..errors import Fault
+from ..machine import LANES, Warp
+from ..numbers import U32, Array
+from ..parser import Instruction, Reg, Vec
+from ..program import Mask, Program, Run, constant, decoder, uniform, unknown
+from .matrix import GROUP, QUAD, element_values
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+class _Groups:
+    def __init__(self) -> None:
+        self.open: list[object] = []
+        self.committed: list[list[object]] = []
+
+
+def _groups(w: Warp) -> _Groups:
+    if "wgmma" not in w.state:
+        w.state["wgmma"] = _Groups()
+    found: _Groups = w.state["wgmma"]
+    return found
+
+
+@decoder("wgmma")
+def _wgmma(i: Instruction, p: Program) -> Run:
+    if i.op[1] == "fence":
+        return _converged(i, lambda w: None)
+    if i.op[1] == "commit_group":
+        return _converged(i, _commit)
+    if i.op[1] == "wait_group":
+        count = constant(i.operands[0])
+        return _converged(i, lambda w: _wait(w, count))
+    if i.op[1] == "mma_async" and "sp" not in i.op:
+        return _mma(i, p)
+    raise unknown(i)
+
+
+def _converged(i: Instruction, action) -> Run:  # type: ignore[no-untyped-def]
+    def run(w: Warp, m: Mask) -> str | None:
+        if not w.everyone(m):
+            return f"{i.op[0]}.{i.op[1]} is executed by a divergent warp"
+        action(w)
+        return None
+
+    return run
+
+
+def _commit(w: Warp) -> None:
+    groups = _groups(w)
+    groups.committed.append(groups.open)
+    groups.open = []
+
+
+def _wait(w: Warp, count: int) -> None:
+    groups = _groups(w)
+    while len(groups.committed) > count:
+        for work in groups.committed.pop(0):
+            work()  # type: ignore[operator]
+
+
+def _mma(i: Instruction, p: Program) -> Run:
+    shape = next(x for x in i.op if x.startswith("m64n"))
+    n, k = (int(x) for x in shape[4:].split("k"))
+    d_kind, a_kind, b_kind = i.op[-3:]
+    size, a_value = element_values(a_kind)
+    _, b_value = element_values(b_kind)
+    if d_kind not in ("f32", "f16", "s32") or (d_kind == "s32") != (a_kind in ("s8", "u8")):
+        raise unknown(i)
+    d, a, b, scale_d, *rest = i.operands
+    assert isinstance(d, Vec)
+    registers = [x for x in d.items if isinstance(x, Reg)]
+    signs = [constant(x) for x in rest[:2]] if d_kind != "s32" else [1, 1]
+    major = [constant(x) for x in rest[2:]] if len(rest) > 2 else []
+    in_registers = isinstance(a, Vec)
+    a_major = 0 if in_registers or not major else major[0]
+    b_major = major[-1] if major else 0
+    if isinstance(scale_d, Reg):
+        keep = p.source(scale_d, "pred" if scale_d.size == 0 else "b32")
+    else:
+        keep = p.source(scale_d, "b32")
+    a_reads = [p.source(x, "b32") for x in a.items] if isinstance(a, Vec) else []
+    a_desc, b_desc = None if in_registers else p.source(a, "b64"), p.source(b, "b64")
+    unsigned, per = _UNSIGNED[size], 4 // size
+    flops = 2 * 16 * n * k
+
+    def operand_a(w: Warp) -> Array:
+        if a_desc is None:
+            left = np.zeros((16, k))
+            columns = per * QUAD[:, None] + np.arange(per)
+            for j, read in enumerate(a_reads):
+                values = a_value(read(w).view(unsigned)).reshape(LANES, per)
+                left[GROUP[:, None] + 8 * (j % 2), columns + 4 * per * (j // 2)] = values
+            return left
+        word, first = hopper(uniform(a_desc(w), None, "the descriptor of A")), 16 * (w.index % 4)
+        if a_major:
+            raw = read_mn_major(w.cta.shared, word, 64, k, size)
+        else:
+            raw = read_k_major(w.cta.shared, word, 64, k * size)
+        return a_value(np.ascontiguousarray(raw[first : first + 16]).view(unsigned))
+
+    def run(w: Warp, m: Mask) -> str | None:
+        if not w.everyone(m):
+            return "wgmma.mma_async is executed by a divergent warp"
+        fixed_b = uniform(b_desc(w), None, "the descriptor of B")
+        accumulate = bool(uniform(keep(w), None, "scale-d"))
+        # register operands are read at issue: an overwritten fragment is a fault the ISA leaves undefined
+        left_now = operand_a(w) if a_desc is None else None
+        fixed_a = a_desc(w).copy() if a_desc is not None else None
+
+        def work() -> None:
+            if left_now is not None:
+                left = left_now
+            else:
+                assert fixed_a is not None
+                word, first = hopper(int(fixed_a[0])), 16 * (w.index % 4)
+                if a_major:
+                    raw = read_mn_major(w.cta.shared, word, 64, k, size)
+                else:
+                    raw = read_k_major(w.cta.shared, word, 64, k * size)
+                left = a_value(np.ascontiguousarray(raw[first : first + 16]).view(unsigned))
+            if b_major:
+                raw = read_mn_major(w.cta.shared, hopper(fixed_b), n, k, size)
+            else:
+                raw = read_k_major(w.cta.shared, hopper(fixed_b), n, k * size)
+            right = b_value(np.ascontiguousarray(raw).view(unsigned))
+            total = (signs[0] * left) @ (signs[1] * right).T
+            _accumulate(w, registers, total, d_kind, accumulate)
+
+        if a_desc is not None:
+            uniform(a_desc(w), None, "the descriptor of A")
+        events = w.cta.cluster.launch.statistics.events
+        events["MMAs"] += w.index % 4 == 0
+        events["MMA flops"] += flops
+        if w.cta.cluster.launch.schedule == "eager":
+            work()
+        else:
+            _groups(w).open.append(work)
+        return None
+
+    return run
+
+
+def _accumulate(w: Warp, registers: list[Reg], total: Array, kind: str, keep: bool) -> None:
+    if kind == "f16":
+        for j, reg in enumerate(registers):
+            pair = total[(GROUP + 8 * (j % 2))[:, None], 8 * (j // 2) + 2 * QUAD[:, None] + np.arange(2)]
+            old = w.r[reg.index].view(np.float16).reshape(LANES, 2).astype(np.float64) if keep else 0.0
+            w.r[reg.index] = np.ascontiguousarray(numbers.to_f16(pair + old)).view(U32).reshape(LANES)
+        return
+    for j, reg in enumerate(registers):
+        new = total[GROUP + 8 * (j // 2 % 2), 8 * (j // 4) + 2 * QUAD + j % 2]
+        if kind == "f32":
+            old = w.r[reg.index].view(np.float32) if keep else np.float32(0)
+            w.r[reg.index] = (old + new).astype(np.float32).view(U32)
+        else:
+            whole = w.r[reg.index].view(np.int32).astype(np.int64) if keep else 0
+            w.r[reg.index] = (whole + new.astype(np.int64) & 0xFFFFFFFF).astype(U32)
+
+
+assert Fault

@@ -1,0 +1,336 @@
+"""Warps, CTAs and clusters, and the order in which they run.
+
+A warp holds one or more fragments: lanes that share a program counter. A divergent branch splits a fragment; the one
+with the lowest counter runs first, and fragments that meet become one again, which reconverges structured code at
+the end of the branch. An instruction that has to wait says so, and its fragment tries again in the next round.
+
+Asynchronous work (TMA, wgmma, tcgen05) stands in queues of the cluster, each in its own order. When it is carried out
+is the schedule's choice: at once ("eager"), one piece a queue and round ("round"), or only when no warp can go on
+("late"). A seed shuffles warps and queues. Right results under all of them are no proof of right synchronisation, but
+a wrong result under one is a proof of the contrary.
+"""
+
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import DeadlockError, Fault
+from .memory import PARAM_WINDOW, RANK_SHIFT, Block, GlobalMemory, SharedMemory
+from .numbers import U32, Array
+
+if TYPE_CHECKING:
+    from .program import Program
+
+Dim3 = tuple[int, int, int]
+LANES = 32
+LANE = np.arange(LANES, dtype=np.uint32)
+SLICE = 256  # instructions a warp runs before the next has its turn
+SCHEDULES = ("eager", "round", "late")
+
+PLAIN, BRANCH, EXIT = range(3)
+
+
+@dataclass(slots=True)
+class Fragment:
+    """Lanes at one program counter. mask None: all 32. waiting: why it cannot go on, in words."""
+
+    pc: int
+    mask: Array | None
+    waiting: str | None = None
+
+
+class Warp:
+    """32 lanes with their registers."""
+
+    def __init__(self, cta: "Cta", index: int):
+        self.cta, self.index = cta, index
+        self.program = cta.cluster.launch.program
+        self.r: list[Array] = list(self.program.cleared)
+        threads = cta.cluster.launch.threads
+        flat = np.arange(LANES, dtype=np.uint32) + U32(LANES * index)
+        self.alive = flat < threads
+        bx, by, _ = cta.cluster.launch.block
+        self.tid = (flat % U32(bx), flat // U32(bx) % U32(by), flat // U32(bx * by))
+        self.fragments = [Fragment(0, None if self.alive.all() else self.alive.copy())]
+        self.counts = [0] * len(self.program.steps)
+        self.state: dict[str, Any] = {}  # of the asynchronous operations, each module its own key
+
+    @property
+    def where(self) -> str:
+        return f"CTA {self.cta.index} warp {self.index}"
+
+    def everyone(self, mask: Array | None) -> bool:
+        """Whether the lanes that are still alive are all in `mask`."""
+        return mask is None or bool((mask == self.alive).all())
+
+    def run(self, budget: int) -> bool:
+        """Up to about `budget` instructions; whether any was carried out."""
+        fragments, total = self.fragments, 0
+        for f in fragments:
+            f.waiting = None
+        while fragments and total < budget:
+            ready = [f for f in fragments if f.waiting is None]
+            if not ready:
+                break
+            f = min(ready, key=lambda x: x.pc)
+            stops = {x.pc for x in fragments if x is not f}
+            total += self._advance(f, budget - total, stops)
+            if stops or len(fragments) > 1:
+                self._merge()
+        return total > 0
+
+    def _merge(self) -> None:
+        seen: dict[int, Fragment] = {}
+        for f in self.fragments:
+            other = seen.setdefault(f.pc, f)
+            if other is not f:
+                assert other.mask is not None
+                assert f.mask is not None
+                mask = other.mask | f.mask
+                other.mask, other.waiting = None if mask.all() else mask, None
+        self.fragments[:] = seen.values()
+
+    def _advance(self, f: Fragment, budget: int, stops: set[int]) -> int:
+        steps, counts, r, mask, pc, done = self.program.steps, self.counts, self.r, f.mask, f.pc, 0
+        try:
+            while done < budget:
+                kind, run, guard, negated, target = steps[pc]
+                m = mask
+                if guard >= 0:
+                    p = ~r[guard] if negated else r[guard]
+                    if mask is not None:
+                        p = p & mask
+                    if not p.any():
+                        pc += 1
+                        done += 1
+                        if pc in stops:
+                            break
+                        continue
+                    if mask is not None or not p.all():
+                        m = p
+                if kind == PLAIN:
+                    f.waiting = run(self, m)
+                    if f.waiting is not None:
+                        break
+                    counts[pc] += 1
+                    pc += 1
+                elif kind == BRANCH:
+                    counts[pc] += 1
+                    if m is mask or (m == mask).all():
+                        pc = target
+                    else:
+                        self.fragments.append(Fragment(target, m))
+                        f.mask = mask = ~m if mask is None else mask & ~m
+                        pc += 1
+                        done += 1
+                        break
+                else:
+                    counts[pc] += 1
+                    left = np.zeros(LANES, bool) if m is None else self.alive & ~m
+                    self.alive = left
+                    rest = left if mask is None else mask & left
+                    done += 1
+                    if not rest.any():
+                        self.fragments.remove(f)
+                        return done
+                    f.mask = mask = rest
+                    pc += 1
+                    break
+                done += 1
+                if pc in stops:
+                    break
+        except Fault as e:
+            raise type(e)(self.describe(pc, m, str(e))) from e
+        except Exception as e:
+            e.add_note(self.describe(pc, m, "the emulator failed"))
+            raise
+        f.pc = pc
+        return done
+
+    def describe(self, pc: int, mask: Array | None, message: str) -> str:
+        kernel = self.program.kernel
+        lanes = "" if mask is None else f" lanes {_ranges(np.flatnonzero(mask))}"
+        if pc >= len(kernel.code):
+            return f"{message}\n  {self.where}{lanes}, end of {kernel.name}"
+        i = kernel.code[pc]
+        source = f" ({i.source[0]}:{i.source[1]})" if i.source else ""
+        return f"{message}\n  {self.where}{lanes}, PTX line {i.line}{source}: {_shorten(i.text)}"
+
+
+class Cta:
+    """A thread block: warps, shared memory, barriers, tensor memory."""
+
+    def __init__(self, cluster: "Cluster", rank: int, index: Dim3, rank3: Dim3):
+        self.cluster, self.rank, self.index, self.rank3 = cluster, rank, index, rank3
+        launch = cluster.launch
+        self.shared = SharedMemory(launch.shared_bytes, rank)
+        for offset, data in launch.program.shared_data:
+            self.shared.write(offset, np.frombuffer(data, np.uint8))
+        self.shared_window = rank << RANK_SHIFT
+        self.barriers: dict[int, Any] = {}  # named barriers
+        self.mbarriers: dict[int, Any] = {}  # by offset in shared memory
+        self.tensor_memory: Any = None
+        self.state: dict[str, Any] = {}
+        self.warps = [Warp(self, w) for w in range(-(-launch.threads // LANES))]
+
+
+class Cluster:
+    """CTAs that may see each other's shared memory, and the asynchronous work they have under way."""
+
+    def __init__(self, launch: "Launch", index: Dim3):
+        self.launch, self.index = launch, index
+        cx, cy, cz = launch.cluster
+        self.ctas: list[Cta] = []
+        for z in range(cz):
+            for y in range(cy):
+                for x in range(cx):
+                    place = (index[0] * cx + x, index[1] * cy + y, index[2] * cz + z)
+                    self.ctas.append(Cta(self, len(self.ctas), place, (x, y, z)))
+        self.queues: dict[Any, deque[Callable[[], None]]] = {}
+        self.arrived: dict[Any, int] = {}
+        self.state: dict[str, Any] = {}
+
+    def submit(self, queue: Any, work: Callable[[], None]) -> None:
+        """Asynchronous work, done after what was submitted to the same queue before."""
+        if self.launch.schedule == "eager":
+            work()
+        else:
+            self.queues.setdefault(queue, deque()).append(work)
+
+    def work(self) -> bool:
+        """One piece of every queue; whether there was any."""
+        keys = list(self.queues)
+        if self.launch.random is not None:
+            keys = self.launch.random.sample(keys, self.launch.random.randint(min(1, len(keys)), len(keys)))
+        for key in keys:
+            queue = self.queues[key]
+            queue.popleft()()
+            if not queue:
+                del self.queues[key]
+        return bool(keys)
+
+    def run(self) -> None:
+        launch = self.launch
+        warps = [w for cta in self.ctas for w in cta.warps]
+        while warps:
+            progressed = False
+            if launch.random is not None:
+                launch.random.shuffle(warps)
+            for warp in warps:
+                budget = SLICE if launch.random is None else launch.random.choice((1, 5, 50, 500))
+                progressed |= warp.run(budget)
+            if not (progressed and launch.schedule == "late"):
+                progressed |= self.work()
+            if not progressed:
+                raise DeadlockError(self.deadlock(warps))
+            warps = [w for w in warps if w.fragments]
+        while self.work():  # what nobody waited for still happens
+            pass
+
+    def deadlock(self, warps: Sequence[Warp]) -> str:
+        lines = [f"deadlock in cluster {self.index} of {self.launch.program.kernel.name}: every warp waits"]
+        for w in sorted(warps, key=lambda w: (w.cta.rank, w.index)):
+            for f in w.fragments:
+                lines.append(w.describe(f.pc, f.mask, f"- {f.waiting}"))
+        return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Of one launch. instructions: warp instructions by opcode. bytes: by memory space and direction."""
+
+    kernel: str
+    grid: Dim3
+    block: Dim3
+    cluster: Dim3
+    shared_bytes: int
+    instructions: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+    events: Counter[str] = field(default_factory=Counter)
+    tensor_columns: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.instructions.values())
+
+
+class Launch:
+    """One kernel launch. `run` carries it out and returns its statistics."""
+
+    def __init__(
+        self,
+        program: "Program",
+        memory: GlobalMemory,
+        grid: Dim3,
+        block: Dim3,
+        params: Sequence[bytes],
+        *,
+        cluster: Dim3 = (1, 1, 1),
+        dynamic_shared: int = 0,
+        schedule: str = "round",
+        seed: int | None = None,
+    ):
+        kernel = program.kernel
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        if len(params) != len(kernel.params):
+            raise ValueError(f"{kernel.name} takes {len(kernel.params)} parameters, got {len(params)}")
+        if kernel.required_threads and tuple(block) != kernel.required_threads:
+            raise ValueError(f"{kernel.name} requires blocks of {kernel.required_threads} threads, got {block}")
+        if kernel.required_cluster and tuple(cluster) != kernel.required_cluster:
+            raise ValueError(f"{kernel.name} requires clusters of {kernel.required_cluster} CTAs, got {cluster}")
+        if any(g % c for g, c in zip(grid, cluster, strict=True)):
+            raise ValueError(f"grid {grid} is not a whole number of clusters {cluster}")
+        self.program, self.memory = program, memory
+        self.grid, self.block, self.cluster = grid, block, cluster
+        self.threads = block[0] * block[1] * block[2]
+        if not 1 <= self.threads <= 1024:
+            raise ValueError(f"a block has 1 to 1024 threads, got {self.threads}")
+        self.dynamic_shared = dynamic_shared
+        self.shared_bytes = program.static_shared + dynamic_shared
+        self.schedule = schedule
+        self.random = None if seed is None else random.Random(seed)
+        self.params = Block(PARAM_WINDOW, program.pack(params), "parameters", writable=False)
+        self.statistics = Statistics(kernel.name, grid, block, cluster, self.shared_bytes)
+
+    def run(self) -> Statistics:
+        """Raises Fault."""
+        stats = self.statistics
+        before = self.memory.loaded, self.memory.stored
+        counts = np.zeros(len(self.program.steps), np.int64)
+        with np.errstate(all="ignore"):
+            for z in range(self.grid[2] // self.cluster[2]):
+                for y in range(self.grid[1] // self.cluster[1]):
+                    for x in range(self.grid[0] // self.cluster[0]):
+                        cluster = Cluster(self, (x, y, z))
+                        cluster.run()
+                        for cta in cluster.ctas:
+                            self.program.finish(cta)
+                            stats.bytes["shared load"] += cta.shared.loaded
+                            stats.bytes["shared store"] += cta.shared.stored
+                            for warp in cta.warps:
+                                counts += warp.counts
+        for count, instruction in zip(counts, self.program.kernel.code, strict=False):
+            if count:
+                stats.instructions[instruction.name] += int(count)
+        stats.bytes["global load"] += self.memory.loaded - before[0]
+        stats.bytes["global store"] += self.memory.stored - before[1]
+        return stats
+
+
+def _ranges(numbers: Array) -> str:
+    parts: list[list[int]] = []
+    for n in map(int, numbers):
+        if parts and parts[-1][1] == n - 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."

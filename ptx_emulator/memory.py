@@ -1,0 +1,226 @@
+"""State spaces (PTX ISA, "State Spaces"): global memory of the host, shared memory of a CTA, windows of addresses.
+
+A generic address is a global address unless it lies in one of the windows below. In the shared window bits 24 and up
+hold the rank of the CTA in its cluster, and a CTA's own addresses carry its rank: shared::cta lies in shared::cluster.
+Accesses are whole vectors of lanes. Every one is checked for alignment and bounds, reads of shared memory also for
+having been written.
+"""
+
+import bisect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors import Fault
+from .numbers import U64, Array
+
+UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+RANK_SHIFT = 24
+RESERVED_SHARED = 1024  # the system's own, at the start of every CTA's shared memory
+SHARED_WINDOW = 1 << 56
+LOCAL_WINDOW = 2 << 56
+PARAM_WINDOW = 3 << 56
+WINDOW_SHIFT = 56
+_OFFSET = (1 << RANK_SHIFT) - 1
+
+
+class Block:
+    """Bytes that start at `base`; numpy views of them by element size."""
+
+    def __init__(self, base: int, data: Array, name: str, writable: bool = True):
+        self.base, self.data, self.name, self.writable = base, data, name, writable
+        self.size = len(data)
+        self.views = {n: data[: self.size // n * n].view(t) for n, t in UINT.items()}
+
+
+class GlobalMemory:
+    """Blocks of host memory by their real addresses. `discover` may find more when an address is in none."""
+
+    def __init__(self, discover: Callable[[], Sequence[tuple[int, int, str]]] | None = None):
+        self.blocks: list[Block] = []
+        self.bases: list[int] = []
+        self.discover = discover
+        self.loaded = self.stored = 0
+
+    def add(self, data: Array, name: str = "array", writable: bool = True) -> int:
+        """Make a contiguous array's bytes known; returns its address."""
+        flat = data.reshape(-1).view(np.uint8)
+        base = flat.__array_interface__["data"][0]
+        self.insert(Block(base, flat, name, writable))
+        return int(base)
+
+    def insert(self, block: Block) -> None:
+        at = bisect.bisect_right(self.bases, block.base)
+        self.blocks.insert(at, block)
+        self.bases.insert(at, block.base)
+
+    def find(self, address: int, size: int, write: bool = False) -> Block:
+        """The block that holds all of it. Raises Fault."""
+        block = self._find(address, size)
+        if block is None and self.discover is not None:
+            for base, length, name in self.discover():
+                self.insert(Block(base, host_bytes(base, length), name))
+            block = self._find(address, size)
+        if block is None:
+            raise Fault(f"global address {address:#x}, {size} bytes: in no array that is known{self._near(address)}")
+        if write and not block.writable:
+            raise Fault(f"global address {address:#x}: {block.name} is read-only")
+        return block
+
+    def _find(self, address: int, size: int) -> Block | None:
+        at = bisect.bisect_right(self.bases, address) - 1
+        # views of one storage may nest, so look a few blocks back
+        for block in reversed(self.blocks[max(0, at - 8) : at + 1]):
+            if block.base <= address and address + size <= block.base + block.size:
+                return block
+        return None
+
+    def _near(self, address: int) -> str:
+        at = bisect.bisect_right(self.bases, address) - 1
+        if at < 0:
+            return ""
+        block = self.blocks[at]
+        return f"; {block.name} of {block.size} bytes starts {address - block.base} bytes before"
+
+    def bytes(self, address: int, size: int, write: bool = False) -> Array:
+        """A view of `size` bytes."""
+        block = self.find(address, size, write)
+        return block.data[address - block.base : address - block.base + size]
+
+    def load(self, address: Array, size: int, count: int) -> list[Array]:
+        """[lanes] addresses -> `count` arrays of `size`-byte unsigned integers."""
+        self.loaded += len(address) * size * count
+        block, index = self._locate(address, size, count, False)
+        if block is not None:
+            view = block.views[size]
+            return [view[index + j] for j in range(count)]
+        rows = np.stack([self.bytes(int(a), size * count) for a in address]).view(UINT[size])
+        return [rows[:, j] for j in range(count)]
+
+    def store(self, address: Array, size: int, values: Sequence[Array]) -> None:
+        self.stored += len(address) * size * len(values)
+        block, index = self._locate(address, size, len(values), True)
+        if block is not None:
+            view = block.views[size]
+            for j, value in enumerate(values):
+                view[index + j] = value
+            return
+        for lane, a in enumerate(address):
+            row = np.array([v[lane] for v in values], UINT[size]).view(np.uint8)
+            self.bytes(int(a), len(row), True)[:] = row
+
+    def _locate(self, address: Array, size: int, count: int, write: bool) -> tuple[Block | None, Any]:
+        total = size * count
+        check_aligned(address, total, "global")
+        low, high = int(address.min()), int(address.max())
+        block = self._find(low, high + total - low)
+        if block is None or block.base % size:
+            # lanes in several arrays, each looked up for itself
+            for a in address:
+                self.find(int(a), total, write)
+            return None, None
+        if write and not block.writable:
+            raise Fault(f"global address {low:#x}: {block.name} is read-only")
+        return block, (address - U64(block.base)).astype(np.int64) // size
+
+
+class SharedMemory:
+    """One CTA's shared memory, from RESERVED_SHARED on. Addresses here are offsets, without the rank."""
+
+    def __init__(self, size: int, rank: int):
+        self.rank = rank
+        self.size = RESERVED_SHARED + size
+        padded = (self.size + 15) // 16 * 16
+        self.data = np.full(padded, 0xCD, np.uint8)
+        self.views = {n: self.data.view(t) for n, t in UINT.items()}
+        self.written = np.zeros(padded, bool)
+        self.loaded = self.stored = 0
+
+    def check(self, offset: int, size: int, what: str = "shared") -> None:
+        if offset < RESERVED_SHARED or offset + size > self.size:
+            raise Fault(
+                f"{what} address {offset:#x}, {size} bytes: outside of the CTA's "
+                f"{RESERVED_SHARED:#x}..{self.size:#x} (rank {self.rank})"
+            )
+
+    def read(self, offset: int, size: int) -> Array:
+        """A view of bytes that must all have been written."""
+        self.check(offset, size)
+        if not self.written[offset : offset + size].all():
+            first = offset + int(np.argmin(self.written[offset : offset + size]))
+            raise Fault(f"shared address {first:#x} is read but was never written (rank {self.rank})")
+        self.loaded += size
+        return self.data[offset : offset + size]
+
+    def write(self, offset: int, values: Array) -> None:
+        self.check(offset, len(values))
+        self.stored += len(values)
+        self.data[offset : offset + len(values)] = values
+        self.written[offset : offset + len(values)] = True
+
+    def gather(self, index: Array) -> Array:
+        """Bytes at these offsets, of any shape; bounds and writes checked."""
+        low, high = int(index.min()), int(index.max())
+        self.check(low, high + 1 - low)
+        known = self.written[index]
+        if not known.all():
+            first = int(index[~known].min())
+            raise Fault(f"shared address {first:#x} is read but was never written (rank {self.rank})")
+        self.loaded += index.size
+        return self.data[index]
+
+    def scatter(self, index: Array, values: Array) -> None:
+        low, high = int(index.min()), int(index.max())
+        self.check(low, high + 1 - low)
+        self.stored += index.size
+        self.data[index] = values
+        self.written[index] = True
+
+    def load(self, offset: Array, size: int, count: int) -> list[Array]:
+        self._check_lanes(offset, size * count)
+        first = offset // size
+        known = self.written[offset]
+        for j in range(1, size * count):
+            known = known & self.written[offset + j]
+        if not known.all():
+            raise Fault(
+                f"shared address {int(offset[~known][0]):#x}, {size * count} bytes, "
+                f"is read but was never written (rank {self.rank})"
+            )
+        self.loaded += len(offset) * size * count
+        return [self.views[size][first + j] for j in range(count)]
+
+    def store(self, offset: Array, size: int, values: Sequence[Array]) -> None:
+        self._check_lanes(offset, size * len(values))
+        self.stored += len(offset) * size * len(values)
+        first = offset // size
+        for j, value in enumerate(values):
+            self.views[size][first + j] = value
+        for j in range(size * len(values)):
+            self.written[offset + j] = True
+
+    def _check_lanes(self, offset: Array, total: int) -> None:
+        check_aligned(offset, total, "shared")
+        low, high = int(offset.min()), int(offset.max())
+        self.check(low, high + total - low)
+
+
+def check_aligned(address: Array, total: int, space: str) -> None:
+    """Raises Fault unless every address is a multiple of the whole access."""
+    bad = address % address.dtype.type(total) != 0
+    if bad.any():
+        raise Fault(f"{space} address {int(address[bad][0]):#x} is not a multiple of the access's {total} bytes")
+
+
+def host_bytes(address: int, size: int) -> Array:
+    """The host memory there, as a writable array of bytes. The caller vouches that it is mapped."""
+    import ctypes
+
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+def split_shared(address: Array) -> tuple[Array, Array]:
+    """Shared window addresses -> (rank, offset)."""
+    a = address.astype(np.int64)
+    return a >> RANK_SHIFT, a & _OFFSET

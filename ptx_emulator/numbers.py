@@ -1,0 +1,165 @@
+"""Small floating point formats and IEEE rounding in every direction, on numpy arrays.
+
+Narrow formats are tables: the value of every code, and rounding by search among the values, ties to the even code.
+Sums and products that must round once are carried to FP64 with rounding to odd, from where one more rounding to a
+format of at most 50 bits is exact (Boldo and Melquiond, "When double rounding is odd").
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+U16, U32, U64 = np.uint16, np.uint32, np.uint64
+
+
+@dataclass(frozen=True)
+class SmallFloat:
+    """A format of `exponent` and `mantissa` bits. specials: "ieee" (inf, NaN), "fn" (one NaN per sign), "none"."""
+
+    name: str
+    exponent: int
+    mantissa: int
+    bias: int
+    specials: str
+    signed: bool = True
+
+    @property
+    def bits(self) -> int:
+        return self.exponent + self.mantissa + self.signed
+
+    @cached_property
+    def magnitudes(self) -> Array:
+        """Values of the codes without sign, NaN and infinities left out; ascending."""
+        codes = np.arange(1 << (self.exponent + self.mantissa))
+        exp, man = codes >> self.mantissa, codes & ((1 << self.mantissa) - 1)
+        fraction = man / (1 << self.mantissa)
+        if self.name == "ue8m0":
+            return np.exp2((codes[:255] - 127).astype(np.float64))
+        values = np.where(exp == 0, np.ldexp(fraction, 1 - self.bias), np.ldexp(1 + fraction, exp - self.bias))
+        if self.specials == "ieee":
+            values = values[: ((1 << self.exponent) - 1) << self.mantissa]
+        elif self.specials == "fn":
+            values = values[:-1]
+        return values
+
+    @cached_property
+    def values(self) -> Array:
+        """FP32 value of every code."""
+        half = np.full(1 << (self.exponent + self.mantissa), np.nan)
+        half[: len(self.magnitudes)] = self.magnitudes
+        if self.specials == "ieee":
+            half[len(self.magnitudes)] = np.inf
+        both = np.concatenate([half, -half]) if self.signed else half
+        return both.astype(np.float32)
+
+    def decode(self, codes: Array) -> Array:
+        """codes -> FP32 of the same shape."""
+        return self.values[codes]
+
+    def encode(self, x: Array, mode: str = "rn", saturate: bool = True) -> Array:
+        """FP32 or FP64 -> codes (uint8). NaN becomes the format's NaN, or its largest value if it has none."""
+        x = np.asarray(x, np.float64)
+        mags, a = self.magnitudes, np.abs(x)
+        sign = np.signbit(x) & self.signed
+        if mode == "rn":
+            code = np.searchsorted((mags[1:] + mags[:-1]) / 2, a, side="left")
+            tie = (code < len(mags) - 1) & (a == np.append((mags[1:] + mags[:-1]) / 2, np.inf)[code])
+            code = code + (tie & (code & 1 == 1))
+        elif mode == "rz":
+            code = np.searchsorted(mags, a, side="right") - 1
+        elif mode == "rp":
+            code = np.searchsorted(mags, a, side="left")
+        else:
+            raise ValueError(f"rounding {mode!r} to {self.name}")
+        code = np.clip(code, 0, len(mags) - 1)
+        if not self.signed:
+            code = np.where(x < 0, 0, code)
+        if not saturate:
+            step = mags[-1] - mags[-2]
+            over = a >= mags[-1] + step / 2 if mode == "rn" else np.isinf(a)
+            code = np.where(over, len(mags), code)  # infinity, or NaN where there is none
+        if self.specials != "none":
+            code = np.where(np.isnan(x), (1 << (self.exponent + self.mantissa)) - 1, code)
+            sign &= ~np.isnan(x)
+        else:
+            code, sign = np.where(np.isnan(x), len(mags) - 1, code), sign & ~np.isnan(x)
+        return (code | (sign.astype(np.int64) << (self.exponent + self.mantissa))).astype(np.uint8)
+
+
+E2M1 = SmallFloat("e2m1", 2, 1, 1, "none")
+E2M3 = SmallFloat("e2m3", 2, 3, 1, "none")
+E3M2 = SmallFloat("e3m2", 3, 2, 3, "none")
+E4M3 = SmallFloat("e4m3", 4, 3, 7, "fn")
+E5M2 = SmallFloat("e5m2", 5, 2, 15, "ieee")
+UE8M0 = SmallFloat("ue8m0", 8, 0, 127, "fn", signed=False)
+UE4M3 = SmallFloat("ue4m3", 4, 3, 7, "fn", signed=False)
+SMALL = {f.name: f for f in (E2M1, E2M3, E3M2, E4M3, E5M2, UE8M0, UE4M3)}
+
+
+def round_odd_sum(a: Array, b: Array) -> Array:
+    """a + b in FP64, rounded to odd."""
+    s = a + b
+    part = s - a
+    error = (a - (s - part)) + (b - part)
+    bits = s.view(np.int64)
+    fix = (error != 0) & np.isfinite(s) & (bits & 1 == 0)
+    return np.where(fix, bits + np.where((error > 0) == (s > 0), 1, -1), bits).view(np.float64)
+
+
+def to_f32(x: Array, mode: str = "rn") -> Array:
+    """FP64 (exact or rounded to odd) -> FP32."""
+    y = x.astype(np.float32)
+    if mode == "rn":
+        return y
+    if mode == "rz":
+        beyond = np.abs(y.astype(np.float64)) > np.abs(x)
+        return np.where(beyond & np.isfinite(x), np.nextafter(y, np.float32(0)), y)
+    if mode == "rp":
+        return np.where(y < x, np.nextafter(y, np.float32(np.inf)), y)
+    if mode == "rm":
+        return np.where(y > x, np.nextafter(y, np.float32(-np.inf)), y)
+    raise ValueError(f"rounding {mode!r}")
+
+
+def to_f16(x: Array, mode: str = "rn") -> Array:
+    """FP64 -> FP16 (uint16 bits)."""
+    y = x.astype(np.float16)
+    if mode == "rz":
+        beyond = np.abs(y.astype(np.float64)) > np.abs(x)
+        y = np.where(beyond & np.isfinite(x), np.nextafter(y, np.float16(0)), y)
+    elif mode != "rn":
+        raise ValueError(f"rounding {mode!r}")
+    return y.view(U16)
+
+
+def to_bf16(x: Array, mode: str = "rn") -> Array:
+    """FP32 or FP64 -> BF16 (uint16 bits). NaN becomes 0x7FFF, as cvt gives it."""
+    if x.dtype == np.float64:
+        nearest = x.astype(np.float32)
+        away = np.abs(nearest.astype(np.float64)) > np.abs(x)
+        low = np.where(away & np.isfinite(x), np.nextafter(nearest, np.float32(0)), nearest)  # towards zero
+        inexact = (low.astype(np.float64) != x) & np.isfinite(low)
+        bits = low.view(U32) | inexact  # rounded to odd
+    else:
+        bits = x.view(U32)
+    if mode == "rn":
+        out = (bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) >> U32(16)
+    elif mode == "rz":
+        out = bits >> U32(16)
+    else:
+        raise ValueError(f"rounding {mode!r}")
+    return np.where(np.isnan(x), U32(0x7FFF), out).astype(U16)
+
+
+def from_bf16(bits: Array) -> Array:
+    """BF16 bits -> FP32."""
+    return (bits.astype(U32) << U32(16)).view(np.float32)
+
+
+def to_tf32(x: Array) -> Array:
+    """FP32 with the 13 low bits cut off, as the tensor core reads it."""
+    return (x.view(U32) & U32(0xFFFFE000)).view(np.float32)

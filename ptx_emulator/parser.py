@@ -1,0 +1,470 @@
+"""PTX text -> kernels: registers, parameters, variables and instructions with resolved names (PTX ISA, "Syntax").
+
+Scopes in braces (inline assembly opens them) hide names and labels of their own. Nothing is executed or checked
+against the semantics here: an opcode is kept as its dotted parts, an operand as one of the classes below.
+"""
+
+import bisect
+import re
+import struct
+from dataclasses import dataclass, field
+
+from .errors import PtxSyntaxError
+
+TYPE_BYTES = {
+    "pred": 1,
+    **{f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)},
+    "b128": 16,
+    "f16": 2,
+    "f16x2": 4,
+    "bf16": 2,
+    "bf16x2": 4,
+    "f32": 4,
+    "f32x2": 8,
+    "f64": 8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reg:
+    """A register: its place in the warp's register file, bytes a lane (0 for a predicate), `negated` for !%p."""
+
+    index: int
+    size: int
+    name: str
+    negated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Imm:
+    """A literal: an integer, or the bits of a floating point number of `float_bytes` bytes."""
+
+    value: int
+    float_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sym:
+    """A variable's address plus an offset, or a label."""
+
+    name: str
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """A special register such as %tid.x."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """The destination `_`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vec:
+    """{a, b, ...}"""
+
+    items: tuple["Operand", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """d|p, two destinations."""
+
+    first: "Operand"
+    second: "Operand"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """[base + offset], and what follows the first comma in brackets (coordinates of a tensor)."""
+
+    base: "Operand"
+    offset: int
+    rest: tuple["Operand", ...] = ()
+
+
+Operand = Reg | Imm | Sym | Special | Sink | Vec | Pair | Address
+
+
+@dataclass(slots=True)
+class Instruction:
+    """One instruction. line: of the PTX text; source: (file, line) of the last .loc, if any; target: of a branch."""
+
+    op: tuple[str, ...]
+    operands: tuple[Operand, ...]
+    guard: Reg | None
+    line: int
+    text: str
+    source: tuple[str, int] | None = None
+    target: int = -1
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.op)
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A variable of a state space ("shared", "global", "const", "local", "param"). size 0: extern, sized at launch."""
+
+    name: str
+    space: str
+    size: int
+    align: int
+    data: bytes = b""
+
+
+@dataclass(slots=True)
+class Kernel:
+    """An entry function."""
+
+    name: str
+    params: list[Variable]
+    variables: dict[str, Variable]
+    code: list[Instruction] = field(default_factory=list)
+    registers: list[Reg] = field(default_factory=list)
+    max_threads: int = 0
+    required_threads: tuple[int, int, int] | None = None
+    required_cluster: tuple[int, int, int] | None = None
+
+
+@dataclass(slots=True)
+class Module:
+    """A translation unit."""
+
+    target: str
+    version: str
+    kernels: dict[str, Kernel]
+    variables: dict[str, Variable]
+
+    def only_kernel(self) -> Kernel:
+        if len(self.kernels) != 1:
+            raise ValueError(f"name one of the kernels {', '.join(self.kernels)}")
+        return next(iter(self.kernels.values()))
+
+
+_SPECIAL = re.compile(
+    r"%(?:tid|ntid|ctaid|nctaid|cluster_ctaid|cluster_nctaid|clusterid|nclusterid)\.[xyzw]$"
+    r"|%(?:laneid|warpid|nwarpid|smid|nsmid|gridid|cluster_ctarank|cluster_nctarank|clock|clock_hi|clock64|globaltimer"
+    r"|globaltimer_lo|globaltimer_hi|lanemask_(?:eq|le|lt|ge|gt)|dynamic_smem_size|total_smem_size|aggr_smem_size"
+    r"|is_explicit_cluster|envreg\d+|pm\d+)$"
+)
+_IDENT = r"[A-Za-z_$%][\w$]*"
+_LABEL = re.compile(rf"({_IDENT})\s*:(?!:)")
+_GUARD = re.compile(rf"@(!?)({_IDENT})\s+")
+_REG = re.compile(rf"\.reg\s+(?:\.v[24]\s+)?\.(\w+)\s+(.*)", re.S)
+_VARIABLE = re.compile(
+    r"(?:\.(?P<link>extern|visible|weak|common)\s+)?\.(?P<space>shared|global|const|local|param)"
+    r"(?P<rest>(?:\s+\.(?:align\s+\d+|ptr|attribute\([^)]*\)|managed|shared|global|const|local))*)\s+"
+    r"(?:\.(?P<vec>v[24])\s+)?\.(?P<type>\w+)(?P<ptr>(?:\s+\.(?:ptr|align\s+\d+|global|shared|const|local))*)\s+"
+    rf"(?P<name>{_IDENT})\s*(?P<dims>(?:\[\s*\d*\s*\]\s*)*)(?:=\s*(?P<init>.*))?$",
+    re.S,
+)
+_LINE_DIRECTIVE = re.compile(r"\.(?:loc|file|version|target|address_size)\b[^\n]*")
+_NUMBER = re.compile(r"-?(?:0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0[xX][0-9a-fA-F]+U?|\d+\.\d*(?:[eE][-+]?\d+)?|\d+U?)$")
+
+
+def parse(text: str) -> Module:
+    """Raises PtxSyntaxError."""
+    return _Parser(text).module()
+
+
+class _Scope:
+    def __init__(self, parent: "_Scope | None"):
+        self.parent = parent
+        self.names: dict[str, Reg | Variable] = parent.names.copy() if parent else {}
+        self.labels: dict[str, int] = {}
+        self.branches: list[Instruction] = []
+
+
+class _Parser:
+    def __init__(self, text: str):
+        # comments become blanks so that lines keep their numbers
+        blank = lambda m: re.sub(r"[^\n]", " ", m[0])  # noqa: E731
+        self.text = re.sub(r"//[^\n]*|/\*.*?\*/", blank, text, flags=re.S)
+        self.starts = [0, *(m.end() for m in re.finditer("\n", self.text))]
+        self.at = 0
+        self.files: dict[int, str] = {}
+        self.source: tuple[str, int] | None = None
+
+    def line(self, at: int) -> int:
+        return bisect.bisect_right(self.starts, at)
+
+    def error(self, message: str) -> PtxSyntaxError:
+        return PtxSyntaxError(f"PTX line {self.line(self.at)}: {message}")
+
+    def skip_blanks(self) -> None:
+        while self.at < len(self.text) and self.text[self.at].isspace():
+            self.at += 1
+
+    def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        m = pattern.match(self.text, self.at)
+        if m:
+            self.at = m.end()
+        return m
+
+    def until(self, stop: str) -> str:
+        end = self.text.find(stop, self.at)
+        if end < 0:
+            raise self.error(f"no {stop!r} after {self.text[self.at : self.at + 40]!r}")
+        piece, self.at = self.text[self.at : end], end + 1
+        return piece.strip()
+
+    def braces(self) -> str:
+        """What stands between this brace and its partner."""
+        depth, start = 0, self.at
+        for at in range(self.at, len(self.text)):
+            depth += {"{": 1, "}": -1}.get(self.text[at], 0)
+            if depth == 0:
+                self.at = at + 1
+                return self.text[start + 1 : at]
+        raise self.error("a brace is never closed")
+
+    def module(self) -> Module:
+        module = Module(target="", version="", kernels={}, variables={})
+        entry = re.compile(rf"(?:\.(?:visible|weak|extern)\s+)?\.entry\s+({_IDENT})\s*")
+        function = re.compile(r"(?:\.(?:visible|weak|extern|noreturn)\s+)*\.func\b")
+        while True:
+            self.skip_blanks()
+            if self.at >= len(self.text):
+                break
+            if m := self.match(entry):
+                kernel = self.kernel(m[1], module)
+                module.kernels[kernel.name] = kernel
+            elif self.match(function):
+                # device functions are not called by what is supported; a call stops at its own line
+                brace, semicolon = self.text.find("{", self.at), self.text.find(";", self.at)
+                if 0 <= semicolon < brace or brace < 0:
+                    self.at = semicolon + 1
+                else:
+                    self.at = brace
+                    self.braces()
+            elif self.text.startswith(".section", self.at):
+                self.at = self.text.index("{", self.at)
+                self.braces()
+            elif m := self.match(_LINE_DIRECTIVE):
+                words = m[0].split()
+                if words[0] == ".target":
+                    module.target = words[1].rstrip(",")
+                elif words[0] == ".version":
+                    module.version = words[1]
+                else:
+                    self.line_directive(words)
+            elif self.text.startswith(".", self.at):
+                variable = self.variable(self.until(";"))
+                if variable:
+                    module.variables[variable.name] = variable
+            else:
+                raise self.error(f"cannot read {self.text[self.at : self.at + 40]!r}")
+        return module
+
+    def line_directive(self, words: list[str]) -> None:
+        if words[0] == ".file":
+            self.files[int(words[1])] = words[2].strip('",')
+        elif words[0] == ".loc":
+            self.source = (self.files.get(int(words[1]), "?"), int(words[2]))
+
+    def variable(self, text: str) -> Variable | None:
+        if text.startswith((".pragma", ".branchtargets", ".callprototype", ".alias")):
+            return None
+        m = _VARIABLE.match(text)
+        if not m:
+            raise self.error(f"cannot read {text[:60]!r}")
+        if m["type"] not in TYPE_BYTES:
+            raise self.error(f"type .{m['type']} of {m['name']} is not known")
+        element = TYPE_BYTES[m["type"]] * int((m["vec"] or "v1")[1:])
+        count = 1
+        for dim in re.findall(r"\[\s*(\d*)\s*\]", m["dims"]):
+            count *= int(dim or 0)
+        align = re.search(r"align\s+(\d+)", m["rest"])
+        data = self.initial(m["init"], element) if m["init"] else b""
+        size = max(element * count, len(data))
+        return Variable(m["name"], m["space"], size, int(align[1]) if align else max(element, 1), data)
+
+    def initial(self, text: str, element: int) -> bytes:
+        out = bytearray()
+        for word in re.findall(r"[^\s{},]+", text):
+            value = _number(word)
+            if value is None:
+                raise self.error(f"initial value {word!r} is not a number")
+            if value.float_bytes and value.float_bytes != element:
+                (number,) = struct.unpack("<d", struct.pack("<Q", value.value))
+                value = Imm(int.from_bytes(struct.pack("<f", number), "little"))
+            out += (value.value % (1 << 8 * element)).to_bytes(element, "little")
+        return bytes(out)
+
+    def kernel(self, name: str, module: Module) -> Kernel:
+        self.skip_blanks()
+        params: list[Variable] = []
+        if self.text.startswith("(", self.at):
+            self.at += 1
+            # no parameter's declaration holds a parenthesis
+            for text in filter(None, (p.strip() for p in self.until(")").split(","))):
+                variable = self.variable(text)
+                assert variable is not None
+                params.append(variable)
+        kernel = Kernel(name, params, dict(module.variables))
+        while True:
+            self.skip_blanks()
+            if self.text.startswith("{", self.at):
+                break
+            m = self.match(re.compile(r"\.(\w+)\s*([\d, \t]*)"))
+            if not m:
+                raise self.error(f"cannot read {self.text[self.at : self.at + 40]!r}")
+            numbers = [int(x) for x in re.findall(r"\d+", m[2])]
+            triple = (*numbers, 1, 1, 1)[:3]
+            if m[1] == "reqntid":
+                kernel.required_threads = triple
+            elif m[1] == "maxntid":
+                kernel.max_threads = triple[0] * triple[1] * triple[2]
+            elif m[1] == "reqnctapercluster":
+                kernel.required_cluster = triple
+        self.body(kernel)
+        return kernel
+
+    def body(self, kernel: Kernel) -> None:
+        scope = _Scope(None)
+        for variable in (*kernel.variables.values(), *kernel.params):
+            scope.names[variable.name] = variable
+        kernel.variables |= {p.name: p for p in kernel.params}
+        self.at += 1
+        scopes = [scope]
+        while scopes:
+            self.skip_blanks()
+            scope = scopes[-1]
+            if self.at >= len(self.text):
+                raise self.error(f"kernel {kernel.name} is never closed")
+            if self.text[self.at] == "{":
+                self.at += 1
+                scopes.append(_Scope(scope))
+            elif self.text[self.at] == "}":
+                self.at += 1
+                self.close(scopes.pop(), len(kernel.code))
+            elif self.text[self.at] == ";":
+                self.at += 1
+            elif m := self.match(_LABEL):
+                scope.labels[m[1]] = len(kernel.code)
+            elif m := self.match(_LINE_DIRECTIVE):
+                self.line_directive(m[0].split())
+            elif self.text[self.at] == ".":
+                self.declare(self.until(";"), scope, kernel)
+            else:
+                start = self.at
+                instruction = self.instruction(" ".join(self.until(";").split()), scope, self.line(start))
+                if instruction.op[0] in ("bra", "brx", "call"):
+                    scope.branches.append(instruction)
+                kernel.code.append(instruction)
+
+    def close(self, scope: _Scope, end: int) -> None:
+        for branch in scope.branches:
+            (label, *_) = [x.name for x in branch.operands if isinstance(x, Sym)] or [""]
+            if label in scope.labels:
+                branch.target = scope.labels[label]
+            elif scope.parent:
+                scope.parent.branches.append(branch)
+            elif branch.op[0] == "bra":
+                raise PtxSyntaxError(f"PTX line {branch.line}: no label {label!r}")
+
+    def declare(self, text: str, scope: _Scope, kernel: Kernel) -> None:
+        m = _REG.match(text)
+        if not m:
+            variable = self.variable(text)
+            if variable:
+                scope.names[variable.name] = kernel.variables[variable.name] = variable
+            return
+        if m[1] not in TYPE_BYTES:
+            raise self.error(f"register type .{m[1]} is not known")
+        size = 0 if m[1] == "pred" else TYPE_BYTES[m[1]]
+        for item in m[2].split(","):
+            ranged = re.match(rf"\s*({_IDENT})\s*(?:<(\d+)>)?\s*$", item)
+            if not ranged:
+                raise self.error(f"cannot read {text[:60]!r}")
+            names = [f"{ranged[1]}{i}" for i in range(int(ranged[2]))] if ranged[2] else [ranged[1]]
+            for name in names:
+                reg = Reg(len(kernel.registers), size, name)
+                kernel.registers.append(reg)
+                scope.names[name] = reg
+
+    def instruction(self, text: str, scope: _Scope, line: int) -> Instruction:
+        full, guard = text, None
+        if m := _GUARD.match(text):
+            reg = scope.names.get(m[2])
+            if not isinstance(reg, Reg):
+                raise PtxSyntaxError(f"PTX line {line}: no predicate {m[2]!r}")
+            guard = Reg(reg.index, reg.size, reg.name, m[1] == "!")
+            text = text[m.end() :]
+        opcode, _, rest = text.partition(" ")
+        op = tuple(opcode.replace("::", ":").split("."))
+        try:
+            operands = tuple(self.operand(x, scope) for x in _split(rest))
+        except PtxSyntaxError as e:
+            raise PtxSyntaxError(f"PTX line {line}: {e} in {full!r}") from None
+        return Instruction(op, operands, guard, line, full, self.source)
+
+    def operand(self, text: str, scope: _Scope) -> Operand:
+        text = text.strip()
+        if text.startswith("{"):
+            return Vec(tuple(self.operand(x, scope) for x in _split(text[1:-1])))
+        if text.startswith("["):
+            first, *rest = _split(text[1:-1])
+            m = re.match(rf"({_IDENT}|-?\w+)\s*(?:\+\s*(-?\w+))?$", first.strip())
+            if not m:
+                raise PtxSyntaxError(f"address {text!r}")
+            return Address(
+                self.operand(m[1], scope), int(m[2], 0) if m[2] else 0, tuple(self.operand(x, scope) for x in rest)
+            )
+        if "|" in text:
+            first, second = text.split("|")
+            return Pair(self.operand(first, scope), self.operand(second, scope))
+        if text == "_":
+            return Sink()
+        if text.startswith("!"):
+            reg = self.operand(text[1:], scope)
+            assert isinstance(reg, Reg)
+            return Reg(reg.index, reg.size, reg.name, True)
+        if (number := _number(text)) is not None:
+            return number
+        if text == "WARP_SZ":
+            return Imm(32)
+        if m := re.match(rf"({_IDENT})\s*\+\s*(\d+)$", text):
+            return Sym(m[1], int(m[2]))
+        name = scope.names.get(text)
+        if isinstance(name, Reg):
+            return name
+        if _SPECIAL.match(text):
+            return Special(text)
+        if re.fullmatch(_IDENT, text):
+            if text.startswith("%"):
+                raise PtxSyntaxError(f"no register {text!r}")
+            return Sym(text)
+        raise PtxSyntaxError(f"operand {text!r}")
+
+
+def _number(text: str) -> Imm | None:
+    if not _NUMBER.match(text):
+        return None
+    negative, digits = text.startswith("-"), text.lstrip("-")
+    if digits[:2] in ("0f", "0F"):
+        return Imm(int(digits[2:], 16) ^ (negative << 31), 4)
+    if digits[:2] in ("0d", "0D"):
+        return Imm(int(digits[2:], 16) ^ (negative << 63), 8)
+    if "." in digits:
+        return Imm(int.from_bytes(struct.pack("<d", float(text)), "little"), 8)
+    value = int(digits.rstrip("U"), 0 if digits[:2] in ("0x", "0X") else 10)
+    return Imm(-value if negative else value)
+
+
+def _split(text: str) -> list[str]:
+    """At the commas outside of brackets."""
+    parts, depth, start = [], 0, 0
+    for i, char in enumerate(text):
+        depth += (char in "[{(") - (char in ")}]")
+        if char == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    parts.append(text[start:])
+    return [p.strip() for p in parts if p.strip()]
