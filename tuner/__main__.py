@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, OSError, UnsupportedError, worker.StartFailed) as e:
+    except (ValueError, OSError, UnsupportedError, worker.StartFailed, worker.WorkerDied, worker.RemoteError) as e:
         document, code = {"error": str(e)}, 1
         print(f"{_parser().prog} {args.name}: {e}", file=sys.stderr)
     if args.json:

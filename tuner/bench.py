@@ -92,7 +92,7 @@ def run(
         for op in ops:
             found = _problems(configs, op, target.arch, m or DEFAULT_M, tp)
             mine = []
-            for problem, layers, calls in tqdm(found, desc=f"{target.device} {op}", unit="row", disable=quiet):
+            for problem, layers, calls in tqdm(found, desc=f"{target.device} {op}", unit="row", disable=quiet or None):
                 try:
                     choice = dispatch.choose_for(op, problem, dispatch.Target(target.arch, target.device))
                 except UnsupportedError:

@@ -57,26 +57,30 @@ class Predicted:
 
 
 class Measured:
-    """Times candidates in a child process, against the default, on `device` ("cuda:0").
+    """Times candidates of one task on `device` ("cuda:0"), against the default, in `child`.
 
-    backend holds the functions that run in the child, `measure` unless a test gives another.
+    The child outlives the task: it has imported everything and keeps what it compiled. backend holds the functions that
+    run in it, `measure` unless a test gives another.
     """
 
-    def __init__(self, task: Task, device: str, rounds: int, seed: int = 0, backend: ModuleType | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        device: str,
+        rounds: int,
+        child: worker.Worker,
+        *,
+        seed: int = 0,
+        backend: ModuleType | None = None,
+    ) -> None:
         self._task = task
         self._device = device
         self._rounds = rounds
         self._seed = seed
         self._backend = backend or measure
-        self._worker = worker.Worker()
+        self._child = child
         self._numbers = 0
         self._open = False
-
-    def __enter__(self) -> "Measured":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._worker.close()
 
     def evaluate(self, candidate: Candidate, stop: Callable[[int, float], bool]) -> float | Rejected:
         """Median over the rounds of time over the default's; fewer rounds if `stop` says so."""
@@ -129,7 +133,7 @@ class Measured:
         task = self._task
         what = f"{task.space.default} for {task.problem.op} ({task.problem})"
         try:
-            self._worker.call(
+            self._child.call(
                 self._backend.open_bench,
                 task.problem.op,
                 task.problem.dims(),
@@ -137,9 +141,9 @@ class Measured:
                 self._seed,
                 timeout=COMPILE_S,
             )
-            self._worker.call(self._backend.record, DEFAULT, *_spelled(task.space.default), timeout=COMPILE_S)
+            self._child.call(self._backend.record, DEFAULT, *_spelled(task.space.default), timeout=COMPILE_S)
         except (worker.WorkerDied, worker.RemoteError) as e:
-            self._worker.close()
+            self._child.close()
             kind = f"{e.kind}: " if isinstance(e, worker.RemoteError) else ""
             raise DefaultFailed(f"{what} fails: {kind}{_first_line(e)}") from e
         self._open = True
@@ -161,7 +165,7 @@ class Measured:
 
     def _call(self, function: Callable[..., Any], *args: Any, timeout: float) -> Any:
         try:
-            return self._worker.call(function, *args, timeout=timeout)
+            return self._child.call(function, *args, timeout=timeout)
         except worker.WorkerDied:
             self._open = False
             raise
@@ -171,7 +175,7 @@ class Measured:
         try:
             self._call(self._backend.rounds, [DEFAULT], 1, timeout=ROUND_S)
         except (worker.WorkerDied, worker.RemoteError):
-            self._worker.close()
+            self._child.close()
             self._open = False
 
 

@@ -226,7 +226,9 @@ def _compile(tasks: list[Task], options: Options) -> dict[Build, Resources | Rej
     compiled: dict[Build, Resources | Rejected] = {}
     kinds = {b: b.key for b in wanted}  # one binary may serve many
     seen: set[str] = set()
-    bar = tqdm(total=len(set(kinds.values())), desc="compile", unit="kernel", disable=options.quiet, smoothing=0.1)
+    bar = tqdm(
+        total=len(set(kinds.values())), desc="compile", unit="kernel", disable=options.quiet or None, smoothing=0.1
+    )
     with bar, contextlib.closing(builds.compile_all(wanted, options.jobs)) as done:
         for b, result in done:
             compiled[b] = result
@@ -245,28 +247,33 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
     assert target.cuda is not None
     storage = open_storage(options.storage)
     entries: dict[Task, Entry] = {}
-    bar = tqdm(total=len(tasks) * options.budget.trials, desc=target.device, unit="trial", disable=options.quiet)
-    with bar:
+    bar = tqdm(
+        total=len(tasks) * options.budget.trials, desc=target.device, unit="trial", disable=options.quiet or None
+    )
+    with bar, contextlib.closing(worker.Worker()) as child:
         for index, task in enumerate(tasks):
             bar.set_postfix_str(f"{task.problem.op} {task.problem}", refresh=True)
             share = (options.deadline - time.monotonic()) / (len(tasks) - index)
+            judge = Measured(task, target.cuda, options.budget.rounds, child, seed=options.seed)
             try:
-                with Measured(task, target.cuda, options.budget.rounds, options.seed) as judge:
-                    search = Search(task, storage, options.budget.trials, options.seed)
-                    search.run(judge, deadline=time.monotonic() + share, after=lambda: _tick(bar))
-                    bar.update((index + 1) * options.budget.trials - bar.n)
-                    if search.evaluated() == 0:
-                        report.left += 1
-                        continue
-                    if search.running_elsewhere():
-                        continue  # the worker that ends last has the whole picture, and will see to the final
-                    entries[task] = kept_or_final(search, judge, options.budget)
+                search = Search(task, storage, options.budget.trials, options.seed)
+                search.run(judge, deadline=time.monotonic() + share, after=lambda: _tick(bar))
+                bar.update((index + 1) * options.budget.trials - bar.n)
+                if search.evaluated() == 0:
+                    report.left += 1
+                    continue
+                if search.running_elsewhere():
+                    continue  # the worker that ends last has the whole picture, and will see to the final
+                entries[task] = kept_or_final(search, judge, options.budget)
             except (DefaultFailed, worker.WorkerDied, worker.RemoteError) as e:
                 report.failed.append(f"{target.device}: {e}")
                 continue
             _keep(path, target, [entries[task]])
             report.rows.append(_row(task, entries[task], search, target))
-    _add_regret(target, entries, options, path)
+        try:
+            _add_regret(target, entries, options, path, child)
+        except (DefaultFailed, worker.WorkerDied, worker.RemoteError) as e:
+            report.failed.append(f"{target.device}: regret between buckets: {e}")
 
 
 def kept_or_final(search: Search, judge: Measured, budget: Budget) -> Entry:
@@ -309,7 +316,7 @@ def _tick(bar: "tqdm[Any]") -> None:
     bar.update()
 
 
-def _add_regret(target: Target, entries: dict[Task, Entry], options: Options, path: Path) -> None:
+def _add_regret(target: Target, entries: dict[Task, Entry], options: Options, path: Path, child: worker.Worker) -> None:
     """Time each bucket's config in the buckets next to it: what an m that was not tuned may lose."""
     assert target.cuda is not None
     for family in _families(entries):
@@ -321,8 +328,8 @@ def _add_regret(target: Target, entries: dict[Task, Entry], options: Options, pa
                 return
             guests = {t: c for t in _next_to(here, family) if (c := _as_candidate(entries[t])) in here.space.candidates}
             own = _as_candidate(entries[here])
-            with Measured(here, target.cuda, options.budget.rounds, options.seed) as judge:
-                samples = judge.time([own, *guests.values()], options.budget.final_rounds)
+            judge = Measured(here, target.cuda, options.budget.rounds, child, seed=options.seed)
+            samples = judge.time([own, *guests.values()], options.budget.final_rounds)
             for task, guest in guests.items():
                 if guest in samples:
                     ratio = float((samples[guest] / samples[own]).mean())

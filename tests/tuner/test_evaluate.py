@@ -1,9 +1,11 @@
 """Measuring candidates in a child: right times, and every accident turned into a rejection."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from tuner import evaluate, space
+from tuner import evaluate, space, worker
 from tuner.evaluate import DefaultFailed, Measured
 from tuner.rejection import Rejected
 from tuner.search import Task
@@ -18,10 +20,16 @@ def task(fake, problem, monkeypatch):
 
 
 @pytest.fixture
-def judge(task, monkeypatch):
+def child():
+    w = worker.Worker()
+    yield w
+    w.close()
+
+
+@pytest.fixture
+def judge(task, child, monkeypatch):
     monkeypatch.setattr(evaluate, "COMPILE_S", 3.0)
-    with Measured(task, "cuda:0", rounds=9, backend=fake_bench) as judge:
-        yield judge
+    return Measured(task, "cuda:0", 9, child, backend=fake_bench)
 
 
 def with_knobs(task, **knobs):
@@ -85,23 +93,24 @@ def test_a_finalist_that_fails_now_is_left_out(task, judge, caplog):
     assert "passed before and fails now" in caplog.text
 
 
-def test_a_broken_default_is_no_candidate_but_a_failure(fake, problem, monkeypatch):
+def test_a_broken_default_is_no_candidate_but_a_failure(fake, problem, child, monkeypatch):
     monkeypatch.setitem(fake_kernel.SPACE, "fault", ("none", "wrong"))
     whole = space.of(problem, "sm_90a")
     broken = next(c for c in whole.candidates if dict(c.knobs) == dict(whole.default.knobs) | {"fault": "wrong"})
-    import dataclasses
-
     task = Task(space=dataclasses.replace(whole, default=broken), device="some-gpu")
-    with (
-        Measured(task, "cuda:0", rounds=3, backend=fake_bench) as judge,
-        pytest.raises(DefaultFailed, match="out of bound"),
-    ):
+    judge = Measured(task, "cuda:0", 3, child, backend=fake_bench)
+    with pytest.raises(DefaultFailed, match="out of bound"):
         judge.evaluate(whole.default, never)
 
 
-def test_no_device_is_a_failure(task):
-    with (
-        Measured(task, "cuda:absent", rounds=3, backend=fake_bench) as judge,
-        pytest.raises(DefaultFailed, match="no such"),
-    ):
+def test_no_device_is_a_failure(task, child):
+    judge = Measured(task, "cuda:absent", 3, child, backend=fake_bench)
+    with pytest.raises(DefaultFailed, match="no such"):
         judge.evaluate(task.space.default, never)
+
+
+def test_a_child_serves_one_task_after_another(fake, problem, child):
+    tasks = [Task(space=space.of(dataclasses.replace(problem, m=m), "sm_90a"), device="some-gpu") for m in (16, 64)]
+    judges = [Measured(t, "cuda:0", 5, child, backend=fake_bench) for t in tasks]
+    first, second = (j.evaluate(with_knobs(t, tile_m=32), never) for t, j in zip(tasks, judges, strict=True))
+    assert first == pytest.approx(second, rel=0.02)
