@@ -108,8 +108,8 @@ def read_index(directory: Path) -> dict[str, Stored]:
             raise CheckpointError(path, min(by_file[file]), wanted=wanted, got="no such file")
         shard = read_header(path)
         for name, stored in shard.items():
-            if name in found:
-                raise stored.error(wanted="each tensor in one shard", got=f"it is in {found[name].file.name} too")
+            if name in weight_map and weight_map[name] != file:
+                raise stored.error(wanted="each tensor in one shard", got=f"one that {weight_map[name]} holds too")
             if name not in by_file[file]:
                 raise stored.error(wanted="a tensor that the index names for this shard", got="one it does not")
             found[name] = stored

@@ -1,4 +1,4 @@
-"""Conversions: exact where formats allow it, the same bytes where nothing changes, refused where it would round twice."""
+"""Conversions: exact where formats allow it, same bytes where nothing changes, refused where it would round twice."""
 
 from pathlib import Path
 

@@ -297,16 +297,14 @@ def test_missing_shard(copy: Copies) -> None:
     refused(broken.directory, tensor=first, wanted=rf"the shard {path.name} .* for \d+ tensors", got="no such file")
 
 
-def test_tensor_in_two_shards(copy: Copies) -> None:
+@pytest.mark.parametrize(("tensor", "other"), [("head.weight", "embed.weight"), ("embed.weight", "head.weight")])
+def test_tensor_in_two_shards(tensor: str, other: str, copy: Copies) -> None:
     broken = copy("native")
-    assert broken.file("head.weight") != broken.file("embed.weight")
-    broken.edit("embed.weight", lambda tensors: tensors.update({"head.weight": torch.zeros(2)}), index=False)
-    weight_map = broken.index
-    broken.write_index(weight_map)
-    with pytest.raises(CheckpointError) as caught:
-        Checkpoint(broken.directory)
-    assert caught.value.tensor == "head.weight"
-    assert "in one shard" in caught.value.wanted or "that the index names for this shard" in caught.value.wanted
+    right, wrong = broken.file(tensor), broken.file(other)
+    assert right != wrong
+    broken.edit(other, lambda tensors: tensors.update({tensor: torch.zeros(2)}), index=False)
+    error = refused(broken.directory, tensor=tensor, wanted="each tensor in one shard", got=f"{right.name} holds too")
+    assert error.file == wrong
 
 
 def test_shard_with_a_tensor_that_the_index_lacks(copy: Copies) -> None:
