@@ -140,7 +140,7 @@ def rmsnorm_fp32(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         half = square.shape[-1] // 2
         square = square[..., :half] + square[..., half:]
     mean = pair_sum(square) / constant(float(k), x.device)
-    r = constant(1.0, x.device) / torch.sqrt(mean + constant(eps, x.device))
+    r = constant(1.0, x.device) / sqrt_rn(mean + constant(eps, x.device))
     return (x * r[..., None]) * weight
 
 
@@ -160,6 +160,11 @@ def swiglu_fp32(x: Tensor, limit: float) -> Tensor:
     e = exp_neg(g.abs())
     sigmoid = torch.where(g < 0, e, 1.0) / (1.0 + e)
     return (g * sigmoid) * u
+
+
+def sqrt_rn(x: Tensor) -> Tensor:
+    """FP32 square root, rounded to nearest: by FP64, as torch.sqrt of FP32 is a unit off in places on a CPU (MKL)."""
+    return torch.sqrt(x.double()).float()
 
 
 def exp_neg(a: Tensor) -> Tensor:

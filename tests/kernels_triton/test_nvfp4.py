@@ -51,6 +51,14 @@ def _row_sum(x_ptr, out_ptr, ROWS: tl.constexpr, N: tl.constexpr):
     tl.store(out_ptr + rows, nvfp4.row_sum(x, ROWS, N))
 
 
+@triton.jit
+def _block_errors(x_ptr, sf_ptr, out_ptr, alpha, inv):
+    blocks = tl.arange(0, 64)
+    x = tl.load(x_ptr + blocks[:, None] * 16 + tl.arange(0, 16)[None, :]).reshape(1, 64, 16)
+    sf = tl.load(sf_ptr + blocks).reshape(1, 64)
+    tl.store(out_ptr + blocks, nvfp4._squared_error(x, x * inv, sf, alpha, 1, 64).reshape(64))
+
+
 def numbers(device: torch.device) -> torch.Tensor:
     """FP32 [n, 1024]: every BF16 and FP16, and the neighbours of every boundary between E2M1 and E4M3 numbers."""
     halves = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
@@ -125,3 +133,20 @@ def test_row_sum(device, n, rows, num_warps):
         half = want.shape[-1] // 2
         want = want[:, :half] + want[:, half:]
     assert torch.equal(out, e2m1.pair_sum(want))
+
+
+@pytest.mark.parametrize("num_warps", [1, 4])
+def test_squared_errors_of_rule_mse(device, num_warps):
+    """To the last bit, which the order of the sum decides."""
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 16, generator=gen).to(device)
+    sf = torch.rand(64, generator=gen).to(device).to(torch.float8_e4m3fn).float()
+    alpha = torch.tensor(0.73, device=device)
+    inv = 1 / alpha
+    out = torch.full((64,), torch.nan, device=device)
+    _block_errors[(1,)](x, sf, out, alpha.item(), inv.item(), num_warps=num_warps, **host.OPTIONS)
+    scale = (sf * alpha)[:, None]
+    q = e2m1.decode(e2m1.encode(x * (torch.ones_like(scale) / scale)))
+    d = x * inv - q * sf[:, None]
+    assert torch.equal(out, e2m1.pair_sum(d * d))
+    assert not torch.equal(out, (d * d).cumsum(-1)[:, -1])  # another order gives other bits

@@ -102,6 +102,16 @@ def test_global_scale(m, eps, device, hard_rows):
         torch.testing.assert_close(alpha.cpu(), want, rtol=0, atol=0, equal_nan=True)
 
 
+def test_every_bit_of_the_norm(device):
+    """A code hides most bits of what was quantised; the global scale of single rows shows them."""
+    x = torch.randn(32, 208, generator=torch.Generator().manual_seed(0)).to(device)
+    weight = weights(208, device, torch.float32)
+    for row in x.split(1):
+        alpha = torch.zeros((), device=device)
+        kernel.global_scale(row, weight, 1e-6, alpha, kernel.Config())
+        assert torch.equal(alpha.cpu(), reference.rmsnorm_quantize(row.cpu(), weight.cpu(), 1e-6).alpha)
+
+
 def test_refusals():
     assert kernel.supports(RmsnormQuantizeProblem(m=1, k=16384), kernel.Config()) is None
     why = kernel.supports(RmsnormQuantizeProblem(m=1, k=16400), kernel.Config())

@@ -89,6 +89,15 @@ def test_global_scale(m, device, hard_rows):
         torch.testing.assert_close(alpha.cpu(), want, rtol=0, atol=0, equal_nan=True)
 
 
+def test_every_bit_of_the_activation(device):
+    """A code hides most bits of what was quantised; the global scale of single rows shows them."""
+    x = (3 * torch.randn(32, 32, generator=torch.Generator().manual_seed(0))).to(device)
+    for row in x.split(1):
+        alpha = torch.zeros((), device=device)
+        kernel.global_scale(row, 10.0, alpha, kernel.Config())
+        assert torch.equal(alpha.cpu(), reference.swiglu_quantize(row.cpu()).alpha)
+
+
 @pytest.mark.gpu
 def test_cuda_graph(device):
     """Captured once, replayed on new inputs: the global scale too."""

@@ -1,6 +1,7 @@
 """The quantiser's references against an independent write-up in numpy and ml_dtypes, and against FP64."""
 
 import importlib.util
+from fractions import Fraction
 from pathlib import Path
 
 import ml_dtypes
@@ -268,19 +269,32 @@ def test_rmsnorm_against_fp64(k, eps):
     assert ((got - want).abs() <= 4e-7 * want.abs()).all()
 
 
-def test_rmsnorm_sums_in_the_stated_order():
-    """A row whose sum depends on the order: halves down to 1024 columns, then adjacent pairs."""
-    x = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+def test_rmsnorm_rounds_as_stated():
+    """Rows whose sums depend on the order (halves down to 1024 columns, then adjacent pairs), 500 means and roots."""
+    x = torch.randn(500, 4096, generator=torch.Generator().manual_seed(0))
     square = (x * x).numpy()
-    chunks = square.reshape(4, 1024)
-    total = (chunks[0] + chunks[2]) + (chunks[1] + chunks[3])
+    chunks = square.reshape(-1, 4, 1024)
+    total = (chunks[:, 0] + chunks[:, 2]) + (chunks[:, 1] + chunks[:, 3])
     for _ in range(10):
-        total = total[0::2] + total[1::2]
-    mean = F32(total[0] / F32(4096))
-    r = F32(F32(1) / np.sqrt(F32(mean + F32(1e-6))))
+        total = total[:, 0::2] + total[:, 1::2]
+    mean = total[:, 0] / F32(4096)
+    r = F32(1) / np.sqrt(mean + F32(1e-6))
     got = quant.rmsnorm_fp32(x, torch.ones(4096), 1e-6).numpy()
-    assert np.array_equal(got, x.numpy() * r)
-    assert mean != F32(np.cumsum(square, dtype=F32)[-1] / F32(4096))  # the order does matter here
+    assert np.array_equal(got, x.numpy() * r[:, None])
+    assert not np.array_equal(mean, np.cumsum(square, axis=1, dtype=F32)[:, -1] / F32(4096))  # the order does matter
+
+
+def test_square_root_is_rounded_to_nearest():
+    """In exact arithmetic: half a unit less squares to less, half a unit more to more."""
+    gen = torch.Generator().manual_seed(0)
+    x = torch.rand(5000, generator=gen) * torch.exp2(torch.randint(-140, 120, (5000,), generator=gen).float())
+    x = torch.cat((x, torch.arange(1, 50).float() ** 2, torch.tensor([1e-45, 3.4e38])))
+    root = quant.sqrt_rn(x)
+    assert quant.sqrt_rn(torch.zeros(())) == 0
+    above = (root.double() + torch.nextafter(root, torch.full((), torch.inf)).double()) / 2
+    below = (root.double() + torch.nextafter(root, torch.zeros(())).double()) / 2
+    for v, low, high in zip(x.tolist(), below.tolist(), above.tolist(), strict=True):
+        assert Fraction(low) ** 2 < Fraction(v) < Fraction(high) ** 2
 
 
 def test_exp_neg_against_fp64():
