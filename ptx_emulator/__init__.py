@@ -10,6 +10,17 @@ Needs numpy only.
 """
 
 from .api import Loaded, load
+from .emulation import Device, active, emulate
 from .errors import DeadlockError, Fault, PtxSyntaxError, UnknownInstructionError
 
-__all__ = ["DeadlockError", "Fault", "Loaded", "PtxSyntaxError", "UnknownInstructionError", "load"]
+__all__ = [
+    "DeadlockError",
+    "Device",
+    "Fault",
+    "Loaded",
+    "PtxSyntaxError",
+    "UnknownInstructionError",
+    "active",
+    "emulate",
+    "load",
+]

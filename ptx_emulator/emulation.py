@@ -1,0 +1,213 @@
+"""`emulate(arch)`: functions of `cute.compile`, called with CPU tensors, run their host code as compiled and their
+kernels here.
+
+A compiled function's host code is linked a second time, against the stand-in runtime; the function itself stays as it
+was, so that one compiled inside can be launched on a GPU outside. Its PTX must have been kept, which `emulate` sees to
+for whatever is compiled inside.
+"""
+
+import contextlib
+import ctypes
+import gc
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from .api import Loaded, load
+from .errors import Fault
+from .machine import SCHEDULES, Dim3, Launch, Statistics
+from .memory import GlobalMemory
+from .numbers import Array
+from .runtime import PREFIX, SYMBOLS, Runtime, binding
+
+ARCHS = ("sm_90a", "sm_100a")
+_TWIN = "_ptx_emulator_twin"
+_active: list["Device"] = []
+
+
+class Device:
+    """What stands in for a GPU. launches: statistics of every kernel launch, in order."""
+
+    def __init__(self, arch: str, schedule: str, seed: int | None):
+        self.arch, self.schedule, self.seed = arch, schedule, seed
+        self.launches: list[Statistics] = []
+        self.runtime = Runtime(arch, self._launch)
+        self._kernels: Loaded | None = None
+        self._allowed: list[tuple[int, int, str]] = []
+
+    def allow(self, data: Array) -> None:
+        """Let kernels reach an array that no live torch tensor holds."""
+        self._allowed.append((data.__array_interface__["data"][0], data.nbytes, "array"))
+
+    def call(self, function: Any, exe_args: list[Any]) -> Any:
+        """Run a compiled function. Raises what the emulator raised."""
+        ptx = getattr(function, "__ptx__", None)
+        if not ptx:
+            raise Fault(
+                f"{function.function_name} was compiled without keeping its PTX: compile it inside of emulate(), "
+                "or clear the cache that holds it"
+            )
+        twin = _twin(function, str(ptx), self.arch)
+        bound, before = binding(), binding().runtime
+        bound.runtime, self._kernels, self.runtime.error = self.runtime, twin.kernels, None
+        self.runtime.names = twin.names
+        try:
+            return twin.run(exe_args)
+        except Exception:
+            if self.runtime.error is not None:
+                raise self.runtime.error from None
+            raise
+        finally:
+            bound.runtime = before
+
+    def _launch(self, name: str, grid: Dim3, block: Dim3, cluster: Dim3, shared: int, params: int) -> None:
+        assert self._kernels is not None
+        program = self._kernels.program(name)
+        memory = GlobalMemory(self._arrays)
+        for data in program.globals:
+            memory.add(data, "module variable")
+        pointers = (ctypes.c_void_p * len(program.kernel.params)).from_address(params)
+        packed = [ctypes.string_at(p, v.size) for p, v in zip(pointers, program.kernel.params, strict=True)]
+        launch = Launch(
+            program,
+            memory,
+            grid,
+            block,
+            packed,
+            cluster=cluster,
+            dynamic_shared=shared,
+            schedule=self.schedule,
+            seed=self.seed,
+        )
+        self.launches.append(launch.run())
+
+    def _arrays(self) -> list[tuple[int, int, str]]:
+        """Memory that a kernel may touch: what live CPU tensors hold, and what was allowed."""
+        found = dict.fromkeys(self._allowed)
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            kinds = (torch.Tensor, torch.nn.Parameter)
+            for x in gc.get_objects():
+                # the exact types only: asking others for their class may run code of theirs
+                if type(x) in kinds and x.device.type == "cpu" and x.layout is torch.strided:
+                    storage = x.untyped_storage()
+                    if storage.nbytes():
+                        found[(storage.data_ptr(), storage.nbytes(), "tensor")] = None
+        return list(found)
+
+
+class _Twin:
+    """A compiled function's host code, linked against the stand-in runtime."""
+
+    def __init__(self, function: Any, ptx: str, arch: str):
+        from cutlass.base_dsl.jit_executor import JitExecutor
+        from cutlass.cutlass_dsl import CuTeDSL
+        from cutlass.cutlass_dsl.cuda_jit_executor import CudaDialectJitModule
+
+        self.kernels = load(ptx)
+        if self.kernels.arch != arch:
+            raise Fault(f"{function.function_name} was compiled for {self.kernels.arch}, but {arch} is emulated")
+        self.names: list[str] = []
+        bound = binding()
+        runtime, bound.runtime = bound.runtime, Runtime(arch, _no_launch)
+        bound.runtime.names = self.names
+        try:
+            engine = CuTeDSL._get_dsl().compiler_provider.jit(
+                _renamed(function.ir_module), shared_libs=[str(bound.path)]
+            )
+            self.function = object.__new__(type(function))
+            self.function.__dict__.update(function.__dict__)
+            entry = engine.lookup(function.function_name)
+            entry.restype = ctypes.c_int32
+            self.function.__dict__.update(
+                engine=engine, capi_func=entry, jit_module=None, _default_executor=None, num_devices=1
+            )
+            if function.has_gpu_module:
+                self.function._load_cuda_library()
+            if bound.runtime.error:
+                raise bound.runtime.error
+        finally:
+            bound.runtime = runtime
+        module = CudaDialectJitModule(engine, entry, function.execution_args, [])
+        self.executor = JitExecutor(module, None, False)
+
+    def run(self, exe_args: list[Any]) -> Any:
+        return self.executor.run_compiled_program(exe_args)
+
+
+def _renamed(module: Any) -> Any:
+    """The host code with every runtime symbol under a name that the real runtime library does not have."""
+    from cutlass._mlir import ir
+
+    known = set(SYMBOLS)
+    text = re.sub(
+        r"@(_cu\w+|cuda_dialect_\w+)", lambda m: f"@{PREFIX}{m[1]}" if m[1] in known else m[0], str(module)
+    )
+    with module.context:
+        return ir.Module.parse(text)
+
+
+def _no_launch(*args: Any) -> None:
+    raise Fault("a kernel was launched while its library was being loaded")
+
+
+def _twin(function: Any, ptx: str, arch: str) -> _Twin:
+    made = function.__dict__.get(_TWIN)
+    if made is None or made.kernels.arch != arch:
+        made = function.__dict__[_TWIN] = _Twin(function, ptx, arch)
+    return made  # type: ignore[no-any-return]
+
+
+def active() -> Device | None:
+    """The innermost emulated device, if any."""
+    return _active[-1] if _active else None
+
+
+@contextlib.contextmanager
+def emulate(arch: str, *, schedule: str = "round", seed: int | None = None) -> Iterator[Device]:
+    """Run compiled CuTe DSL functions on a CPU as if on a GPU of `arch` ("sm_90a" or "sm_100a").
+
+    schedule ("eager", "round" or "late") and seed choose among the orders in which warps and asynchronous work may run.
+
+    Raises ValueError for another architecture or schedule; inside, launches raise Fault for what a kernel does wrong.
+    """
+    from cutlass.cutlass_dsl import CuTeDSL
+    from cutlass.cutlass_dsl.cuda_jit_executor import CudaDialectJitCompiledFunction
+
+    if arch not in ARCHS:
+        raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    device, settings = Device(arch, schedule, seed), CuTeDSL._get_dsl().envar
+    kept = {name: getattr(settings, name) for name in ("keep_ptx", "dump_dir", "arch")}
+    own = CudaDialectJitCompiledFunction.__dict__
+    hooked = {name: own.get(name) for name in ("__call__", "run_compiled_program")}
+
+    def run(self: Any, exe_args: list[Any]) -> Any:
+        return device.call(self, exe_args)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # what the arguments were adapted to must live until the call is over
+        exe_args, adapted = self.execution_args.generate_execution_args(args, kwargs)
+        result = device.call(self, exe_args)
+        del adapted
+        return result
+
+    with tempfile.TemporaryDirectory(prefix="ptx-emulator-") as folder:
+        settings.keep_ptx, settings.dump_dir, settings.arch = True, folder, arch
+        CudaDialectJitCompiledFunction.__call__ = call
+        CudaDialectJitCompiledFunction.run_compiled_program = run
+        _active.append(device)
+        try:
+            yield device
+        finally:
+            _active.pop()
+            for name, value in hooked.items():
+                if value is None:
+                    delattr(CudaDialectJitCompiledFunction, name)
+                else:
+                    setattr(CudaDialectJitCompiledFunction, name, value)
+            for name, value in kept.items():
+                setattr(settings, name, value)
