@@ -31,6 +31,7 @@ from .data import shared_of
 from .sync import mbarrier_of
 
 ROWS, COLUMNS = 128, 512
+_UNDER_WAY = "tensor core work"
 _ALL = np.ones(LANES, bool)
 _OFFSET = (1 << RANK_SHIFT) - 1
 
@@ -142,8 +143,20 @@ def group(w: Warp, ctas: int, what: str) -> list[Cta]:
     return w.cta.cluster.ctas[w.cta.rank : w.cta.rank + 2]
 
 
-def _submit(w: Warp, work: Callable[[], None]) -> None:
-    w.cta.cluster.submit(("tcgen05", w.cta.rank & ~1), work)
+def _submit(w: Warp, members: list[Cta], work: Callable[[], None], touches: bool = True) -> None:
+    """Work of these CTAs' tensor cores; `touches` unless it leaves tensor memory alone."""
+    if not touches:
+        w.cta.cluster.submit(("tcgen05", len(members), w.cta.rank), work)
+        return
+    for cta in members:
+        cta.state[_UNDER_WAY] = cta.state.get(_UNDER_WAY, 0) + 1
+
+    def run() -> None:
+        work()
+        for cta in members:
+            cta.state[_UNDER_WAY] -= 1
+
+    w.cta.cluster.submit(("tcgen05", len(members), w.cta.rank), run)
 
 
 # --- allocation ---
@@ -181,7 +194,7 @@ def _dealloc(i: Instruction, p: Program) -> Run:
         memory = tensor_memory(w.cta)
         if memory.allocated.get(first) != columns:
             raise Fault(f"tcgen05.dealloc of {columns} columns from {first:#x}; allocated are {memory.allocated}")
-        if ("tcgen05", w.cta.rank & ~1) in w.cta.cluster.queues:
+        if w.cta.state.get(_UNDER_WAY):
             raise Fault("tcgen05.dealloc while tensor core work is under way")
         del memory.allocated[first]
         return None
@@ -312,7 +325,7 @@ def _cp(i: Instruction, p: Program) -> Run:
                     tensor_memory(cta).write(slice(0, ROWS), taddr & 0xFFFF, values, "tcgen05.cp")
 
             w.cta.cluster.launch.statistics.events["tcgen05.cp"] += 1
-            _submit(w, work)
+            _submit(w, members, work)
         return None
 
     return run
@@ -418,7 +431,7 @@ def _mma(i: Instruction, p: Program) -> Run:
             events = w.cta.cluster.launch.statistics.events
             events["MMAs"] += 1
             events["MMA flops"] += 2 * job.m * job.n * job.k
-            _submit(w, job)
+            _submit(w, members, job)
         return None
 
     return run
@@ -545,14 +558,14 @@ def _commit(i: Instruction, p: Program) -> Run:
     def run(w: Warp, m: Mask) -> str | None:
         for lane in np.flatnonzero(_ALL if m is None else m):
             at = int(address(w)[lane])
-            group(w, ctas, "tcgen05.commit")
+            members = group(w, ctas, "tcgen05.commit")
             ranks = [r for r in range(16) if int(mask(w)[lane]) >> r & 1] if mask else [at >> RANK_SHIFT]
 
             def work(at: int = at, ranks: list[int] = ranks) -> None:
                 for rank in ranks:
                     mbarrier_of(shared_of(w, rank), at & _OFFSET).arrive(1)
 
-            _submit(w, work)
+            _submit(w, members, work, touches=False)
         return None
 
     return run
