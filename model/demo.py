@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(", ".join(f"{family} {size / 1e6:.1f} MB" for family, size in sizes.items()))
 
         with _timed(times, "tune"):
-            tuned = _tune(root, (1, len(prompt)), args)
+            tuned = _tune(root, (1, len(prompt)), device, args)
+        planned = _planned(tuned["tables"], config, (1, len(prompt)))
         with _timed(times, "load"):
             drafts = root / "native" if config.num_nextn_predict_layers else None
             model = load(None, root / "modelopt", device, drafts=drafts, progress=quiet)
@@ -76,7 +77,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         times["prefill"], times["decode"] = made.prefill_s, made.decode_s
         print(f"\nprompt  {tokenizer.decode(prompt)!r}\ntext    {tokenizer.decode(made.tokens)!r}\n")
 
-        planned = _planned(tuned["tables"], config, (1, len(prompt)))
         with _timed(times, "compare with FP32"):
             errors, acceptance = _compare(model, root, prompt + made.tokens, device, args.quiet)
 
@@ -86,8 +86,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"\nwhat ran on {device}:")
     print(text_table(("op", "kernel", "config", "why", "shapes", "calls"), [list(row.values()) for row in used]))
     if device.type == "cpu":
-        print("\nwhat the tuned tables choose on GPUs (predicted: nothing was timed here):")
-        print(text_table(("arch", "op", "layers", "m", "kernel", "config"), [list(row.values()) for row in planned]))
+        how = "measured" if tuned["measured"] else "predicted: nothing was timed here"
+        print(f"\nwhat the tuned tables choose on GPUs ({how}):")
+        print(text_table(("arch", "kernel", "m", "config", "layers"), _joined(planned)))
     print("\nlogits at every position against the same weights in FP32 (random layers pass errors on undamped):")
     print(text_table(("model", "relative error", "same top token"), [list(row.values()) for row in errors]))
     if acceptance is not None:
@@ -124,7 +125,7 @@ def _make(directory: Path, config: ModelConfig, family: Family, seed: int, quiet
     return make_checkpoint(directory, config, family, seed=seed, shard_bytes=8 << 20, force=True, progress=quiet)
 
 
-def _tune(root: Path, m: Sequence[int], args: argparse.Namespace) -> dict[str, Any]:
+def _tune(root: Path, m: Sequence[int], device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
     """The tuner's command line, in a process of its own: its report. Raises ValueError with its last words."""
     package = (__package__ or "model").rpartition(".")[0]
     module = f"{package}.tuner" if package else "tuner"
@@ -140,13 +141,13 @@ def _tune(root: Path, m: Sequence[int], args: argparse.Namespace) -> dict[str, A
     ]
     command += ["--budget", "small", "--m", ",".join(map(str, m)), "--seconds", str(args.tune_seconds), "--json"]
     command += ["--quiet"] if args.quiet else []
-    command += ["--device", args.device] if args.device not in (None, "cpu") else []
-    source = str(Path(__file__).parents[1])  # where a checkout's packages lie
-    path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))
+    command += ["--device", f"cuda:{device.index or 0}"] if device.type == "cuda" else []
+    environment = dict(os.environ)
+    if not package:  # a checkout, which the process has to find wherever this one was started
+        known = os.environ.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *([known] if known else [])])
     # its progress bars go where ours go
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         raise ValueError(f"tuning failed ({' '.join(command)}): {lines[-1] if lines else 'no output'}")
@@ -249,6 +250,14 @@ def _planned(tables: Sequence[str], config: ModelConfig, m: Sequence[int]) -> li
                 )
     fp4suite.use_table(None)
     return rows
+
+
+def _joined(planned: Sequence[dict[str, Any]]) -> list[list[object]]:
+    """The rows of `_planned` with the layers of one choice in one row."""
+    layers: dict[tuple[object, ...], list[str]] = {}
+    for row in planned:
+        layers.setdefault((row["arch"], row["kernel"], row["m"], row["config"]), []).append(row["layers"])
+    return [[*key, ", ".join(names)] for key, names in layers.items()]
 
 
 def _target(path: str) -> dispatch.Target:
