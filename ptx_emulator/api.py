@@ -5,7 +5,6 @@ from functools import cached_property
 
 import numpy as np
 
-from .errors import Fault
 from .machine import Dim3, Launch, Statistics
 from .memory import GlobalMemory
 from .numbers import Array
@@ -102,6 +101,3 @@ def _pack(value: Argument, param: Variable, memory: GlobalMemory) -> bytes:
     if isinstance(value, float):
         return np.array(value, np.float32 if param.size == 4 else np.float64).tobytes()
     return (int(value) % (1 << 8 * param.size)).to_bytes(param.size, "little")
-
-
-assert Fault

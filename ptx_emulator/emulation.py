@@ -12,7 +12,7 @@ import gc
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .api import Loaded, load
@@ -30,8 +30,8 @@ _active: list["Device"] = []
 class Device:
     """What stands in for a GPU. launches: statistics of every kernel launch, in order."""
 
-    def __init__(self, arch: str, schedule: str, seed: int | None):
-        self.arch, self.schedule, self.seed = arch, schedule, seed
+    def __init__(self, arch: str, schedule: str, seed: int | None, rewrite: Callable[[str], str] | None = None):
+        self.arch, self.schedule, self.seed, self.rewrite = arch, schedule, seed, rewrite
         self.launches: list[Statistics] = []
         self.runtime = Runtime(arch, self._launch)
         self._kernels: Loaded | None = None
@@ -51,7 +51,8 @@ class Device:
             )
         twin = _twin(function, str(ptx), self.arch)
         bound, before = binding(), binding().runtime
-        bound.runtime, self._kernels, self.runtime.error = self.runtime, twin.kernels, None
+        bound.runtime, self.runtime.error = self.runtime, None
+        self._kernels = load(self.rewrite(str(ptx))) if self.rewrite else twin.kernels
         self.runtime.names = twin.names
         try:
             return twin.run(exe_args)
@@ -142,9 +143,7 @@ def _renamed(module: Any) -> Any:
     from cutlass._mlir import ir
 
     known = set(SYMBOLS)
-    text = re.sub(
-        r"@(_cu\w+|cuda_dialect_\w+)", lambda m: f"@{PREFIX}{m[1]}" if m[1] in known else m[0], str(module)
-    )
+    text = re.sub(r"@(_cu\w+|cuda_dialect_\w+)", lambda m: f"@{PREFIX}{m[1]}" if m[1] in known else m[0], str(module))
     with module.context:
         return ir.Module.parse(text)
 
@@ -154,10 +153,10 @@ def _no_launch(*args: Any) -> None:
 
 
 def _twin(function: Any, ptx: str, arch: str) -> _Twin:
-    made = function.__dict__.get(_TWIN)
+    made: _Twin | None = function.__dict__.get(_TWIN)
     if made is None or made.kernels.arch != arch:
         made = function.__dict__[_TWIN] = _Twin(function, ptx, arch)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def active() -> Device | None:
@@ -166,10 +165,17 @@ def active() -> Device | None:
 
 
 @contextlib.contextmanager
-def emulate(arch: str, *, schedule: str = "round", seed: int | None = None) -> Iterator[Device]:
+def emulate(
+    arch: str,
+    *,
+    schedule: str = "round",
+    seed: int | None = None,
+    rewrite: Callable[[str], str] | None = None,
+) -> Iterator[Device]:
     """Run compiled CuTe DSL functions on a CPU as if on a GPU of `arch` ("sm_90a" or "sm_100a").
 
     schedule ("eager", "round" or "late") and seed choose among the orders in which warps and asynchronous work may run.
+    rewrite: changes a kernel's PTX before it runs, to see what a fault would do.
 
     Raises ValueError for another architecture or schedule; inside, launches raise Fault for what a kernel does wrong.
     """
@@ -180,7 +186,7 @@ def emulate(arch: str, *, schedule: str = "round", seed: int | None = None) -> I
         raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    device, settings = Device(arch, schedule, seed), CuTeDSL._get_dsl().envar
+    device, settings = Device(arch, schedule, seed, rewrite), CuTeDSL._get_dsl().envar
     kept = {name: getattr(settings, name) for name in ("keep_ptx", "dump_dir", "arch")}
     own = CudaDialectJitCompiledFunction.__dict__
     hooked = {name: own.get(name) for name in ("__call__", "run_compiled_program")}

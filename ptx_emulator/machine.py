@@ -57,7 +57,7 @@ class Warp:
         self.tid = (flat % U32(bx), flat // U32(bx) % U32(by), flat // U32(bx * by))
         self.fragments = [Fragment(0, None if self.alive.all() else self.alive.copy())]
         self.counts = [0] * len(self.program.steps)
-        self.state: dict[str, Any] = {}  # of the asynchronous operations, each module its own key
+        self.state: dict[Any, Any] = {}  # of the asynchronous operations, each module its own key
 
     @property
     def where(self) -> str:
@@ -120,9 +120,10 @@ class Warp:
                     pc += 1
                 elif kind == BRANCH:
                     counts[pc] += 1
-                    if m is mask or (m == mask).all():
+                    if m is mask or (m is not None and mask is not None and bool((m == mask).all())):
                         pc = target
                     else:
+                        assert m is not None
                         self.fragments.append(Fragment(target, m))
                         f.mask = mask = ~m if mask is None else mask & ~m
                         pc += 1

@@ -156,7 +156,7 @@ _SPECIAL = re.compile(
 _IDENT = r"[A-Za-z_$%][\w$]*"
 _LABEL = re.compile(rf"({_IDENT})\s*:(?!:)")
 _GUARD = re.compile(rf"@(!?)({_IDENT})\s+")
-_REG = re.compile(rf"\.reg\s+(?:\.v[24]\s+)?\.(\w+)\s+(.*)", re.S)
+_REG = re.compile(r"\.reg\s+(?:\.v[24]\s+)?\.(\w+)\s+(.*)", re.S)
 _VARIABLE = re.compile(
     r"(?:\.(?P<link>extern|visible|weak|common)\s+)?\.(?P<space>shared|global|const|local|param)"
     r"(?P<rest>(?:\s+\.(?:align\s+\d+|ptr|attribute\([^)]*\)|managed|shared|global|const|local))*)\s+"
@@ -165,7 +165,9 @@ _VARIABLE = re.compile(
     re.S,
 )
 _LINE_DIRECTIVE = re.compile(r"\.(?:loc|file|version|target|address_size)\b[^\n]*")
-_NUMBER = re.compile(r"-?(?:0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0[xX][0-9a-fA-F]+U?|\d+\.\d*(?:[eE][-+]?\d+)?|\d+U?)$")
+_NUMBER = re.compile(
+    r"-?(?:0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0[xX][0-9a-fA-F]+U?|\d+\.\d*(?:[eE][-+]?\d+)?|\d+U?)$"
+)
 
 
 def parse(text: str) -> Module:
@@ -316,7 +318,8 @@ class _Parser:
             if not m:
                 raise self.error(f"cannot read {self.text[self.at : self.at + 40]!r}")
             numbers = [int(x) for x in re.findall(r"\d+", m[2])]
-            triple = (*numbers, 1, 1, 1)[:3]
+            x, y, z = (*numbers, 1, 1, 1)[:3]
+            triple = (x, y, z)
             if m[1] == "reqntid":
                 kernel.required_threads = triple
             elif m[1] == "maxntid":

@@ -7,13 +7,13 @@ that faults when it is reached.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from .errors import Fault, UnknownInstructionError
 from .machine import BRANCH, EXIT, LANE, LANES, PLAIN, Cta, Warp
-from .memory import LOCAL_WINDOW, PARAM_WINDOW, RESERVED_SHARED, UINT
+from .memory import PARAM_WINDOW, RESERVED_SHARED, UINT
 from .numbers import U32, U64, Array
 from .parser import Address, Imm, Instruction, Kernel, Operand, Reg, Sink, Special, Sym, Variable, Vec
 
@@ -214,7 +214,8 @@ def literal(operand: Imm, kind: str) -> Any:
         return np.uint64(value).view(np.float64).astype(np.float32)
     if operand.float_bytes and operand.float_bytes != dtype.itemsize:
         raise TypeError(f"a literal of {operand.float_bytes} bytes as {kind}")
-    return UINT[dtype.itemsize](value % (1 << 8 * dtype.itemsize)).view(dtype)
+    bits: Any = UINT[dtype.itemsize](value % (1 << 8 * dtype.itemsize))
+    return bits.view(dtype)
 
 
 def constant(operand: Operand) -> int:
@@ -280,7 +281,13 @@ def special_register(name: str) -> Callable[[Warp], Array]:
     if base == "laneid":
         return lambda w: LANE
     bit = U32(1) << LANE
-    masks = {"eq": bit, "lt": bit - U32(1), "le": bit - U32(1) | bit, "ge": ~(bit - U32(1)), "gt": ~(bit - U32(1) | bit)}
+    masks = {
+        "eq": bit,
+        "lt": bit - U32(1),
+        "le": bit - U32(1) | bit,
+        "ge": ~(bit - U32(1)),
+        "gt": ~(bit - U32(1) | bit),
+    }
     if base.startswith("lanemask_"):
         return _constant(masks[base[9:]])
     raise KeyError(f"special register {name}")
@@ -339,7 +346,3 @@ def simple(read: Sequence[Read], write: Write, compute: Callable[..., Array]) ->
         return None
 
     return run
-
-
-LOCAL = LOCAL_WINDOW
-__all__ = ["DECODERS", "Program", "cast", "constant", "decoder", "simple", "uniform"]

@@ -175,4 +175,3 @@ def encode(
     w[6] = n[4] | b[0] << 56
     w[7] = sum(x << 8 * d for d, x in enumerate(b[1:]))
     return np.array(w, np.uint64).tobytes()
-

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from .. import numbers
-from ..numbers import U32, U64, Array
-from ..parser import Imm, Instruction, Pair, Reg
-from ..program import DTYPES, Mask, Program, Read, Run, constant, decoder, kind_of, simple, unknown
 from ..machine import LANES, Warp
+from ..numbers import U32, U64, Array
+from ..parser import Instruction, Pair
+from ..program import DTYPES, Mask, Program, Read, Run, constant, decoder, kind_of, simple, unknown
 
 FLOATS = ("f32", "f64", "f32x2", "f16", "f16x2", "bf16", "bf16x2")
 
@@ -116,7 +116,6 @@ def fma_f64(a: Array, b: Array, c: Array) -> Array:
 def _binary(name: str) -> None:
     integer = {"add": np.add, "sub": np.subtract}[name]
 
-    @decoder(name)
     def decode(i: Instruction, p: Program) -> Run:
         kind = kind_of(i)
         if kind in FLOATS:
@@ -142,7 +141,7 @@ def _binary(name: str) -> None:
             raise unknown(i)
         return simple(read, p.target(i.operands[0], kind), integer)
 
-    assert decode
+    decoder(name)(decode)
 
 
 _binary("add")
@@ -291,7 +290,6 @@ def _extremum(name: str) -> None:
     pick = {"min": np.minimum, "max": np.maximum}[name]
     finite = {"min": np.fmin, "max": np.fmax}[name]
 
-    @decoder(name)
     def decode(i: Instruction, p: Program) -> Run:
         kind = kind_of(i)
         count = len(i.operands) - 1
@@ -315,7 +313,7 @@ def _extremum(name: str) -> None:
             return simple(read, p.target(i.operands[0], kind), lambda a, b: np.maximum(pick(a, b), 0))
         return simple(read, p.target(i.operands[0], kind), pick)
 
-    assert decode
+    decoder(name)(decode)
 
 
 _extremum("min")
@@ -351,11 +349,10 @@ def _sign_bits(i: Instruction, p: Program, kind: str, change: Callable[[Array, A
 
 
 def _function(name: str, compute: Callable[[Array], Array]) -> None:
-    @decoder(name)
     def decode(i: Instruction, p: Program) -> Run:
         return _float(i, p, kind_of(i), 1, compute)
 
-    assert decode
+    decoder(name)(decode)
 
 
 _function("rcp", lambda x: 1.0 / x)
@@ -393,13 +390,12 @@ def _testp(i: Instruction, p: Program) -> Run:
 
 
 def _logic(name: str, compute: Callable[..., Array]) -> None:
-    @decoder(name)
     def decode(i: Instruction, p: Program) -> Run:
         kind = kind_of(i)
         read = [p.source(x, kind) for x in i.operands[1:]]
         return simple(read, p.target(i.operands[0], kind), compute)
 
-    assert decode
+    decoder(name)(decode)
 
 
 _logic("and", np.bitwise_and)
@@ -435,7 +431,9 @@ def _shl(i: Instruction, p: Program) -> Run:
     def compute(x: Array, n: Array) -> Array:
         return np.where(n < bits, x << np.minimum(n, bits - 1).astype(dtype), dtype.type(0))
 
-    return simple([p.source(i.operands[1], kind), p.source(i.operands[2], "u32")], p.target(i.operands[0], kind), compute)
+    return simple(
+        [p.source(i.operands[1], kind), p.source(i.operands[2], "u32")], p.target(i.operands[0], kind), compute
+    )
 
 
 @decoder("shr")
@@ -448,7 +446,9 @@ def _shr(i: Instruction, p: Program) -> Run:
         shifted = x >> np.minimum(n, bits - 1).astype(dtype)
         return shifted if dtype.kind == "i" else np.where(n < bits, shifted, dtype.type(0))
 
-    return simple([p.source(i.operands[1], kind), p.source(i.operands[2], "u32")], p.target(i.operands[0], kind), compute)
+    return simple(
+        [p.source(i.operands[1], kind), p.source(i.operands[2], "u32")], p.target(i.operands[0], kind), compute
+    )
 
 
 @decoder("shf")
@@ -592,7 +592,9 @@ def _szext(i: Instruction, p: Program) -> Run:
         out = (x.astype(np.int64) << shift & 0xFFFFFFFF).astype(U32).view(x.dtype).astype(np.int64) >> shift
         return np.where(width == 0, 0, out).astype(x.dtype)
 
-    return simple([p.source(i.operands[1], kind), p.source(i.operands[2], "u32")], p.target(i.operands[0], kind), compute)
+    return simple(
+        [p.source(i.operands[1], kind), p.source(i.operands[2], "u32")], p.target(i.operands[0], kind), compute
+    )
 
 
 @decoder("dp4a")
@@ -655,9 +657,9 @@ def _setp(i: Instruction, p: Program) -> Run:
         a, b = (p.source(x, kind) for x in i.operands[1:3])
     first = i.operands[0]
     if isinstance(first, Pair):
-        writes = (p.target(first.first, "pred"), p.target(first.second, "pred"))
+        writes = [p.target(first.first, "pred"), p.target(first.second, "pred")]
     else:
-        writes = (p.target(first, "pred"),)
+        writes = [p.target(first, "pred")]
     joined = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
     c = p.source(i.operands[3], "pred") if combine else None
     if combine is None and len(writes) == 1 and kind[-2:] != "x2":
@@ -691,19 +693,20 @@ def _set(i: Instruction, p: Program) -> Run:
     return simple([a, b], p.target(i.operands[0], "u32"), lambda x, y: np.where(compare(x, y), U32(0xFFFFFFFF), U32(0)))
 
 
+def _choose(c: Array, a: Array, b: Array) -> Array:
+    chosen: Array = np.where(c, a, b)
+    return chosen
+
+
 @decoder("selp")
 def _selp(i: Instruction, p: Program) -> Run:
     kind = kind_of(i)
     read = [p.source(i.operands[3], "pred"), p.source(i.operands[1], kind), p.source(i.operands[2], kind)]
-    return simple(read, p.target(i.operands[0], kind), np.where)
+    return simple(read, p.target(i.operands[0], kind), _choose)
 
 
 @decoder("slct")
 def _slct(i: Instruction, p: Program) -> Run:
     kind, by = i.op[-2], i.op[-1]
     read = [p.source(i.operands[3], by), p.source(i.operands[1], kind), p.source(i.operands[2], kind)]
-    return simple(read, p.target(i.operands[0], kind), lambda c, a, b: np.where(c >= 0, a, b))
-
-
-assert Imm
-assert Reg
+    return simple(read, p.target(i.operands[0], kind), lambda c, a, b: _choose(c >= 0, a, b))

@@ -14,7 +14,7 @@ from ..errors import Fault
 from ..machine import LANES, Warp
 from ..memory import RANK_SHIFT, split_shared
 from ..numbers import Array
-from ..parser import Imm, Instruction
+from ..parser import Instruction
 from ..program import Mask, Program, Run, constant, decoder, unknown
 from .data import bytes_at, shared_of
 from .sync import mbarrier_at
@@ -78,7 +78,7 @@ def _cp(i: Instruction, p: Program) -> Run:
 
 
 def _copy(i: Instruction, p: Program) -> Run:
-    operands = [x for x in i.operands]
+    operands = i.operands
     size = constant(operands[2])
     if size not in (4, 8, 16) or ("cg" in i.op and size != 16):
         raise unknown(i, f"{size} bytes")
@@ -279,6 +279,3 @@ def _bulk(i: Instruction, p: Program) -> Run:
 def _check_bulk(d: int, s: int, n: int) -> None:
     if d % 16 or s % 16 or n % 16:
         raise Fault(f"a bulk copy of {n} bytes from {s:#x} to {d:#x}: all three must be multiples of 16")
-
-
-assert Imm

@@ -15,7 +15,6 @@ from .arithmetic import flush
 _INTEGERS = {f"{k}{n}" for k in "su" for n in (8, 16, 32, 64)}
 _ROUND: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 _PACKED = {"e4m3x2": "e4m3", "e5m2x2": "e5m2", "e2m1x2": "e2m1", "e2m3x2": "e2m3", "e3m2x2": "e3m2", "ue8m0x2": "ue8m0"}
-_PACKED4 = {name.replace("x2", "x4"): small for name, small in _PACKED.items()}
 
 
 @decoder("cvt")
@@ -222,6 +221,3 @@ def _pack(i: Instruction, p: Program) -> Run:
         return None
 
     return run
-
-
-assert _PACKED4

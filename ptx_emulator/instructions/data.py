@@ -305,7 +305,9 @@ def _mapa(i: Instruction, p: Program) -> Run:
 @decoder("getctarank")
 def _getctarank(i: Instruction, p: Program) -> Run:
     read = p.source(i.operands[1], kind_of(i))
-    return simple([read], p.target(i.operands[0], "u32"), lambda a: (a >> a.dtype.type(RANK_SHIFT)).astype(U32) & U32(255))
+    return simple(
+        [read], p.target(i.operands[0], "u32"), lambda a: (a >> a.dtype.type(RANK_SHIFT)).astype(U32) & U32(255)
+    )
 
 
 @decoder("prefetch", "prefetchu", "applypriority", "discard", "createpolicy")

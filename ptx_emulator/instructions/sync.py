@@ -16,7 +16,7 @@ from ..errors import Fault
 from ..machine import LANES, Cluster, Cta, Warp
 from ..memory import RANK_SHIFT, SHARED_WINDOW, WINDOW_SHIFT
 from ..numbers import U64, Array
-from ..parser import Address, Imm, Instruction, Sink
+from ..parser import Address, Instruction, Sink
 from ..program import FINISHERS, Mask, Program, Run, decoder, unknown
 from .data import shared_of, space_of
 
@@ -376,4 +376,3 @@ def _still_waiting(cta: Cta) -> None:
 
 
 FINISHERS.append(_still_waiting)
-assert Imm

@@ -16,7 +16,6 @@ rounding to FP32. The hardware keeps fewer bits while it adds (the ISA leaves it
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from ..errors import Fault
 from ..machine import LANES, Cta, Warp
 from ..memory import RANK_SHIFT
 from ..numbers import SMALL, U32, Array, from_bf16, to_tf32
-from ..parser import Address, Instruction, Reg, Vec
+from ..parser import Address, Instruction, Vec
 from ..program import FINISHERS, Mask, Program, Run, decoder, uniform, unknown
 from .data import shared_of
 from .sync import mbarrier_of
@@ -423,11 +422,11 @@ def _mma(i: Instruction, p: Program) -> Run:
 
     def run(w: Warp, m: Mask) -> str | None:
         for lane in np.flatnonzero(_ALL if m is None else m):
-            values = [int(x(w)[lane]) for x in (d, a_read, b_read, idesc)]
+            at, left, right, word = (int(x(w)[lane]) for x in (d, a_read, b_read, idesc))
             scales = [int(x(w)[lane]) for x in (sfa, sfb) if x is not None]
             keep = bool(enable(w)[lane])
             members = group(w, ctas, "tcgen05.mma")
-            job = Mma(kind, vector, members, *values, scales, keep, from_tensor)
+            job = Mma(kind, vector, members, at, left, right, word, scales, keep, from_tensor)
             events = w.cta.cluster.launch.statistics.events
             events["MMAs"] += 1
             events["MMA flops"] += 2 * job.m * job.n * job.k
@@ -495,7 +494,7 @@ class Mma:
         if self.m != ROWS * len(ctas):
             raise Fault(f"instruction descriptor {idesc:#x}: M = {self.m} with {len(ctas)} CTAs is not executed")
         step = 16 * len(ctas)
-        if not step <= self.n <= 256 or self.n % (16 if len(ctas) == 1 else 16):
+        if not step <= self.n <= 256 or self.n % step:
             raise Fault(f"instruction descriptor {idesc:#x}: N = {self.n} with M = {self.m}")
         if self.bits == 4 and (self.a_major or self.b_major):
             raise Fault(f"instruction descriptor {idesc:#x}: FP4 operands must be K-major")
@@ -569,7 +568,3 @@ def _commit(i: Instruction, p: Program) -> Run:
         return None
 
     return run
-
-
-assert Any
-assert Reg

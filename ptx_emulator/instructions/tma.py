@@ -11,7 +11,7 @@ from ..errors import Fault
 from ..machine import Warp
 from ..memory import RANK_SHIFT, UINT
 from ..numbers import Array
-from ..parser import Address, Imm, Instruction, Reg, Vec
+from ..parser import Address, Instruction, Vec
 from ..program import Mask, Program, Read, Run, unknown
 from .asynchronous import fresh_queue, submit_grouped
 from .data import _ATOMIC, bytes_at, combine, shared_of
@@ -147,7 +147,3 @@ def _reduced(t: tensormap.TensorMap, box: tensormap.Box, memory: object, values:
     new = np.ascontiguousarray(values).reshape(-1).view(UINT[size])
     pieces = [combine(name, kind, old[j : j + 1], new[j : j + 1]) for j in range(len(old))]
     return np.concatenate(pieces).view(np.uint8).reshape(values.shape)
-
-
-assert Imm
-assert Reg

@@ -1,7 +1,7 @@
 """wgmma: the tensor cores of sm_90 (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions").
 
-D[64, n] += A[64, k] B[k, n]. Warp w of the group owns rows 16 w .. 16 w + 15 of D and A. With g = lane / 4, q = lane % 4
-register r of D is row g + 8 (r / 2 % 2), column 8 (r / 4) + 2 q + r % 2.
+D[64, n] += A[64, k] B[k, n]. Warp w of the group owns rows 16 w .. 16 w + 15 of D and A. With g = lane / 4 and
+q = lane % 4 register r of D is row g + 8 (r / 2 % 2), column 8 (r / 4) + 2 q + r % 2.
 
 Products are exact, their sum over k is taken in FP64 and added to D with one rounding to FP32. The hardware keeps fewer
 bits while it adds: results agree within k 2^-23 of the sum of magnitudes.
@@ -14,7 +14,6 @@ import numpy as np
 
 from .. import numbers
 from ..descriptors import hopper, read_k_major, read_mn_major
-from ..errors import Fault
 from ..machine import LANES, Warp
 from ..numbers import U32, Array
 from ..parser import Instruction, Reg, Vec
@@ -99,51 +98,37 @@ def _mma(i: Instruction, p: Program) -> Run:
     unsigned, per = _UNSIGNED[size], 4 // size
     flops = 2 * 16 * n * k
 
-    def operand_a(w: Warp) -> Array:
-        if a_desc is None:
-            left = np.zeros((16, k))
-            columns = per * QUAD[:, None] + np.arange(per)
-            for j, read in enumerate(a_reads):
-                values = a_value(read(w).view(unsigned)).reshape(LANES, per)
-                left[GROUP[:, None] + 8 * (j % 2), columns + 4 * per * (j // 2)] = values
-            return left
-        word, first = hopper(uniform(a_desc(w), None, "the descriptor of A")), 16 * (w.index % 4)
-        if a_major:
-            raw = read_mn_major(w.cta.shared, word, 64, k, size)
-        else:
-            raw = read_k_major(w.cta.shared, word, 64, k * size)
-        return a_value(np.ascontiguousarray(raw[first : first + 16]).view(unsigned))
+    def fragment(w: Warp) -> Array:
+        left = np.zeros((16, k))
+        columns = per * QUAD[:, None] + np.arange(per)
+        for j, read in enumerate(a_reads):
+            values = a_value(read(w).view(unsigned)).reshape(LANES, per)
+            left[GROUP[:, None] + 8 * (j % 2), columns + 4 * per * (j // 2)] = values
+        return left
+
+    def fetch(w: Warp, word: int, rows: int, major: int) -> Array:
+        if major:
+            return read_mn_major(w.cta.shared, hopper(word), rows, k, size)
+        return read_k_major(w.cta.shared, hopper(word), rows, k * size)
 
     def run(w: Warp, m: Mask) -> str | None:
         if not w.everyone(m):
             return "wgmma.mma_async is executed by a divergent warp"
         fixed_b = uniform(b_desc(w), None, "the descriptor of B")
         accumulate = bool(uniform(keep(w), None, "scale-d"))
-        # register operands are read at issue: an overwritten fragment is a fault the ISA leaves undefined
-        left_now = operand_a(w) if a_desc is None else None
-        fixed_a = a_desc(w).copy() if a_desc is not None else None
+        # registers are read at issue: to overwrite a fragment that is in use is undefined, and not looked for
+        held = fragment(w) if a_desc is None else None
+        fixed_a = uniform(a_desc(w), None, "the descriptor of A") if a_desc is not None else 0
 
         def work() -> None:
-            if left_now is not None:
-                left = left_now
-            else:
-                assert fixed_a is not None
-                word, first = hopper(int(fixed_a[0])), 16 * (w.index % 4)
-                if a_major:
-                    raw = read_mn_major(w.cta.shared, word, 64, k, size)
-                else:
-                    raw = read_k_major(w.cta.shared, word, 64, k * size)
-                left = a_value(np.ascontiguousarray(raw[first : first + 16]).view(unsigned))
-            if b_major:
-                raw = read_mn_major(w.cta.shared, hopper(fixed_b), n, k, size)
-            else:
-                raw = read_k_major(w.cta.shared, hopper(fixed_b), n, k * size)
-            right = b_value(np.ascontiguousarray(raw).view(unsigned))
+            first = 16 * (w.index % 4)
+            raw = np.ascontiguousarray(fetch(w, fixed_a, 64, a_major)[first : first + 16]) if held is None else None
+            left = a_value(raw.view(unsigned)) if raw is not None else held
+            assert left is not None
+            right = b_value(np.ascontiguousarray(fetch(w, fixed_b, n, b_major)).view(unsigned))
             total = (signs[0] * left) @ (signs[1] * right).T
             _accumulate(w, registers, total, d_kind, accumulate)
 
-        if a_desc is not None:
-            uniform(a_desc(w), None, "the descriptor of A")
         events = w.cta.cluster.launch.statistics.events
         events["MMAs"] += w.index % 4 == 0
         events["MMA flops"] += flops
@@ -160,8 +145,8 @@ def _accumulate(w: Warp, registers: list[Reg], total: Array, kind: str, keep: bo
     if kind == "f16":
         for j, reg in enumerate(registers):
             pair = total[(GROUP + 8 * (j % 2))[:, None], 8 * (j // 2) + 2 * QUAD[:, None] + np.arange(2)]
-            old = w.r[reg.index].view(np.float16).reshape(LANES, 2).astype(np.float64) if keep else 0.0
-            w.r[reg.index] = np.ascontiguousarray(numbers.to_f16(pair + old)).view(U32).reshape(LANES)
+            half = w.r[reg.index].view(np.float16).reshape(LANES, 2).astype(np.float64) if keep else 0.0
+            w.r[reg.index] = np.ascontiguousarray(numbers.to_f16(pair + half)).view(U32).reshape(LANES)
         return
     for j, reg in enumerate(registers):
         new = total[GROUP + 8 * (j // 2 % 2), 8 * (j // 4) + 2 * QUAD + j % 2]
@@ -171,6 +156,3 @@ def _accumulate(w: Warp, registers: list[Reg], total: Array, kind: str, keep: bo
         else:
             whole = w.r[reg.index].view(np.int32).astype(np.int64) if keep else 0
             w.r[reg.index] = (whole + new.astype(np.int64) & 0xFFFFFFFF).astype(U32)
-
-
-assert Fault
