@@ -22,10 +22,9 @@ AMAX_TO_ALPHA = tl.constexpr(2688.0)
 SIXTH = tl.constexpr(1 / 6)
 SUM_CHUNK = tl.constexpr(quant.SUM_CHUNK)
 LOG2E = tl.constexpr(quant.LOG2E)
-LN2_HI = tl.constexpr(quant.LN2_HI)
-LN2_LO = tl.constexpr(quant.LN2_LO)
-EXP_0, EXP_1, EXP_2, EXP_3, EXP_4 = (tl.constexpr(c) for c in quant.EXP_COEFFICIENTS)
-EXP_FLOOR = tl.constexpr(quant.EXP_FLOOR)
+EXP2_0, EXP2_1, EXP2_2, EXP2_3, EXP2_4 = (tl.constexpr(c) for c in quant.EXP2_COEFFICIENTS)
+EXP2_MIN = tl.constexpr(quant.EXP2_MIN)
+EXP2_MAX = tl.constexpr(quant.EXP2_MAX)
 ROUND = tl.constexpr(quant.ROUND)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 E4M3_BIAS = tl.constexpr((127 - 7) << 3)  # FP32's exponent bias less E4M3's, at the place of E4M3's exponent
@@ -194,16 +193,15 @@ def row_sum(x, ROWS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def exp_neg(a):
-    """exp(-a) of FP32 a >= 0 by the operations of `reference.quant.exp_neg`."""
-    shifted = a * -LOG2E + ROUND
-    n = shifted - ROUND
-    r = (-a - n * LN2_HI) - n * LN2_LO
-    q = (((EXP_4 * r + EXP_3) * r + EXP_2) * r + EXP_1) * r + EXP_0
-    p = 1.0 + (r + (r * r) * q)
-    # the low bits of `shifted` are n; moved to the exponent's place they make 2^n
+def exp_neg(g):
+    """exp(-g) of FP32 by the operations of `reference.quant.exp_neg`; of NaN it may be anything."""
+    t = tl.minimum(tl.maximum(g * -LOG2E, EXP2_MIN), EXP2_MAX)
+    shifted = t + ROUND
+    f = t - (shifted - ROUND)
+    p = (((EXP2_4 * f + EXP2_3) * f + EXP2_2) * f + EXP2_1) * f + EXP2_0
+    # the low bits of `shifted` are the integer part; moved to the exponent's place they make its power of two
     power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
-    return tl.where(a > EXP_FLOOR, 0.0, p * power)
+    return (p * f + 1.0) * power
 
 
 @triton.jit

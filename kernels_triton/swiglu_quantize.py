@@ -63,11 +63,10 @@ def _swiglu_quantize(
     g = widen(tl.load(x_ptr + at, mask=inside, other=0.0))
     u = widen(tl.load(x_ptr + K + at, mask=inside, other=0.0))
 
-    # comparisons, not minima: a NaN stays one
-    g = tl.where(g > limit, limit, g)
-    u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
-    e = exp_neg(tl.abs(g))
-    y = g * tl.div_rn(tl.where(g < 0.0, e, 1.0), 1.0 + e) * u
+    # a NaN stays one
+    g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
+    u = tl.minimum(tl.maximum(u, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL)
+    y = tl.div_rn(g, 1.0 + exp_neg(g)) * u
     if RULE == "amax":
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         tl.store(amax_ptr + tile, tl.max(magnitude_bits(y)))
