@@ -20,10 +20,10 @@ from .machine import Dim3
 _CUDA = (
     "DeviceGetAttribute DeviceSynchronize EventCreate EventDestroy EventElapsedTime EventRecord Free FreeAsync "
     "FreeHost FuncSetAttribute GetDevice GetDeviceCount GetDeviceProperties GraphDestroy GraphExecDestroy "
-    "GraphInstantiate GraphLaunch KernelSetAttributeForDevice LaunchKernel LaunchKernelEx LibraryGetGlobal LibraryGetKernel "
-    "LibraryGetKernelCount LibraryGetManaged LibraryGetUnifiedFunction LibraryLoadData LibraryLoadFromFile "
-    "LibraryUnload Malloc MallocAsync MallocHost MallocManaged Memcpy MemcpyAsync Memset MemsetAsync "
-    "OccupancyMaxActiveBlocksPerMultiprocessor ProfilerStart ProfilerStop SetDevice StreamAddCallback "
+    "GraphInstantiate GraphLaunch KernelSetAttributeForDevice LaunchKernel LaunchKernelEx LibraryGetGlobal "
+    "LibraryGetKernel LibraryGetKernelCount LibraryGetManaged LibraryGetUnifiedFunction LibraryLoadData "
+    "LibraryLoadFromFile LibraryUnload Malloc MallocAsync MallocHost MallocManaged Memcpy MemcpyAsync Memset "
+    "MemsetAsync OccupancyMaxActiveBlocksPerMultiprocessor ProfilerStart ProfilerStop SetDevice StreamAddCallback "
     "StreamBeginCapture StreamCreate StreamDestroy StreamEndCapture StreamSynchronize StreamWaitEvent"
 )
 _DRIVER = (

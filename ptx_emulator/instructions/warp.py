@@ -181,7 +181,7 @@ def _elect(i: Instruction, p: Program) -> Run:
             return reason
         leader = int(np.argmax(w.alive if m is None else m))
         write(w, np.full(LANES, leader, U32), m)
-        put_flag(w, leader == LANE, m)
+        put_flag(w, np.asarray(leader == LANE), m)
         return None
 
     return run
