@@ -3,6 +3,7 @@
 An implementation asks `dispatch.choose`, then runs the reference or allocates the result and launches.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -59,8 +60,16 @@ def _quantizing(
         t = reference_op()
         return t.data.contiguous(), t.sf.view(torch.uint8).contiguous()
     out = NVFP4Tensor.empty((m, k), alpha, sf_layout)
-    choice.module.launch(*operands, out, rule, choice.config)
+    with _on(alpha.device):
+        choice.module.launch(*operands, out, rule, choice.config)
     return out.data, out.sf.view(torch.uint8)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Kernels launch on the current CUDA device: make it this one where it is not."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def _alpha(choice: dispatch.Choice, reference_op: Callable[[], Tensor], device: torch.device, *operands: Any) -> Tensor:
@@ -68,7 +77,8 @@ def _alpha(choice: dispatch.Choice, reference_op: Callable[[], Tensor], device: 
     if choice.is_reference:
         return reference_op().clone()
     alpha = torch.empty((), dtype=torch.float32, device=device)
-    choice.module.global_scale(*operands, alpha, choice.config)
+    with _on(device):
+        choice.module.global_scale(*operands, alpha, choice.config)
     return alpha
 
 
@@ -132,7 +142,8 @@ def _dequant_nvfp4(data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, dtyp
     if choice.is_reference:
         return reference.dequant_nvfp4(t, dtype)
     out = torch.empty(m, k, dtype=dtype, device=data.device)
-    choice.module.launch(t, out, choice.config)
+    with _on(data.device):
+        choice.module.launch(t, out, choice.config)
     return out
 
 
@@ -151,7 +162,8 @@ def _gemm(a: Tensor | NVFP4Tensor, b: NVFP4Tensor, segments: list[int], dtype: t
         module = choice.module
         b = b.with_sf_layout(module.SF_LAYOUT)
         a = a.with_sf_layout(module.SF_LAYOUT) if isinstance(a, NVFP4Tensor) else a.reshape(m, k).contiguous()
-        module.launch(a, b, runs, out.view(m, n), choice.config)
+        with _on(b.device):
+            module.launch(a, b, runs, out.view(m, n), choice.config)
     return out
 
 

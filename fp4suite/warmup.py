@@ -20,6 +20,7 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | None = None
         choice = dispatch.choose(problem.op, problem, device)
         choices.append(choice)
         if not choice.is_reference:
+            choice.module.warm(problem, choice.config)
             testing.case(problem, device).launch(choice.module, choice.config)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
