@@ -1,11 +1,19 @@
 """A registry with one fake kernel, a cache and an environment of the test's own."""
 
 import pytest
+import torch
 
 from fp4suite import registry
 from fp4suite.problem import GemmProblem
 
 FAKE = registry.Kernel("gemm_nvfp4", "fake_gemm", "tests.tuner.fake_kernel", ("sm_90a",))
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(request, monkeypatch):
+    """Only tests marked gpu see the GPU of a machine that has one: what the others expect does not depend on it."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture

@@ -289,6 +289,28 @@ def test_a_wrong_default_is_a_failure_and_no_entry(gpu, config, tmp_path, capsys
     assert not (tmp_path / "some-gpu.json").exists()
 
 
+def test_several_gpus_get_a_worker_each_and_a_last_run_to_finish(gpu, config, tmp_path, capsys, monkeypatch):
+    started = []
+
+    class Child:
+        def __init__(self, command):
+            started.append(command[1:])
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(tune.subprocess, "Popen", Child)
+    monkeypatch.setattr(tune.shapes, "linears", lambda c, tp=1: [tune.shapes.Linear(name="q", n=512, k=512, count=1)])
+    code, document = measured(capsys, config, tmp_path, "--m", "1", "--trials", 4, "--devices", "0,1")
+    assert code == 0
+    assert document["problems"] == 1
+    same = [a for a in started[0] if not a.startswith("cuda:")]
+    assert [a for a in started[1] if not a.startswith("cuda:")] == same
+    assert [c[-2:] for c in started] == [["--device", "cuda:0"], ["--device", "cuda:1"]]
+    assert same[:3] == ["-m", "tuner", "tune"]
+    assert not {"--devices", "0,1", "--json"} & set(same)
+
+
 # --- refusals ---
 
 
@@ -302,8 +324,7 @@ def test_a_wrong_default_is_a_failure_and_no_entry(gpu, config, tmp_path, capsys
         (("--layers-of", "demo", "--tp", "7"), "tp must divide"),
     ],
 )
-def test_wrong_arguments_get_one_sentence_and_exit_code_1(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+def test_wrong_arguments_get_one_sentence_and_exit_code_1(arguments, message, capsys):
     assert main(["tune", "--json", "--quiet", *arguments]) == 1
     captured = capsys.readouterr()
     assert message in json.loads(captured.out.splitlines()[-1])["error"]
