@@ -400,3 +400,50 @@ def test_a_kill_leaves_a_whole_table(tmp_path):
     assert any(e.problem["n"] == 24 for e in table.read(path).entries)
     assert msgspec.json.decode(path.read_bytes())
     assert os.path.exists(path)
+
+
+def gone(group, seconds=15.0):
+    """Whether a process group comes to have no member, as soon as init has buried the last."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path):
+    """The real command with real kernels, interrupted as a terminal does it: the whole process group."""
+    cache = tmp_path / "cache"
+    environment = {**os.environ, "FP4SUITE_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "tuner",
+        "tune",
+        "--layers-of",
+        "demo",
+        "--quiet",
+        "--jobs",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(list(cache.rglob("*.json"))) < 3:
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.1)
+    os.killpg(child.pid, signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err.splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert "Traceback" not in err
+    kept = {p: p.stat().st_mtime_ns for p in cache.rglob("*.json")}
+    assert len(kept) >= 3
+    assert gone(child.pid)
+
+    again = subprocess.run([*command, "--seconds", "20"], env=environment, capture_output=True, text=True, check=True)
+    assert "measured: false" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept  # and not one of them was compiled again
