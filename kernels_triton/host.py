@@ -36,7 +36,7 @@ def refuse_rows(block_m: int, k: int, num_warps: int, rule: str) -> str | None:
 
 def _refuse_held(held: float, num_warps: int, rule: str) -> str | None:
     registers = min(255, 65536 // (32 * num_warps))
-    most = min(MOST, registers // (7 if rule == "mse" else 2))  # registers an element, by the compiler's report
+    most = min(MOST, registers // (7 if rule == "mse" else 3))  # registers an element: Triton 3.6 takes most
     if held <= most:
         return None
     return f"{held:g} elements a thread spill: {num_warps} warps hold {most} by rule {rule}"

@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if GPU else "cpu")
+    return torch.device("cuda", 0) if GPU else torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ def _input(name: str, device: torch.device, seed: int, m: int = 37, k: int = 512
 
 def _call(name: str, x: torch.Tensor, **more: object) -> NVFP4Tensor:
     if name == "rmsnorm_quantize":
-        weight = torch.linspace(0.5, 1.5, x.shape[1], device=x.device).bfloat16()
+        weight = torch.linspace(0.5, 1.5, x.shape[-1], device=x.device).bfloat16()
         return getattr(ops, name)(x, weight, 1e-6, **more)
     return getattr(ops, name)(x, **more)
 

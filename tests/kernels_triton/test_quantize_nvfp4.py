@@ -132,7 +132,7 @@ def test_refusals():
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_elements(device):
     """Offsets of x, of codes and of scales beyond int32."""
-    m, k = (1 << 22) + 3, 1024
+    m, k = (1 << 22) + 5, 1024
     x = torch.zeros(m, k, dtype=torch.bfloat16, device=device)
     x[-5:] = torch.randn(5, k, device=device).bfloat16()
     alpha = torch.tensor(0.001, device=device)
