@@ -55,6 +55,8 @@ class Bench:
         self.device = torch.device(device)
         if self.device.type != "cuda":
             raise ValueError(f"measuring needs a CUDA device, got {self.device}")
+        if self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(self.device)
         l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
         sets = -(-COLD_L2_TIMES * l2 // problem.bytes)

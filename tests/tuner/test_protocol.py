@@ -108,7 +108,7 @@ def device(monkeypatch):
 
     fake = SimpleNamespace(
         cuda=device.cuda(),
-        device=lambda name: SimpleNamespace(type="cuda"),
+        device=lambda name: SimpleNamespace(type="cuda", index=0),
         zeros=lambda *shape, device: torch.zeros(*shape),
         sum=lambda x, dim, out: device.spend(FLUSH_US),
     )
