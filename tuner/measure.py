@@ -55,7 +55,7 @@ class Bench:
         self.device = torch.device(device)
         if self.device.type != "cuda":
             raise ValueError(f"measuring needs a CUDA device, got {self.device}")
-        if self.device.index is None:
+        if str(self.device) == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(self.device)
         l2 = torch.cuda.get_device_properties(self.device).L2_cache_size

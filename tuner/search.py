@@ -41,6 +41,7 @@ PROTOCOL = 1  # raised whenever a change of search or measuring makes old trials
 STALE_S = 900.0  # a trial of another host that has run for so long is taken to be lost
 PRUNE_P = 0.01  # a candidate that is slower with this confidence is not timed further
 PRUNE_AFTER = 5  # rounds
+GRPC_PORT = 13000  # what optuna.storages.run_grpc_proxy_server listens on by default
 AVOID = 6.0  # steps it is worth going to avoid a knob value that has always been rejected
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -237,18 +238,32 @@ def open_storage(where: str | Path) -> BaseStorage:
     """A URL (RDB, or grpc://host:port), or the path of a journal file, which is made if need be.
 
     A journal that a killed process left with half a last line is mended: the half line is cut off.
+
+    Raises ValueError for a URL that leads nowhere, or to a kind of database that has no driver here.
     """
     text = str(where)
-    if text.startswith("grpc://"):
-        host, _, port = text.removeprefix("grpc://").partition(":")
-        return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
     if "://" in text:
-        return optuna.storages.RDBStorage(text)
+        return _open_url(text)
     path = Path(where)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         _mend(path)
     return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _open_url(url: str) -> BaseStorage:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        if not url.startswith("grpc://"):
+            return optuna.storages.RDBStorage(url)
+        host, _, port = url.removeprefix("grpc://").partition(":")
+        proxy = optuna.storages.GrpcStorageProxy(host=host, port=int(port or GRPC_PORT))
+        proxy.wait_server_ready(timeout=10)
+        return proxy
+    except (ImportError, SQLAlchemyError, ConnectionError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ValueError(f"--storage {url}: {reason}") from e
 
 
 def _mend(path: Path) -> None:

@@ -129,6 +129,29 @@ def test_a_later_run_adds_only_what_is_missing(fake, problem, tmp_path):
     assert not set(first.asked) & set(second.asked)
 
 
+def test_a_database_keeps_trials_as_a_journal_does(fake, problem, tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    first, second = Judge(rounds=2), Judge(rounds=2)
+    search_of(problem, 8, open_storage(url)).run(first)
+    search_of(problem, 12, open_storage(url)).run(second)
+    assert (len(first.asked), len(second.asked)) == (8, 4)
+    assert not set(first.asked) & set(second.asked)
+
+
+@pytest.mark.parametrize("url", ["sqlite:////no/such/folder/x.db", "nothing://here", "grpc://127.0.0.1:1"])
+def test_a_storage_that_leads_nowhere_is_one_sentence(url, monkeypatch):
+    if url.startswith("grpc"):
+        monkeypatch.setattr(optuna.storages, "GrpcStorageProxy", no_server)
+    with pytest.raises(ValueError, match=f"--storage {url}: ") as e:
+        open_storage(url)
+    assert "\n" not in str(e.value)
+
+
+def no_server(host, port):
+    assert (host, port) == ("127.0.0.1", 1)
+    raise ImportError("Tried to import 'grpc' but failed.\nInstall it.")
+
+
 def test_another_source_or_compiler_is_another_study(fake, problem, monkeypatch):
     from fp4suite import registry
     from tuner import provenance
