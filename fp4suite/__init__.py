@@ -9,27 +9,14 @@
 Importing touches no GPU, compiles nothing and reads no table.
 """
 
-from . import arch as arch
-from . import ops as ops
-from . import reference as reference
-from .dispatch import override as override
-from .dispatch import recording as recording
-from .dispatch import use_table as use_table
-from .errors import TableError as TableError
-from .errors import UnsupportedError as UnsupportedError
+from . import arch as arch, ops as ops, reference as reference
+from .dispatch import override as override, recording as recording, use_table as use_table
+from .errors import TableError as TableError, UnsupportedError as UnsupportedError
 from .formats import (
     FP8BlockTensor as FP8BlockTensor,
-)
-from .formats import (
     IndexCache as IndexCache,
-)
-from .formats import (
     MXFP4Tensor as MXFP4Tensor,
-)
-from .formats import (
     NVFP4Tensor as NVFP4Tensor,
-)
-from .formats import (
     PagedCache as PagedCache,
 )
 from .warmup import warmup as warmup

@@ -51,7 +51,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for k in registry.kernels():
         module = registry.load(k.name)
         points = 1
@@ -84,9 +84,9 @@ def _table(args: argparse.Namespace) -> int:
     elif str(path) in arch.GPU_ARCHS:
         path = table.shipped_dir() / f"{path}.json"
     t = table.read(path)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for e in t.entries:
-        stale = e.source_hash != registry.source_hash(e.kernel) if _known(e.kernel) else True
+        stale = not _known(e.kernel) or e.source_hash != registry.source_hash(e.kernel)
         rows.append({f: getattr(e, f) for f in e.__struct_fields__} | {"stale": stale})
     if args.json:
         print(json.dumps({"path": str(path), "device": t.device, "arch": t.arch, "entries": rows}))
@@ -95,8 +95,8 @@ def _table(args: argparse.Namespace) -> int:
     for row in rows:
         time = f"{row['median_us']:9.2f} us" if row["measured"] else f"{row['predicted_us'] or 0:9.2f} us predicted"
         dims = " ".join(f"{k}={v}" for k, v in row["problem"].items())
-        stale = " STALE" if row["stale"] else ""
-        print(f"{row['op']:18} {dims:60} {time}  {row['kernel']} {_knobs(row['config'])}{stale}")
+        mark = " STALE" if row["stale"] else ""
+        print(f"{row['op']:18} {dims:60} {time}  {row['kernel']} {_knobs(row['config'])}{mark}")
     return 0
 
 

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from . import arch as archs
-from . import env, registry, table
+from . import arch as archs, env, registry, table
 from .errors import TableError, UnsupportedError
 from .problem import Problem
 

@@ -29,6 +29,7 @@ from .problem import (
     RmsnormQuantizeProblem,
     SwigluQuantizeProblem,
 )
+from .reference.quant import scaled_codes
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EPS = 1e-6
@@ -205,17 +206,11 @@ def _gemm_case(p: GemmProblem, gen: torch.Generator) -> Case:
     out = torch.empty(p.m, p.n, dtype=TORCH_DTYPES[p.out], device=device)
 
     def verify() -> None:
-        a64 = _decoded(a) * a.alpha.double() if isinstance(a, NVFP4Tensor) else a.double()
+        a64 = scaled_codes(a).double() * a.alpha.double() if isinstance(a, NVFP4Tensor) else a.double()
         per_column = alpha.double().repeat_interleave(torch.tensor(segments, device=device))
-        assert_gemm_close(out, a64, _decoded(b), per_column)
+        assert_gemm_close(out, a64, scaled_codes(b).double(), per_column)
 
     return Case(p, (a, b, segments if p.segments > 1 else None), out, (), partial(out.fill_, torch.nan), verify)
-
-
-def _decoded(t: NVFP4Tensor) -> Tensor:
-    """Codes times block scales in FP64, without alpha."""
-    one = NVFP4Tensor(t.data, t.sf, torch.ones((), device=t.device), t.sf_layout)
-    return reference.dequant_nvfp4(one, torch.float64)
 
 
 def _dequant_case(p: DequantProblem, gen: torch.Generator) -> Case:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..formats import NVFP4Tensor
-from .quant import dequant_nvfp4
+from .quant import scaled_codes
 
 
 def gemm_nvfp4(
@@ -22,8 +22,8 @@ def gemm_nvfp4(
     `segments`, which are runs of output columns that sum to n. d = (sum of a * code * sf) * alpha, rounded once.
     """
     n = b.shape[-2]
-    x = _decode(a) if isinstance(a, NVFP4Tensor) else a.float()
-    out = x @ _decode(b).T
+    x = scaled_codes(a) if isinstance(a, NVFP4Tensor) else a.float()
+    out = x @ scaled_codes(b).T
     alpha = column_alpha(b.alpha, n, segments)
     if isinstance(a, NVFP4Tensor):
         alpha = alpha * a.alpha
@@ -44,7 +44,7 @@ def grouped_gemm_nvfp4(
     b.alpha: [], [experts] or [experts, segments]. Reads offsets on the host.
     """
     experts, n, _ = b.shape
-    x = _decode(a) * a.alpha if isinstance(a, NVFP4Tensor) else a.float()
+    x = scaled_codes(a) * a.alpha if isinstance(a, NVFP4Tensor) else a.float()
     out = x.new_zeros(x.shape[0], n)
     bounds = offsets.tolist()
     for e in range(experts):
@@ -75,9 +75,3 @@ def check_segments(alpha: Tensor, n: int, segments: Sequence[int] | None) -> Non
         return
     if len(segments) != count or sum(segments) != n or min(segments) <= 0:
         raise ValueError(f"segments {list(segments)} must be {count} positive runs of columns that sum to n={n}")
-
-
-def _decode(t: NVFP4Tensor) -> Tensor:
-    """Codes times block scales, exactly, without alpha: float32 [..., m, k]."""
-    one = NVFP4Tensor(t.data, t.sf, torch.ones((), device=t.device), t.sf_layout)
-    return dequant_nvfp4(one, torch.float32)

@@ -69,11 +69,14 @@ def dequant_nvfp4(
     float64 is exact; else FP32 first (code * scale is exact, alpha brings one rounding), then a cast. Raises ValueError
     where alpha has an axis of segments and `segments` do not say how many rows each has.
     """
-    sf = t.sf if t.sf_layout == "linear" else layouts.from_blocked_128x4(t.sf, t.shape[-2], t.shape[-1] // BLOCK)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    x = decode_packed(t.data).unflatten(-1, (sf.shape[-1], BLOCK))
-    x = (x * sf.float()[..., None]).flatten(-2).to(wide)
-    return (x * row_alpha(t.alpha, t.shape, segments).to(wide)).to(dtype)
+    return (scaled_codes(t).to(wide) * row_alpha(t.alpha, t.shape, segments).to(wide)).to(dtype)
+
+
+def scaled_codes(t: NVFP4Tensor) -> Tensor:
+    """Codes times block scales without alpha: float32 [..., m, k], exact."""
+    sf = t.sf if t.sf_layout == "linear" else layouts.from_blocked_128x4(t.sf, t.shape[-2], t.shape[-1] // BLOCK)
+    return (decode_packed(t.data).unflatten(-1, (sf.shape[-1], BLOCK)) * sf.float()[..., None]).flatten(-2)
 
 
 def rmsnorm_quantize(

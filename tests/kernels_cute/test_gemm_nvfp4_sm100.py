@@ -18,8 +18,7 @@ from fp4suite import layouts, shapes, testing
 from fp4suite.built import MAX_SHARED_BYTES, TMEM_COLUMNS, Built, resources, sass
 from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import GemmProblem
-from kernels_cute import build as cross
-from kernels_cute import gemm_nvfp4_sm100 as kernel
+from kernels_cute import build as cross, gemm_nvfp4_sm100 as kernel
 from kernels_cute.gemm_nvfp4_sm100 import Config
 
 

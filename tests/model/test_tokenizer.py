@@ -5,8 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from model.config import ModelConfig
 from model.tokenizer import ByteTokenizer, FileTokenizer, load_tokenizer

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from fp4suite import reference
 from fp4suite.formats import NVFP4Tensor
