@@ -17,6 +17,7 @@ from fp4suite.problem import PROBLEMS
 
 from . import provenance, worker
 
+EXTRA = ("optuna", "scipy", "pandas", "matplotlib", "tabulate")  # what [tune] brings
 SHOWN = 24  # rows of a summary; the tables and --json have them all
 
 
@@ -33,13 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, UnsupportedError, worker.StartFailed, worker.WorkerDied, worker.RemoteError) as e:
         document, code = {"error": str(e)}, 1
         print(f"{_parser().prog} {args.name}: {e}", file=sys.stderr)
+    except ModuleNotFoundError as e:
+        if e.name not in EXTRA:
+            raise
+        document, code = {"error": f"{e.name} is not installed"}, 1
+        print(f"{e.name} is not installed; it comes with: pip install 'fp4suite[tune]'", file=sys.stderr)
     if args.json:
         print(json.dumps(document), flush=True)
     return int(code)
 
 
 def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any]]:
-    from . import tune
+    from . import targets, tune
 
     began = time.monotonic()
     devices = args.devices.split(",") if args.devices else []
@@ -51,15 +57,15 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
         if code:
             return code, {"error": "a worker failed, see above"}
         args.device = devices[0] if ":" in devices[0] else f"cuda:{devices[0]}"
-    chosen = tune.targets(args.arch, args.device)
+    chosen = targets.targets(args.arch, args.device)
     measured = any(t.cuda for t in chosen)
     budget = tune.BUDGETS[args.budget or "normal"]
     if args.trials is not None:
         budget = tune.replace_trials(budget, args.trials)
     results = provenance.results_dir()
     options = tune.Options(
-        configs=tune.load_configs(args.layers_of or (["pro", "flash"] if not measured else ["pro"])),
-        ops=tune.check_ops(args.op),
+        configs=targets.load_configs(args.layers_of or (["pro", "flash"] if not measured else ["pro"])),
+        ops=targets.check_ops(args.op),
         m=tuple(args.m) if args.m else budget.m,
         tp=args.tp,
         budget=budget,
@@ -96,11 +102,11 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
 
 
 def _bench(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any]]:
-    from . import bench, tune
+    from . import bench, targets
 
-    chosen = tune.targets(args.arch, args.device)
-    ops = tune.check_ops(args.op)
-    configs = tune.load_configs(args.layers_of or ["pro"])
+    chosen = targets.targets(args.arch, args.device)
+    ops = targets.check_ops(args.op)
+    configs = targets.load_configs(args.layers_of or ["pro"])
     out = args.out or provenance.results_dir() / "bench"
     paths, rows = bench.run(
         chosen, configs, ops, args.m, args.tp, out, rounds=args.rounds, seed=args.seed, quiet=args.quiet

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
 from tqdm import tqdm
 
 from fp4suite import dispatch, shapes
@@ -21,7 +20,7 @@ from fp4suite.errors import UnsupportedError
 from fp4suite.problem import GemmProblem, Problem
 
 from . import baselines, cost_model, measure, provenance, stats
-from .tune import Target
+from .targets import Target
 
 DEFAULT_M = (1, 16, 64, 256, 2048, 8192)
 KEY = ("op", "problem")
@@ -115,6 +114,8 @@ def run(
 
 def render(rows: Sequence[Row]) -> str:
     """Rows as a table for the screen."""
+    from tabulate import tabulate
+
     shown = []
     for r in rows:
         gain = f"{r['baseline_us'] / r['median_us']:.2f}x {r['baseline']}" if r["baseline_us"] else "-"

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4suite import built, env, registry
-from fp4suite import problem as problems
+from fp4suite import built, env, problem as problems, registry
 from fp4suite.built import Resources
 from fp4suite.problem import Problem
 

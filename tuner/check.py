@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from fp4suite import arch as archs
-from fp4suite import problem as problems
-from fp4suite import registry, table
+from fp4suite import arch as archs, problem as problems, registry, table
 from fp4suite.errors import TableError
 from fp4suite.table import Entry, Table
 

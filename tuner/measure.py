@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fp4suite import problem as problems
-from fp4suite import registry, testing
+from fp4suite import problem as problems, registry, testing
 from fp4suite.problem import Problem
 from fp4suite.testing import Case
 

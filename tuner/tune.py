@@ -21,22 +21,21 @@ from typing import Any
 
 import msgspec
 import optuna
-import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from fp4suite import arch as archs
 from fp4suite import registry, shapes, table
 from fp4suite.built import Resources
-from fp4suite.problem import PROBLEMS, GemmProblem
+from fp4suite.problem import GemmProblem
 from fp4suite.table import Entry
 
-from . import builds, cost_model, measure, provenance, space, stats, worker
+from . import builds, cost_model, provenance, space, stats, worker
 from .builds import Build
 from .evaluate import DefaultFailed, Measured, Predicted, build_of
 from .rejection import Rejected
 from .search import Search, Task, open_storage
 from .space import Candidate, Space
+from .targets import Target
 
 log = logging.getLogger(__name__)
 
@@ -73,15 +72,6 @@ BUDGETS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """cuda: the torch device that measures, or None where the architecture's table is predicted."""
-
-    arch: str
-    device: str
-    cuda: str | None = None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What to tune and how long. deadline is of time.monotonic."""
@@ -108,25 +98,6 @@ class Report:
     failed: list[str] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
     left: int = 0  # problems that the deadline left without an entry
-
-
-def targets(arch: str | None, device: str | None) -> list[Target]:
-    """The GPU that is here, or else the architectures to predict for. An `arch` that is not here is predicted.
-
-    Raises ValueError for a device that does not exist.
-    """
-    if device is not None and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch {torch.__version__} sees no GPU")
-    if torch.cuda.is_available():
-        cuda = device or "cuda:0"
-        child = worker.Worker()  # so that this process never holds a CUDA context
-        try:
-            found = child.call(measure.describe, cuda, timeout=120.0)
-        finally:
-            child.close()
-        if arch in (None, found["arch"]):
-            return [Target(found["arch"], found["device"], cuda)]
-    return [Target(a, a) for a in archs.GPU_ARCHS if arch in (None, a)]
 
 
 def table_path(out: Path, target: Target, count: int) -> Path:
@@ -486,43 +457,6 @@ def run_on_devices(devices: Sequence[str], arguments: Sequence[str]) -> int:
             child.wait()  # each has been interrupted too, and writes what it has
         raise
     return max(codes)
-
-
-def load_configs(names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
-    """Configs by the name of a shipped one, a config.json, or a folder that holds one.
-
-    Raises ValueError naming what was not found or is not JSON.
-    """
-    shipped = Path(__file__).resolve().parent.parent / "model" / "configs"
-    found: dict[str, Mapping[str, Any]] = {}
-    for name in names:
-        path = Path(name)
-        if (shipped / f"{name}.json").exists():
-            path = shipped / f"{name}.json"
-        elif path.is_dir():
-            path = path / "config.json"
-        if not path.exists():
-            known = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
-            raise ValueError(
-                f"--layers-of {name}: neither a shipped config ({known}) nor a config.json or a folder with one"
-            )
-        try:
-            found[path.stem if path.parent == shipped else (path.parent.name or path.stem)] = msgspec.json.decode(
-                path.read_bytes(), type=dict[str, Any]
-            )
-        except msgspec.DecodeError as e:
-            raise ValueError(f"{path}: not a config.json ({e})") from e
-    return found
-
-
-def check_ops(names: Sequence[str] | None) -> tuple[str, ...]:
-    """All tunable ops for none or "all", else the ones named. Raises ValueError for one that does not exist."""
-    if not names or "all" in names:
-        return tuple(PROBLEMS)
-    for name in names:
-        if name not in PROBLEMS:
-            raise ValueError(f"--op must be one of {', '.join(PROBLEMS)}, got {name!r}")
-    return tuple(dict.fromkeys(names))
 
 
 def replace_trials(budget: Budget, trials: int) -> Budget:

@@ -5,8 +5,7 @@ import hashlib
 
 import pytest
 
-from fp4suite import problem as problems
-from fp4suite import registry
+from fp4suite import problem as problems, registry
 from fp4suite.built import Resources
 from fp4suite.problem import PROBLEMS, GemmProblem, QuantizeProblem
 from tuner import builds, provenance, worker

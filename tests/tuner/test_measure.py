@@ -12,8 +12,7 @@ import torch
 
 from fp4suite import arch, registry, table
 from fp4suite.problem import DequantProblem, QuantizeProblem
-from tuner import bench as rows
-from tuner import check, measure, tune
+from tuner import bench as rows, check, measure, targets, tune
 from tuner.measure import Bench
 
 pytestmark = pytest.mark.gpu
@@ -101,10 +100,10 @@ def test_roofs_are_those_of_a_data_centre_gpu():
 
 
 def test_tune_bench_and_check_from_end_to_end(tmp_path):
-    target = tune.targets(None, None)[0]
+    target = targets.targets(None, None)[0]
     assert target.cuda == "cuda:0"
     options = tune.Options(
-        configs=tune.load_configs(["demo"]),
+        configs=targets.load_configs(["demo"]),
         ops=("rmsnorm_quantize",),
         m=(16, 64),
         tp=1,

@@ -15,9 +15,9 @@ import pytest
 from fp4suite import dispatch, registry, table
 from fp4suite.built import Resources
 from fp4suite.problem import GemmProblem
-from tuner import builds, evaluate, tune
+from tuner import builds, evaluate, targets, tune
 from tuner.__main__ import main
-from tuner.tune import Target
+from tuner.targets import Target
 
 from . import fake_bench, fake_kernel
 
@@ -231,7 +231,7 @@ def test_a_default_that_does_not_compile_fails_the_run_but_not_the_rest(
 def gpu(fake, monkeypatch):
     """A device that is the fake bench."""
     monkeypatch.setattr(evaluate, "measure", fake_bench)
-    monkeypatch.setattr(tune, "targets", lambda arch, device: [Target("sm_90a", "some-gpu", "cuda:0")])
+    monkeypatch.setattr(targets, "targets", lambda arch, device: [Target("sm_90a", "some-gpu", "cuda:0")])
     monkeypatch.setitem(fake_kernel.SPACE, "fault", ("none", "wrong"))
 
 
@@ -447,3 +447,10 @@ def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path):
     again = subprocess.run([*command, "--seconds", "20"], env=environment, capture_output=True, text=True, check=True)
     assert "measured: false" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in kept} == kept  # and not one of them was compiled again
+
+
+def test_without_the_extra_one_sentence_says_how_to_get_it():
+    lame = "import sys; sys.modules['tabulate'] = None; from tuner.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", lame, "tune", "--layers-of", "demo"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "tabulate is not installed; it comes with: pip install 'fp4suite[tune]'\n"

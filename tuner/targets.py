@@ -1,0 +1,79 @@
+"""What a command is about: the devices, the models' configs and the ops, as named on the command line."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from fp4suite import arch as archs
+from fp4suite.problem import PROBLEMS
+
+from . import measure, worker
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """cuda: the torch device that measures, or None where the architecture's table is predicted."""
+
+    arch: str
+    device: str
+    cuda: str | None = None
+
+
+def targets(arch: str | None, device: str | None) -> list[Target]:
+    """The GPU that is here, or else the architectures to predict for. An `arch` that is not here is predicted.
+
+    Raises ValueError for a device that does not exist.
+    """
+    if device is not None and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch {torch.__version__} sees no GPU")
+    if torch.cuda.is_available():
+        cuda = device or "cuda:0"
+        child = worker.Worker()  # so that this process never holds a CUDA context
+        try:
+            found = child.call(measure.describe, cuda, timeout=120.0)
+        finally:
+            child.close()
+        if arch in (None, found["arch"]):
+            return [Target(found["arch"], found["device"], cuda)]
+    return [Target(a, a) for a in archs.GPU_ARCHS if arch in (None, a)]
+
+
+def load_configs(names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+    """Configs by the name of a shipped one, a config.json, or a folder that holds one.
+
+    Raises ValueError naming what was not found or is not JSON.
+    """
+    shipped = Path(__file__).resolve().parent.parent / "model" / "configs"
+    found: dict[str, Mapping[str, Any]] = {}
+    for name in names:
+        path = Path(name)
+        if (shipped / f"{name}.json").exists():
+            path = shipped / f"{name}.json"
+        elif path.is_dir():
+            path = path / "config.json"
+        if not path.exists():
+            known = ", ".join(sorted(p.stem for p in shipped.glob("*.json")))
+            raise ValueError(
+                f"--layers-of {name}: neither a shipped config ({known}) nor a config.json or a folder with one"
+            )
+        try:
+            found[path.stem if path.parent == shipped else (path.parent.name or path.stem)] = msgspec.json.decode(
+                path.read_bytes(), type=dict[str, Any]
+            )
+        except msgspec.DecodeError as e:
+            raise ValueError(f"{path}: not a config.json ({e})") from e
+    return found
+
+
+def check_ops(names: Sequence[str] | None) -> tuple[str, ...]:
+    """All tunable ops for none or "all", else the ones named. Raises ValueError for one that does not exist."""
+    if not names or "all" in names:
+        return tuple(PROBLEMS)
+    for name in names:
+        if name not in PROBLEMS:
+            raise ValueError(f"--op must be one of {', '.join(PROBLEMS)}, got {name!r}")
+    return tuple(dict.fromkeys(names))
