@@ -35,7 +35,7 @@ def _info(args: argparse.Namespace) -> int:
     facts: dict[str, Any] = {
         "fp4suite": __version__,
         **support.versions(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if support.gpu() else "cpu",
         "tables": sorted(p.stem for p in table.shipped_dir().glob("*.json")),
         "problems": problems,
     }
@@ -79,7 +79,7 @@ def _kernels(args: argparse.Namespace) -> int:
 def _table(args: argparse.Namespace) -> int:
     path = args.path
     if path is None:
-        own = table.shipped_dir() / f"{arch.device_name('cuda') if torch.cuda.is_available() else 'sm_90a'}.json"
+        own = table.shipped_dir() / f"{arch.device_name('cuda') if support.gpu() else 'sm_90a'}.json"
         path = own if own.exists() else table.shipped_dir() / f"{arch.current()}.json"
     elif str(path) in arch.GPU_ARCHS:
         path = table.shipped_dir() / f"{path}.json"

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from . import dispatch, testing
+from . import dispatch, support, testing
 from .problem import Problem
 
 
@@ -14,7 +14,7 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | None = None
     device: the current CUDA device, or the CPU where there is none (where nothing is compiled). Afterwards the ops are
     safe to capture in a CUDA graph for these problems. Raises UnsupportedError for a problem that no kernel supports.
     """
-    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device) if device is not None else support.gpu() or torch.device("cpu")
     choices = []
     for problem in problems:
         choice = dispatch.choose(problem.op, problem, device)

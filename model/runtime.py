@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 import fp4suite
-from fp4suite import arch, ops, registry
+from fp4suite import arch, ops, registry, support
 from fp4suite.formats import IndexFormat, KVFormat
 
 from .cache import KVCache
@@ -23,7 +23,7 @@ INDEX_FORMATS: tuple[IndexFormat, ...] = ("fp32", "bf16", "fp8", "mxfp4")
 def pick_device(name: str | None) -> torch.device:
     """The named device, or the GPU if there is one. Raises ValueError for a name that PyTorch does not know."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return support.gpu() or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

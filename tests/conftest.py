@@ -5,7 +5,9 @@ import os
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
+from fp4suite import support
+
+GPU = support.gpu() is not None
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
