@@ -9,7 +9,6 @@ mapped, and a file cut short under us is an error, not a bus error.
 import json
 import os
 import struct
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,11 +132,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Reader:
-    """Reads stored tensors, from any thread. Files stay open until `close`."""
+    """Reads stored tensors. Keeps one file open, so it is cheapest in file order."""
 
     def __init__(self) -> None:
-        self._files: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._path: Path | None = None
+        self._fd = -1
 
     def __enter__(self) -> Self:
         return self
@@ -146,9 +145,9 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._path, self._fd = None, -1
 
     def read(self, stored: Stored) -> Tensor:
         """A new tensor on the CPU."""
@@ -160,14 +159,13 @@ class Reader:
         """Into `out`: on the CPU, contiguous, of as many bytes. No other memory is used."""
         if out.nbytes != stored.spec.bytes or not out.is_contiguous():
             raise ValueError(f"out must be contiguous with {stored.spec.bytes} bytes, got {out.nbytes}")
-        with self._lock:
-            if stored.file not in self._files:
-                self._files[stored.file] = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
-            fd = self._files[stored.file]
+        if stored.file != self._path:
+            self.close()
+            self._fd, self._path = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC), stored.file
         view = _bytes(out).numpy().data
         done = 0
         while done < len(view):
-            count = os.preadv(fd, [view[done : done + _CHUNK]], stored.offset + done)
+            count = os.preadv(self._fd, [view[done : done + _CHUNK]], stored.offset + done)
             if count == 0:
                 raise stored.error(wanted=f"{len(view)} bytes", got=f"the end of the file after {done}")
             done += count

@@ -17,12 +17,10 @@ activations are scaled by their own maximum.
 
 import logging
 import re
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +37,6 @@ from .names import hf_name, older_hf_name
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-THREADS = 4  # that read and check at a time
 
 Weight = Tensor | NVFP4Tensor | FP8BlockTensor
 Held = Literal["nvfp4", "fp8", "bf16", "fp32", "int32"]
@@ -158,23 +154,20 @@ class Checkpoint:
         bar = tqdm(
             total=total, unit="B", unit_scale=True, desc="load", disable=None if progress is None else not progress
         )
-        with Reader() as reader, bar, ThreadPoolExecutor(THREADS) as pool:
-
-            def start(entry: Entry) -> tuple[Entry, str, Future[int]]:
+        with Reader() as reader, bar:
+            for entry in order:
                 where = place(entry.param, self.config)
-                if where.name not in open_stacks:
+                stack = open_stacks.get(where.name)
+                if stack is None:
                     kind = formats[where.name]
-                    open_stacks[where.name] = _Stack.empty(entry.param, where, kind, torch.device(device))
-                stack = open_stacks[where.name]
-                return entry, where.name, pool.submit(stack.fill, reader, entry, where, self.config.n_routed_experts)
-
-            for entry, name, rounded in _ahead(map(start, order), 4 * THREADS):
-                if blocks := rounded.result():
+                    stack = open_stacks[where.name] = _Stack.empty(entry.param, where, kind, torch.device(device))
+                blocks = stack.fill(reader, entry, where, self.config.n_routed_experts)
+                if blocks:
                     inexact.append(f"{entry.param.name} ({blocks})")
                 bar.update(sum(t.spec.bytes for t in entry.tensors.values()))
-                waiting[name] -= 1
-                if not waiting[name]:
-                    yield name, open_stacks.pop(name).finish()
+                waiting[where.name] -= 1
+                if not waiting[where.name]:
+                    yield where.name, open_stacks.pop(where.name).finish()
         if inexact:
             log.warning(
                 "%d MXFP4 weights have blocks too small for the range of NVFP4 scales, which were rounded: %s",
@@ -396,16 +389,6 @@ class _Stack:
         for suffix, values in read.items():
             _check(entry, suffix, values)
         out.copy_(codec.decode(entry.storage, read))
-
-
-def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """The same items, each drawn `count` items before it is given."""
-    window: deque[T] = deque()
-    for item in items:
-        window.append(item)
-        if len(window) > count:
-            yield window.popleft()
-    yield from window
 
 
 def _at(t: Tensor, where: Place, rows: slice) -> Tensor:
