@@ -8,8 +8,6 @@ from typing import Any
 
 from . import bench
 
-BASELINE_COLOUR, OWN_COLOUR = "0.6", "C0"
-
 
 def write(rows_dir: Path, plots_dir: Path) -> tuple[str, list[Path]]:
     """Text of the summary, and the plots written. Raises ValueError if there are no rows."""
@@ -59,7 +57,7 @@ def _summary(rows: Any, device: str, measured: bool) -> str:
 
 
 def _plot(rows: Any, path: Path) -> Path:
-    """Time over m, a line a shape, the baseline in grey. The same rows give the same file, byte for byte."""
+    """Time over m, a line a shape, the baseline dotted. The same rows give the same file, byte for byte."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -79,6 +77,8 @@ def _plot(rows: Any, path: Path) -> Path:
         xscale="log", yscale="log", xlabel="m (rows)", ylabel="microseconds" + ("" if measured else " (predicted)")
     )
     axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     op, device, baseline = rows["op"].iloc[0], rows["device"].iloc[0], rows["baseline"].iloc[0]
     axes.set_title(
         f"{op} on {device}" + (f", dotted: {baseline}" if baseline else "") + ("" if measured else ", PREDICTED")
