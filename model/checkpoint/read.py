@@ -37,7 +37,6 @@ from .names import hf_name, older_hf_name
 
 log = logging.getLogger(__name__)
 
-
 Weight = Tensor | NVFP4Tensor | FP8BlockTensor
 Held = Literal["nvfp4", "fp8", "bf16", "fp32", "int32"]
 Weights = Literal["stored", "fp32"]
