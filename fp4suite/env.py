@@ -2,6 +2,7 @@
 
 FP4SUITE_TABLE       a tuned table (JSON file) that is asked before the shipped ones
 FP4SUITE_CACHE_DIR   where compiled results and logs are kept; default: the user's cache directory
+FP4SUITE_COMMIT      the commit that results name where the sources are no git checkout (a copy, an installed wheel)
 """
 
 import os
@@ -20,3 +21,8 @@ def cache_dir() -> Path:
     """FP4SUITE_CACHE_DIR, or the user's cache directory for fp4suite. Not created here."""
     value = os.environ.get("FP4SUITE_CACHE_DIR")
     return Path(value) if value else platformdirs.user_cache_path("fp4suite")
+
+
+def commit() -> str:
+    """FP4SUITE_COMMIT, or an empty string."""
+    return os.environ.get("FP4SUITE_COMMIT", "")

@@ -3,10 +3,13 @@
 import datetime
 import functools
 import importlib.metadata
+import shutil
 import subprocess
 from pathlib import Path
 
 import torch
+
+from fp4suite import env
 
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, or site-packages/fp4suite in a wheel
 
@@ -37,9 +40,9 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """Short hash of the checkout's commit, with "+" if files differ from it; empty outside a checkout."""
-    if not (ROOT / ".git").exists():
-        return ""
+    """Short hash of the checkout's commit, with "+" if files differ from it; else FP4SUITE_COMMIT, or nothing."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return env.commit()
     head = _git("rev-parse", "--short=12", "HEAD")
     code = ("fp4suite", "kernels_triton", "kernels_cute", "tuner")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", *code)

@@ -10,13 +10,13 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import msgspec
@@ -60,7 +60,9 @@ class Budget:
 
 BUDGETS = {
     "small": Budget(trials=12, builds=4, rounds=7, final_rounds=20, finalists=3, m=(1, 64, 2048)),
-    "normal": Budget(trials=48, builds=12, rounds=11, final_rounds=40, finalists=6, m=(1, 16, 64, 256, 2048, 8192)),
+    "normal": Budget(
+        trials=48, builds=space.MAX_CANDIDATES, rounds=11, final_rounds=40, finalists=6, m=(1, 16, 64, 256, 2048, 8192)
+    ),
     "large": Budget(
         trials=1000,
         builds=space.MAX_CANDIDATES,
@@ -447,8 +449,7 @@ def run_on_devices(devices: Sequence[str], arguments: Sequence[str]) -> int:
     Who ends first leaves problems that another still has in hand: run once more to see to their finals.
     """
     children = [
-        subprocess.Popen([sys.executable, "-m", __package__, "tune", *arguments, "--device", device])
-        for device in devices
+        Popen([sys.executable, "-m", __package__, "tune", *arguments, "--device", device]) for device in devices
     ]
     try:
         codes = [child.wait() for child in children]

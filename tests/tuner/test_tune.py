@@ -299,7 +299,7 @@ def test_several_gpus_get_a_worker_each_and_a_last_run_to_finish(gpu, config, tm
         def wait(self):
             return 0
 
-    monkeypatch.setattr(tune.subprocess, "Popen", Child)
+    monkeypatch.setattr(tune, "Popen", Child)
     monkeypatch.setattr(tune.shapes, "linears", lambda c, tp=1: [tune.shapes.Linear(name="q", n=512, k=512, count=1)])
     code, document = measured(capsys, config, tmp_path, "--m", "1", "--trials", 4, "--devices", "0,1")
     assert code == 0
