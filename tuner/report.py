@@ -8,6 +8,8 @@ from typing import Any
 
 from . import bench
 
+MOST_LINES = 8  # shapes in one plot: more cannot be told apart
+
 
 def write(rows_dir: Path, plots_dir: Path) -> tuple[str, list[Path]]:
     """Text of the summary, and the plots written. Raises ValueError if there are no rows."""
@@ -63,28 +65,31 @@ def _plot(rows: Any, path: Path) -> Path:
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "fp4suite"
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure, axes = plt.subplots(figsize=(9, 5))
     measured = bool(rows["measured"].iloc[0])
-    for index, (shape, group) in enumerate(sorted(rows.groupby("rest"), key=lambda item: item[0])):
+    shapes = sorted(rows.groupby("rest"), key=lambda item: (-item[1]["median_us"].max(), item[0]))
+    for index, (shape, group) in enumerate(shapes[:MOST_LINES]):
         group = group.sort_values("m")
-        axes.plot(
-            group["m"], group["median_us"], "o-" if measured else "o--", ms=3, lw=1, color=f"C{index % 10}", label=shape
-        )
+        colour = f"C{index % 10}"
+        axes.plot(group["m"], group["median_us"], "o-" if measured else "o--", ms=3, lw=1.2, color=colour, label=shape)
         if group["baseline_us"].notna().any():
-            axes.plot(group["m"], group["baseline_us"], ":", lw=1, color=f"C{index % 10}", alpha=0.6)
-    axes.set(
-        xscale="log", yscale="log", xlabel="m (rows)", ylabel="microseconds" + ("" if measured else " (predicted)")
-    )
+            axes.plot(group["m"], group["baseline_us"], ":", lw=1.2, color=colour)
+    unit = "microseconds" + ("" if measured else " (predicted)")
+    axes.set(xscale="log", yscale="log", xlabel="m (rows)", ylabel=unit)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(rows["m"].unique())))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
     op, device, baseline = rows["op"].iloc[0], rows["device"].iloc[0], rows["baseline"].iloc[0]
-    axes.set_title(
-        f"{op} on {device}" + (f", dotted: {baseline}" if baseline else "") + ("" if measured else ", PREDICTED")
-    )
-    axes.grid(True, which="both", lw=0.3)
-    axes.legend(fontsize=6, ncols=2)
+    some = f", the {MOST_LINES} longest of {len(shapes)} shapes" if len(shapes) > MOST_LINES else ""
+    dotted = f", dotted: {baseline}" if baseline else ""
+    axes.set_title(f"{op} on {device}{dotted}{some}{'' if measured else ', PREDICTED'}", fontsize=10)
+    axes.grid(True, lw=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
