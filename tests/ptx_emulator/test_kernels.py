@@ -9,8 +9,7 @@ import torch
 import ptx_emulator
 from fp4suite import testing
 from fp4suite.problem import GemmProblem
-from kernels_cute import gemm_nvfp4_sm90 as sm90
-from kernels_cute import gemm_nvfp4_sm100 as sm100
+from kernels_cute import gemm_nvfp4_sm90 as sm90, gemm_nvfp4_sm100 as sm100
 from ptx_emulator import Fault, emulate
 
 
