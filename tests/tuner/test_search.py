@@ -208,14 +208,16 @@ def test_resumes_after_a_kill_with_nothing_lost(fake, problem, tmp_path):
     assert not search.running_elsewhere()
 
 
-def work(path, trials, queue):
+def work(path, trials, queue, start):
     from fp4suite import registry
 
     from .conftest import FAKE
 
     registry.KERNELS[:] = [FAKE]
     judge = Judge(rounds=3, pause=0.02)
-    search_of(GemmProblem(m=16, n=512, k=512), trials, open_storage(path)).run(judge)
+    search = search_of(GemmProblem(m=16, n=512, k=512), trials, open_storage(path))
+    start.wait(120)  # importing takes seconds, and longer for one than for the other
+    search.run(judge)
     queue.put((os.getpid(), [str(c) for c in judge.asked]))
 
 
@@ -224,7 +226,8 @@ def test_two_workers_share_a_study(fake, problem, tmp_path):
     open_storage(path)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    workers = [context.Process(target=work, args=(path, 40, queue)) for _ in range(2)]
+    start = context.Barrier(2)
+    workers = [context.Process(target=work, args=(path, 40, queue, start)) for _ in range(2)]
     for w in workers:
         w.start()
     done = dict(queue.get(timeout=120) for _ in workers)
