@@ -40,13 +40,14 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def commit() -> str:
-    """Short hash of the checkout's commit, with "+" if files differ from it; else FP4SUITE_COMMIT, or nothing."""
-    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+    """Short hash of the checkout's commit, with "+" if files differ from it; where git has none, FP4SUITE_COMMIT."""
+    here = (ROOT / ".git").exists() and shutil.which("git") is not None
+    head = _git("rev-parse", "--short=12", "HEAD") if here else ""
+    if not head:
         return env.commit()
-    head = _git("rev-parse", "--short=12", "HEAD")
     code = ("fp4suite", "kernels_triton", "kernels_cute", "tuner")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
-    return head + ("+" if head and changed else "")
+    return head + ("+" if changed else "")
 
 
 def today() -> str:
