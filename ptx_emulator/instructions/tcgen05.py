@@ -414,8 +414,9 @@ def _mma(i: Instruction, p: Program) -> Run:
         vector = _vector(i, kind)
     else:
         vector = 0
-        if rest and isinstance(rest[0], Vec):
-            raise unknown(i, "disable-output-lane")
+    disabled = [p.source(x, "b32") for x in p.vector(rest.pop(0))] if isinstance(rest[0], Vec) else []
+    if len(disabled) not in (0, 4 * ctas):
+        raise unknown(i, f"{len(disabled)} words of disabled lanes")
     enable = p.source(rest.pop(0), "pred")
     if rest:
         raise unknown(i, "scale-input-d")
@@ -426,7 +427,8 @@ def _mma(i: Instruction, p: Program) -> Run:
             scales = [int(x(w)[lane]) for x in (sfa, sfb) if x is not None]
             keep = bool(enable(w)[lane])
             members = group(w, ctas, "tcgen05.mma")
-            job = Mma(kind, vector, members, at, left, right, word, scales, keep, from_tensor)
+            words = np.array([x(w)[lane] for x in disabled] or [0] * 4 * ctas, U32)
+            job = Mma(kind, vector, members, at, left, right, word, scales, keep, from_tensor, words)
             events = w.cta.cluster.launch.statistics.events
             events["MMAs"] += 1
             events["MMA flops"] += 2 * job.m * job.n * job.k
@@ -465,8 +467,12 @@ class Mma:
         scales: list[int],
         keep: bool,
         from_tensor: bool,
+        disabled: Array,
     ):
         self.kind, self.vector, self.ctas = kind, vector, ctas
+        # PTX ISA, "disable-output-lane": bit 0 of the first word is lane 0; lanes with a one keep what they hold
+        off = np.unpackbits(disabled.view(np.uint8), bitorder="little").astype(bool).reshape(len(ctas), ROWS)
+        self.lanes = [np.flatnonzero(~x) for x in off]
         self.d, self.a, self.b, self.idesc, self.scales, self.keep = d, a, b, idesc, scales, keep
         self.from_tensor = from_tensor
         self.k, self.bits = _KINDS[kind].k, _KINDS[kind].bits
@@ -503,20 +509,20 @@ class Mma:
 
     def __call__(self) -> None:
         b = np.concatenate([self.operand_b(cta) for cta in self.ctas])  # [n, k]
-        for cta in self.ctas:
-            a = self.operand_a(cta)  # [128, k]
+        for cta, lanes in zip(self.ctas, self.lanes, strict=True):
+            a = self.operand_a(cta)[lanes]  # [lanes, k]
             right = b
             if self.scales:
                 ids_a, ids_b = self.ids(self.sfa_id), self.ids(self.sfb_id)
                 sfa = _scales(cta, self.scales[0], ROWS, ids_a, self.ue8m0, "scale factors of A")
                 sfb = _scales(cta, self.scales[1], self.n, ids_b, self.ue8m0, "scale factors of B")
-                a = a * np.repeat(sfa, self.vector, axis=1)
+                a = a * np.repeat(sfa[lanes], self.vector, axis=1)
                 right = b * np.repeat(sfb, self.vector, axis=1)
             memory, column = tensor_memory(cta), self.d & 0xFFFF
             total = a @ right.T
             if self.keep:
-                total += memory.read(slice(0, ROWS), column, self.n, "tcgen05.mma").view(np.float32)
-            memory.write(slice(0, ROWS), column, total.astype(np.float32).view(np.uint32), "tcgen05.mma")
+                total += memory.read(lanes, column, self.n, "tcgen05.mma").view(np.float32)
+            memory.write(lanes, column, total.astype(np.float32).view(np.uint32), "tcgen05.mma")
 
     def ids(self, first: int) -> list[int]:
         """Bytes of a column that hold this instruction's scales."""

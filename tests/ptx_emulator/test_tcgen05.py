@@ -178,6 +178,25 @@ def test_tf32_drops_thirteen_bits():
     np.testing.assert_array_equal(got, exact(*cut))
 
 
+def test_disabled_lanes_keep_what_they_hold():
+    """ "disable-output-lane": bit n of the four words is lane n."""
+    a, b = (rng.standard_normal((rows, 16)).astype(np.float16) for rows in (M, 16))
+    words = rng.integers(0, 1 << 32, 4, dtype=np.uint64)
+    load = "".join(f"mov.b32 %r{30 + n}, {word};" for n, word in enumerate(words))
+    again = f"{load} mov.pred %p7, 1; @%p3 tcgen05.mma.cta_group::1.kind::f16"
+    again += " [%r10], %rd41, %rd42, %r23, {%r30, %r31, %r32, %r33}, %p7;\n"
+    commit = "@%p3 tcgen05.commit"
+    got = multiply(
+        "kind::f16", idesc_of(16, 0, 0), a.view(np.uint8), b.view(np.uint8), 32, replace=[(commit, again + commit)]
+    )
+    product = exact(a.astype(np.float64), b.astype(np.float64))
+    once = product.astype(np.float32)
+    lane = np.arange(M)
+    disabled = words[lane // 32] >> (lane % 32).astype(np.uint64) & np.uint64(1)
+    twice = (once + product).astype(np.float32)
+    assert np.array_equal(got, np.where(disabled[:, None] == 1, once, twice))
+
+
 def test_fp8_with_negated_a():
     a, b = (rng.integers(0, 0x7F, (rows, 32)).astype(np.uint8) for rows in (M, 16))
     got = multiply("kind::f8f6f4", idesc_of(16, 0, 0) | 1 << 13, a, b, 128)
