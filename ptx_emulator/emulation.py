@@ -20,7 +20,7 @@ from .errors import Fault
 from .machine import SCHEDULES, Dim3, Launch, Statistics
 from .memory import GlobalMemory
 from .numbers import Array
-from .runtime import PREFIX, SYMBOLS, Runtime, binding
+from .runtime import PREFIX, SM_COUNTS, SYMBOLS, Runtime, binding
 
 ARCHS = ("sm_90a", "sm_100a")
 _TWIN = "_ptx_emulator_twin"
@@ -164,6 +164,31 @@ def active() -> Device | None:
     return _active[-1] if _active else None
 
 
+def _hardware(multiprocessors: int) -> dict[str, Any]:
+    """What `HardwareInfo` would ask a driver."""
+    return {
+        "__init__": lambda self, device_id=0: None,
+        "get_device_multiprocessor_count": lambda self: multiprocessors,
+        "get_max_active_clusters": lambda self, cluster_size, stream=None: multiprocessors // cluster_size,
+    }
+
+
+@contextlib.contextmanager
+def _attributes(owner: type, **values: Any) -> Iterator[None]:
+    """A class with other attributes, for a while."""
+    before = {name: owner.__dict__.get(name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
 @contextlib.contextmanager
 def emulate(
     arch: str,
@@ -171,25 +196,29 @@ def emulate(
     schedule: str = "round",
     seed: int | None = None,
     rewrite: Callable[[str], str] | None = None,
+    multiprocessors: int | None = None,
 ) -> Iterator[Device]:
     """Run compiled CuTe DSL functions on a CPU as if on a GPU of `arch` ("sm_90a" or "sm_100a").
 
     schedule ("eager", "round" or "late") and seed choose among the orders in which warps and asynchronous work may run.
     rewrite: changes a kernel's PTX before it runs, to see what a fault would do.
+    multiprocessors: how many the device says it has, by default those of a real one; a persistent kernel launched on
+    few of them walks over many tiles.
 
     Raises ValueError for another architecture or schedule; inside, launches raise Fault for what a kernel does wrong.
     """
     from cutlass.cutlass_dsl import CuTeDSL
     from cutlass.cutlass_dsl.cuda_jit_executor import CudaDialectJitCompiledFunction
+    from cutlass.utils import HardwareInfo
 
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    count = SM_COUNTS[arch] if multiprocessors is None else multiprocessors
     device, settings = Device(arch, schedule, seed, rewrite), CuTeDSL._get_dsl().envar
+    device.runtime.multiprocessors = count
     kept = {name: getattr(settings, name) for name in ("keep_ptx", "dump_dir", "arch")}
-    own = CudaDialectJitCompiledFunction.__dict__
-    hooked = {name: own.get(name) for name in ("__call__", "run_compiled_program")}
 
     def run(self: Any, exe_args: list[Any]) -> Any:
         return device.call(self, exe_args)
@@ -203,17 +232,14 @@ def emulate(
 
     with tempfile.TemporaryDirectory(prefix="ptx-emulator-") as folder:
         settings.keep_ptx, settings.dump_dir, settings.arch = True, folder, arch
-        CudaDialectJitCompiledFunction.__call__ = call
-        CudaDialectJitCompiledFunction.run_compiled_program = run
         _active.append(device)
         try:
-            yield device
+            with (
+                _attributes(CudaDialectJitCompiledFunction, __call__=call, run_compiled_program=run),
+                _attributes(HardwareInfo, **_hardware(count)),
+            ):
+                yield device
         finally:
             _active.pop()
-            for name, value in hooked.items():
-                if value is None:
-                    delattr(CudaDialectJitCompiledFunction, name)
-                else:
-                    setattr(CudaDialectJitCompiledFunction, name, value)
             for name, value in kept.items():
                 setattr(settings, name, value)

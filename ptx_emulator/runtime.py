@@ -74,6 +74,7 @@ class Runtime:
 
     def __init__(self, arch: str, launch: LaunchHandler):
         self.arch, self.launch = arch, launch
+        self.multiprocessors = SM_COUNTS[arch]
         self.error: BaseException | None = None
         self.names: list[str] = []
 
@@ -130,7 +131,7 @@ class Runtime:
 
     def attribute(self, number: int) -> int:
         if number == _MULTIPROCESSORS:
-            return SM_COUNTS[self.arch]
+            return self.multiprocessors
         if number in (_MAJOR, _MINOR):
             return {_MAJOR: {"sm_90a": 9, "sm_100a": 10}[self.arch], _MINOR: 0}[number]
         if number not in _DEVICE_ATTRIBUTES:
