@@ -5,11 +5,12 @@ from functools import cached_property
 
 import numpy as np
 
-from .machine import Dim3, Launch, Statistics
+from .machine import Dim3, Launch
 from .memory import GlobalMemory
 from .numbers import Array
 from .parser import Module, Variable, parse
 from .program import Program
+from .statistics import Statistics
 
 Argument = Array | np.generic | int | float | bytes
 

@@ -17,14 +17,18 @@ from typing import Any
 
 from .api import Loaded, load
 from .errors import Fault
-from .machine import SCHEDULES, Dim3, Launch, Statistics
+from .machine import SCHEDULES, Dim3, Launch
 from .memory import GlobalMemory
 from .numbers import Array
 from .runtime import PREFIX, SM_COUNTS, SYMBOLS, Runtime, binding
+from .statistics import Statistics
 
 ARCHS = ("sm_90a", "sm_100a")
 _TWIN = "_ptx_emulator_twin"
 _active: list["Device"] = []
+# DLPack: where a capsule of this name holds its DLDeviceType, in DLManagedTensor and DLManagedTensorVersioned
+_DLPACK_DEVICE = {b"dltensor": 8, b"dltensor_versioned": 40}
+_DL_CPU, _DL_CUDA = 1, 2
 
 
 class Device:
@@ -159,6 +163,19 @@ def _twin(function: Any, ptx: str, arch: str) -> _Twin:
     return made
 
 
+def _as_device_memory(capsule: Any) -> None:
+    """Mark a DLPack tensor that is on the CPU as CUDA's, as it would be on a GPU: kernels are compiled for global memory
+    then, and not for generic addresses."""
+    api = ctypes.pythonapi
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+    api.PyCapsule_IsValid.argtypes = (ctypes.py_object, ctypes.c_char_p)
+    for name, offset in _DLPACK_DEVICE.items():
+        if api.PyCapsule_IsValid(capsule, name):
+            kind = ctypes.c_int32.from_address(api.PyCapsule_GetPointer(capsule, name) + offset)
+            kind.value = _DL_CUDA if kind.value == _DL_CPU else kind.value
+
+
 def active() -> Device | None:
     """The innermost emulated device, if any."""
     return _active[-1] if _active else None
@@ -230,6 +247,11 @@ def emulate(
         del adapted
         return result
 
+    def adapt(self: Any) -> None:
+        if self._dltensor_wrapper is None:
+            _as_device_memory(self._dlpack_data)
+        load_dltensor(self)
+
     with tempfile.TemporaryDirectory(prefix="ptx-emulator-") as folder:
         settings.keep_ptx, settings.dump_dir, settings.arch = True, folder, arch
         _active.append(device)
@@ -241,5 +263,6 @@ def emulate(
                 yield device
         finally:
             _active.pop()
+            _Tensor.load_dltensor = load_dltensor
             for name, value in kept.items():
                 setattr(settings, name, value)

@@ -8,6 +8,8 @@ class PtxSyntaxError(ValueError):
 class Fault(RuntimeError):
     """A kernel did what the PTX ISA forbids, or what the emulator does not know. Never computed past."""
 
+    described = False  # whether the text names the instruction
+
 
 class UnknownInstructionError(Fault):
     """An opcode, or a form of one, that the emulator does not execute."""

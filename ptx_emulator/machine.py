@@ -13,14 +13,16 @@ a wrong result under one is a proof of the contrary.
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import DeadlockError, Fault
+from .hazards import Actor, Hazards
 from .memory import PARAM_WINDOW, RANK_SHIFT, Block, GlobalMemory, SharedMemory
 from .numbers import U32, Array
+from .statistics import BankCounter, Statistics, Tally
 
 if TYPE_CHECKING:
     from .program import Program
@@ -57,7 +59,9 @@ class Warp:
         self.tid = (flat % U32(bx), flat // U32(bx) % U32(by), flat // U32(bx * by))
         self.fragments = [Fragment(0, None if self.alive.all() else self.alive.copy())]
         self.counts = [0] * len(self.program.steps)
+        self.rounds: Counter[int] = Counter()  # in which the instruction at a pc had to wait
         self.state: dict[Any, Any] = {}  # of the asynchronous operations, each module its own key
+        self.actor = cta.cluster.hazards.warp(self)
 
     @property
     def where(self) -> str:
@@ -70,6 +74,7 @@ class Warp:
     def run(self, budget: int) -> bool:
         """Up to about `budget` instructions; whether any was carried out."""
         fragments, total = self.fragments, 0
+        self.cta.cluster.hazards.current = self.actor
         for f in fragments:
             f.waiting = None
         while fragments and total < budget:
@@ -96,6 +101,7 @@ class Warp:
 
     def _advance(self, f: Fragment, budget: int, stops: set[int]) -> int:
         steps, counts, r, mask, pc, done = self.program.steps, self.counts, self.r, f.mask, f.pc, 0
+        actor = self.actor
         try:
             while done < budget:
                 kind, run, guard, negated, target = steps[pc]
@@ -113,8 +119,10 @@ class Warp:
                     if mask is not None or not p.all():
                         m = p
                 if kind == PLAIN:
+                    actor.pc = pc
                     f.waiting = run(self, m)
                     if f.waiting is not None:
+                        self.rounds[pc] += 1
                         break
                     counts[pc] += 1
                     pc += 1
@@ -145,7 +153,11 @@ class Warp:
                 if pc in stops:
                     break
         except Fault as e:
-            raise type(e)(self.describe(pc, m, str(e))) from e
+            if e.described:
+                raise
+            fault = type(e)(self.describe(pc, m, str(e)))
+            fault.described = True
+            raise fault from e
         except Exception as e:
             e.add_note(self.describe(pc, m, "the emulator failed"))
             raise
@@ -171,6 +183,8 @@ class Cta:
         self.shared = SharedMemory(launch.shared_bytes, rank)
         for offset, data in launch.program.shared_data:
             self.shared.write(offset, np.frombuffer(data, np.uint8))
+        if launch.races:
+            self.shared.watch(self)
         self.shared_window = rank << RANK_SHIFT
         self.barriers: dict[int, Any] = {}  # named barriers
         self.mbarriers: dict[int, Any] = {}  # by offset in shared memory
@@ -184,6 +198,9 @@ class Cluster:
 
     def __init__(self, launch: "Launch", index: Dim3):
         self.launch, self.index = launch, index
+        self.hazards = Hazards()
+        if launch.races:
+            launch.memory.watch(self.hazards)
         cx, cy, cz = launch.cluster
         self.ctas: list[Cta] = []
         for z in range(cz):
@@ -195,12 +212,22 @@ class Cluster:
         self.arrived: dict[Any, int] = {}
         self.state: dict[str, Any] = {}
 
-    def submit(self, queue: Any, work: Callable[[], None]) -> None:
-        """Asynchronous work, done after what was submitted to the same queue before."""
+    def submit(self, queue: Any, work: Callable[[], None], operation: Actor | None = None) -> Actor:
+        """Asynchronous work, done after what was submitted to the same queue before. `operation` is who does it."""
+        hazards = self.hazards
+        alone = operation is None
+        actor = hazards.operation(str(queue[0])) if operation is None else operation
+
+        def perform() -> None:
+            hazards.perform(actor, work)
+            if alone:
+                hazards.retire(actor)
+
         if self.launch.schedule == "eager":
-            work()
+            perform()
         else:
-            self.queues.setdefault(queue, deque()).append(work)
+            self.queues.setdefault(queue, deque()).append(perform)
+        return actor
 
     def work(self) -> bool:
         """One piece of every queue; whether there was any."""
@@ -231,6 +258,9 @@ class Cluster:
             warps = [w for w in warps if w.fragments]
         while self.work():  # what nobody waited for still happens
             pass
+        for cta in self.ctas:
+            launch.program.finish(cta)
+        self.hazards.check_exits()
 
     def deadlock(self, warps: Sequence[Warp]) -> str:
         lines = [f"deadlock in cluster {self.index} of {self.launch.program.kernel.name}: every warp waits"]
@@ -238,25 +268,6 @@ class Cluster:
             for f in w.fragments:
                 lines.append(w.describe(f.pc, f.mask, f"- {f.waiting}"))
         return "\n".join(lines)
-
-
-@dataclass(slots=True)
-class Statistics:
-    """Of one launch. instructions: warp instructions by opcode. bytes: by memory space and direction."""
-
-    kernel: str
-    grid: Dim3
-    block: Dim3
-    cluster: Dim3
-    shared_bytes: int
-    instructions: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
-    events: Counter[str] = field(default_factory=Counter)
-    tensor_columns: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(self.instructions.values())
 
 
 class Launch:
@@ -274,6 +285,7 @@ class Launch:
         dynamic_shared: int = 0,
         schedule: str = "round",
         seed: int | None = None,
+        races: bool = True,
     ):
         kernel = program.kernel
         if schedule not in SCHEDULES:
@@ -286,7 +298,7 @@ class Launch:
             raise ValueError(f"{kernel.name} requires clusters of {kernel.required_cluster} CTAs, got {cluster}")
         if any(g % c for g, c in zip(grid, cluster, strict=True)):
             raise ValueError(f"grid {grid} is not a whole number of clusters {cluster}")
-        self.program, self.memory = program, memory
+        self.program, self.memory, self.races = program, memory, races
         self.grid, self.block, self.cluster = grid, block, cluster
         self.threads = block[0] * block[1] * block[2]
         if not 1 <= self.threads <= 1024:
@@ -294,33 +306,47 @@ class Launch:
         self.dynamic_shared = dynamic_shared
         self.shared_bytes = program.static_shared + dynamic_shared
         self.schedule = schedule
-        self.random = None if seed is None else random.Random(seed)
+        self.seed = seed
+        self.random: random.Random | None = None
         self.params = Block(PARAM_WINDOW, program.pack(params), "parameters", writable=False)
-        self.statistics = Statistics(kernel.name, grid, block, cluster, self.shared_bytes)
+        self.statistics = Statistics(
+            kernel.name,
+            grid,
+            block,
+            cluster,
+            static_shared=program.static_shared,
+            dynamic_shared=dynamic_shared,
+            virtual_registers=len(kernel.registers),
+        )
+        self.banks = BankCounter(program, self.statistics)
+
+    def places(self) -> list[Dim3]:
+        """Indices of all clusters, in the order in which they run."""
+        nx, ny, nz = (g // c for g, c in zip(self.grid, self.cluster, strict=True))
+        return [(x, y, z) for z in range(nz) for y in range(ny) for x in range(nx)]
 
     def run(self) -> Statistics:
         """Raises Fault."""
-        stats = self.statistics
+        self.run_clusters(self.places())
+        return self.statistics
+
+    def run_clusters(self, places: Sequence[Dim3]) -> None:
+        stats, tally = self.statistics, Tally(self.program)
         before = self.memory.loaded, self.memory.stored
-        counts = np.zeros(len(self.program.steps), np.int64)
         with np.errstate(all="ignore"):
-            for z in range(self.grid[2] // self.cluster[2]):
-                for y in range(self.grid[1] // self.cluster[1]):
-                    for x in range(self.grid[0] // self.cluster[0]):
-                        cluster = Cluster(self, (x, y, z))
-                        cluster.run()
-                        for cta in cluster.ctas:
-                            self.program.finish(cta)
-                            stats.bytes["shared load"] += cta.shared.loaded
-                            stats.bytes["shared store"] += cta.shared.stored
-                            for warp in cta.warps:
-                                counts += warp.counts
-        for count, instruction in zip(counts, self.program.kernel.code, strict=False):
-            if count:
-                stats.instructions[instruction.name] += int(count)
+            for place in places:
+                if self.seed is not None:
+                    self.random = random.Random(f"{self.seed} {place}")
+                cluster = Cluster(self, place)
+                cluster.run()
+                for cta in cluster.ctas:
+                    stats.bytes["shared load"] += cta.shared.loaded
+                    stats.bytes["shared store"] += cta.shared.stored
+                    tally.add(cta)
+        tally.into(stats)
+        self.banks.finish()
         stats.bytes["global load"] += self.memory.loaded - before[0]
         stats.bytes["global store"] += self.memory.stored - before[1]
-        return stats
 
 
 def _ranges(numbers: Array) -> str:

@@ -8,12 +8,16 @@ having been written.
 
 import bisect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import Fault
+from .hazards import GLOBAL, SHARED, Hazards, Shadow
 from .numbers import U64, Array
+
+if TYPE_CHECKING:
+    from .machine import Cta
 
 UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 RANK_SHIFT = 24
@@ -32,6 +36,14 @@ class Block:
         self.base, self.data, self.name, self.writable = base, data, name, writable
         self.size = len(data)
         self.views = {n: data[: self.size // n * n].view(t) for n, t in UINT.items()}
+        self._shadow: Shadow | None = None
+
+    def shadow(self, hazards: Hazards) -> Shadow:
+        if self._shadow is None or self._shadow.hazards is not hazards:
+            self._shadow = Shadow(
+                hazards, self.size, GLOBAL, lambda at: f"byte {at} of {self.name} ({self.base + at:#x})"
+            )
+        return self._shadow
 
 
 class GlobalMemory:
@@ -41,7 +53,12 @@ class GlobalMemory:
         self.blocks: list[Block] = []
         self.bases: list[int] = []
         self.discover = discover
+        self.hazards: Hazards | None = None
         self.loaded = self.stored = 0
+
+    def watch(self, hazards: Hazards) -> None:
+        """Check accesses from now on against those of the same cluster."""
+        self.hazards = hazards
 
     def add(self, data: Array, name: str = "array", writable: bool = True) -> int:
         """Make a contiguous array's bytes known; returns its address."""
@@ -83,10 +100,21 @@ class GlobalMemory:
         block = self.blocks[at]
         return f"; {block.name} of {block.size} bytes starts {address - block.base} bytes before"
 
-    def bytes(self, address: int, size: int, write: bool = False) -> Array:
-        """A view of `size` bytes."""
+    def bytes(self, address: int, size: int, write: bool = False, fence: int | None = None) -> Array:
+        """A view of `size` bytes, which the current actor reads (or writes) by way of the proxy of that fence."""
         block = self.find(address, size, write)
-        return block.data[address - block.base : address - block.base + size]
+        place = slice(address - block.base, address - block.base + size)
+        self.note(block, place, write, fence)
+        return block.data[place]
+
+    def note(self, block: Block, index: Any, write: bool = False, fence: int | None = None) -> None:
+        """The current actor reads or writes these bytes of a block. Raises Fault for a race."""
+        if self.hazards is not None:
+            shadow = block.shadow(self.hazards)
+            if write:
+                shadow.write(index)
+            else:
+                shadow.read(index, fence)
 
     def load(self, address: Array, size: int, count: int) -> list[Array]:
         """[lanes] addresses -> `count` arrays of `size`-byte unsigned integers."""
@@ -122,7 +150,10 @@ class GlobalMemory:
             return None, None
         if write and not block.writable:
             raise Fault(f"global address {low:#x}: {block.name} is read-only")
-        return block, (address - U64(block.base)).astype(np.int64) // size
+        offset = (address - U64(block.base)).astype(np.int64)
+        if self.hazards is not None:
+            self.note(block, _spread(offset, total), write)
+        return block, offset // size
 
 
 class SharedMemory:
@@ -136,6 +167,14 @@ class SharedMemory:
         self.views = {n: self.data.view(t) for n, t in UINT.items()}
         self.written = np.zeros(padded, bool)
         self.loaded = self.stored = 0
+        self._cta: Cta | None = None
+
+    def watch(self, cta: "Cta") -> None:
+        """Check accesses from now on against those of the same cluster."""
+        self._cta = cta
+        self._shadow = Shadow(
+            cta.cluster.hazards, len(self.data), SHARED, lambda at: f"shared address {at:#x} (rank {self.rank})"
+        )
 
     def check(self, offset: int, size: int, what: str = "shared") -> None:
         if offset < RESERVED_SHARED or offset + size > self.size:
@@ -147,63 +186,78 @@ class SharedMemory:
     def read(self, offset: int, size: int) -> Array:
         """A view of bytes that must all have been written."""
         self.check(offset, size)
-        if not self.written[offset : offset + size].all():
-            first = offset + int(np.argmin(self.written[offset : offset + size]))
-            raise Fault(f"shared address {first:#x} is read but was never written (rank {self.rank})")
+        place = slice(offset, offset + size)
+        self._reading(place)
         self.loaded += size
-        return self.data[offset : offset + size]
+        return self.data[place]
 
     def write(self, offset: int, values: Array) -> None:
         self.check(offset, len(values))
+        place = slice(offset, offset + len(values))
+        self._writing(place)
         self.stored += len(values)
-        self.data[offset : offset + len(values)] = values
-        self.written[offset : offset + len(values)] = True
+        self.data[place] = values
 
     def gather(self, index: Array) -> Array:
         """Bytes at these offsets, of any shape; bounds and writes checked."""
         low, high = int(index.min()), int(index.max())
         self.check(low, high + 1 - low)
-        known = self.written[index]
-        if not known.all():
-            first = int(index[~known].min())
-            raise Fault(f"shared address {first:#x} is read but was never written (rank {self.rank})")
+        self._reading(index)
         self.loaded += index.size
         return self.data[index]
 
     def scatter(self, index: Array, values: Array) -> None:
         low, high = int(index.min()), int(index.max())
         self.check(low, high + 1 - low)
+        self._writing(index)
         self.stored += index.size
         self.data[index] = values
-        self.written[index] = True
 
     def load(self, offset: Array, size: int, count: int) -> list[Array]:
         self._check_lanes(offset, size * count)
+        self._reading(_spread(offset, size * count))
         first = offset // size
-        known = self.written[offset]
-        for j in range(1, size * count):
-            known = known & self.written[offset + j]
-        if not known.all():
-            raise Fault(
-                f"shared address {int(offset[~known][0]):#x}, {size * count} bytes, "
-                f"is read but was never written (rank {self.rank})"
-            )
         self.loaded += len(offset) * size * count
         return [self.views[size][first + j] for j in range(count)]
 
     def store(self, offset: Array, size: int, values: Sequence[Array]) -> None:
         self._check_lanes(offset, size * len(values))
+        self._writing(_spread(offset, size * len(values)))
         self.stored += len(offset) * size * len(values)
         first = offset // size
         for j, value in enumerate(values):
             self.views[size][first + j] = value
-        for j in range(size * len(values)):
-            self.written[offset + j] = True
+
+    def _reading(self, index: Any) -> None:
+        known = self.written[index]
+        if not known.all():
+            first = index.start + int(np.argmin(known)) if isinstance(index, slice) else int(index[~known].min())
+            raise Fault(f"shared address {first:#x} is read but was never written (rank {self.rank})")
+        if self._cta is not None:
+            self._visited(self._cta, self._shadow.read(index))
+
+    def _writing(self, index: Any) -> None:
+        self.written[index] = True
+        if self._cta is not None:
+            self._visited(self._cta, self._shadow.write(index))
+
+    def _visited(self, cta: "Cta", event: int) -> None:
+        """What is not a warp of this CTA must be known to be over when the CTA ends."""
+        hazards = cta.cluster.hazards
+        actor = hazards.current
+        assert actor is not None
+        if actor.what or actor.warp.cta is not cta:
+            hazards.foreign(cta, event)
 
     def _check_lanes(self, offset: Array, total: int) -> None:
         check_aligned(offset, total, "shared")
         low, high = int(offset.min()), int(offset.max())
         self.check(low, high + total - low)
+
+
+def _spread(offset: Array, total: int) -> Array:
+    """Offsets of all bytes of accesses of `total` bytes, [lanes, total]."""
+    return offset[:, None] + np.arange(total)
 
 
 def check_aligned(address: Array, total: int, space: str) -> None:

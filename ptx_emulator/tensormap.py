@@ -123,7 +123,9 @@ def read(t: TensorMap, box: Box, memory: GlobalMemory) -> Array:
     if len(rows) and width:
         low, high = int(rows.min()), int(rows.max())
         block = memory.find(low, high + width - low)
-        out[box.inside, box.first : box.last] = block.data[(rows - block.base)[:, None] + np.arange(width)]
+        index = (rows - block.base)[:, None] + np.arange(width)
+        memory.note(block, index)
+        out[box.inside, box.first : box.last] = block.data[index]
         memory.loaded += len(rows) * width
     return out
 
@@ -134,6 +136,7 @@ def write(t: TensorMap, box: Box, memory: GlobalMemory, values: Array) -> None:
         low, high = int(rows.min()), int(rows.max())
         block = memory.find(low, high + width - low, write=True)
         index = (rows - block.base)[:, None] + np.arange(width)
+        memory.note(block, index, write=True)
         block.data[index] = values[box.inside, box.first : box.last]
         memory.stored += len(rows) * width
 

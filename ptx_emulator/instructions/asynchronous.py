@@ -5,12 +5,13 @@ A group belongs to the thread that committed it. cp.async copies happen when the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ..errors import Fault
+from ..hazards import Actor, Clock
 from ..machine import LANES, Warp
 from ..memory import RANK_SHIFT, split_shared
 from ..numbers import Array
@@ -35,6 +36,8 @@ class _Copies:
     source: Array
     size: int
     source_size: Array
+    operation: Actor
+    carried_out: bool = False
 
 
 class _Groups:
@@ -97,19 +100,26 @@ def _copy(i: Instruction, p: Program) -> Run:
         if (take > size).any():
             raise Fault(f"cp.async of {size} bytes from {int(take.max())}")
         groups = _groups(w)
-        copies = _Copies(lanes, groups.committed[lanes].copy(), target(w)[lanes], source(w)[lanes], size, take)
+        operation = w.cta.cluster.hazards.operation("cp.async", asynchronous=False)
+        copies = _Copies(
+            lanes, groups.committed[lanes].copy(), target(w)[lanes], source(w)[lanes], size, take, operation
+        )
         if ((copies.source % np.uint64(size)) != 0).any() or ((copies.target % np.uint64(size)) != 0).any():
             raise Fault(f"cp.async of {size} bytes with an address that is not a multiple of them")
         if w.cta.cluster.launch.schedule == "eager":
             _carry_out(w, copies, np.ones(len(lanes), bool))
-        else:
-            groups.copies.append(copies)
+            copies.carried_out = True
+        groups.copies.append(copies)
         return None
 
     return run
 
 
 def _carry_out(w: Warp, c: _Copies, which: Array) -> None:
+    w.cta.cluster.hazards.perform(c.operation, lambda: _copy_bytes(w, c, which))
+
+
+def _copy_bytes(w: Warp, c: _Copies, which: Array) -> None:
     memory, shared = w.cta.cluster.launch.memory, w.cta.shared
     rank, offset = split_shared(c.target[which])
     if (rank != w.cta.rank).any():
@@ -142,16 +152,29 @@ def _wait(count: int) -> Run:
 
 
 def finish(w: Warp, here: Array, count: int) -> None:
-    groups = _groups(w)
-    left = []
+    """Copies that the current actor waits for: up to `count` groups stay."""
+    groups, hazards = _groups(w), w.cta.cluster.hazards
+    left, waiting = [], hazards.current
+    assert waiting is not None
     for c in groups.copies:
         done = here[c.lanes] & (c.group < groups.committed[c.lanes] - count)
         if done.any():
-            _carry_out(w, c, done)
+            if not c.carried_out:
+                _carry_out(w, c, done)
+            waiting.acquire(c.operation.clock)
             keep = ~done
-            c = _Copies(c.lanes[keep], c.group[keep], c.target[keep], c.source[keep], c.size, c.source_size[keep])
+            c = replace(
+                c,
+                lanes=c.lanes[keep],
+                group=c.group[keep],
+                target=c.target[keep],
+                source=c.source[keep],
+                source_size=c.source_size[keep],
+            )
         if len(c.lanes):
             left.append(c)
+        else:
+            hazards.retire(c.operation)
     groups.copies = left
 
 
@@ -180,12 +203,39 @@ def _arrive(i: Instruction, p: Program) -> Run:
 # --- bulk copies ---
 
 
+@dataclass(slots=True)
 class BulkGroups:
-    """Bulk groups of a warp's threads. outstanding: [lane, group, reads done] of copies that are under way."""
+    """Bulk groups of a warp's threads: copies under way, and those that are over but were not waited for."""
 
-    def __init__(self) -> None:
-        self.committed = np.zeros(LANES, np.int64)
-        self.outstanding: list[tuple[int, int]] = []
+    committed: Array = field(default_factory=lambda: np.zeros(LANES, np.int64))
+    outstanding: list[tuple[int, int]] = field(default_factory=list)  # lane and group
+    over: list[tuple[int, int, Actor, Actor]] = field(default_factory=list)  # lane, group, reading, writing
+    read: dict[int, tuple[int, Clock]] = field(default_factory=dict)  # lane: last group waited for by .read, writes
+
+    def wait(self, here: Array, count: int, reads_only: bool, by: Actor) -> int:
+        """Pending groups of these lanes beyond `count`; if none, `by` has seen the others end."""
+        limit = self.committed - count
+        pending = sum(here[lane] and group < limit[lane] for lane, group in self.outstanding)
+        if pending:
+            return int(pending)
+        left = []
+        for lane, group, reading, writing in self.over:
+            if not here[lane] or group >= limit[lane]:
+                left.append((lane, group, reading, writing))
+            elif reads_only:
+                by.acquire(reading.clock)
+                last, writes = self.read.setdefault(lane, (group, Clock()))
+                writes.join(writing.clock)
+                self.read[lane] = (max(last, group), writes)
+            else:
+                by.acquire(writing.clock)
+        self.over = left
+        if not reads_only:
+            for lane, (group, writes) in list(self.read.items()):
+                if here[lane] and group < limit[lane]:
+                    by.acquire(writes)
+                    del self.read[lane]
+        return 0
 
 
 def bulk_groups(w: Warp) -> BulkGroups:
@@ -201,35 +251,40 @@ def _bulk_commit(w: Warp, m: Mask) -> str | None:
 
 
 def _bulk_wait(i: Instruction) -> Run:
-    count = constant(i.operands[0])
+    count, reads_only = constant(i.operands[0]), "read" in i.op
 
     def run(w: Warp, m: Mask) -> str | None:
-        groups, here = bulk_groups(w), _ALL if m is None else m
-        pending = [g for lane, g in groups.outstanding if here[lane] and g < groups.committed[lane] - count]
-        return f"waits for {len(pending)} bulk copies" if pending else None
+        pending = bulk_groups(w).wait(_ALL if m is None else m, count, reads_only, w.actor)
+        return f"waits for {pending} bulk copies" if pending else None
 
     return run
 
 
-def submit_grouped(w: Warp, lanes: Array, work: Callable[[], None]) -> None:
-    """A bulk copy of these lanes' current groups."""
-    groups = bulk_groups(w)
+def submit_grouped(w: Warp, lanes: Array, what: str, read: Callable[[], Any], write: Callable[[Any], None]) -> None:
+    """A bulk copy of these lanes' current groups: `write` gets what `read` returned."""
+    groups, hazards = bulk_groups(w), w.cta.cluster.hazards
     marks = [(int(lane), int(groups.committed[lane])) for lane in lanes]
     groups.outstanding += marks
+    reading, writing = hazards.operation(what), hazards.operation(what)
+    writing.clock.join(reading.clock)
 
     def run() -> None:
-        work()
+        data = read()
+        hazards.perform(writing, lambda: write(data))
         for mark in marks:
             groups.outstanding.remove(mark)
+            groups.over.append((*mark, reading, writing))
+        hazards.retire(reading)
+        hazards.retire(writing)
 
-    w.cta.cluster.submit(("store", w.cta.rank, w.index), run)
+    w.cta.cluster.submit(("store", w.cta.rank, w.index), run, reading)
 
 
 def fresh_queue(w: Warp) -> Any:
     """A queue of its own, for work without an order."""
     state = w.cta.cluster.state
     state["queues"] = state.get("queues", 0) + 1
-    return ("load", state["queues"])
+    return ("bulk load", state["queues"])
 
 
 def _bulk(i: Instruction, p: Program) -> Run:
@@ -254,6 +309,12 @@ def _bulk(i: Instruction, p: Program) -> Run:
                     shared_of(w, d >> RANK_SHIFT).shared.write(d & ((1 << RANK_SHIFT) - 1), data)
                     mbarrier_at(w, b).complete(n)
 
+                statistics = w.cta.cluster.launch.statistics
+                statistics.count_copy("bulk load", n)
+                if not from_shared:
+                    statistics.bytes["global load"] += n
+                elif d >> RANK_SHIFT != s >> RANK_SHIFT:
+                    statistics.bytes["distributed shared store"] += n
                 w.cta.cluster.submit(fresh_queue(w), work)
             return None
 
@@ -265,11 +326,15 @@ def _bulk(i: Instruction, p: Program) -> Run:
                 d, s, n = (int(x(w)[lane]) for x in (target, source, size))
                 _check_bulk(d, s, n)
 
-                def work(d: int = d, s: int = s, n: int = n) -> None:
-                    data = shared_of(w, s >> RANK_SHIFT).shared.read(s & ((1 << RANK_SHIFT) - 1), n)
+                def read(s: int = s, n: int = n) -> Array:
+                    return shared_of(w, s >> RANK_SHIFT).shared.read(s & ((1 << RANK_SHIFT) - 1), n)
+
+                def write(data: Array, d: int = d, n: int = n) -> None:
                     w.cta.cluster.launch.memory.bytes(d, n, True)[:] = data
 
-                submit_grouped(w, np.array([lane]), work)
+                w.cta.cluster.launch.statistics.count_copy("bulk store", n)
+                w.cta.cluster.launch.statistics.bytes["global store"] += n
+                submit_grouped(w, np.array([lane]), "bulk store", read, write)
             return None
 
         return save

@@ -20,7 +20,7 @@ from ..memory import (
 )
 from ..numbers import U32, U64, Array, from_bf16, to_bf16, to_f16
 from ..parser import Instruction, Operand, Reg, Sink, Special, Sym, Vec
-from ..program import DTYPES, Mask, Program, Run, decoder, kind_of, simple, unknown
+from ..program import DTYPES, Mask, Program, Read, Run, decoder, kind_of, simple, unknown
 
 _SPACES = ("param", "param:entry", "shared", "shared:cta", "shared:cluster", "global", "local", "const")
 _ALL = np.ones(LANES, bool)
@@ -36,6 +36,10 @@ def space_of(i: Instruction) -> str:
 # --- access to any space ---
 
 
+def count_bytes(w: Warp, what: str, number: int) -> None:
+    w.cta.cluster.launch.statistics.bytes[what] += number
+
+
 def shared_of(w: Warp, rank: int) -> Cta:
     ctas = w.cta.cluster.ctas
     if rank >= len(ctas):
@@ -48,11 +52,15 @@ def load(w: Warp, space: str, address: Array, size: int, count: int) -> list[Arr
     if space == "shared":
         rank, offset = split_shared(address)
         if (rank == rank[0]).all():
-            return shared_of(w, int(rank[0])).shared.load(offset, size, count)
+            cta = shared_of(w, int(rank[0]))
+            if cta is not w.cta:
+                count_bytes(w, "distributed shared load", len(offset) * size * count)
+            return cta.shared.load(offset, size, count)
         return _by_lane(w, space, address, size, count)
     if space in ("global", "const"):
         return w.cta.cluster.launch.memory.load(address, size, count)
     if space == "param":
+        count_bytes(w, "param load", len(address) * size * count)
         return _load_block(w.cta.cluster.launch.params, address, size, count)
     if space == "generic":
         window = address >> U64(WINDOW_SHIFT)
@@ -67,7 +75,10 @@ def store(w: Warp, space: str, address: Array, size: int, values: Sequence[Array
     if space == "shared":
         rank, offset = split_shared(address)
         if (rank == rank[0]).all():
-            shared_of(w, int(rank[0])).shared.store(offset, size, values)
+            cta = shared_of(w, int(rank[0]))
+            if cta is not w.cta:
+                count_bytes(w, "distributed shared store", len(offset) * size * len(values))
+            cta.shared.store(offset, size, values)
             return
     elif space == "global":
         w.cta.cluster.launch.memory.store(address, size, values)
@@ -122,7 +133,7 @@ def _local_offsets(w: Warp, address: Array, total: int) -> Array:
     return offset
 
 
-def bytes_at(w: Warp, address: int, size: int) -> Array:
+def bytes_at(w: Warp, address: int, size: int, fence: int | None = None) -> Array:
     """A view of bytes at a generic address in global or parameter memory (tensor maps)."""
     if address >> WINDOW_SHIFT == PARAM_WINDOW >> WINDOW_SHIFT:
         block = w.cta.cluster.launch.params
@@ -130,7 +141,7 @@ def bytes_at(w: Warp, address: int, size: int) -> Array:
         if at + size > block.size:
             raise Fault(f"param address {at:#x} is outside of the {block.size} bytes of parameters")
         return block.data[at : at + size]
-    return w.cta.cluster.launch.memory.bytes(address, size)
+    return w.cta.cluster.launch.memory.bytes(address, size, fence=fence)
 
 
 def expand(values: Array, mask: Mask) -> Array:
@@ -189,6 +200,42 @@ def _pack(d: Operand, s: Vec, kind: str, p: Program) -> Run:
 
 # --- ld, st ---
 
+_ACQUIRE, _RELEASE = {"acquire", "acq_rel"}, {"release", "acq_rel"}
+_STRONG = {"relaxed", "volatile", "mmio"} | _ACQUIRE | _RELEASE
+
+
+def strongly(i: Instruction, access: Run, address: Read, reads: bool, writes: bool) -> Run:
+    """A strong access (PTX ISA, "Strong operations"): no race with its like, and it may hand on what was seen.
+
+    A release orders by itself, a relaxed one what lies before the last fence; acquires likewise.
+    """
+    space, parts = space_of(i), set(i.op)
+
+    def run(w: Warp, m: Mask) -> str | None:
+        actor, hazards = w.actor, w.cta.cluster.hazards
+        places = {int(x) for x in address(w)[_ALL if m is None else m]}
+        actor.strong = True
+        try:
+            access(w, m)
+        finally:
+            actor.strong = False
+        for a in places:
+            where = hazards.location(*_location(space, a))
+            if reads:
+                actor.acquire(where, relaxed=not parts & _ACQUIRE)
+            if writes:
+                actor.release(where, relaxed=not parts & _RELEASE)
+        return None
+
+    return run
+
+
+def _location(space: str, address: int) -> tuple[str, int]:
+    if space == "generic":
+        space, base = _window(address >> WINDOW_SHIFT)
+        address -= base
+    return space, address
+
 
 @decoder("ld", "ldu")
 def _ld(i: Instruction, p: Program) -> Run:
@@ -198,21 +245,25 @@ def _ld(i: Instruction, p: Program) -> Run:
     address, size, count, dtype = p.address(i.operands[1]), DTYPES[kind].itemsize, len(targets), DTYPES[kind]
     if space == "local":
         return _ld_local(address, size, writes, dtype)
+    banked = space in ("shared", "generic")
 
     def run(w: Warp, m: Mask) -> str | None:
         a = address(w)
+        if banked:
+            w.cta.cluster.launch.banks.access(w, a, m, size * count, space)
         values = load(w, space, a if m is None else a[m], size, count)
         for write, value in zip(writes, values, strict=True):
             write(w, expand(value, m).view(dtype), m)
         return None
 
-    return run
+    return strongly(i, run, address, True, False) if _STRONG & set(i.op) else run
 
 
 def _ld_local(address: Callable[[Warp], Array], size: int, writes: Any, dtype: Any) -> Run:
     def run(w: Warp, m: Mask) -> str | None:
         lanes = np.flatnonzero(_ALL if m is None else m)
         offset = _local_offsets(w, address(w)[lanes], size * len(writes))
+        count_bytes(w, "local load", len(lanes) * size * len(writes))
         view = _local(w).view(UINT[size])
         for j, write in enumerate(writes):
             write(w, expand(view[lanes, offset // size + j], m).view(dtype), m)
@@ -234,22 +285,26 @@ def _st(i: Instruction, p: Program) -> Run:
         def run_local(w: Warp, m: Mask) -> str | None:
             lanes = np.flatnonzero(_ALL if m is None else m)
             offset = _local_offsets(w, address(w)[lanes], size * len(reads))
+            count_bytes(w, "local store", len(lanes) * size * len(reads))
             view = _local(w).view(UINT[size])
             for j, read in enumerate(reads):
                 view[lanes, offset // size + j] = read(w)[lanes]
             return None
 
         return run_local
+    banked = space in ("shared", "generic")
 
     def run(w: Warp, m: Mask) -> str | None:
         a = address(w)
+        if banked:
+            w.cta.cluster.launch.banks.access(w, a, m, size * len(reads), space)
         if m is None:
             store(w, space, a, size, [r(w) for r in reads])
         else:
             store(w, space, a[m], size, [r(w)[m] for r in reads])
         return None
 
-    return run
+    return strongly(i, run, address, False, True) if _STRONG & set(i.op) else run
 
 
 # --- addresses ---
@@ -374,10 +429,12 @@ def _atom(i: Instruction, p: Program) -> Run:
     bits = f"b{8 * size}"
     sources = [p.source(x, bits) for x in p.vector(operands[1])]
     new = p.source(operands[2], bits) if name == "cas" else None
-    count = len(sources)
+    count, banked = len(sources), space == "shared"
 
     def run(w: Warp, m: Mask) -> str | None:
         a, values = address(w), [s(w) for s in sources]
+        if banked:
+            w.cta.cluster.launch.banks.access(w, a, m, size * count, "atomic")
         replacement = new(w) if new else None
         out = [np.zeros(LANES, UINT[size]) for _ in sources]
         for lane in np.flatnonzero(_ALL if m is None else m):
@@ -395,4 +452,4 @@ def _atom(i: Instruction, p: Program) -> Run:
             write(w, value.view(DTYPES[kind]), m)
         return None
 
-    return run
+    return strongly(i, run, address, returns, True)

@@ -17,6 +17,7 @@ from ..parser import Instruction
 from ..program import Mask, Program, Run, decoder, unknown
 from .data import shared_of
 
+_ROW_BYTES = 16  # of a row of eight 16-bit elements
 GROUP, QUAD = (LANE // 4).astype(np.int64), (LANE % 4).astype(np.int64)
 
 
@@ -44,7 +45,9 @@ def _ldmatrix(i: Instruction, p: Program) -> Run:
     def run(w: Warp, m: Mask) -> str | None:
         if not w.everyone(m):
             return "ldmatrix is executed by a divergent warp"
-        index, rank = _rows(w, address(w), count)
+        a = address(w)
+        index, rank = _rows(w, a, count)
+        w.cta.cluster.launch.banks.access(w, a[: 8 * count], None, _ROW_BYTES)
         words = shared_of(w, rank).shared.gather(index).view(np.uint16).reshape(count, 8, 8)
         for j, write in enumerate(writes):
             matrix = words[j].T if transposed else words[j]
@@ -63,7 +66,9 @@ def _stmatrix(i: Instruction, p: Program) -> Run:
     def run(w: Warp, m: Mask) -> str | None:
         if not w.everyone(m):
             return "stmatrix is executed by a divergent warp"
-        index, rank = _rows(w, address(w), count)
+        a = address(w)
+        index, rank = _rows(w, a, count)
+        w.cta.cluster.launch.banks.access(w, a[: 8 * count], None, _ROW_BYTES)
         words = np.zeros((count, 8, 8), np.uint16)
         for j, read in enumerate(reads):
             pair = read(w).view(np.uint16).reshape(LANES, 2)
@@ -124,6 +129,7 @@ def _mma(i: Instruction, p: Program) -> Run:
     writes = [p.target(x, "b32") for x in p.vector(i.operands[0])]
     unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[size]
     pieces = k // (4 * per)  # registers along K for one row
+    what = f"mma.sync {shape} {a_kind}"
 
     def run(w: Warp, m: Mask) -> str | None:
         if not w.everyone(m):
@@ -136,6 +142,7 @@ def _mma(i: Instruction, p: Program) -> Run:
                 left[GROUP[:, None] + 8 * half, columns + 4 * per * piece] = values
             right[GROUP[:, None], columns + 4 * per * piece] = b_value(b[piece](w).view(unsigned)).reshape(LANES, per)
         total = left @ right.T
+        w.cta.cluster.launch.statistics.count_mma(what, 2 * 16 * 8 * k)
         if d_kind == "f16":
             for half, (read, write) in enumerate(zip(c, writes, strict=True)):
                 old = read(w).view(np.float16).reshape(LANES, 2).astype(np.float64)

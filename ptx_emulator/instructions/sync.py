@@ -7,12 +7,13 @@ the phase of that parity has ended, that is when the current phase has the other
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..errors import Fault
+from ..hazards import CAUSAL, GLOBAL, SHARED, TENSORMAP, Actor, Clock
 from ..machine import LANES, Cluster, Cta, Warp
 from ..memory import RANK_SHIFT, SHARED_WINDOW, WINDOW_SHIFT
 from ..numbers import U64, Array
@@ -38,6 +39,8 @@ class NamedBarrier:
     votes: int = 0
     voters: int = 0
     result: tuple[int, int] = (0, 0)
+    gathered: Clock = field(default_factory=Clock)  # what those who came have seen
+    released: Clock = field(default_factory=Clock)  # what those who came last time had
 
 
 @decoder("bar", "barrier")
@@ -84,6 +87,7 @@ def _bar(i: Instruction, p: Program) -> Run:
                 barrier.voters += int(here.sum())
             if action != "arrive":
                 w.state[key] = barrier.generation
+            w.actor.release(barrier.gathered)
             _complete(w.cta, number, barrier)
             if action == "arrive":
                 return None
@@ -92,6 +96,7 @@ def _bar(i: Instruction, p: Program) -> Run:
             wanted = barrier.expected or "all"
             return f"waits at barrier {number}, {barrier.arrived} of {wanted} threads are there"
         del w.state[key]
+        w.actor.acquire(barrier.released)
         if write:
             votes, voters = barrier.result
             result: Any = {"popc": votes, "and": votes == voters, "or": votes > 0}[name]
@@ -109,6 +114,7 @@ def _complete(cta: Cta, number: int, barrier: NamedBarrier) -> None:
         barrier.generation += 1
         barrier.result = (barrier.votes, barrier.voters)
         barrier.arrived = barrier.votes = barrier.voters = 0
+        barrier.released, barrier.gathered = barrier.gathered, Clock()
 
 
 def _warp_barrier(i: Instruction, p: Program) -> Run:
@@ -131,6 +137,7 @@ def _cluster_barrier(i: Instruction) -> Run:
             state = w.cta.cluster.state
             waited[here] = state.setdefault("generation", 0)
             state["arrived"] = state.get("arrived", 0) + int(here.sum())
+            w.actor.release(state.setdefault("gathered", Clock()), relaxed="relaxed" in i.op)
             _cluster_complete(w.cta.cluster)
             return None
 
@@ -148,6 +155,7 @@ def _cluster_barrier(i: Instruction) -> Run:
         if (waited[here] == cluster.state["generation"]).any():
             return f"waits at the cluster barrier, {cluster.state['arrived']} threads are there"
         waited[here] = -1
+        w.actor.acquire(cluster.state["released"])
         return None
 
     return wait
@@ -158,6 +166,7 @@ def _cluster_complete(cluster: Cluster) -> None:
     if cluster.state.get("arrived", 0) >= living:
         cluster.state["arrived"] = 0
         cluster.state["generation"] += 1
+        cluster.state["released"] = cluster.state.pop("gathered")
 
 
 # --- mbarrier ---
@@ -165,25 +174,44 @@ def _cluster_complete(cluster: Cluster) -> None:
 
 @dataclass(slots=True)
 class MBarrier:
-    """phase counts the phases that ended."""
+    """phase counts the phases that ended. made: the event of its mbarrier.init."""
 
+    cta: Cta
     expected: int
     pending: int
+    made: int
     transactions: int = 0
     phase: int = 0
+    gathered: Clock = field(default_factory=Clock)  # what those who arrived have seen
+    released: Clock = field(default_factory=Clock)  # what they had seen when the last phase ended
 
-    def arrive(self, count: int) -> None:
+    def arrive(self, count: int, relaxed: bool = False) -> None:
+        self.used().release(self.gathered, relaxed)
         if count > self.pending:
             raise Fault(f"mbarrier: {count} arrivals, but only {self.pending} of {self.expected} are pending")
         self.pending -= count
         self._end()
 
     def expect(self, count: int) -> None:
+        self.used()
         self._count(count)
 
     def complete(self, count: int) -> None:
+        self.used().release(self.gathered)
         self._count(-count)
         self._end()
+
+    def used(self) -> Actor:
+        """The current actor, which must have seen the barrier made. Raises Fault."""
+        hazards = self.cta.cluster.hazards
+        actor = hazards.current
+        assert actor is not None
+        if self.cta.cluster.launch.races:
+            if not hazards.ordered(self.made, actor, CAUSAL):
+                raise Fault(f"data race: an mbarrier is used, with no order after it was made by {hazards.sites[self.made]}")
+            if actor.warp.cta is not self.cta:
+                hazards.foreign(self.cta, hazards.site(actor))
+        return actor
 
     def _count(self, change: int) -> None:
         self.transactions += change
@@ -194,6 +222,7 @@ class MBarrier:
         if self.pending == 0 and self.transactions == 0:
             self.phase += 1
             self.pending = self.expected
+            self.released = self.gathered.copy()
 
 
 def mbarrier_at(w: Warp, address: int) -> MBarrier:
@@ -254,7 +283,7 @@ def _init(i: Instruction, p: Program) -> Run:
             if offset in w.cta.mbarriers:
                 raise Fault(f"mbarrier.init at {offset:#x}, where a valid mbarrier is")
             w.cta.shared.check(offset, MBARRIER_BYTES)
-            w.cta.mbarriers[offset] = MBarrier(n, n)
+            w.cta.mbarriers[offset] = MBarrier(w.cta, n, n, w.cta.cluster.hazards.site(w.actor))
         return None
 
     return run
@@ -294,7 +323,7 @@ def _arrive(i: Instruction, p: Program) -> Run:
                 amount = int(n[lane])
             if drop:
                 barrier.expected -= amount
-            barrier.arrive(amount)
+            barrier.arrive(amount, relaxed="relaxed" in i.op)
         if write:
             write(w, token, m)
         return None
@@ -338,6 +367,8 @@ def _wait(i: Instruction, p: Program) -> Run:
                     f"{barrier.transactions} bytes pending)"
                 )
             done[lane] = over
+            if over:
+                barrier.used().acquire(barrier.released, relaxed="relaxed" in i.op)
         if len(lanes) == 1:
             done[:] = done[lanes[0]]
         w.cta.cluster.launch.statistics.events["mbarrier waits"] += 1
@@ -352,8 +383,25 @@ def _wait(i: Instruction, p: Program) -> Run:
 
 @decoder("fence", "membar")
 def _fence(i: Instruction, p: Program) -> Run:
-    """Threads see one memory in the order of execution: a fence has nothing left to do."""
-    return lambda w, m: None
+    """Threads see one memory in the order of execution: a fence only orders what the hazard checks look at."""
+    if "proxy" not in i.op:
+        return _for_actor(lambda actor: actor.fence())
+    if any(x.startswith("tensormap") for x in i.op):
+        rows: tuple[int, ...] = () if "release" in i.op else (TENSORMAP,)
+        return _for_actor(lambda actor: (actor.fence(), actor.proxy_fence(*rows)))
+    if "alias" in i.op:
+        return lambda w, m: None
+    spaces = {"global": (GLOBAL,), "shared:cta": (SHARED,), "shared:cluster": (SHARED,)}
+    rows = next((spaces[x] for x in i.op if x in spaces), (SHARED, GLOBAL))
+    return _for_actor(lambda actor: actor.proxy_fence(*rows))
+
+
+def _for_actor(action: Callable[[Actor], Any]) -> Run:
+    def run(w: Warp, m: Mask) -> str | None:
+        action(w.actor)
+        return None
+
+    return run
 
 
 @decoder("nanosleep", "setmaxnreg", "griddepcontrol", "pmevent")

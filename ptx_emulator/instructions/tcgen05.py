@@ -16,11 +16,13 @@ rounding to FP32. The hardware keeps fewer bits while it adds (the ISA leaves it
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from ..descriptors import blackwell, read_k_major, read_mn_major
 from ..errors import Fault
+from ..hazards import CAUSAL, Shadow
 from ..machine import LANES, Cta, Warp
 from ..memory import RANK_SHIFT
 from ..numbers import SMALL, U32, Array, from_bf16, to_tf32
@@ -38,12 +40,21 @@ _OFFSET = (1 << RANK_SHIFT) - 1
 class TensorMemory:
     """words[lane, column], which of them were written, and the allocations (first column -> columns)."""
 
-    def __init__(self) -> None:
+    def __init__(self, cta: Cta) -> None:
+        self.shadow: Shadow | None = None
+        if cta.cluster.launch.races:
+            self.shadow = Shadow(
+                cta.cluster.hazards,
+                (ROWS, COLUMNS),
+                CAUSAL,
+                lambda at: f"lane {at[0]}, column {at[1]} of tensor memory (rank {cta.rank})",
+            )
         self.words = np.full((ROWS, COLUMNS), 0xDEADBEEF, np.uint32)
         self.written = np.zeros((ROWS, COLUMNS), bool)
         self.allocated: dict[int, int] = {}
         self.relinquished = False
         self.most = 0
+        self.loaded = self.stored = 0  # bytes
 
     def allocate(self, columns: int) -> int | None:
         """First column of a free run, or None."""
@@ -72,17 +83,26 @@ class TensorMemory:
         if not known.all():
             lane, at = (int(x[0]) for x in np.nonzero(~known))
             raise Fault(f"{what}: column {column + at} of tensor memory, lane {lane} of those read, was never written")
+        if self.shadow is not None:
+            self.shadow.read((lanes, slice(column, column + count)))
+        self.loaded += 4 * known.size
         return self.words[lanes, column : column + count]
 
     def write(self, lanes: slice | Array, column: int, values: Array, what: str) -> None:
         self.check(column, values.shape[-1], what)
+        self.overwrite(lanes, column, values.shape[-1])
+        self.stored += 4 * values.size
         self.words[lanes, column : column + values.shape[-1]] = values
         self.written[lanes, column : column + values.shape[-1]] = True
+
+    def overwrite(self, lanes: slice | Array, column: int, count: int) -> None:
+        if self.shadow is not None:
+            self.shadow.write((lanes, slice(column, column + count)))
 
 
 def tensor_memory(cta: Cta) -> TensorMemory:
     if cta.tensor_memory is None:
-        cta.tensor_memory = TensorMemory()
+        cta.tensor_memory = TensorMemory(cta)
     found: TensorMemory = cta.tensor_memory
     return found
 
@@ -93,6 +113,8 @@ def _finish(cta: Cta) -> None:
             raise Fault(f"CTA {cta.index} ended without giving back tensor memory: {cta.tensor_memory.allocated}")
         stats = cta.cluster.launch.statistics
         stats.tensor_columns = max(stats.tensor_columns, cta.tensor_memory.most)
+        stats.bytes["tensor load"] += cta.tensor_memory.loaded
+        stats.bytes["tensor store"] += cta.tensor_memory.stored
 
 
 FINISHERS.append(_finish)
@@ -113,8 +135,8 @@ def _tcgen05(i: Instruction, p: Program) -> Run:
         "commit": _commit,
         "fence:before_thread_sync": _nothing,
         "fence:after_thread_sync": _nothing,
-        "wait:ld": _nothing,
-        "wait:st": _nothing,
+        "wait:ld": _wait,
+        "wait:st": _wait,
     }
     if i.op[1] not in handlers:
         raise unknown(i)
@@ -122,8 +144,27 @@ def _tcgen05(i: Instruction, p: Program) -> Run:
 
 
 def _nothing(i: Instruction, p: Program) -> Run:
-    """Loads and stores are complete when issued, and threads see one memory."""
     return lambda w, m: None
+
+
+def _wait(i: Instruction, p: Program) -> Run:
+    """Loads and stores are carried out when issued, but only from here on is it sure."""
+    kind = i.op[1].partition(":")[2]
+
+    def run(w: Warp, m: Mask) -> str | None:
+        last = w.cta.cluster.hazards.last((kind, w.cta.rank, w.index))
+        if last is not None:
+            w.actor.acquire(last.clock)
+        return None
+
+    return run
+
+
+def _at_once(w: Warp, kind: str, work: Callable[[], Any]) -> Any:
+    """A tcgen05.ld or .st of this warp."""
+    hazards = w.cta.cluster.hazards
+    operation = hazards.operation(f"tcgen05.{kind}", chain=(kind, w.cta.rank, w.index), asynchronous=False)
+    return hazards.perform(operation, work)
 
 
 def _pair(i: Instruction) -> int:
@@ -144,8 +185,10 @@ def group(w: Warp, ctas: int, what: str) -> list[Cta]:
 
 def _submit(w: Warp, members: list[Cta], work: Callable[[], None], touches: bool = True) -> None:
     """Work of these CTAs' tensor cores; `touches` unless it leaves tensor memory alone."""
+    queue = ("tcgen05", len(members), w.cta.rank)
+    operation = w.cta.cluster.hazards.operation(queue[0], chain=(*queue, w.index))
     if not touches:
-        w.cta.cluster.submit(("tcgen05", len(members), w.cta.rank), work)
+        w.cta.cluster.submit(queue, work, operation)
         return
     for cta in members:
         cta.state[_UNDER_WAY] = cta.state.get(_UNDER_WAY, 0) + 1
@@ -155,7 +198,7 @@ def _submit(w: Warp, members: list[Cta], work: Callable[[], None], touches: bool
         for cta in members:
             cta.state[_UNDER_WAY] -= 1
 
-    w.cta.cluster.submit(("tcgen05", len(members), w.cta.rank), run)
+    w.cta.cluster.submit(queue, run, operation)
 
 
 # --- allocation ---
@@ -195,6 +238,7 @@ def _dealloc(i: Instruction, p: Program) -> Run:
             raise Fault(f"tcgen05.dealloc of {columns} columns from {first:#x}; allocated are {memory.allocated}")
         if w.cta.state.get(_UNDER_WAY):
             raise Fault("tcgen05.dealloc while tensor core work is under way")
+        memory.overwrite(slice(0, ROWS), first, columns)
         del memory.allocated[first]
         return None
 
@@ -265,7 +309,8 @@ def _ld(i: Instruction, p: Program) -> Run:
         if not w.everyone(m):
             return "tcgen05.ld is executed by a divergent warp"
         lane, column = _tmem_lanes(w, uniform(address(w), m, "the address"), height)
-        block = tensor_memory(w.cta).read(slice(lane, lane + height), column, width, "tcgen05.ld")
+        memory, rows_here = tensor_memory(w.cta), slice(lane, lane + height)
+        block = _at_once(w, "ld", lambda: memory.read(rows_here, column, width, "tcgen05.ld"))
         values = block[rows, columns]
         for write, value in zip(writes, values, strict=True):
             write(w, value, m)
@@ -288,7 +333,8 @@ def _st(i: Instruction, p: Program) -> Run:
         lane, column = _tmem_lanes(w, uniform(address(w), m, "the address"), height)
         block = np.zeros((height, width), np.uint32)
         block[rows, columns] = np.stack([r(w) for r in reads])
-        tensor_memory(w.cta).write(slice(lane, lane + height), column, block, "tcgen05.st")
+        memory, rows_here = tensor_memory(w.cta), slice(lane, lane + height)
+        _at_once(w, "st", lambda: memory.write(rows_here, column, block, "tcgen05.st"))
         return None
 
     return run
@@ -429,9 +475,8 @@ def _mma(i: Instruction, p: Program) -> Run:
             members = group(w, ctas, "tcgen05.mma")
             words = np.array([x(w)[lane] for x in disabled] or [0] * 4 * ctas, U32)
             job = Mma(kind, vector, members, at, left, right, word, scales, keep, from_tensor, words)
-            events = w.cta.cluster.launch.statistics.events
-            events["MMAs"] += 1
-            events["MMA flops"] += 2 * job.m * job.n * job.k
+            what = f"tcgen05 {job.kind.removeprefix('kind:')} {job.m}x{job.n}x{job.k}"
+            w.cta.cluster.launch.statistics.count_mma(what, 2 * job.m * job.n * job.k)
             _submit(w, members, job)
         return None
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import tensormap
 from ..errors import Fault
+from ..hazards import TENSORMAP
 from ..machine import Warp
 from ..memory import RANK_SHIFT, UINT
 from ..numbers import Array
@@ -50,7 +51,7 @@ def _at(t: tensormap.TensorMap, coordinates: tuple[int, ...], rows: bool) -> ten
 
 def _read_map(w: Warp, address: int) -> tensormap.TensorMap:
     """Decoded once a launch for parameters, which do not change."""
-    raw = bytes_at(w, address, tensormap.BYTES)
+    raw = bytes_at(w, address, tensormap.BYTES, TENSORMAP)
     key = raw.tobytes()
     known = w.cta.cluster.state.setdefault("tensor maps", {})
     if key not in known:
@@ -93,9 +94,9 @@ def _load(i: Instruction, p: Program) -> Run:
                     shared_of(w, rank).shared.scatter(index, values)
                     signal.complete(total)
 
-            events = cluster.launch.statistics.events
-            events["TMA loads"] += 1
-            events["TMA load bytes"] += total * len(ranks)
+            cluster.launch.statistics.count_copy("TMA load", total * len(ranks))
+            if multicast:
+                cluster.launch.statistics.count_copy("TMA multicast", total * len(ranks))
             cluster.submit(fresh_queue(w), work)
         return None
 
@@ -122,17 +123,18 @@ def _store(i: Instruction, p: Program) -> Run:
                 raise Fault(f"TMA store from the shared memory of CTA rank {s >> RANK_SHIFT}")
             index = tensormap.shared_index(t, s & _OFFSET, 4 if scatter else int(np.prod(t.box[1:])))
 
-            def work(t=t, at=at, index=index) -> None:  # type: ignore[no-untyped-def]
-                values = w.cta.shared.gather(index)
+            def read(index=index) -> Array:  # type: ignore[no-untyped-def]
+                return w.cta.shared.gather(index)
+
+            def write(values, t=t, at=at) -> None:  # type: ignore[no-untyped-def]
                 box = _at(t, at, scatter)
                 if reduce:
                     values = _reduced(t, box, cluster.launch.memory, values, reduce)
                 tensormap.write(t, box, cluster.launch.memory, values)
 
-            events = cluster.launch.statistics.events
-            events["TMA stores"] += len(lanes)
-            events["TMA store bytes"] += index.size
-            submit_grouped(w, np.array(lanes), work)
+            for _ in lanes:
+                cluster.launch.statistics.count_copy("TMA reduction" if reduce else "TMA store", index.size)
+            submit_grouped(w, np.array(lanes), "TMA store", read, write)
         return None
 
     return run

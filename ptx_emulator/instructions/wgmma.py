@@ -10,14 +10,18 @@ The work is done when it is waited for ("eager": at issue), so that registers or
 wrong results.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .. import numbers
 from ..descriptors import hopper, read_k_major, read_mn_major
-from ..machine import LANES, Warp
+from ..errors import Fault
+from ..hazards import Clock
+from ..machine import LANES, Cta, Warp
 from ..numbers import U32, Array
 from ..parser import Instruction, Reg, Vec
-from ..program import Mask, Program, Run, constant, decoder, uniform, unknown
+from ..program import FINISHERS, Mask, Program, Run, constant, decoder, uniform, unknown
 from .matrix import GROUP, QUAD, element_values
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
@@ -25,8 +29,8 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 class _Groups:
     def __init__(self) -> None:
-        self.open: list[object] = []
-        self.committed: list[list[object]] = []
+        self.open: list[Callable[[], Clock]] = []
+        self.committed: list[list[Callable[[], Clock]]] = []
 
 
 def _groups(w: Warp) -> _Groups:
@@ -70,7 +74,7 @@ def _wait(w: Warp, count: int) -> None:
     groups = _groups(w)
     while len(groups.committed) > count:
         for work in groups.committed.pop(0):
-            work()  # type: ignore[operator]
+            w.actor.acquire(work())
 
 
 def _mma(i: Instruction, p: Program) -> Run:
@@ -96,7 +100,7 @@ def _mma(i: Instruction, p: Program) -> Run:
     a_reads = [p.source(x, "b32") for x in a.items] if isinstance(a, Vec) else []
     a_desc, b_desc = None if in_registers else p.source(a, "b64"), p.source(b, "b64")
     unsigned, per = _UNSIGNED[size], 4 // size
-    flops = 2 * 16 * n * k
+    flops, what = 2 * 16 * n * k, f"wgmma {shape} {a_kind}"
 
     def fragment(w: Warp) -> Array:
         left = np.zeros((16, k))
@@ -129,13 +133,19 @@ def _mma(i: Instruction, p: Program) -> Run:
             total = (signs[0] * left) @ (signs[1] * right).T
             _accumulate(w, registers, total, d_kind, accumulate)
 
-        events = w.cta.cluster.launch.statistics.events
-        events["MMAs"] += w.index % 4 == 0
-        events["MMA flops"] += flops
+        w.cta.cluster.launch.statistics.count_mma(what, flops, count=int(w.index % 4 == 0))  # one of the warpgroup
+        hazards = w.cta.cluster.hazards
+        operation = hazards.operation("wgmma", chain=("wgmma", w.cta.rank, w.index))
+
+        def perform() -> Clock:
+            hazards.perform(operation, work)
+            return operation.clock
+
         if w.cta.cluster.launch.schedule == "eager":
-            work()
+            done = perform()
+            _groups(w).open.append(lambda: done)
         else:
-            _groups(w).open.append(work)
+            _groups(w).open.append(perform)
         return None
 
     return run
@@ -156,3 +166,12 @@ def _accumulate(w: Warp, registers: list[Reg], total: Array, kind: str, keep: bo
         else:
             whole = w.r[reg.index].view(np.int32).astype(np.int64) if keep else 0
             w.r[reg.index] = (whole + new.astype(np.int64) & 0xFFFFFFFF).astype(U32)
+
+
+def _finish(cta: Cta) -> None:
+    for w in cta.warps:
+        if _groups(w).open or _groups(w).committed:
+            raise Fault(f"wgmma of CTA {cta.index} warp {w.index} was not waited for")
+
+
+FINISHERS.append(_finish)

@@ -4,6 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ptx_emulator import Fault
+
 from .ptx import run
 
 rng = np.random.default_rng(5)
@@ -140,5 +142,6 @@ def test_wgmma_accumulates_and_is_done_when_waited_for():
     arguments = ("bf16", 32, *images, descriptor(0, 128, 1024), descriptor(len(images[0]), 128, 1024))
     want = (1 + a.astype(np.float64) @ b.astype(np.float64).T).astype(np.float32)
     np.testing.assert_array_equal(wgmma(*arguments, scale=1), want)
-    np.testing.assert_array_equal(wgmma(*arguments, scale=1, wait=False), np.ones((64, 32), np.float32))
-    np.testing.assert_array_equal(wgmma(*arguments, scale=1, wait=False, schedule="eager"), want)
+    for schedule in ("round", "eager"):
+        with pytest.raises(Fault, match=r"wgmma.*was not waited for"):
+            wgmma(*arguments, scale=1, wait=False, schedule=schedule)

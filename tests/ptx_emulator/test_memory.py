@@ -100,7 +100,7 @@ def test_cp_async_that_nobody_waits_for():
         ("ld.global.b32 %r1, [%rd63+2];", "not a multiple of the access's 4 bytes"),
         ("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd63+8];", "not a multiple of the access's 16 bytes"),
         ("ld.shared.b32 %r1, [buf+512];", "outside of the CTA's 0x400..0x600"),
-        ("ld.shared.b32 %r1, [buf];", "0x400, 4 bytes, is read but was never written"),
+        ("ld.shared.b32 %r1, [buf];", "0x400 is read but was never written"),
         ("mov.b32 %r1, 0; st.shared.b32 [%r1], %r1;", "outside of the CTA's"),
         ("st.shared.b32 [buf+2], %r1;", "shared address 0x402 is not a multiple"),
         ("mov.b32 %r1, buf; mov.b32 %r2, 3; mapa.shared::cluster.u32 %r1, %r1, %r2;", "mapa to rank 3"),
@@ -130,7 +130,7 @@ def test_arguments_are_checked():
 
 
 def test_statistics():
-    stats = run("bar.sync 0; bar.sync 0; st.global.b32 [%rd63], %r1;", np.zeros(4, np.uint32), block=64, grid=3)
+    stats = run("bar.sync 0; bar.sync 0; red.global.add.u32 [%rd63], 1;", np.zeros(4, np.uint32), block=64, grid=3)
     assert stats.instructions["bar.sync"] == 2 * 2 * 3
     assert stats.bytes["global store"] == 4 * 64 * 3
     assert stats.total == 5 * 2 * 3
