@@ -5,10 +5,10 @@ import sys
 import time
 from pathlib import Path
 
-from . import gemm
+from . import gemm, grouped
 from .harness import SCHEDULES, Outcome, peak_mib, run_case
 
-CASES = (*gemm.CASES,)
+CASES = (*gemm.CASES, *grouped.CASES)
 
 
 def main() -> int:

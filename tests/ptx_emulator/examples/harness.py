@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ptx_emulator import Fault, emulate
+from ptx_emulator import emulate
 
 from .operands import Expected
 
@@ -97,8 +97,8 @@ def run_case(cutlass: Path, case: Case, schedules: Sequence[str], report: Callab
             try:
                 prepared.run()
                 problem = next(filter(None, (o.mismatch() for o in prepared.outputs)), None)
-            except Fault as e:
-                problem = f"{type(e).__name__}: {e}"
+            except Exception as e:  # the other cases still run; a note says at which PTX line the emulator failed
+                problem = "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", ())])
         seconds = time.perf_counter() - start
         report(Outcome(case, name, problem, seconds, sum(s.total for s in device.launches)))
         good &= problem is None
