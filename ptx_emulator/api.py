@@ -48,13 +48,16 @@ class Loaded:
         shared: int = 0,
         schedule: str = "round",
         seed: int | None = None,
+        races: bool = True,
+        processes: int = 1,
         memory: GlobalMemory | None = None,
     ) -> Statistics:
         """Run a kernel; arrays among `args` are passed by address and written in place.
 
         args: contiguous arrays, numpy scalars, ints and floats (as wide as the parameter), or raw bytes.
-        shared: bytes of dynamic shared memory. schedule and seed: see `machine`. memory: arrays that the kernel reaches
-        through pointers in memory must be known to it already.
+        shared: bytes of dynamic shared memory. schedule and seed: see `machine`. races: look for data races, see
+        `hazards`. processes: over how many the clusters are spread, see `processes`. memory: arrays that the kernel
+        reaches through pointers in memory must be known to it already.
 
         Raises Fault for what the kernel does wrong, ValueError or TypeError for arguments that do not fit.
         """
@@ -76,8 +79,9 @@ class Loaded:
             dynamic_shared=shared,
             schedule=schedule,
             seed=seed,
+            races=races,
         )
-        return launch.run()
+        return launch.run(processes)
 
 
 def load(ptx: str, arch: str | None = None) -> Loaded:

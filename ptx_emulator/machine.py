@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import processes
 from .errors import DeadlockError, Fault
 from .hazards import Actor, Hazards
 from .memory import PARAM_WINDOW, RANK_SHIFT, Block, GlobalMemory, SharedMemory
@@ -325,9 +326,14 @@ class Launch:
         nx, ny, nz = (g // c for g, c in zip(self.grid, self.cluster, strict=True))
         return [(x, y, z) for z in range(nz) for y in range(ny) for x in range(nx)]
 
-    def run(self) -> Statistics:
-        """Raises Fault."""
-        self.run_clusters(self.places())
+    def run(self, count: int = 1) -> Statistics:
+        """In `count` processes, see `processes`. Raises Fault."""
+        if count < 1:
+            raise ValueError(f"processes must be 1 or more, got {count}")
+        if count == 1:
+            self.run_clusters(self.places())
+        else:
+            processes.run(self, count)
         return self.statistics
 
     def run_clusters(self, places: Sequence[Dim3]) -> None:

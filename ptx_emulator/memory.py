@@ -18,8 +18,10 @@ from .numbers import U64, Array
 
 if TYPE_CHECKING:
     from .machine import Cta
+    from .processes import Marks
 
-UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_B128 = np.dtype([("low", "<u8"), ("high", "<u8")])
+UINT: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: _B128}
 RANK_SHIFT = 24
 RESERVED_SHARED = 1024  # the system's own, at the start of every CTA's shared memory
 SHARED_WINDOW = 1 << 56
@@ -54,6 +56,7 @@ class GlobalMemory:
         self.bases: list[int] = []
         self.discover = discover
         self.hazards: Hazards | None = None
+        self.marks: Marks | None = None  # of a process among several
         self.loaded = self.stored = 0
 
     def watch(self, hazards: Hazards) -> None:
@@ -109,6 +112,8 @@ class GlobalMemory:
 
     def note(self, block: Block, index: Any, write: bool = False, fence: int | None = None) -> None:
         """The current actor reads or writes these bytes of a block. Raises Fault for a race."""
+        if self.marks is not None:
+            self.marks.note(block, index, write)
         if self.hazards is not None:
             shadow = block.shadow(self.hazards)
             if write:
@@ -151,7 +156,7 @@ class GlobalMemory:
         if write and not block.writable:
             raise Fault(f"global address {low:#x}: {block.name} is read-only")
         offset = (address - U64(block.base)).astype(np.int64)
-        if self.hazards is not None:
+        if self.hazards is not None or self.marks is not None:
             self.note(block, _spread(offset, total), write)
         return block, offset // size
 

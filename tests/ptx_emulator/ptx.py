@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ptx_emulator
-from ptx_emulator.machine import Statistics
+from ptx_emulator.statistics import Statistics
 
 LANES = 32
 
@@ -46,6 +46,7 @@ def run(
     dynamic: int = 0,
     schedule: str = "round",
     seed: int | None = None,
+    races: bool = True,
 ) -> Statistics:
     """Run `body` with `out` as its first parameter; `params` declares the further ones."""
     text = module(body, ".param .u64 out" + (", " + params if params else ""), arch, shared, extra)
@@ -58,6 +59,7 @@ def run(
         shared=dynamic,
         schedule=schedule,
         seed=seed,
+        races=races,
     )
 
 
