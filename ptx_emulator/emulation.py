@@ -34,8 +34,11 @@ _DL_CPU, _DL_CUDA = 1, 2
 class Device:
     """What stands in for a GPU. launches: statistics of every kernel launch, in order."""
 
-    def __init__(self, arch: str, schedule: str, seed: int | None, rewrite: Callable[[str], str] | None = None):
-        self.arch, self.schedule, self.seed, self.rewrite = arch, schedule, seed, rewrite
+    def __init__(
+        self, arch: str, schedule: str, seed: int | None, races: bool, rewrite: Callable[[str], str] | None = None
+    ):
+        self.arch, self.schedule, self.seed, self.races, self.rewrite = arch, schedule, seed, races, rewrite
+        self.processes = 1
         self.launches: list[Statistics] = []
         self.runtime = Runtime(arch, self._launch)
         self._kernels: Loaded | None = None
@@ -85,8 +88,9 @@ class Device:
             dynamic_shared=shared,
             schedule=self.schedule,
             seed=self.seed,
+            races=self.races,
         )
-        self.launches.append(launch.run())
+        self.launches.append(launch.run(self.processes))
 
     def _arrays(self) -> list[tuple[int, int, str]]:
         """Memory that a kernel may touch: what live CPU tensors hold, and what was allowed."""
@@ -212,18 +216,23 @@ def emulate(
     *,
     schedule: str = "round",
     seed: int | None = None,
+    races: bool = True,
     rewrite: Callable[[str], str] | None = None,
     multiprocessors: int | None = None,
+    processes: int = 1,
 ) -> Iterator[Device]:
     """Run compiled CuTe DSL functions on a CPU as if on a GPU of `arch` ("sm_90a" or "sm_100a").
 
+    races: whether accesses without an order, and missing proxy fences, are faults (see `hazards`).
     schedule ("eager", "round" or "late") and seed choose among the orders in which warps and asynchronous work may run.
     rewrite: changes a kernel's PTX before it runs, to see what a fault would do.
     multiprocessors: how many the device says it has, by default those of a real one; a persistent kernel launched on
     few of them walks over many tiles.
+    processes: over how many the clusters of a launch are spread, see `processes`.
 
     Raises ValueError for another architecture or schedule; inside, launches raise Fault for what a kernel does wrong.
     """
+    from cutlass.cute.runtime import _Tensor
     from cutlass.cutlass_dsl import CuTeDSL
     from cutlass.cutlass_dsl.cuda_jit_executor import CudaDialectJitCompiledFunction
     from cutlass.utils import HardwareInfo
@@ -233,9 +242,10 @@ def emulate(
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     count = SM_COUNTS[arch] if multiprocessors is None else multiprocessors
-    device, settings = Device(arch, schedule, seed, rewrite), CuTeDSL._get_dsl().envar
-    device.runtime.multiprocessors = count
+    device, settings = Device(arch, schedule, seed, races, rewrite), CuTeDSL._get_dsl().envar
+    device.runtime.multiprocessors, device.processes = count, processes
     kept = {name: getattr(settings, name) for name in ("keep_ptx", "dump_dir", "arch")}
+    load_dltensor = _Tensor.load_dltensor
 
     def run(self: Any, exe_args: list[Any]) -> Any:
         return device.call(self, exe_args)
@@ -259,10 +269,10 @@ def emulate(
             with (
                 _attributes(CudaDialectJitCompiledFunction, __call__=call, run_compiled_program=run),
                 _attributes(HardwareInfo, **_hardware(count)),
+                _attributes(_Tensor, load_dltensor=adapt),
             ):
                 yield device
         finally:
             _active.pop()
-            _Tensor.load_dltensor = load_dltensor
             for name, value in kept.items():
                 setattr(settings, name, value)

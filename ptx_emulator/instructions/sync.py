@@ -208,7 +208,8 @@ class MBarrier:
         assert actor is not None
         if self.cta.cluster.launch.races:
             if not hazards.ordered(self.made, actor, CAUSAL):
-                raise Fault(f"data race: an mbarrier is used, with no order after it was made by {hazards.sites[self.made]}")
+                made = hazards.sites[self.made]
+                raise Fault(f"data race: an mbarrier is used, with no order after it was made by {made}")
             if actor.warp.cta is not self.cta:
                 hazards.foreign(self.cta, hazards.site(actor))
         return actor
@@ -388,10 +389,10 @@ def _fence(i: Instruction, p: Program) -> Run:
         return _for_actor(lambda actor: actor.fence())
     if any(x.startswith("tensormap") for x in i.op):
         rows: tuple[int, ...] = () if "release" in i.op else (TENSORMAP,)
-        return _for_actor(lambda actor: (actor.fence(), actor.proxy_fence(*rows)))
+        return _for_actor(lambda actor: actor.proxy_fence(*rows))
     if "alias" in i.op:
         return lambda w, m: None
-    spaces = {"global": (GLOBAL,), "shared:cta": (SHARED,), "shared:cluster": (SHARED,)}
+    spaces: dict[str, tuple[int, ...]] = {"global": (GLOBAL,), "shared:cta": (SHARED,), "shared:cluster": (SHARED,)}
     rows = next((spaces[x] for x in i.op if x in spaces), (SHARED, GLOBAL))
     return _for_actor(lambda actor: actor.proxy_fence(*rows))
 
@@ -404,7 +405,7 @@ def _for_actor(action: Callable[[Actor], Any]) -> Run:
     return run
 
 
-@decoder("nanosleep", "setmaxnreg", "griddepcontrol", "pmevent")
+@decoder("nanosleep", "pmevent")
 def _nothing(i: Instruction, p: Program) -> Run:
     return lambda w, m: None
 
