@@ -221,7 +221,7 @@ ALLOC, DEALLOC = "mov.b32 %r8, 512;", "tcgen05.dealloc.cta_group::1.sync.aligned
         ({"idesc": block_scaled_idesc(16, 1, 1, 0) | 1 << 2}, "sparse"),
         ({"idesc": block_scaled_idesc(16, 1, 1, 0) | 1 << 24}, "reserved bits"),
         ({"idesc": block_scaled_idesc(16, 2, 1, 0)}, "element type 2"),
-        ({"idesc": block_scaled_idesc(8, 1, 1, 0)}, "N = 8"),
+        ({"idesc": block_scaled_idesc(264, 1, 1, 0)}, "N = 264"),
         ({"idesc": block_scaled_idesc(16, 1, 1, 0) | 1 << 29}, "scale factor id 1 with 4 scales a row"),
         ({"idesc": block_scaled_idesc(16, 1, 1, 0) ^ 3 << 27}, "M = 256 with 1 CTAs"),
         ({"sign": 0x80}, "scale factors of A: a scale has its top bit set"),
