@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import processes
+from .blas import one_thread
 from .errors import DeadlockError, Fault
 from .hazards import Actor, Hazards
 from .memory import PARAM_WINDOW, RANK_SHIFT, Block, GlobalMemory, SharedMemory
@@ -309,6 +310,7 @@ class Launch:
         self.schedule = schedule
         self.seed = seed
         self.random: random.Random | None = None
+        self.waiting: deque[Dim3] = deque()  # clusters that have not started
         self.params = Block(PARAM_WINDOW, program.pack(params), "parameters", writable=False)
         self.statistics = Statistics(
             kernel.name,
@@ -336,11 +338,18 @@ class Launch:
             processes.run(self, count)
         return self.statistics
 
+    def cancel(self) -> Dim3 | None:
+        """Take away the next cluster that would have run (cluster launch control). None: there is none to be had."""
+        refused = self.random is not None and self.random.random() < 0.25
+        return self.waiting.popleft() if self.waiting and not refused else None
+
     def run_clusters(self, places: Sequence[Dim3]) -> None:
         stats, tally = self.statistics, Tally(self.program)
         before = self.memory.loaded, self.memory.stored
-        with np.errstate(all="ignore"):
-            for place in places:
+        self.waiting = deque(places)
+        with np.errstate(all="ignore"), one_thread():
+            while self.waiting:
+                place = self.waiting.popleft()
                 if self.seed is not None:
                     self.random = random.Random(f"{self.seed} {place}")
                 cluster = Cluster(self, place)

@@ -132,8 +132,7 @@ def _store(i: Instruction, p: Program) -> Run:
                     values = _reduced(t, box, cluster.launch.memory, values, reduce)
                 tensormap.write(t, box, cluster.launch.memory, values)
 
-            for _ in lanes:
-                cluster.launch.statistics.count_copy("TMA reduction" if reduce else "TMA store", index.size)
+            cluster.launch.statistics.count_copy("TMA reduction" if reduce else "TMA store", index.size)
             submit_grouped(w, np.array(lanes), "TMA store", read, write)
         return None
 
