@@ -2,6 +2,9 @@
 
 Scopes in braces (inline assembly opens them) hide names and labels of their own. Nothing is executed or checked
 against the semantics here: an opcode is kept as its dotted parts, an operand as one of the classes below.
+
+A call of a function that the module defines becomes the function's body, in a scope of its own; the variables that
+pass its parameters become local ones. brx.idx becomes a comparison and a branch for every label of its list.
 """
 
 import bisect
@@ -128,8 +131,18 @@ class Kernel:
     code: list[Instruction] = field(default_factory=list)
     registers: list[Reg] = field(default_factory=list)
     max_threads: int = 0
+    max_registers: int = 0
     required_threads: tuple[int, int, int] | None = None
     required_cluster: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Function:
+    """A device function: declarations of its results and parameters, and where its body starts (-1: it has none)."""
+
+    results: list[str]
+    params: list[str]
+    at: int
 
 
 @dataclass(slots=True)
@@ -154,6 +167,13 @@ _SPECIAL = re.compile(
     r"|is_explicit_cluster|envreg\d+|pm\d+)$"
 )
 _IDENT = r"[A-Za-z_$%][\w$]*"
+_FUNCTION = re.compile(
+    rf"\.func\s*(?:\((?P<results>[^)]*)\)\s*)?(?P<name>{_IDENT})\s*(?:\((?P<params>[^)]*)\))?[^{{;]*(?P<end>[{{;])"
+)
+_CALL = re.compile(rf"(?:\((?P<results>[^)]*)\)\s*,)?\s*(?P<name>{_IDENT})\s*(?:,\s*\((?P<params>[^)]*)\))?\s*$")
+_FORMAL = re.compile(rf"\.(reg|param)\b.*\.(\w+)\s+({_IDENT})[^.]*$", re.S)
+_TARGETS = re.compile(r"\.branchtargets\s+([^;]*);")
+_MAX_CALLS = 16  # inside of one another; more is recursion
 _LABEL = re.compile(rf"({_IDENT})\s*:(?!:)")
 _GUARD = re.compile(rf"@(!?)({_IDENT})\s+")
 _REG = re.compile(r"\.reg\s+(?:\.v[24]\s+)?\.(\w+)\s+(.*)", re.S)
@@ -180,6 +200,7 @@ class _Scope:
         self.parent = parent
         self.names: dict[str, Reg | Variable] = parent.names.copy() if parent else {}
         self.labels: dict[str, int] = {}
+        self.targets: dict[str, list[str]] = parent.targets.copy() if parent else {}  # lists of labels
         self.branches: list[Instruction] = []
 
 
@@ -191,6 +212,12 @@ class _Parser:
         self.starts = [0, *(m.end() for m in re.finditer("\n", self.text))]
         self.at = 0
         self.files: dict[int, str] = {}
+        self.calls: list[str] = []  # functions that the parser is inside of
+        self.functions: dict[str, _Function] = {}
+        for m in _FUNCTION.finditer(self.text):
+            if m["end"] == "{" or m["name"] not in self.functions:
+                at = m.start("end") if m["end"] == "{" else -1
+                self.functions[m["name"]] = _Function(_items(m["results"]), _items(m["params"]), at)
         self.source: tuple[str, int] | None = None
 
     def line(self, at: int) -> int:
@@ -238,7 +265,7 @@ class _Parser:
                 kernel = self.kernel(m[1], module)
                 module.kernels[kernel.name] = kernel
             elif self.match(function):
-                # device functions are not called by what is supported; a call stops at its own line
+                # read where it is called
                 brace, semicolon = self.text.find("{", self.at), self.text.find(";", self.at)
                 if 0 <= semicolon < brace or brace < 0:
                     self.at = semicolon + 1
@@ -322,6 +349,8 @@ class _Parser:
             triple = (x, y, z)
             if m[1] == "reqntid":
                 kernel.required_threads = triple
+            elif m[1] == "maxnreg":
+                kernel.max_registers = x
             elif m[1] == "maxntid":
                 kernel.max_threads = triple[0] * triple[1] * triple[2]
             elif m[1] == "reqnctapercluster":
@@ -331,11 +360,16 @@ class _Parser:
 
     def body(self, kernel: Kernel) -> None:
         scope = _Scope(None)
-        for variable in (*kernel.variables.values(), *kernel.params):
-            scope.names[variable.name] = variable
-        kernel.variables |= {p.name: p for p in kernel.params}
+        scope.names |= kernel.variables
+        self.outside = dict(kernel.variables)
+        for variable in kernel.params:
+            scope.names[variable.name] = kernel.variables[variable.name] = variable
+        self.statements(scope, kernel)
+
+    def statements(self, scope: _Scope, kernel: Kernel) -> None:
+        """From an opening brace to its partner."""
         self.at += 1
-        scopes = [scope]
+        scopes, label = [scope], ""
         while scopes:
             self.skip_blanks()
             scope = scopes[-1]
@@ -350,17 +384,108 @@ class _Parser:
             elif self.text[self.at] == ";":
                 self.at += 1
             elif m := self.match(_LABEL):
-                scope.labels[m[1]] = len(kernel.code)
+                label = m[1]
+                scope.labels[label] = len(kernel.code)
+            elif m := self.match(_TARGETS):
+                scope.targets[label] = _items(m[1])
             elif m := self.match(_LINE_DIRECTIVE):
                 self.line_directive(m[0].split())
             elif self.text[self.at] == ".":
                 self.declare(self.until(";"), scope, kernel)
             else:
-                start = self.at
-                instruction = self.instruction(" ".join(self.until(";").split()), scope, self.line(start))
-                if instruction.op[0] in ("bra", "brx", "call"):
-                    scope.branches.append(instruction)
-                kernel.code.append(instruction)
+                line = self.line(self.at)
+                text = " ".join(self.until(";").split())
+                opcode = re.split(r"[. ]", _GUARD.sub("", text), maxsplit=1)[0]
+                if opcode == "call":
+                    self.call(text, scope, kernel, line)
+                elif opcode == "brx":
+                    self.indexed_branch(text, scope, kernel, line)
+                else:
+                    self.emit(text, scope, kernel, line)
+
+    def emit(self, text: str, scope: _Scope, kernel: Kernel, line: int) -> Instruction:
+        instruction = self.instruction(text, scope, line)
+        if instruction.op[0] == "bra" and instruction.operands:
+            scope.branches.append(instruction)
+        kernel.code.append(instruction)
+        return instruction
+
+    def skip(self, guard: Reg | None, kernel: Kernel, line: int, text: str) -> list[Instruction]:
+        """A branch over what a guard keeps from happening; its target is set later."""
+        if guard is None:
+            return []
+        turned = Reg(guard.index, guard.size, guard.name, not guard.negated)
+        kernel.code.append(Instruction(("bra",), (), turned, line, text, self.source))
+        return kernel.code[-1:]
+
+    def call(self, text: str, scope: _Scope, kernel: Kernel, line: int) -> None:
+        """PTX ISA, "call". A function that is not known becomes a call that stops when it is reached."""
+        guard, opcode, rest = self.split(text, scope, line)
+        found = _CALL.match(rest)
+        function = self.functions.get(found["name"]) if found else None
+        if found is None or function is None or function.at < 0 or len(self.calls) == _MAX_CALLS:
+            name = Sym(found["name"] if found else rest)
+            kernel.code.append(Instruction(opcode, (name,), guard, line, text, self.source))
+            return
+        results, params = _items(found["results"]), _items(found["params"])
+        if len(results) != len(function.results) or len(params) != len(function.params):
+            raise PtxSyntaxError(f"PTX line {line}: {found['name']} has other operands than {text!r}")
+        skip = self.skip(guard, kernel, line, text)
+        inside, bridge = _Scope(None), _Scope(scope)
+        inside.names |= self.outside
+        before = self.at, self.source
+        self.at = function.at
+        self.calls.append(found["name"])
+        pairs = [*zip(function.results, results, strict=True), *zip(function.params, params, strict=True)]
+        copies = [self.bind(n, *pair, bridge, inside, kernel) for n, pair in enumerate(pairs)]
+        for store, _ in copies[len(results) :]:
+            if store:
+                self.emit(store, bridge, kernel, line)
+        start = len(kernel.code)
+        self.statements(inside, kernel)
+        for i in kernel.code[start:]:
+            if i.op[0] == "ret":
+                i.op, i.operands, i.target = ("bra",), (), len(kernel.code)
+        for _, load in copies[: len(results)]:
+            if load:
+                self.emit(load, bridge, kernel, line)
+        for i in skip:
+            i.target = len(kernel.code)
+        self.calls.pop()
+        self.at, self.source = before
+
+    def bind(self, n: int, formal: str, actual: str, bridge: _Scope, inside: _Scope, kernel: Kernel) -> tuple[str, str]:
+        """Make a formal parameter known to the callee; the instructions that copy to and from another actual one."""
+        m = _FORMAL.match(formal)
+        if not m:
+            raise self.error(f"cannot read {formal!r}")
+        space, kind, name = m.groups()
+        known = bridge.names.get(actual)
+        if space == "param" and isinstance(known, Variable):
+            inside.names[name] = known
+            return "", ""
+        self.declare(formal, inside, kernel)
+        bridge.names[f"$formal{n}"] = inside.names[name]
+        if space == "reg":
+            return f"mov.{kind} $formal{n}, {actual}", f"mov.{kind} {actual}, $formal{n}"
+        return f"st.param.{kind} [$formal{n}], {actual}", f"ld.param.{kind} {actual}, [$formal{n}]"
+
+    def indexed_branch(self, text: str, scope: _Scope, kernel: Kernel, line: int) -> None:
+        """PTX ISA, "brx.idx"; an index past the list ends in a trap."""
+        guard, _, rest = self.split(text, scope, line)
+        index, targets = _items(rest)
+        if targets not in scope.targets:
+            raise PtxSyntaxError(f"PTX line {line}: no .branchtargets {targets!r}")
+        skip = self.skip(guard, kernel, line, text)
+        equal = Reg(len(kernel.registers), 0, "$equal")
+        kernel.registers.append(equal)
+        scope.names[equal.name] = equal
+        for n, label in enumerate(scope.targets[targets]):
+            self.emit(f"setp.eq.u32 $equal, {index}, {n}", scope, kernel, line).text = text
+            self.emit(f"@$equal bra {label}", scope, kernel, line).text = text
+        self.emit("trap", scope, kernel, line).text = text
+        for i in skip:
+            i.target = len(kernel.code)
 
     def close(self, scope: _Scope, end: int) -> None:
         for branch in scope.branches:
@@ -369,7 +494,7 @@ class _Parser:
                 branch.target = scope.labels[label]
             elif scope.parent:
                 scope.parent.branches.append(branch)
-            elif branch.op[0] == "bra":
+            else:
                 raise PtxSyntaxError(f"PTX line {branch.line}: no label {label!r}")
 
     def declare(self, text: str, scope: _Scope, kernel: Kernel) -> None:
@@ -377,7 +502,7 @@ class _Parser:
         if not m:
             variable = self.variable(text)
             if variable:
-                scope.names[variable.name] = kernel.variables[variable.name] = variable
+                scope.names[variable.name] = self.placed(variable, kernel)
             return
         if m[1] not in TYPE_BYTES:
             raise self.error(f"register type .{m[1]} is not known")
@@ -392,8 +517,21 @@ class _Parser:
                 kernel.registers.append(reg)
                 scope.names[name] = reg
 
-    def instruction(self, text: str, scope: _Scope, line: int) -> Instruction:
-        full, guard = text, None
+    def placed(self, variable: Variable, kernel: Kernel) -> Variable:
+        """A variable of a body, under a name of its own: one for every scope, if it is the thread's."""
+        name, space = variable.name, variable.space
+        if space in ("param", "local"):
+            if name in kernel.variables:
+                name = f"{name}${len(kernel.variables)}"
+            space = "local"
+        elif self.calls:
+            name = f"{self.calls[-1]}${name}"
+        made = Variable(name, space, variable.size, variable.align, variable.data)
+        return kernel.variables.setdefault(name, made)
+
+    def split(self, text: str, scope: _Scope, line: int) -> tuple[Reg | None, tuple[str, ...], str]:
+        """Guard, parts of the opcode, text of the operands."""
+        guard = None
         if m := _GUARD.match(text):
             reg = scope.names.get(m[2])
             if not isinstance(reg, Reg):
@@ -401,12 +539,15 @@ class _Parser:
             guard = Reg(reg.index, reg.size, reg.name, m[1] == "!")
             text = text[m.end() :]
         opcode, _, rest = text.partition(" ")
-        op = tuple(opcode.replace("::", ":").split("."))
+        return guard, tuple(opcode.replace("::", ":").split(".")), rest
+
+    def instruction(self, text: str, scope: _Scope, line: int) -> Instruction:
+        guard, op, rest = self.split(text, scope, line)
         try:
             operands = tuple(self.operand(x, scope) for x in _split(rest))
         except PtxSyntaxError as e:
-            raise PtxSyntaxError(f"PTX line {line}: {e} in {full!r}") from None
-        return Instruction(op, operands, guard, line, full, self.source)
+            raise PtxSyntaxError(f"PTX line {line}: {e} in {text!r}") from None
+        return Instruction(op, operands, guard, line, text, self.source)
 
     def operand(self, text: str, scope: _Scope) -> Operand:
         text = text.strip()
@@ -434,10 +575,13 @@ class _Parser:
         if text == "WARP_SZ":
             return Imm(32)
         if m := re.match(rf"({_IDENT})\s*\+\s*(\d+)$", text):
-            return Sym(m[1], int(m[2]))
+            base = scope.names.get(m[1])
+            return Sym(base.name if base else m[1], int(m[2]))
         name = scope.names.get(text)
         if isinstance(name, Reg):
             return name
+        if name is not None:
+            return Sym(name.name)
         if _SPECIAL.match(text):
             return Special(text)
         if re.fullmatch(_IDENT, text):
@@ -459,6 +603,10 @@ def _number(text: str) -> Imm | None:
         return Imm(int.from_bytes(struct.pack("<d", float(text)), "little"), 8)
     value = int(digits.rstrip("U"), 0 if digits[:2] in ("0x", "0X") else 10)
     return Imm(-value if negative else value)
+
+
+def _items(text: str | None) -> list[str]:
+    return [x.strip() for x in (text or "").split(",") if x.strip()]
 
 
 def _split(text: str) -> list[str]:

@@ -6,7 +6,7 @@ the instruction out and returns None, or says in words why it has to wait. What 
 that faults when it is reached.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from .errors import Fault, UnknownInstructionError
 from .machine import BRANCH, EXIT, LANE, LANES, PLAIN, Cta, Warp
 from .memory import PARAM_WINDOW, RESERVED_SHARED, UINT
 from .numbers import U32, U64, Array
-from .parser import Address, Imm, Instruction, Kernel, Operand, Reg, Sink, Special, Sym, Variable, Vec
+from .parser import Address, Imm, Instruction, Kernel, Operand, Pair, Reg, Sink, Special, Sym, Variable, Vec
 
 Mask = Array | None
 Run = Callable[[Warp, Mask], str | None]
@@ -23,6 +23,7 @@ Read = Callable[[Warp], Array]
 Write = Callable[[Warp, Array, Mask], None]
 Decoder = Callable[[Instruction, "Program"], Run]
 Step = tuple[int, Any, int, bool, int]
+Use = Callable[[Warp], None]
 
 DECODERS: dict[str, Decoder] = {}
 FINISHERS: list[Callable[[Cta], None]] = []  # checks of a CTA whose warps have all ended
@@ -31,6 +32,7 @@ DTYPES: dict[str, Any] = {
     **{f"s{n}": np.dtype(f"i{n // 8}") for n in (8, 16, 32, 64)},
     **{f"u{n}": np.dtype(f"u{n // 8}") for n in (8, 16, 32, 64)},
     **{f"b{n}": np.dtype(f"u{n // 8}") for n in (8, 16, 32, 64)},
+    "b128": UINT[16],
     "f16": np.dtype(np.float16),
     "bf16": np.dtype(np.uint16),
     "f16x2": np.dtype(np.uint32),
@@ -72,7 +74,10 @@ class Program:
         self.local_bytes = 0
         self.param_bytes = 0
         self.static_shared = self._place(kernel.variables.values())
+        self._uses: dict[int, list[Use]] = {}
         self.steps: list[Step] = [self._step(i) for i in kernel.code] + [(EXIT, None, -1, False, -1)]
+        if self._uses:
+            self.steps[:-1] = [self._with_uses(*x) for x in zip(kernel.code, self.steps, strict=False)]
 
     def _place(self, variables: Sequence[Variable] | Any) -> int:
         """Addresses of all variables; returns the bytes of static shared memory."""
@@ -133,6 +138,26 @@ class Program:
             run = _raises(f"the emulator does not know this form of {i.name} ({type(e).__name__}: {e})")
         return (PLAIN, run, guard, negated, -1)
 
+    def before_use(self, registers: Sequence[Operand], use: Use) -> None:
+        """Have `use` called whenever an instruction that names one of these registers is about to run."""
+        for register in registers:
+            if isinstance(register, Reg):
+                self._uses.setdefault(register.index, []).append(use)
+
+    def _with_uses(self, i: Instruction, step: Step) -> Step:
+        uses = tuple(dict.fromkeys(use for index in _named(i.operands) for use in self._uses.get(index, ())))
+        kind, run, *rest = step
+        if not uses or kind != PLAIN:
+            return step
+
+        def used(w: Warp, m: Mask) -> str | None:
+            for use in uses:
+                use(w)
+            waiting: str | None = run(w, m)
+            return waiting
+
+        return (kind, used, *rest)
+
     # --- operands ---
 
     def source(self, operand: Operand, kind: str) -> Read:
@@ -174,15 +199,21 @@ class Program:
 
             return put_pred
         want = UINT[operand.size]
+        if have.itemsize == operand.size:
+
+            def put(w: Warp, v: Array, m: Mask) -> None:
+                bits = v.view(want)
+                w.r[index] = bits if m is None else np.where(m, bits, w.r[index])
+
+            return put
         signed = np.dtype(f"i{operand.size}") if have.kind == "i" else np.dtype(want)
         raw = np.dtype(f"{have.kind if have.kind in 'iu' else 'u'}{have.itemsize}")
-        same = have.itemsize == operand.size
 
-        def put(w: Warp, v: Array, m: Mask) -> None:
-            bits = v.view(want) if same else v.view(raw).astype(signed).view(want)
+        def extend(w: Warp, v: Array, m: Mask) -> None:
+            bits = v.view(raw).astype(signed).view(want)
             w.r[index] = bits if m is None else np.where(m, bits, w.r[index])
 
-        return put
+        return extend
 
     def address(self, operand: Operand) -> Read:
         """Reader of an address operand, uint64 [32]; shared addresses carry the rank of their CTA."""
@@ -202,6 +233,19 @@ class Program:
 
     def vector(self, operand: Operand) -> tuple[Operand, ...]:
         return operand.items if isinstance(operand, Vec) else (operand,)
+
+
+def _named(operands: Sequence[Operand]) -> Iterator[int]:
+    """Registers in operands, wherever they stand."""
+    for x in operands:
+        if isinstance(x, Reg):
+            yield x.index
+        elif isinstance(x, Vec):
+            yield from _named(x.items)
+        elif isinstance(x, Pair):
+            yield from _named((x.first, x.second))
+        elif isinstance(x, Address):
+            yield from _named((x.base, *x.rest))
 
 
 def literal(operand: Imm, kind: str) -> Any:

@@ -1,5 +1,17 @@
 """One module a family of instructions; importing it registers the decoders."""
 
-from . import arithmetic, asynchronous, convert, data, matrix, sync, tcgen05, tma, warp, wgmma
+from . import arithmetic, asynchronous, convert, data, launch, matrix, sync, tcgen05, tma, warp, wgmma
 
-__all__ = ["arithmetic", "asynchronous", "convert", "data", "matrix", "sync", "tcgen05", "tma", "warp", "wgmma"]
+__all__ = [
+    "arithmetic",
+    "asynchronous",
+    "convert",
+    "data",
+    "launch",
+    "matrix",
+    "sync",
+    "tcgen05",
+    "tma",
+    "warp",
+    "wgmma",
+]

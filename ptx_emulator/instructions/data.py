@@ -19,7 +19,7 @@ from ..memory import (
     split_shared,
 )
 from ..numbers import U32, U64, Array, from_bf16, to_bf16, to_f16
-from ..parser import Instruction, Operand, Reg, Sink, Special, Sym, Vec
+from ..parser import Address, Instruction, Operand, Reg, Sink, Special, Sym, Vec
 from ..program import DTYPES, Mask, Program, Read, Run, decoder, kind_of, simple, unknown
 
 _SPACES = ("param", "param:entry", "shared", "shared:cta", "shared:cluster", "global", "local", "const")
@@ -243,7 +243,8 @@ def _ld(i: Instruction, p: Program) -> Run:
     targets = p.vector(i.operands[0])
     writes = [p.target(x, kind) for x in targets]
     address, size, count, dtype = p.address(i.operands[1]), DTYPES[kind].itemsize, len(targets), DTYPES[kind]
-    if space == "local":
+    _check_width(i, p, space, size * count)
+    if space == "local" or _of_call(i.operands[1], p):
         return _ld_local(address, size, writes, dtype)
     banked = space in ("shared", "generic")
 
@@ -257,6 +258,17 @@ def _ld(i: Instruction, p: Program) -> Run:
         return None
 
     return strongly(i, run, address, True, False) if _STRONG & set(i.op) else run
+
+
+def _of_call(operand: Operand, p: Program) -> bool:
+    """Whether a .param variable is one that a call passes, which lies in local memory."""
+    return isinstance(operand, Address) and isinstance(operand.base, Sym) and p.spaces[operand.base.name] == "local"
+
+
+def _check_width(i: Instruction, p: Program, space: str, total: int) -> None:
+    """PTX ISA, "ld": 256 bits at once for .global on sm_100 and later."""
+    if total > 32 or (total > 16 and (space != "global" or p.arch.startswith("sm_9"))):
+        raise unknown(i, f"{total} bytes at once from {space} memory on {p.arch}")
 
 
 def _ld_local(address: Callable[[Warp], Array], size: int, writes: Any, dtype: Any) -> Run:
@@ -280,7 +292,8 @@ def _st(i: Instruction, p: Program) -> Run:
     size = DTYPES[kind].itemsize
     reads = [p.source(x, f"b{8 * size}") for x in p.vector(i.operands[1])]
     address = p.address(i.operands[0])
-    if space == "local":
+    _check_width(i, p, space, size * len(reads))
+    if space == "local" or _of_call(i.operands[0], p):
 
         def run_local(w: Warp, m: Mask) -> str | None:
             lanes = np.flatnonzero(_ALL if m is None else m)

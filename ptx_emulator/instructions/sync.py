@@ -1,6 +1,5 @@
 """Barriers of a CTA and of a cluster, mbarriers, fences, and what steers a thread (PTX ISA, "Parallel Synchronization
-and Communication Instructions": bar, barrier.cluster, mbarrier, membar/fence; "Miscellaneous": nanosleep, setmaxnreg,
-trap; griddepcontrol).
+and Communication Instructions": bar, barrier.cluster, mbarrier, membar/fence; "Miscellaneous": nanosleep, trap).
 
 An mbarrier's phase ends when no arrival is pending and its transaction count is zero. A wait for a parity is over when
 the phase of that parity has ended, that is when the current phase has the other one.
@@ -17,7 +16,7 @@ from ..hazards import CAUSAL, GLOBAL, SHARED, TENSORMAP, Actor, Clock
 from ..machine import LANES, Cluster, Cta, Warp
 from ..memory import RANK_SHIFT, SHARED_WINDOW, WINDOW_SHIFT
 from ..numbers import U64, Array
-from ..parser import Address, Instruction, Sink
+from ..parser import Address, Instruction, Sink, Sym
 from ..program import FINISHERS, Mask, Program, Run, decoder, unknown
 from .data import shared_of, space_of
 
@@ -392,9 +391,17 @@ def _fence(i: Instruction, p: Program) -> Run:
         return _for_actor(lambda actor: actor.proxy_fence(*rows))
     if "alias" in i.op:
         return lambda w, m: None
+    if {"acquire", "release"} & set(i.op):
+        return _for_actor(_directed_fence)
     spaces: dict[str, tuple[int, ...]] = {"global": (GLOBAL,), "shared:cta": (SHARED,), "shared:cluster": (SHARED,)}
     rows = next((spaces[x] for x in i.op if x in spaces), (SHARED, GLOBAL))
     return _for_actor(lambda actor: actor.proxy_fence(*rows))
+
+
+def _directed_fence(actor: Actor) -> None:
+    """fence.proxy.async::generic.release and .acquire, for shared memory only: also what a fence is."""
+    actor.fence()
+    actor.proxy_fence(SHARED)
 
 
 def _for_actor(action: Callable[[Actor], Any]) -> Run:
@@ -408,6 +415,14 @@ def _for_actor(action: Callable[[Actor], Any]) -> Run:
 @decoder("nanosleep", "pmevent")
 def _nothing(i: Instruction, p: Program) -> Run:
     return lambda w, m: None
+
+
+@decoder("call")
+def _call(i: Instruction, p: Program) -> Run:
+    """Calls of functions that the module defines are gone by now, see `parser`."""
+    (name,) = i.operands
+    assert isinstance(name, Sym)
+    raise unknown(i, f"call of {name.name}, which is not defined here, or recursive")
 
 
 @decoder("trap", "brkpt")

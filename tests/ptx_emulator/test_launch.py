@@ -1,0 +1,141 @@
+"""Cluster launch control, dependent grids, registers of a warp (PTX ISA, "clusterlaunchcontrol.try_cancel",
+"griddepcontrol", "setmaxnreg")."""
+
+import numpy as np
+import pytest
+
+import ptx_emulator
+from ptx_emulator import DeadlockError, Fault, UnknownInstructionError
+
+from .ptx import module, run
+
+SHARED = ".shared .align 16 .b8 answer[16]; .shared .align 8 .b8 bar[8];"
+
+# every cluster marks its tile and asks for others until there are none; CTA 0 asks, all of the cluster get the answer
+STEAL = """
+mov.u32 %r0, %tid.x; mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mov.u32 %r3, %cluster_ctarank; mov.u32 %r4, 0;
+mov.u32 %r20, %clusterid.x; mov.u32 %r21, %clusterid.y; mad.lo.u32 %r20, %r21, 3, %r20;
+setp.eq.u32 %p1, %r0, 0; setp.eq.u32 %p2, %r3, 0; and.pred %p2, %p1, %p2;
+@%p1 mbarrier.init.shared::cta.b64 [bar], 1; fence.mbarrier_init.release.cluster;
+barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
+LOOP:
+@%p1 mbarrier.arrive.expect_tx.relaxed.cluster.shared::cta.b64 _, [bar], 16;
+@%p2 clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.multicast::cluster::all.b128
+    [answer], [bar];
+mad.lo.u32 %r5, %r2, 6, %r1; mul.wide.u32 %rd0, %r5, 4; add.s64 %rd0, %rd0, %rd63;
+add.u32 %r6, %r20, 1; @%p1 st.global.u32 [%rd0], %r6;
+WAIT: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p3, [bar], %r4; @!%p3 bra WAIT;
+xor.b32 %r4, %r4, 1;
+.reg .b128 %answer;
+ld.shared.b128 %answer, [answer];
+clusterlaunchcontrol.query_cancel.is_canceled.pred.b128 %p4, %answer;
+@!%p4 bra END;
+clusterlaunchcontrol.query_cancel.get_first_ctaid.v4.b32.b128 {%r1, %r2, _, _}, %answer;
+clusterlaunchcontrol.query_cancel.get_first_ctaid::y.b32.b128 %r2, %answer;
+add.u32 %r1, %r1, %r3;
+fence.proxy.async::generic.release.sync_restrict::shared::cta.cluster;
+barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;
+fence.proxy.async::generic.acquire.sync_restrict::shared::cluster.cluster;
+bra LOOP;
+END:
+"""
+
+
+def steal(**kw):
+    tiles = np.zeros((4, 6), np.uint32)
+    text = module(STEAL, shared=SHARED)
+    done = ptx_emulator.load(text).launch("k", grid=(6, 4, 1), block=(64,), cluster=(2, 1, 1), args=[tiles], **kw)
+    return tiles, done
+
+
+@pytest.mark.parametrize("schedule", ["eager", "round", "late"])
+def test_one_cluster_takes_the_whole_grid(schedule):
+    tiles, done = steal(schedule=schedule)
+    np.testing.assert_array_equal(tiles, 1)
+    assert done.events["clusters asked for"] == 12
+
+
+def test_requests_that_fail_leave_clusters_to_run():
+    owners = set()
+    for seed in range(4):
+        tiles, _ = steal(seed=seed)
+        first = tiles[:, ::2]
+        np.testing.assert_array_equal(first, tiles[:, 1::2])
+        assert (tiles > 0).all()
+        owners.add(len(np.unique(tiles)))
+    assert max(owners) > 1
+
+
+ASK = """
+mov.u32 %r0, %tid.x; setp.eq.u32 %p1, %r0, 0; mov.u32 %r1, answer; mov.u32 %r4, 0; .reg .b128 %answer;
+@!%p1 bra END;
+mbarrier.init.shared::cta.b64 [bar], 1;
+AGAIN:
+mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 16;
+clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.b128 [%r1], [bar];
+WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p3, [bar], %r4; @!%p3 bra WAIT; xor.b32 %r4, %r4, 1;
+ld.shared.b128 %answer, [%r1];
+clusterlaunchcontrol.query_cancel.is_canceled.pred.b128 %p4, %answer;
+NEXT;
+END:
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ASK.replace("NEXT", "bra AGAIN"), "asks for another cluster after it has seen a request fail"),
+        (
+            ASK.replace("NEXT", "clusterlaunchcontrol.query_cancel.get_first_ctaid::x.b32.b128 %r2, %answer"),
+            "first CTA of a request that failed",
+        ),
+        (ASK.replace("answer;", "answer+8;", 1), "not a multiple of 16"),
+    ],
+)
+def test_misuse_of_launch_control(text, message):
+    with pytest.raises(Fault, match=message):
+        run(text, np.zeros(1, np.uint32), shared=SHARED.replace("[16]", "[32]"))
+
+
+def test_dependent_grids_are_counted():
+    done = run("griddepcontrol.wait; griddepcontrol.launch_dependents;", np.zeros(1, np.uint32))
+    assert done.events["griddepcontrol.wait"] == done.events["griddepcontrol.launch_dependents"] == 1
+    with pytest.raises(UnknownInstructionError, match=r"griddepcontrol\.signal"):
+        run("griddepcontrol.signal;", np.zeros(1, np.uint32))
+
+
+# 12 warps start with 168 registers each: the consumers wait for what the producer gives back
+REGISTERS = """
+mov.u32 %r0, %tid.x; setp.lt.u32 %p1, %r0, 256; @!%p1 bra PRODUCER;
+setmaxnreg.inc.sync.aligned.u32 240; bra END;
+PRODUCER: setmaxnreg.dec.sync.aligned.u32 24;
+END: bar.sync 0;
+"""
+
+
+def test_registers_move_through_the_pool():
+    run(REGISTERS, np.zeros(1, np.uint32), block=384)
+
+
+@pytest.mark.parametrize(
+    ("consumers", "more", "less", "error", "message"),
+    [
+        (256, 240, 40, DeadlockError, "waits for 2304 registers, 256 are in the CTA's pool"),
+        (256, 240, 28, Fault, "to 28, which is not a multiple of 8"),
+        (256, 240, 16, Fault, "to 16, which is not a multiple of 8 from 24"),
+        (256, 240, 176, Fault, "176 of a warp with 168"),
+        (320, 176, 24, Fault, "did another"),
+        (255, 240, 24, DeadlockError, "divergent"),
+    ],
+)
+def test_registers_that_are_not_there(consumers, more, less, error, message):
+    text = REGISTERS.replace("256", str(consumers)).replace("240", str(more)).replace("u32 24;", f"u32 {less};")
+    with pytest.raises(error, match=message):
+        run(text, np.zeros(1, np.uint32), block=384)
+
+
+def test_an_increase_that_takes_registers_away():
+    with pytest.raises(Fault, match="inc to 40 of a warp with 96"):
+        run(
+            "setmaxnreg.dec.sync.aligned.u32 96; setmaxnreg.inc.sync.aligned.u32 40;", np.zeros(1, np.uint32), block=384
+        )
