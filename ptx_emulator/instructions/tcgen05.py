@@ -17,7 +17,17 @@ from ..program import Mask, Program, Run, decoder, uniform, unknown
 from .data import shared_of
 from .sync import mbarrier_of
 from .tcgen05_copy import cp, ld, shift, st
-from .tcgen05_memory import COLUMNS, TensorMemory, group, members_of, pair_of, submit, tensor_memory, under_way
+from .tcgen05_memory import (
+    COLUMNS,
+    TensorMemory,
+    done_at,
+    group,
+    members_of,
+    pair_of,
+    submit,
+    tensor_memory,
+    under_way,
+)
 from .tcgen05_mma import mma
 
 _ALL = np.ones(LANES, bool)
@@ -57,9 +67,9 @@ def _wait(i: Instruction, p: Program) -> Run:
     kind = i.op[1].partition(":")[2]
 
     def run(w: Warp, m: Mask) -> str | None:
-        last = w.cta.cluster.hazards.last((kind, w.cta.rank, w.index))
-        if last is not None:
-            w.actor.acquire(last.clock)
+        clock = done_at(w, kind)
+        if clock is not None:
+            w.actor.acquire(clock)
         return None
 
     return run

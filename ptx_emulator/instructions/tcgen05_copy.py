@@ -10,7 +10,7 @@ from ..machine import LANES, Cta, Warp
 from ..numbers import Array
 from ..parser import Imm, Instruction
 from ..program import Mask, Program, Run, constant, uniform, unknown
-from .tcgen05_memory import PARTITION, ROWS, at_once, group, pair_of, submit, tensor_memory
+from .tcgen05_memory import PARTITION, ROWS, at_once, done_at, group, pair_of, submit, tensor_memory
 
 _ALL = np.ones(LANES, bool)
 
@@ -124,8 +124,17 @@ def ld(i: Instruction, p: Program) -> Run:
 
         for write, value in zip(writes, f.gather(at_once(w, "ld", read)), strict=True):
             write(w, value, m)
+        w.state[run] = done_at(w, "ld")
         return None
 
+    def use(w: Warp) -> None:
+        """A register that was loaded is named: it is there, whether or not a tcgen05.wait::ld says so. The ISA wants
+        one; CuTe DSL leaves it out where the value's use follows, and the hardware then waits for the register."""
+        clock = w.state.pop(run, None)
+        if clock is not None:
+            w.actor.acquire(clock)
+
+    p.before_use(p.vector(i.operands[0]), use)
     return run
 
 

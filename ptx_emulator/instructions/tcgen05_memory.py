@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import Fault
-from ..hazards import CAUSAL, Shadow
+from ..hazards import CAUSAL, Clock, Shadow
 from ..machine import Cta, Warp
 from ..numbers import Array
 from ..parser import Instruction
@@ -186,3 +186,9 @@ def at_once(w: Warp, kind: str, work: Callable[[], Any]) -> Any:
     hazards = w.cta.cluster.hazards
     operation = hazards.operation(f"tcgen05.{kind}", chain=(kind, w.cta.rank, w.index), asynchronous=False)
     return hazards.perform(operation, work)
+
+
+def done_at(w: Warp, kind: str) -> Clock | None:
+    """What is known once the newest tcgen05.ld or .st of this warp is over."""
+    last = w.cta.cluster.hazards.last((kind, w.cta.rank, w.index))
+    return None if last is None else last.clock
