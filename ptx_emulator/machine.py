@@ -332,10 +332,11 @@ class Launch:
         """In `count` processes, see `processes`. Raises Fault."""
         if count < 1:
             raise ValueError(f"processes must be 1 or more, got {count}")
-        if count == 1:
-            self.run_clusters(self.places())
-        else:
-            processes.run(self, count)
+        with one_thread():
+            if count == 1:
+                self.run_clusters(self.places())
+            else:
+                processes.run(self, count)
         return self.statistics
 
     def cancel(self) -> Dim3 | None:
@@ -347,7 +348,7 @@ class Launch:
         stats, tally = self.statistics, Tally(self.program)
         before = self.memory.loaded, self.memory.stored
         self.waiting = deque(places)
-        with np.errstate(all="ignore"), one_thread():
+        with np.errstate(all="ignore"):
             while self.waiting:
                 place = self.waiting.popleft()
                 if self.seed is not None:
