@@ -5,10 +5,10 @@ import sys
 import time
 from pathlib import Path
 
-from . import gemm, grouped
+from . import attention, gemm, grouped, hopper
 from .harness import SCHEDULES, Outcome, peak_mib, run_case
 
-CASES = (*gemm.CASES, *grouped.CASES)
+CASES = (*gemm.CASES, *grouped.CASES, *attention.CASES, *hopper.CASES)
 
 
 def main() -> int:

@@ -38,12 +38,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Case:
-    """example: dotted path below `examples/python/CuTeDSL`. prepare(module, generator, **config) compiles it."""
+    """example: dotted path below `examples/python/CuTeDSL`. prepare(module, generator, **config) compiles it.
+    device: further arguments of `emulate`."""
 
     example: str
     prepare: Callable[..., Prepared]
     config: dict[str, Any] = field(default_factory=dict)
     arch: str = "sm_100a"
+    device: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -86,14 +88,14 @@ class Outcome:
 def run_case(cutlass: Path, case: Case, schedules: Sequence[str], report: Callable[[Outcome], None]) -> bool:
     """Compile once, run under every schedule; whether all were right. The seconds leave compilation out."""
     module = import_example(cutlass, case.example)
-    with emulate(case.arch):
+    with emulate(case.arch, **case.device):
         prepared = case.prepare(module, torch.Generator().manual_seed(1), **case.config)
     good = True
     for name in schedules:
         for output in prepared.outputs:
             output.reset()
         start = time.perf_counter()
-        with emulate(case.arch, **SCHEDULES[name]) as device:
+        with emulate(case.arch, **SCHEDULES[name], **case.device) as device:
             try:
                 prepared.run()
                 problem = next(filter(None, (o.mismatch() for o in prepared.outputs)), None)
