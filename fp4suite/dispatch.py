@@ -2,16 +2,18 @@
 
 Explicit override -> tuned table of this device -> of this architecture -> first registry row that supports the problem,
 with its default config -> the reference for CPU tensors, `UnsupportedError` on a GPU. A pure function of host integers
-and files, so every rank chooses alike.
+and files, so every rank chooses alike. CPU tensors inside of `ptx_emulator.emulate` count as tensors of the emulated
+architecture wherever it has a kernel that can be emulated.
 """
 
 import contextlib
 import functools
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,10 +49,14 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What to choose for: an architecture, and a device's name as `arch.device_name` spells it."""
+    """What to choose for: an architecture, and a device's name as `arch.device_name` spells it.
+
+    emulated: on CPU tensors by `ptx_emulator`, which not every kernel can be (`registry.Kernel.emulated`).
+    """
 
     arch: str
     device: str
+    emulated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,12 @@ def choose_for(op: str, problem: Problem | None, target: Target) -> Choice:
 
 
 def target_of(device: torch.device | str) -> Target:
-    return Target(archs.of(device), archs.device_name(device))
+    """Of CPU tensors inside of `ptx_emulator.emulate`: what is emulated."""
+    arch = archs.of(device)
+    emulator = sys.modules.get("ptx_emulator")  # nobody emulates without having imported it
+    if arch == "cpu" and emulator is not None and (emulated := emulator.active()) is not None:
+        return Target(emulated.arch, f"emulated-{emulated.arch}", emulated=True)
+    return Target(arch, archs.device_name(device))
 
 
 def use_table(path: str | Path | None) -> None:
@@ -178,19 +189,25 @@ def _overridden(
 def _choose(op: str, problem: Problem | None, target: Target, user: Path | None, from_env: Path | None) -> Choice:
     if target.arch == "cpu":
         return Choice(op, problem, registry.REFERENCE, None, "cpu: the reference")
-    rows = registry.kernels(op, target.arch)
+    where, rows = "", registry.kernels(op, target.arch)
+    if target.emulated:
+        where, rows = f"emulated {target.arch}: ", [row for row in rows if row.emulated]
+        if not rows:
+            return Choice(
+                op, problem, registry.REFERENCE, None, f"{where}no kernel that can be emulated, the reference"
+            )
     if problem is not None and rows:
         for label, path in _tables(target, user, from_env):
             found = _from_table(label, path, op, problem, target)
             if found is not None:
-                return found
+                return replace(found, reason=where + found.reason)
     refusals = []
     for row in rows:
         module = registry.load(row.name)
         config = module.Config()
         why = module.supports(problem, config)
         if why is None:
-            return Choice(op, problem, row.name, config, "default: no table entry fits")
+            return Choice(op, problem, row.name, config, f"{where}default: no table entry fits")
         refusals.append(f"{row.name}: {why}")
     raise UnsupportedError(_unsupported(op, problem, target, refusals))
 
@@ -251,7 +268,10 @@ def _from_table(label: str, path: Path, op: str, problem: Problem, target: Targe
         except ValueError as why:  # the table is older than the kernel: say so, and go on
             log.warning("%s: entry for %s %s is out of date: %s", path, op, e.problem, why)
             continue
-        if target.arch not in registry.find(e.kernel).archs or module.supports(problem, config) is not None:
+        row = registry.find(e.kernel)
+        if target.arch not in row.archs or (target.emulated and not row.emulated):
+            continue
+        if module.supports(problem, config) is not None:
             continue
         near = "" if e.problem.get("m") == m else f", nearest m={e.problem['m']}"
         how = "measured" if e.measured else "predicted"

@@ -25,6 +25,11 @@ class Kernel:
     module: str
     archs: tuple[str, ...]
 
+    @property
+    def emulated(self) -> bool:
+        """Whether `ptx_emulator.emulate` runs its launches: it stands in for the GPU of CuTe DSL, not of Triton."""
+        return self.module.startswith("kernels_cute.")
+
 
 _BOTH = ("sm_90a", "sm_100a")
 KERNELS: list[Kernel] = [
