@@ -202,7 +202,7 @@ def _table(s: Statistics) -> list[str]:
     ]
     lines.append(f"  {'bank conflicts':<40} {s.bank_conflicts:>14,} extra wavefronts")
     lines += [
-        f"    PTX line {c.line:<6} {c.opcode:<30} {c.count:>8,} accesses, {c.wavefronts:,} wavefronts, {c.extra:,} extra"
+        f"    PTX line {c.line:<6} {c.opcode:<30} {c.count:>8,} times, {c.wavefronts:,} wavefronts, {c.extra:,} extra"
         for c in sorted(s.banks.values(), key=lambda c: -c.extra)
         if c.extra
     ]
