@@ -139,7 +139,8 @@ CASES = cases()
 
 def with_and_without(body: str) -> tuple[str, str]:
     pieces = r"\[\[([^|]*?)(?:\|(.*?))?\]\](?!\])"
-    return re.sub(pieces, r"\1", body), re.sub(pieces, lambda m: m[2] or "", body)
+    both = (r"\1", lambda m: m[2] or "")
+    return tuple(re.sub(pieces, x, body, flags=re.S) for x in both)  # type: ignore[return-value]
 
 
 def launch(body: str, schedule: str, races: bool = True) -> None:
@@ -198,4 +199,4 @@ def test_operands_written_by_threads_need_a_fence():
 
 def test_tensor_memory_given_back_before_its_load_is_known_to_be_over():
     with pytest.raises(Fault, match=r"data race: .* of tensor memory .*tcgen05\.ld"):
-        multiply(("tcgen05.wait::ld.sync.aligned;", ""))
+        multiply(("tcgen05.wait::ld.sync.aligned;", ""), ("st.global.b32 [%rd2], %r16;", ""))

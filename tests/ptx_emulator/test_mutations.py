@@ -1,7 +1,7 @@
-"""Deliberate faults in the PTX of the 2-CTA NVFP4 GEMM: each must end in a refusal, a hang or a wrong result.
+"""Deliberate faults in the PTX of our NVFP4 GEMMs: each must end in a refusal, a hang or a wrong result.
 
-The problem has several tiles a CTA, a ring that wraps, ragged edges and random scales, so that every line matters. A
-fault counts as caught if one of the schedules shows it.
+The problems have a ring that wraps, ragged edges and random scales (the 2-CTA one also several tiles a CTA), so that
+every line matters. A fault counts as caught if one of the schedules shows it; a hazard must be refused under each.
 """
 
 import re
@@ -10,8 +10,9 @@ import pytest
 
 from fp4suite import testing
 from fp4suite.problem import GemmProblem
-from kernels_cute import gemm_nvfp4_sm100 as sm100
+from kernels_cute import gemm_nvfp4_sm90 as sm90, gemm_nvfp4_sm100 as sm100
 from ptx_emulator import Fault, emulate
+from ptx_emulator.machine import SCHEDULES
 
 PROBLEM = GemmProblem(m=300, n=264, k=64 * 25, act="nvfp4")
 CONFIG = sm100.Config(tile_n=256, mma_ctas=2, cluster_m=2)
@@ -75,6 +76,52 @@ FAULTS = {
     "tiles skipped": (rf"mov\.u32 \t({REG}), %nctaid\.z;", r"mov.u32 \1, 2;", 0),
 }  # fmt: skip
 
+# name: (pattern, replacement, which, what the refusal says)
+HAZARDS = {
+    "staging not fenced for its store": (r"fence\.proxy\.async\.shared::cta;", "", 0, "no proxy fence"),
+    "mbarriers not fenced for the cluster": (r"fence\.mbarrier_init\.release\.cluster;", "", -1, "an mbarrier is used"),
+    "end before the last store has read": (r"cp\.async\.bulk\.wait_group\.read \t0;", "", 0, "its shared memory gone"),
+}
+
+SM90_PROBLEM = GemmProblem(m=70, n=136, k=64 * 7, act="bf16")
+SM90_CONFIG = sm90.Config()
+
+SM90_FAULTS = {
+    "half of the scales": (r"0x3232", "0x1010", 0),
+    "scale of the other half": (rf"(prmt\.b32 {REG}, {REG}, {REG}), 0x3232", r"\1, 0x7777", 1),
+    "columns of a pair exchanged": ("0x5410", "0x7632", 0),
+    "sign of a code lost": ("-2147450880", "0", 0),
+    "exponent of a code": ("29360576", "12582912", 3),
+    "swizzle of the activations": (rf"(and\.b32 \t{REG}, {REG}), 112;", r"\1, 48;", 1),
+    "weights always in the first buffer": (rf"(and\.b32 \t{REG}, {REG}), 1024;", r"\1, 0;", 0),
+    "half of a step along k": (rf"(add\.s32 \t{REG}, {REG}), 4;(\n\tmov\.b64)", r"\1, 2;\2", 0),
+    "ring of one stage less": (rf"(setp\.eq\.b32 \t%p\d+, {REG}), 4;", r"\1, 3;", 0),
+    "ring of one stage more": (rf"(setp\.eq\.b32 \t%p\d+, {REG}), 4;", r"\1, 5;", 1),
+    "load too few": (rf"(setp\.le\.s32 \t%p\d+, {REG}), {REG};", r"\1, 6;", 0),
+    "tail mask of the rows dropped": (rf"(setp\.ge\.s32 \t%p\d+, {REG}), %r62;", r"\1, 2147483647;", 9),
+    "tail mask of the columns dropped": (rf"(setp\.ge\.s32 \t%p\d+, {REG}), %r63;", r"\1, 2147483647;", 0),
+    "one row more": (rf"(setp\.ge\.s32 \t%p\d+, {REG}), %r62;", r"\1, 71;", 0),
+    "first accumulator dropped": (rf"mov\.b32 \t{REG}, 1;(\n\t// begin inline asm\n\t\{{\n\.reg \.pred p)", r"mov.b32 %r260, 0;\1", 0),
+    "alpha left out": (rf"mul\.f32 \t({REG}), ({REG}), %r24;", r"mov.b32 \t\1, \2;", 5),
+    "results not waited for": (r"wgmma\.wait_group\.sync\.aligned \t0;", "", 1),
+}  # fmt: skip
+
+SM90_HAZARDS = {
+    "weights not fenced for wgmma": (r"fence\.proxy\.async\.shared::cta;", "", 0, "no proxy fence"),
+    "weights not written by all": (r"bar\.sync \t0;(\n\twgmma\.fence)", r"\1", 0, "data race|never written"),
+    "weights overwritten under a wgmma": (r"wgmma\.wait_group\.sync\.aligned \t0;", "wgmma.wait_group.sync.aligned 1;", 0, "data race"),
+    "stage not waited for": (r"cp\.async\.wait_group \t2;", "cp.async.wait_group 3;", 0, "data race|never written"),
+}  # fmt: skip
+
+KERNELS = {
+    "sm_100a": (sm100, PROBLEM, CONFIG),
+    "sm_90a": (sm90, SM90_PROBLEM, SM90_CONFIG),
+}
+ALL_FAULTS = [("sm_100a", name, *x) for name, x in FAULTS.items()]
+ALL_FAULTS += [("sm_90a", name, *x) for name, x in SM90_FAULTS.items()]
+ALL_HAZARDS = [("sm_100a", name, *x) for name, x in HAZARDS.items()]
+ALL_HAZARDS += [("sm_90a", name, *x) for name, x in SM90_HAZARDS.items()]
+
 
 def mutated(ptx: str, pattern: str, replacement: str, which: int) -> str:
     found = list(re.finditer(pattern, ptx))
@@ -84,10 +131,11 @@ def mutated(ptx: str, pattern: str, replacement: str, which: int) -> str:
     return ptx
 
 
-def run(schedule: str, rewrite=None) -> None:
-    case = testing.case(PROBLEM, "cpu", 4)
-    with emulate("sm_100a", schedule=schedule, rewrite=rewrite):
-        case.run(sm100, CONFIG)
+def run(arch: str, schedule: str, rewrite=None) -> None:
+    kernel, problem, config = KERNELS[arch]
+    case = testing.case(problem, "cpu", 4)
+    with emulate(arch, schedule=schedule, rewrite=rewrite):
+        case.run(kernel, config)
     case.check()
 
 
@@ -96,21 +144,24 @@ def _one_cluster(monkeypatch):
     monkeypatch.setattr(sm100, "_sm_count", lambda device: 2)
 
 
-@pytest.mark.parametrize("schedule", ["late", "round", "eager"])
-def test_the_kernel_itself_is_right(schedule):
-    run(schedule)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("arch", KERNELS)
+def test_the_kernel_itself_is_right(arch, schedule):
+    run(arch, schedule)
 
 
 def test_there_are_enough():
     assert len(FAULTS) >= 40
+    assert len(ALL_FAULTS) + len(ALL_HAZARDS) >= 65
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_fault_is_caught(name):
-    pattern, replacement, which = FAULTS[name]
+@pytest.mark.parametrize(
+    ("arch", "name", "pattern", "replacement", "which"), ALL_FAULTS, ids=[x[1] for x in ALL_FAULTS]
+)
+def test_fault_is_caught(arch, name, pattern, replacement, which):
     for schedule in ("late", "round", "eager"):
         try:
-            run(schedule, lambda ptx: mutated(ptx, pattern, replacement, which))
+            run(arch, schedule, lambda ptx: mutated(ptx, pattern, replacement, which))
         except Fault:
             return
         except AssertionError as e:
@@ -118,3 +169,12 @@ def test_fault_is_caught(name):
                 return
             raise
     pytest.fail("right results under every schedule")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("arch", "name", "pattern", "replacement", "which", "says"), ALL_HAZARDS, ids=[x[1] for x in ALL_HAZARDS]
+)
+def test_hazard_is_refused_under_every_schedule(arch, name, pattern, replacement, which, says, schedule):
+    with pytest.raises(Fault, match=f"(?s){says}"):
+        run(arch, schedule, lambda ptx: mutated(ptx, pattern, replacement, which))
