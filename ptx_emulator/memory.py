@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _B128 = np.dtype([("low", "<u8"), ("high", "<u8")])
 UINT: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: _B128}
 RANK_SHIFT = 24
+NO_RANK = 255  # of no CTA: the largest that an address has room for
 RESERVED_SHARED = 1024  # the system's own, at the start of every CTA's shared memory
 SHARED_WINDOW = 1 << 56
 LOCAL_WINDOW = 2 << 56

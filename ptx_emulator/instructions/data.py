@@ -9,6 +9,7 @@ from ..errors import Fault
 from ..machine import LANES, Cta, Warp
 from ..memory import (
     LOCAL_WINDOW,
+    NO_RANK,
     PARAM_WINDOW,
     RANK_SHIFT,
     SHARED_WINDOW,
@@ -163,8 +164,6 @@ def _mov(i: Instruction, p: Program) -> Run:
         return _unpack(d, s, kind, p)
     if isinstance(s, Vec):
         return _pack(d, s, kind, p)
-    if isinstance(s, Sym) and p.spaces.get(s.name) == "local":
-        raise unknown(i, "address of a local variable in another form than mov.u64")
     if isinstance(s, Special):
         kind = "b64" if isinstance(d, Reg) and d.size == 8 else "b32"
     return simple([p.source(s, kind)], p.target(d, kind), lambda x: x)
@@ -286,8 +285,10 @@ def _ld_local(address: Callable[[Warp], Array], size: int, writes: Any, dtype: A
 
 @decoder("st")
 def _st(i: Instruction, p: Program) -> Run:
-    if "async" in i.op:
-        raise unknown(i)
+    if i.op[1] in ("async", "bulk"):
+        from . import bulk
+
+        return bulk.store_async(i, p) if i.op[1] == "async" else bulk.store_bulk(i, p)
     kind, space = kind_of(i), space_of(i)
     size = DTYPES[kind].itemsize
     reads = [p.source(x, f"b{8 * size}") for x in p.vector(i.operands[1])]
@@ -353,17 +354,18 @@ def _isspacep(i: Instruction, p: Program) -> Run:
 
 @decoder("mapa")
 def _mapa(i: Instruction, p: Program) -> Run:
-    """PTX ISA, "mapa": the same offset in the shared memory of another CTA of the cluster."""
+    """PTX ISA, "mapa": the same offset in the shared memory of another CTA of the cluster.
+
+    A rank that the cluster does not have gives an address of no CTA, which faults where it is used: CuTe DSL lets every
+    lane of a warp map its own number, and then only those that are ranks use the address.
+    """
     kind = kind_of(i)
     read, rank, write = p.source(i.operands[1], kind), p.source(i.operands[2], "u32"), p.target(i.operands[0], kind)
     dtype = DTYPES[kind].type
     keep = dtype(((1 << 8 * DTYPES[kind].itemsize) - 1) & ~(0xFF << RANK_SHIFT))
 
     def run(w: Warp, m: Mask) -> str | None:
-        r = rank(w)
-        active = r if m is None else r[m]
-        if (active >= len(w.cta.cluster.ctas)).any():
-            raise Fault(f"mapa to rank {int(active.max())} in a cluster of {len(w.cta.cluster.ctas)} CTAs")
+        r = np.minimum(rank(w), NO_RANK)
         write(w, (read(w) & keep) | r.astype(dtype) << dtype(RANK_SHIFT), m)
         return None
 
@@ -394,45 +396,40 @@ def _prefetch(i: Instruction, p: Program) -> Run:
 
 # --- atom, red: one lane after the other ---
 
-_ATOMIC: dict[str, Callable[[int | float, int | float], int | float]] = {
-    "add": lambda a, b: a + b,
-    "min": min,
-    "max": max,
-    "and": lambda a, b: int(a) & int(b),
-    "or": lambda a, b: int(a) | int(b),
-    "xor": lambda a, b: int(a) ^ int(b),
+ATOMIC: dict[str, Callable[[Array, Array], Array]] = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
     "exch": lambda a, b: b,
-    "inc": lambda a, b: 0 if a >= b else a + 1,
-    "dec": lambda a, b: b if a == 0 or a > b else a - 1,
+    "inc": lambda a, b: np.where(a >= b, 0, a + a.dtype.type(1)),
+    "dec": lambda a, b: np.where((a == 0) | (a > b), b, a - a.dtype.type(1)),
 }
 
 
 def combine(name: str, kind: str, old: Array, new: Array) -> Array:
-    """One element: bits of `old` and `new` as `kind` ([1] arrays of unsigned) -> bits."""
-    size = old.dtype.itemsize
+    """Element by element: bits of `old` and `new` as `kind` (arrays of unsigned) -> bits."""
+    bits = old.dtype
     if kind in ("f16x2", "bf16x2"):
-        half = kind[:-2]
-        parts = zip(old.view(np.uint16), new.view(np.uint16), strict=True)
-        return np.concatenate([combine(name, half, a.reshape(1), b.reshape(1)) for a, b in parts]).view(UINT[size])
+        return combine(name, kind[:-2], old.view(np.uint16), new.view(np.uint16)).view(bits)
     if kind in ("f16", "bf16"):
         x, y = ((v.view(np.float16) if kind == "f16" else from_bf16(v)).astype(np.float64) for v in (old, new))
-        total = np.array([_ATOMIC[name](float(x[0]), float(y[0]))])
-        return to_f16(total) if kind == "f16" else to_bf16(total)
+        exact = ATOMIC[name](x, y)
+        return to_f16(exact) if kind == "f16" else to_bf16(exact)
     dtype = DTYPES[kind]
-    if dtype.kind == "f":
-        if name == "add":
-            return (old.view(dtype) + new.view(dtype)).view(UINT[size])
-        return np.array([_ATOMIC[name](old.view(dtype)[0], new.view(dtype)[0])], dtype).view(UINT[size])
-    value = _ATOMIC[name](int(old.view(dtype)[0]), int(new.view(dtype)[0]))
-    return np.array([int(value) % (1 << 8 * size)], UINT[size])
+    return ATOMIC[name](old.view(dtype), new.view(dtype)).astype(dtype).view(bits)
 
 
 @decoder("atom", "red")
 def _atom(i: Instruction, p: Program) -> Run:
-    if i.op[0] == "red" and "async" in i.op:
-        raise unknown(i)
+    if i.op[1] == "async":
+        from . import bulk
+
+        return bulk.store_async(i, p)
     kind, space = kind_of(i), space_of(i)
-    name = next((x for x in i.op if x in _ATOMIC or x == "cas"), "")
+    name = next((x for x in i.op if x in ATOMIC or x == "cas"), "")
     if not name:
         raise unknown(i)
     returns = i.op[0] == "atom"

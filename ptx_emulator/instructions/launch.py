@@ -10,14 +10,14 @@ import numpy as np
 
 from ..errors import Fault
 from ..machine import LANES, Warp
-from ..memory import RANK_SHIFT, SHARED_WINDOW, WINDOW_SHIFT
 from ..parser import Instruction, Vec
-from ..program import Mask, Program, Run, constant, decoder, unknown
-from .asynchronous import fresh_queue
+from ..program import Mask, Program, Run, constant, decoder, only, unknown
+from .bulk import fresh_queue, shared_place
 from .sync import mbarrier_of
 
 _ALL = np.ones(LANES, bool)
 RESPONSE_BYTES = 16
+NOWHERE = 0xFFFFFFFF  # "first CTA" of a request that failed: CuTe DSL asks for it at any rate, and then for the success
 REGISTERS = 65_536  # of one SM
 WARPGROUP = 4  # warps
 
@@ -36,27 +36,15 @@ def _cluster_launch_control(i: Instruction, p: Program) -> Run:
     raise unknown(i)
 
 
-def _own_offset(w: Warp, address: int) -> int:
-    if address >> WINDOW_SHIFT:
-        address -= SHARED_WINDOW
-    if address >> RANK_SHIFT != w.cta.rank:
-        raise Fault(f"shared address {address:#x} is not the own CTA's (rank {w.cta.rank})")
-    return address & ((1 << RANK_SHIFT) - 1)
-
-
 def _try_cancel(i: Instruction, p: Program) -> Run:
     everyone = "multicast:cluster:all" in i.op
-    if set(i.op) - {
-        "clusterlaunchcontrol", "try_cancel", "async", "shared:cta", "mbarrier:complete_tx:bytes",
-        "multicast:cluster:all", "b128",
-    }:  # fmt: skip
-        raise unknown(i)
+    only(i, "clusterlaunchcontrol try_cancel async shared:cta mbarrier:complete_tx:bytes multicast:cluster:all b128")
     target, barrier = p.address(i.operands[0]), p.address(i.operands[1])
 
     def run(w: Warp, m: Mask) -> str | None:
         cluster, launch = w.cta.cluster, w.cta.cluster.launch
         for lane in np.flatnonzero(_ALL if m is None else m):
-            at, signal = (_own_offset(w, int(x(w)[lane])) for x in (target, barrier))
+            at, signal = (shared_place(w, int(x(w)[lane]), own=True)[1] for x in (target, barrier))
             if at % RESPONSE_BYTES:
                 raise Fault(f"the response's address {at:#x} is not a multiple of {RESPONSE_BYTES}")
             if w.cta.state.get("launch control refused"):
@@ -68,7 +56,7 @@ def _try_cancel(i: Instruction, p: Program) -> Run:
             signals = [mbarrier_of(cta, signal) for cta in ctas]
 
             def work(at=at, ctas=ctas, signals=signals) -> None:  # type: ignore[no-untyped-def]
-                words, place = np.zeros(4, np.uint32), launch.cancel()
+                words, place = np.array([0, *3 * [NOWHERE]], np.uint32), launch.cancel()
                 if place is not None:
                     words[:] = 1, *(a * b for a, b in zip(place, launch.cluster, strict=True))
                 for cta, found in zip(ctas, signals, strict=True):
@@ -103,8 +91,6 @@ def _first_ctaid(i: Instruction, p: Program) -> Run:
 
     def run(w: Warp, m: Mask) -> str | None:
         words = read(w).view(np.uint32).reshape(LANES, 4)
-        if not (words if m is None else words[m])[:, 0].all():
-            raise Fault("the first CTA of a request that failed")
         for axis, write in writes:
             write(w, np.ascontiguousarray(words[:, 1 + axis]), m)
         return None

@@ -85,16 +85,19 @@ END:
     ("text", "message"),
     [
         (ASK.replace("NEXT", "bra AGAIN"), "asks for another cluster after it has seen a request fail"),
-        (
-            ASK.replace("NEXT", "clusterlaunchcontrol.query_cancel.get_first_ctaid::x.b32.b128 %r2, %answer"),
-            "first CTA of a request that failed",
-        ),
         (ASK.replace("answer;", "answer+8;", 1), "not a multiple of 16"),
     ],
 )
 def test_misuse_of_launch_control(text, message):
     with pytest.raises(Fault, match=message):
         run(text, np.zeros(1, np.uint32), shared=SHARED.replace("[16]", "[32]"))
+
+
+def test_a_request_that_failed_has_no_first_cta():
+    place = np.zeros(1, np.uint32)
+    query = "clusterlaunchcontrol.query_cancel.get_first_ctaid::x.b32.b128 %r2, %answer; st.global.u32 [%rd63], %r2"
+    run(ASK.replace("NEXT", query), place, shared=SHARED)
+    assert place[0] == 0xFFFFFFFF
 
 
 def test_dependent_grids_are_counted():

@@ -103,7 +103,11 @@ def test_cp_async_that_nobody_waits_for():
         ("ld.shared.b32 %r1, [buf];", "0x400 is read but was never written"),
         ("mov.b32 %r1, 0; st.shared.b32 [%r1], %r1;", "outside of the CTA's"),
         ("st.shared.b32 [buf+2], %r1;", "shared address 0x402 is not a multiple"),
-        ("mov.b32 %r1, buf; mov.b32 %r2, 3; mapa.shared::cluster.u32 %r1, %r1, %r2;", "mapa to rank 3"),
+        (
+            "mov.b32 %r1, buf; mov.b32 %r2, 3; mapa.shared::cluster.u32 %r1, %r1, %r2; "
+            "ld.shared::cluster.b32 %r1, [%r1];",
+            "shared address of CTA rank 3 in a cluster of 1",
+        ),
         ("mov.b64 %rd1, 0x7777777777777777; ld.b32 %r1, [%rd1];", "which is no memory"),
         ("ld.local.b32 %r1, [depot+16];", "outside of 16 bytes"),
     ],

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from cuda.bindings import driver
-
 from cutlass import cute
 
 from .harness import Case, Prepared
@@ -69,7 +68,13 @@ def dense_blockscaled_tensors(
     step = 32 if ab == "e2m1" else 16
     kernel = module.Sm100BlockScaledPersistentDenseGemmKernel
     gemm = kernel(vec, tile, cluster) if amax or prefetch is None else kernel(vec, tile, cluster, prefetch)
-    arguments = [a.tensor(divisible=step), b.tensor(divisible=step), sfa.tensor(), sfb.tensor(), d.tensor(divisible=step)]
+    arguments = [
+        a.tensor(divisible=step),
+        b.tensor(divisible=step),
+        sfa.tensor(),
+        sfb.tensor(),
+        d.tensor(divisible=step),
+    ]
     want, bound = product(a.values * sfa.expanded(k), b.values * sfb.expanded(k))
     outputs = [expected(d, want, bound, steps=k // 32 + 4)]
     if amax:
@@ -231,6 +236,7 @@ CASES = [
             "two": True,
             "clusters": None,
             "split_k": 2,
+            "tma_store": False,
             "c": "fp32",
         },
     ),

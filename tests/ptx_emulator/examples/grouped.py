@@ -6,10 +6,9 @@ Their tensor maps are written by the kernels themselves, for one group after the
 from types import ModuleType
 from typing import Any
 
+import cutlass
 import torch
 from cuda.bindings import driver
-
-import cutlass
 from cutlass import cute
 from cutlass.cute.runtime import from_dlpack
 
@@ -92,7 +91,15 @@ def grouped_blockscaled(
     tables = [p.shapes, p.strides, p.addresses, scale_addresses]
     total = _clusters(sizes, (128, tile[1]), cluster) if host_shapes else FEW
     compiled = cute.compile(
-        kernel(vec, tile, cluster), *initial, len(sizes), *tables, total, maps_tensor, FEW, STREAM, options="--opt-level 2"
+        kernel(vec, tile, cluster),
+        *initial,
+        len(sizes),
+        *tables,
+        total,
+        maps_tensor,
+        FEW,
+        STREAM,
+        options="--opt-level 2",
     )
     outputs = []
     for n, (a, b, d, x, y) in enumerate(zip(p.a, p.b, p.d, sfa, sfb, strict=True)):
@@ -152,7 +159,14 @@ def _experts(a: Matrix, b: Matrix, tokens: tuple[int, ...], scenario: str, left:
 
 
 def _moe_operands(
-    scenario: str, tokens: tuple[int, ...], hidden: int, columns: int, ab: str, c: str, majors: str, gen: torch.Generator
+    scenario: str,
+    tokens: tuple[int, ...],
+    hidden: int,
+    columns: int,
+    ab: str,
+    c: str,
+    majors: str,
+    gen: torch.Generator,
 ) -> tuple[Matrix, Matrix, Matrix, list[Any], Any]:
     """A, B and D; their CuTe tensors with PyTorch's axes; the ends of every expert's tokens."""
     total, experts = sum(tokens), len(tokens)
@@ -188,14 +202,11 @@ def moe(
     ab: str = "bf16",
     c: str = "bf16",
     majors: str = "knn",
-    apart: bool = True,
     add: bool = False,
 ) -> Prepared:
-    """apart: a kernel of its own makes the tensor maps. add: the product is added to what the output holds."""
+    """add: the product is added to what the output holds."""
     a, b, d, tensors, ends = _moe_operands(scenario, tokens, hidden, columns, ab, c, majors, gen)
-    kernel = module.GroupedGemmKernel(
-        scenario, d.format.type, add, apart, None, cutlass.Float32, tile, cluster, two
-    )
+    kernel = module.GroupedGemmKernel(scenario, d.format.type, add, True, None, cutlass.Float32, tile, cluster, two)
     workspace = _workspace(kernel.get_workspace_size(len(tokens)))
     arguments = (*tensors, ends, None, workspace)
     compiled = cute.compile(kernel, *arguments, FEW, STREAM)
@@ -229,7 +240,6 @@ def moe_scaled(
     two: bool = False,
     c: str = "bf16",
     majors: str = "kkn",
-    apart: bool = True,
 ) -> Prepared:
     """An expert's scales are padded to whole blocks of 128 x 4 of their own; NVFP4 has a factor per expert besides."""
     a, b, d, tensors, ends = _moe_operands(scenario, tokens, hidden, columns, ab, c, majors, gen)
@@ -252,7 +262,7 @@ def moe_scaled(
         names = "global_scale_a", "global_scale_b"
         factor_tensors = {n: cute_tensor(f.clone(), FORMATS["fp32"], 4) for n, f in zip(names, factors, strict=True)}
     kernel = module.ScaledGroupedGemmKernel(
-        scenario, vec, False, apart, False, cutlass.Float32, tile, cluster, two, None
+        scenario, vec, False, True, False, cutlass.Float32, tile, cluster, two, None
     )
     workspace = _workspace(kernel.get_workspace_size(experts))
     arguments = (tensors[0], tensors[1], *scale_tensors, tensors[2], ends, workspace)
@@ -262,7 +272,9 @@ def moe_scaled(
     want, bound = _experts(a, b, tokens, scenario, left, right)
     steps = max(hidden, sum(tokens)) // 32 + 8
     return Prepared(
-        lambda: compiled(*arguments, STREAM, **factor_tensors), [expected(d, want, bound, steps=steps)], (a, b, sfa, sfb)
+        lambda: compiled(*arguments, STREAM, **factor_tensors),
+        [expected(d, want, bound, steps=steps)],
+        (a, b, sfa, sfb),
     )
 
 
@@ -307,7 +319,7 @@ CASES = [
             "two": True,
             **NVFP4,
         },
-        {"scenario": "2Dx3D", "tokens": (96, 128), "hidden": 512, "columns": 192, **MXFP8, "apart": False},
+        {"scenario": "2Dx3D", "tokens": (96, 128), "hidden": 512, "columns": 192, **MXFP8},
         {"scenario": "2Dx2D", "tokens": (32, 256), "hidden": 128, "columns": 256, **MXFP8, "majors": "mnm"},
         {"scenario": "2Dx3D", "tokens": (160, 96), "hidden": 256, "columns": 256, **MXFP4},
     ),
@@ -315,7 +327,7 @@ CASES = [
         "moe.torch_grouped_mm",
         moe,
         {"scenario": "2Dx3D", "tokens": (90, 0, 166, 10), "hidden": 256, "columns": 256},
-        {"scenario": "2Dx2D", "tokens": (64, 0, 200, 56), "hidden": 256, "columns": 128, "apart": False},
+        {"scenario": "2Dx2D", "tokens": (64, 0, 200, 56), "hidden": 256, "columns": 128},
         {"scenario": "2Dx2D", "tokens": (72, 56), "hidden": 128, "columns": 128, "add": True, "c": "fp32"},
         {
             "scenario": "2Dx3D",
