@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from cuda.bindings import driver
+from cutlass import Float32, Int32, cute
+from cutlass.cute.runtime import from_dlpack
 from torch import Tensor
 
-from cutlass import Float32, Int32, cute
-
 from .harness import Case, Prepared
-from .operands import FORMATS, Format, cute_tensor
+from .operands import FORMATS, Format
 
 STREAM = driver.CUstream(0)
 LOG2_E = math.log2(math.e)
@@ -123,7 +123,7 @@ def fmha(
     scales: of q, k, v and 1 / that of o. ex2: exponentials partly as polynomials. skip: no rescaling for small steps.
     """
     (batch, queries, heads, size), (keys, groups) = q, kv
-    masks = __import__("helpers.fmha_helpers", fromlist=["MaskEnum"]).MaskEnum
+    masks = module.fmha_utils.MaskEnum
     qk_f, pv_f, o_f = FORMATS[qk], FORMATS[pv or qk], FORMATS[o or qk]
     varies = isinstance(queries, tuple)
     size_v = 128 if size == 192 else size
@@ -188,12 +188,159 @@ def _before(lengths: Sequence[tuple[int, int]], n: int, side: int) -> int:
 
 
 def _last(t: Tensor, f: Format, align: int = 16) -> Any:
-    """A CuTe tensor whose last dimension is contiguous."""
-    from cutlass.cute.runtime import from_dlpack
+    return _along(t, f, t.ndim - 1, align)
 
+
+def _along(t: Tensor, f: Format, dimension: int, align: int = 16) -> Any:
+    """A CuTe tensor that is contiguous along a dimension."""
     made = from_dlpack(t.view(torch.uint8) if t.element_size() == 1 else t, assumed_align=align)
     made.element_type = f.type
-    return made.mark_layout_dynamic(leading_dim=t.ndim - 1)
+    return made.mark_layout_dynamic(leading_dim=dimension)
+
+
+# --- MLA decode of sm_100a ---
+
+
+def mla_decode(
+    module: ModuleType,
+    gen: torch.Generator,
+    batch: int,
+    queries: int,
+    keys: int,
+    heads: int = 128,
+    io: str = "fp16",
+    page: int = 128,
+    split: int | None = 1,
+    ragged: bool = False,
+    persistent: bool = False,
+    scale: float = 0.0416,
+    scale_o: float = 1.0,
+) -> Prepared:
+    """keys: most of all; ragged: fewer in some of the batch. split: parts of the keys, None: as the example chooses
+    for each of the batch.
+    """
+    latent, rope, f = 512, 64, FORMATS[io]
+    name = {"fp16": "FP16", "e4m3": "FP8"}[io]
+    kernel = getattr(module, f"BlackwellMultiHeadLatentAttentionForward{name}")
+    lengths = torch.full((batch,), keys, dtype=torch.int32)
+    if ragged:
+        lengths = torch.randint(keys // 2, keys + 1, (batch,), generator=gen, dtype=torch.int32)
+    pages = -(-int(lengths.max()) // page)
+    table = torch.randperm(batch * pages, generator=gen).to(torch.int32).view(batch, pages)
+    splits = None
+    if split is None:
+        chosen = [kernel.get_split_kv(batch, queries, int(n), (128, 128), 4) for n in lengths]
+        splits, split = torch.tensor(chosen, dtype=torch.int32), max(chosen)
+    q = [f.random((batch, queries, heads, d), gen) for d in (latent, rope)]
+    kv = [f.random((batch * pages, page, d), gen) for d in (latent, rope)]
+    o, lse = blank((batch, queries, heads, latent), f), blank((batch, queries, heads), FORMATS["fp32"])
+    size = kernel.get_workspace_size(heads, queries, latent, batch, split, Float32)
+    workspace = torch.full((size,), -1, dtype=torch.int8) if size else None
+
+    varies = splits is not None
+    tiles = (128, 128), (128, 256)
+    sizes = batch, queries, keys, heads, latent, rope
+    if not kernel.can_implement(
+        *sizes, f.type, f.type, Float32, Float32, *tiles, split, persistent, ragged, varies, page
+    ):
+        raise ValueError("the example refuses this configuration")
+    mla = kernel(Float32, Float32, *tiles, 2, page, 0.0, persistent, ragged, varies)
+    q_tensors = [_compact(t.permute(2, 3, 1, 0), f, (3, 2, 0, 1)) for t in q]
+    kv_tensors = [_compact(t.permute(1, 2, 0), f, (2, 0, 1)) for t in kv]
+    arguments = (
+        *q_tensors,
+        *kv_tensors,
+        from_dlpack(table.T, assumed_align=16).mark_layout_dynamic(leading_dim=0),
+        _compact(o.permute(2, 3, 1, 0), f, (3, 2, 0, 1)),
+        from_dlpack(lse.permute(2, 1, 0), assumed_align=16).mark_layout_dynamic(leading_dim=0),
+        None if workspace is None else from_dlpack(workspace, assumed_align=32),
+        split,
+        *(None if t is None else from_dlpack(t, assumed_align=16).mark_layout_dynamic() for t in (lengths, splits)),
+        scale,
+        scale_o,
+        STREAM,
+    )
+    compiled = cute.compile(mla, *arguments, options="--opt-level 2")
+    outputs = []
+    for n in range(batch):
+        latents, ropes = (t[table[n].long()].flatten(0, 1)[: lengths[n], None] for t in kv)
+        both = torch.cat([latents.double(), ropes.double()], -1)
+        asked = torch.cat([q[0][n].double(), q[1][n].double()], -1)
+        want, want_lse, error = attention(asked, both, latents, scale, Window(), f)
+        outputs.append(Near(f"o{n}", o[n], want * scale_o, rounded(error * scale_o, want * scale_o, f)))
+        outputs.append(Near(f"lse{n}", lse[n], want_lse, torch.full_like(want_lse, 1e-4)))
+    return Prepared(lambda: compiled(*arguments), outputs, (q, kv, table, workspace, lengths, splits))
+
+
+def _compact(t: Tensor, f: Format, order: tuple[int, ...]) -> Any:
+    """A CuTe tensor whose dimension 1 is contiguous, a multiple of 16 bytes long."""
+    return _along(t, f, 1).mark_compact_shape_dynamic(mode=1, stride_order=order, divisibility=128 // f.bits)
+
+
+# --- FMHA of sm_90a ---
+
+
+def fmha_sm90(
+    module: ModuleType,
+    gen: torch.Generator,
+    q: tuple[int, int, int, int],
+    kv: tuple[int, int],
+    tile: tuple[int, int] = (64, 128),
+    io: str = "fp16",
+    o: str = "",
+    causal: bool = False,
+    inference: bool = False,
+    left: int | None = None,
+    right: int | None = None,
+    persistent: bool = False,
+    scale_o: float = 1.0,
+) -> Prepared:
+    """q: (batch, length, heads, head size), kv: (length, heads). Its lse has base e."""
+    (batch, queries, heads, size), (keys, groups) = q, kv
+    f, o_f = FORMATS[io], FORMATS[o or io]
+    masks = module.fmha_utils.MaskEnum
+    window = Window(left, 0 if causal else right, inference)
+    mask = masks.WINDOW_MASK_INFERENCE if inference else masks.WINDOW_MASK
+    if window.left is None and window.right is None and keys % tile[1]:
+        mask = masks.RESIDUAL_MASK
+    q_t = f.random((batch, queries, groups, heads // groups, size), gen)
+    k_t, v_t = (f.random((batch, keys, groups, 1, size), gen) for _ in range(2))
+    # FP8 operands of wgmma are K-major only, so the keys of v are contiguous
+    v_stored = v_t.permute(0, 4, 2, 3, 1).contiguous() if f.bits == 8 else v_t
+    o_t = blank(q_t.shape, o_f)
+    lse_t = blank((*q_t.shape[:-1], 1), FORMATS["fp32"])
+    scale = 1 / math.sqrt(size)
+    ends = tuple(-1 if n is None else n for n in (left, right))
+    possible, why = module.HopperFusedMultiHeadAttentionForward.can_implement(
+        q, (batch, keys, groups, size), f.type, o_f.type, Float32, Float32, tile, persistent, scale, ends, 1
+    )
+    if not possible:
+        raise ValueError(why)
+    order = (1, 4, 3, 2, 0)
+    arguments = (
+        _along(q_t.permute(order), f, 1),
+        _along(k_t.permute(order), f, 1),
+        _along(v_stored.permute(4, 1, 3, 2, 0), f, 0) if f.bits == 8 else _along(v_t.permute(order), f, 1),
+        _along(o_t.permute(order), o_f, 1),
+        _along(lse_t.permute(order), FORMATS["fp32"], 1),
+        scale * LOG2_E,
+        scale,
+        scale_o,
+        *(None if n is None else Int32(n) for n in (window.left, window.right)),
+        STREAM,
+    )
+    fmha = module.HopperFusedMultiHeadAttentionForward(Float32, Float32, (*tile, size), persistent, mask)
+    compiled = cute.compile(fmha, *arguments)
+    outputs = []
+    for n in range(batch):
+        flat = (t[n].flatten(1, 2) for t in (q_t, k_t, v_t))
+        want, want_lse, error = attention(*flat, scale, window, f)
+        outputs.append(
+            Near(f"o{n}", o_t[n].flatten(1, 2), want * scale_o, rounded(error * scale_o, want * scale_o, o_f))
+        )
+        want_lse = want_lse / LOG2_E
+        outputs.append(Near(f"lse{n}", lse_t[n].flatten(1, 3), want_lse, torch.full_like(want_lse, 1e-4)))
+    return Prepared(lambda: compiled(*arguments), outputs, (q_t, k_t, v_stored))
 
 
 def _cases(example: str, prepare: Any, *configs: dict[str, Any], arch: str = "sm_100a", **device: Any) -> list[Case]:
@@ -218,6 +365,36 @@ CASES = [
         {"q": (1, 256, 1, 64), "kv": (384, 1), "ex2": True, "skip": True},
         {"q": (1, 256, 1, 64), "kv": (384, 1), "pv": "e4m3", "o": "fp16", "scales": (0.5, 1.5, 0.75, 2.0)},
         multiprocessors=2,
-        races=False,
+    ),
+    *_cases(
+        f"{_ATTENTION}.mla.mla_decode_fp16",
+        mla_decode,
+        {"batch": 1, "queries": 1, "keys": 256},
+        {"batch": 2, "queries": 2, "keys": 384, "page": 64, "ragged": True, "persistent": True},
+        {"batch": 1, "queries": 1, "keys": 512, "split": 2},
+        {"batch": 2, "queries": 1, "keys": 500, "page": 32, "ragged": True, "split": None},
+        {"batch": 1, "queries": 3, "keys": 200, "heads": 64, "page": 16},
+        multiprocessors=4,
+    ),
+    *_cases(
+        f"{_ATTENTION}.mla.mla_decode_fp8",
+        mla_decode,
+        {"batch": 1, "queries": 1, "keys": 256, "io": "e4m3"},
+        {"batch": 2, "queries": 2, "keys": 384, "io": "e4m3", "page": 64, "ragged": True, "persistent": True},
+        {"batch": 2, "queries": 1, "keys": 500, "io": "e4m3", "page": 32, "ragged": True, "split": None},
+        multiprocessors=4,
+    ),
+    *_cases(
+        "cute.hopper.kernel.attention.fmha",
+        fmha_sm90,
+        {"q": (1, 128, 1, 64), "kv": (128, 1)},
+        {"q": (2, 200, 2, 128), "kv": (300, 1), "tile": (64, 128)},
+        {"q": (1, 256, 2, 64), "kv": (256, 2), "tile": (128, 128), "io": "bf16", "causal": True, "persistent": True},
+        {"q": (1, 192, 1, 128), "kv": (320, 1), "tile": (64, 128), "causal": True, "inference": True},
+        {"q": (1, 256, 1, 64), "kv": (384, 1), "tile": (64, 64), "left": 70, "right": 40, "persistent": True},
+        {"q": (1, 128, 1, 128), "kv": (256, 1), "tile": (64, 128), "io": "e4m3", "o": "fp16"},
+        {"q": (1, 200, 2, 64), "kv": (256, 1), "tile": (128, 128), "io": "e4m3", "causal": True},
+        arch="sm_90a",
+        multiprocessors=2,
     ),
 ]

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from cuda.bindings import driver
-
 from cutlass import cute
 
 from .harness import Case, Prepared
@@ -29,11 +28,11 @@ def dense(
     along_m: bool = True,
 ) -> Prepared:
     """clusters: how many run at once, None for the example whose grid has one CTA a tile."""
-    m, n, k, l = mnkl
+    m, n, k, batch = mnkl
     a_name, b_name = ab.split("-") if "-" in ab else (ab, ab)
-    a = matrix(a_name, l, m, k, gen, "k" if majors[0] == "k" else "mn")
-    b = matrix(b_name, l, n, k, gen, "k" if majors[1] == "k" else "mn")
-    d = empty(c, l, m, n, majors[2])
+    a = matrix(a_name, batch, m, k, gen, "k" if majors[0] == "k" else "mn")
+    b = matrix(b_name, batch, n, k, gen, "k" if majors[1] == "k" else "mn")
+    d = empty(c, batch, m, n, majors[2])
     if clusters is None:
         gemm = module.HopperWgmmaGemmKernel(FORMATS[acc].type, tile, cluster)
     else:
@@ -59,8 +58,8 @@ def fp8_two_accumulators(
     along_m: bool = True,
 ) -> Prepared:
     """d = scale_a scale_b a b^T; the accumulator is added to another one every `interval` instructions."""
-    m, n, k, l = mnkl
-    a, b, d = matrix("e4m3", l, m, k, gen), matrix("e4m3", l, n, k, gen), empty(c, l, m, n)
+    m, n, k, batch = mnkl
+    a, b, d = matrix("e4m3", batch, m, k, gen), matrix("e4m3", batch, n, k, gen), empty(c, batch, m, n)
     scales = torch.tensor([0.375]), torch.tensor([1.25])
     gemm = module.HopperFP8WarpSpecialized2xAccGemmKernel(tile, cluster, swizzle, along_m, interval)
     tensors = a.tensor(), b.tensor(), d.tensor(), *(cute_tensor(s, FORMATS["fp32"]) for s in scales)
