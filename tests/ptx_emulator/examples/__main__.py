@@ -37,8 +37,8 @@ def main() -> int:
     wrong = sum(o.problem is not None for o in outcomes)
     executed, spent = sum(o.instructions for o in outcomes), sum(o.seconds for o in outcomes)
     print(
-        f"{len(outcomes) - wrong} of {len(outcomes)} runs of {len(cases)} cases are right; {executed} warp instructions "
-        f"in {spent:.0f} s ({executed / max(spent, 1e-9):.0f} a second), {time.perf_counter() - start:.0f} s with "
+        f"{len(outcomes) - wrong} of {len(outcomes)} runs of {len(cases)} cases are right; {executed} warp "
+        f"instructions in {spent:.0f} s ({executed / max(spent, 1e-9):.0f} a second), {time.perf_counter() - start:.0f} s with "
         f"compilation, peak memory {peak_mib():.0f} MiB"
     )
     return int(wrong > 0)

@@ -27,12 +27,12 @@ def dense_blockscaled(
     majors: str = "kkn",
     clusters: int = FEW,
 ) -> Prepared:
-    m, n, k, l = mnkl
+    m, n, k, batch = mnkl
     a_name, b_name = ab.split("-") if "-" in ab else (ab, ab)
-    a = matrix(a_name, l, m, k, gen, _mode(majors[0]))
-    b = matrix(b_name, l, n, k, gen, _mode(majors[1]))
-    sfa, sfb = scales(sf, l, m, k, vec, gen), scales(sf, l, n, k, vec, gen)
-    d = empty(c, l, m, n, majors[2])
+    a = matrix(a_name, batch, m, k, gen, _mode(majors[0]))
+    b = matrix(b_name, batch, n, k, gen, _mode(majors[1]))
+    sfa, sfb = scales(sf, batch, m, k, vec, gen), scales(sf, batch, n, k, vec, gen)
+    d = empty(c, batch, m, n, majors[2])
     gemm = module.Sm100BlockScaledPersistentDenseGemmKernel(vec, tile, cluster)
     types = [FORMATS[x].type for x in (a_name, b_name, c, sf)]
     compiled = module.scaled_mm(gemm, *types, *majors, clusters, STREAM)
@@ -61,10 +61,10 @@ def dense_blockscaled_tensors(
     prefetch: int | None = None,
 ) -> Prepared:
     """The variants that take CuTe tensors. amax: one more output, the largest magnitude of all."""
-    m, n, k, l = mnkl
-    a, b = matrix(ab, l, m, k, gen, _mode(majors[0])), matrix(ab, l, n, k, gen, _mode(majors[1]))
-    sfa, sfb = scales(sf, l, m, k, vec, gen), scales(sf, l, n, k, vec, gen)
-    d = empty(c, l, m, n, majors[2])
+    m, n, k, batch = mnkl
+    a, b = matrix(ab, batch, m, k, gen, _mode(majors[0])), matrix(ab, batch, n, k, gen, _mode(majors[1]))
+    sfa, sfb = scales(sf, batch, m, k, vec, gen), scales(sf, batch, n, k, vec, gen)
+    d = empty(c, batch, m, n, majors[2])
     step = 32 if ab == "e2m1" else 16
     kernel = module.Sm100BlockScaledPersistentDenseGemmKernel
     gemm = kernel(vec, tile, cluster) if amax or prefetch is None else kernel(vec, tile, cluster, prefetch)
@@ -87,10 +87,10 @@ def dense_blockscaled_tensors(
 
 
 def tutorial_nvfp4(module: ModuleType, gen: torch.Generator, mnkl: tuple[int, int, int, int]) -> Prepared:
-    m, n, k, l = mnkl
-    a, b = matrix("e2m1", l, m, k, gen), matrix("e2m1", l, n, k, gen)
-    sfa, sfb = scales("e4m3", l, m, k, 16, gen), scales("e4m3", l, n, k, 16, gen)
-    d = empty("fp16", l, m, n)
+    m, n, k, batch = mnkl
+    a, b = matrix("e2m1", batch, m, k, gen), matrix("e2m1", batch, n, k, gen)
+    sfa, sfb = scales("e4m3", batch, m, k, 16, gen), scales("e4m3", batch, n, k, 16, gen)
+    d = empty("fp16", batch, m, n)
     pointers = a.pointer(), b.pointer(), sfa.pointer(), sfb.pointer(), d.pointer(32)
     compiled = cute.compile(module.Sm100BlockScaledDenseGemmKernel(), *pointers, mnkl, STREAM)
     want, bound = product(a.values * sfa.expanded(k), b.values * sfb.expanded(k))
@@ -138,10 +138,10 @@ def dense(
     **more: Any,
 ) -> Prepared:
     """clusters None: the kernel asks for its tiles with cluster launch control."""
-    m, n, k, l = mnkl
-    a, b = matrix(ab, l, m, k, gen, _mode(majors[0])), matrix(ab, l, n, k, gen, _mode(majors[1]))
-    d = empty(c, l, m, n, majors[2])
-    # batch first: a [l, m, k], b [l, k, n], d [l, m, n]
+    m, n, k, batch = mnkl
+    a, b = matrix(ab, batch, m, k, gen, _mode(majors[0])), matrix(ab, batch, n, k, gen, _mode(majors[1]))
+    d = empty(c, batch, m, n, majors[2])
+    # batch first: a [batch, m, k], b [batch, k, n], d [batch, m, n]
     views = a.stored.permute(2, 0, 1), b.stored.permute(2, 1, 0), d.stored.permute(2, 0, 1)
     tensors = [cute_tensor(v, x.format) for v, x in zip(views, (a, b, d), strict=True)]
     gemm = module.PersistentDenseGemmKernel(FORMATS[acc].type, two, tile, cluster, tma_store, **more)

@@ -1,6 +1,6 @@
 """Random operands of GEMMs as the examples take them, their exact values, and the reference.
 
-    d[l, m, n] = sum over k of a[l, m, k] sfa[l, m, k // vec] b[l, n, k] sfb[l, n, k // vec]
+    d[batch, m, n] = sum over k of a[batch, m, k] sfa[batch, m, k // vec] b[batch, n, k] sfb[batch, n, k // vec]
 
 Codes are drawn from all of a format's finite ones up to a magnitude, so that subnormals and both zeros occur; scales
 differ from block to block. The reference is FP64, next to the sum of absolute products, which bounds the error.
@@ -97,7 +97,7 @@ def aligned(nbytes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Matrix:
-    """values: FP64 [l, mn, k]. data: bytes as stored, "k" or "mn" contiguous."""
+    """values: FP64 [batch, mn, k]. data: bytes as stored, "k" or "mn" contiguous."""
 
     format: Format
     values: Tensor
@@ -112,26 +112,26 @@ class Matrix:
 
     @property
     def stored(self) -> Tensor:
-        """[mn, k, l] with the strides of the storage; E2M1 as pairs, half as many along the contiguous mode."""
-        l, mn, k = self.values.shape
+        """[mn, k, batch] with the strides of the storage; E2M1 as pairs, half as many along the contiguous mode."""
+        batch, mn, k = self.values.shape
         pairs = self.format.dtype is None
         flat = self.data.view(self.format.dtype or torch.float4_e2m1fn_x2)
         if self.major == "k":
-            return flat.view(l, mn, k // 2 if pairs else k).permute(1, 2, 0)
-        return flat.view(l, k, mn // 2 if pairs else mn).permute(2, 1, 0)
+            return flat.view(batch, mn, k // 2 if pairs else k).permute(1, 2, 0)
+        return flat.view(batch, k, mn // 2 if pairs else mn).permute(2, 1, 0)
 
     def tensor(self, align: int = 16, divisible: int = 0) -> Any:
-        """As a CuTe tensor (mn, k, l)."""
+        """As a CuTe tensor (mn, k, batch)."""
         return cute_tensor(self.stored, self.format, align, divisible)
 
     def read(self) -> Tensor:
-        """FP64 [l, mn, k] of what is stored now."""
-        l, mn, k = self.values.shape
+        """FP64 [batch, mn, k] of what is stored now."""
+        batch, mn, k = self.values.shape
         if self.format.bits == 4:
             codes = torch.stack([self.data & 15, self.data >> 4], -1)
         else:
             codes = self.data.view(self.format.dtype)
-        shape = (l, mn, k) if self.major == "k" else (l, k, mn)
+        shape = (batch, mn, k) if self.major == "k" else (batch, k, mn)
         found = self.format.decode(codes.reshape(shape))
         return found if self.major == "k" else found.transpose(1, 2)
 
@@ -159,9 +159,9 @@ def pack(codes: Tensor) -> Tensor:
     return pairs[:, 0] | pairs[:, 1] << 4
 
 
-def matrix(name: str, l: int, mn: int, k: int, gen: torch.Generator, major: str = "k") -> Matrix:
+def matrix(name: str, batch: int, mn: int, k: int, gen: torch.Generator, major: str = "k") -> Matrix:
     f = FORMATS[name]
-    codes = f.random((l, mn, k), gen)
+    codes = f.random((batch, mn, k), gen)
     values = f.decode(codes)
     laid = (codes if major == "k" else codes.transpose(1, 2)).contiguous()
     raw = pack(laid) if f.bits == 4 else laid.reshape(-1).view(torch.uint8)
@@ -170,15 +170,16 @@ def matrix(name: str, l: int, mn: int, k: int, gen: torch.Generator, major: str 
     return Matrix(f, values, data, major)
 
 
-def empty(name: str, l: int, m: int, n: int, major: str = "n") -> Matrix:
+def empty(name: str, batch: int, m: int, n: int, major: str = "n") -> Matrix:
     """An output: every byte 0xFF. values are of its shape, and nothing else."""
     f = FORMATS[name]
-    return Matrix(f, torch.zeros(l, m, n).double(), aligned(l * m * n * f.bits // 8), "k" if major == "n" else "mn")
+    values = torch.zeros(batch, m, n, dtype=torch.float64)
+    return Matrix(f, values, aligned(values.numel() * f.bits // 8), "k" if major == "n" else "mn")
 
 
 @dataclass(frozen=True)
 class Scales:
-    """values: FP64 [l, mn, k / vec]. data: bytes, blocked_128x4 for each of l."""
+    """values: FP64 [batch, mn, k / vec]. data: bytes, blocked_128x4 for each of batch."""
 
     format: Format
     values: Tensor
@@ -192,20 +193,20 @@ class Scales:
         return make_ptr(self.format.type, self.data.data_ptr(), cute.AddressSpace.gmem, assumed_align=align)
 
     def tensor(self, align: int = 16) -> Any:
-        """CuTe tensor (32, 4, rest of mn, 4, rest of k, l)."""
-        l, mn, ks = self.values.shape
-        shape = (l, -(-mn // 128), -(-ks // 4), 32, 4, 4)
+        """CuTe tensor (32, 4, rest of mn, 4, rest of k, batch)."""
+        batch, mn, ks = self.values.shape
+        shape = (batch, -(-mn // 128), -(-ks // 4), 32, 4, 4)
         return cute_tensor(self.data.view(shape).permute(3, 4, 1, 5, 2, 0), self.format, align)
 
     def expanded(self, k: int) -> Tensor:
         return self.values.repeat_interleave(self.vec, 2)[:, :, :k]
 
 
-def scales(name: str, l: int, mn: int, k: int, vec: int, gen: torch.Generator) -> Scales:
+def scales(name: str, batch: int, mn: int, k: int, vec: int, gen: torch.Generator) -> Scales:
     """The rows and columns that only fill up the layout hold other valid scales: they must not reach the result."""
     f = FORMATS[name]
     ks = -(-k // vec)
-    padded = f.random((l, -(-mn // 128) * 128, -(-ks // 4) * 4), gen, positive=True)
+    padded = f.random((batch, -(-mn // 128) * 128, -(-ks // 4) * 4), gen, positive=True)
     data = aligned(padded.numel())
     data[:] = to_blocked_128x4(padded.view(torch.uint8)).reshape(-1)
     return Scales(f, f.decode(padded)[:, :mn, :ks], data, vec)
@@ -213,7 +214,7 @@ def scales(name: str, l: int, mn: int, k: int, vec: int, gen: torch.Generator) -
 
 @dataclass(frozen=True)
 class Expected:
-    """An output and what it must be: want and tolerance as [l, m, n] in FP64; `start` are its bytes before a run."""
+    """An output and what it must be: want and tolerance, FP64 [batch, m, n]; `start` are its bytes before a run."""
 
     name: str
     out: Matrix
@@ -248,5 +249,5 @@ def expected(out: Matrix, want: Tensor, bound: Tensor, name: str = "d", steps: f
 
 
 def product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """[l, m, k] and [l, n, k] -> the product [l, m, n] and that of the absolute values."""
+    """[batch, m, k] and [batch, n, k] -> the product [batch, m, n] and that of the absolute values."""
     return a @ b.transpose(1, 2), a.abs() @ b.abs().transpose(1, 2)
