@@ -101,7 +101,7 @@ SM90_FAULTS = {
     "tail mask of the rows dropped": (rf"(setp\.ge\.s32 \t%p\d+, {REG}), %r62;", r"\1, 2147483647;", 9),
     "tail mask of the columns dropped": (rf"(setp\.ge\.s32 \t%p\d+, {REG}), %r63;", r"\1, 2147483647;", 0),
     "one row more": (rf"(setp\.ge\.s32 \t%p\d+, {REG}), %r62;", r"\1, 71;", 0),
-    "first accumulator dropped": (rf"mov\.b32 \t{REG}, 1;(\n\t// begin inline asm\n\t\{{\n\.reg \.pred p)", r"mov.b32 %r260, 0;\1", 0),
+    "all but the last step dropped": (r"setp\.ne\.b32 p, (%r\d+), 0;", r"setp.ne.b32 p, \1, \1;", 0),
     "alpha left out": (rf"mul\.f32 \t({REG}), ({REG}), %r24;", r"mov.b32 \t\1, \2;", 5),
     "results not waited for": (r"wgmma\.wait_group\.sync\.aligned \t0;", "", 1),
 }  # fmt: skip
@@ -109,7 +109,7 @@ SM90_FAULTS = {
 SM90_HAZARDS = {
     "weights not fenced for wgmma": (r"fence\.proxy\.async\.shared::cta;", "", 0, "no proxy fence"),
     "weights not written by all": (r"bar\.sync \t0;(\n\twgmma\.fence)", r"\1", 0, "data race|never written"),
-    "weights overwritten under a wgmma": (r"wgmma\.wait_group\.sync\.aligned \t0;", "wgmma.wait_group.sync.aligned 1;", 0, "data race"),
+    "weights overwritten under a wgmma": (r"(wgmma\.wait_group\.sync\.aligned) \t0;", r"\1 1;", 0, "data race"),
     "stage not waited for": (r"cp\.async\.wait_group \t2;", "cp.async.wait_group 3;", 0, "data race|never written"),
 }  # fmt: skip
 
