@@ -17,3 +17,7 @@ class UnknownInstructionError(Fault):
 
 class DeadlockError(Fault):
     """Every warp waits. The message says who waits for what."""
+
+
+class ProcessError(RuntimeError):
+    """One of the processes that share a launch died."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .errors import ProcessError
 from .memory import Block
 from .numbers import Array
 from .statistics import Statistics
@@ -94,7 +95,7 @@ class _Share:
 def run(launch: "Launch", count: int) -> None:
     """Run all clusters of `launch` in up to `count` processes.
 
-    Raises what the first cluster that faults raised, ValueError for clusters that communicate, RuntimeError for a
+    Raises what the first cluster that faults raised, ValueError for clusters that communicate, ProcessError for a
     process that died.
     """
     if sys.platform == "win32":
@@ -157,7 +158,7 @@ def _collect(launch: "Launch", parts: Sequence[Sequence["Dim3"]]) -> list[_Share
                     shares[n] = ready.recv()
                 except EOFError:
                     workers[n].join()
-                    raise RuntimeError(
+                    raise ProcessError(
                         f"process {n + 1} of {len(parts)}, which ran clusters {parts[n][0]} to {parts[n][-1]} of "
                         f"{launch.program.kernel.name}, {_end(workers[n].exitcode)}"
                     ) from None

@@ -58,6 +58,12 @@ def unknown(i: Instruction, why: str = "") -> UnknownInstructionError:
     return UnknownInstructionError(f"the emulator does not know {i.name}{': ' + why if why else ''}")
 
 
+def only(i: Instruction, parts: str) -> None:
+    """Raises UnknownInstructionError if there are others than these among the opcode's parts."""
+    if strange := [x for x in i.op if x not in parts.split()]:
+        raise unknown(i, f".{strange[0]}".replace(":", "::"))
+
+
 class Program:
     """A kernel for one architecture ("sm_90a", "sm_100a")."""
 
@@ -71,6 +77,7 @@ class Program:
         self.spaces: dict[str, str] = {v.name: v.space for v in kernel.variables.values()}
         self.shared_data: list[tuple[int, bytes]] = []
         self.globals: list[Array] = []
+        self.unknown: list[tuple[Instruction, str]] = []  # what faults when it is reached, and why
         self.local_bytes = 0
         self.param_bytes = 0
         self.static_shared = self._place(kernel.variables.values())
@@ -132,11 +139,15 @@ class Program:
                 raise unknown(i)
             run = DECODERS[i.op[0]](i, self)
         except UnknownInstructionError as e:
-            run = _raises(str(e))
+            run = self._refuse(i, str(e))
         except (KeyError, IndexError, ValueError, AttributeError, TypeError) as e:
             # a form whose operands are not those the decoder expects
-            run = _raises(f"the emulator does not know this form of {i.name} ({type(e).__name__}: {e})")
+            run = self._refuse(i, f"the emulator does not know this form of {i.name} ({type(e).__name__}: {e})")
         return (PLAIN, run, guard, negated, -1)
+
+    def _refuse(self, i: Instruction, why: str) -> Run:
+        self.unknown.append((i, why))
+        return _raises(why)
 
     def before_use(self, registers: Sequence[Operand], use: Use) -> None:
         """Have `use` called whenever an instruction that names one of these registers is about to run."""
