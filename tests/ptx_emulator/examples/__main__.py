@@ -5,10 +5,10 @@ import sys
 import time
 from pathlib import Path
 
-from . import attention, gemm, grouped, hopper
+from . import attention, blockwise, gemm, grouped, hopper
 from .harness import SCHEDULES, Outcome, peak_mib, run_case
 
-CASES = (*gemm.CASES, *grouped.CASES, *attention.CASES, *hopper.CASES)
+CASES = (*gemm.CASES, *grouped.CASES, *blockwise.CASES, *attention.CASES, *hopper.CASES)
 
 
 def main() -> int:
@@ -38,8 +38,8 @@ def main() -> int:
     executed, spent = sum(o.instructions for o in outcomes), sum(o.seconds for o in outcomes)
     print(
         f"{len(outcomes) - wrong} of {len(outcomes)} runs of {len(cases)} cases are right; {executed} warp "
-        f"instructions in {spent:.0f} s ({executed / max(spent, 1e-9):.0f} a second), {time.perf_counter() - start:.0f} s with "
-        f"compilation, peak memory {peak_mib():.0f} MiB"
+        f"instructions in {spent:.0f} s ({executed / max(spent, 1e-9):.0f} a second), "
+        f"{time.perf_counter() - start:.0f} s with compilation, peak memory {peak_mib():.0f} MiB"
     )
     return int(wrong > 0)
 

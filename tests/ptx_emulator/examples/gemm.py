@@ -145,13 +145,59 @@ def dense(
     views = a.stored.permute(2, 0, 1), b.stored.permute(2, 1, 0), d.stored.permute(2, 0, 1)
     tensors = [cute_tensor(v, x.format) for v, x in zip(views, (a, b, d), strict=True)]
     gemm = module.PersistentDenseGemmKernel(FORMATS[acc].type, two, tile, cluster, tma_store, **more)
-    if not gemm.can_implement(mnkl, *(x.format.type for x in (a, b, d)), *majors):
-        raise ValueError("the example refuses this configuration")
     constants = () if clusters is None else (clusters,)
     compiled = cute.compile(module.bmm, gemm, *tensors, *constants, STREAM)
     want, bound = product(a.values, b.values)
     steps = k // 8 + 4 if acc == "fp32" else (k // 8 + 4) * 2.0**13
     return Prepared(lambda: compiled(*tensors, STREAM), [expected(d, want, bound, steps=steps)], (a, b))
+
+
+def dense_once(
+    module: ModuleType,
+    gen: torch.Generator,
+    mnkl: tuple[int, int, int, int],
+    tile: tuple[int, int],
+    cluster: tuple[int, int],
+    two: bool,
+    ab: str = "fp16",
+    c: str = "fp16",
+    majors: str = "kkn",
+    tma_store: bool = True,
+) -> Prepared:
+    """One tile a CTA."""
+    m, n, k, batch = mnkl
+    a, b = matrix(ab, batch, m, k, gen, _mode(majors[0])), matrix(ab, batch, n, k, gen, _mode(majors[1]))
+    d = empty(c, batch, m, n, majors[2])
+    tensors = [x.tensor() for x in (a, b, d)]
+    gemm = module.DenseGemmKernel(FORMATS["fp32"].type, two, tile, cluster, tma_store)
+    compiled = cute.compile(gemm, *tensors, STREAM)
+    want, bound = product(a.values, b.values)
+    return Prepared(lambda: compiled(*tensors, STREAM), [expected(d, want, bound, steps=k // 8 + 4)], (a, b))
+
+
+def dense_alpha_beta(
+    module: ModuleType,
+    gen: torch.Generator,
+    mnkl: tuple[int, int, int, int],
+    tile: tuple[int, int],
+    cluster: tuple[int, int],
+    two: bool,
+    ab: str = "fp16",
+    c: str = "fp16",
+    d: str = "fp16",
+) -> Prepared:
+    """D = alpha A B + beta C"""
+    m, n, k, batch = mnkl
+    alpha, beta = 1.5, -0.75
+    a, b, source = matrix(ab, batch, m, k, gen), matrix(ab, batch, n, k, gen), matrix(c, batch, m, n, gen)
+    out, fp32 = empty(d, batch, m, n), FORMATS["fp32"].type
+    tensors = [x.tensor() for x in (a, b, source, out)]
+    gemm = module.SM100PersistentDenseGemmAlphaBetaKernel(fp32, fp32, two, tile, cluster)
+    compiled = cute.compile(gemm, *tensors, alpha, beta, FEW, STREAM)
+    want, bound = product(a.values, b.values)
+    want = alpha * want + beta * source.values
+    outputs = [expected(out, want, alpha * bound + source.values.abs(), steps=k // 8 + 4)]
+    return Prepared(lambda: compiled(*tensors, alpha, beta, STREAM), outputs, (a, b, source))
 
 
 def _mode(letter: str) -> str:
@@ -223,6 +269,28 @@ CASES = [
             "c": "int32",
             "acc": "int32",
         },
+    ),
+    *_cases(
+        f"{_DENSE}.dense_gemm",
+        dense_once,
+        {"mnkl": (256, 256, 256, 1), "tile": (128, 128), "cluster": (1, 1), "two": False},
+        {"mnkl": (512, 256, 320, 1), "tile": (256, 128), "cluster": (2, 2), "two": True, "majors": "mnm"},
+    ),
+    *_cases(
+        f"{_DENSE}.dense_gemm_software_pipeline",
+        dense_once,
+        {"mnkl": (256, 256, 512, 1), "tile": (256, 128), "cluster": (2, 1), "two": True, "ab": "bf16", "c": "fp32"},
+    ),
+    *_cases(
+        f"{_DENSE}.dense_gemm_alpha_beta_persistent",
+        dense_alpha_beta,
+        {"mnkl": (256, 256, 256, 1), "tile": (128, 128), "cluster": (1, 1), "two": False},
+        {"mnkl": (512, 256, 256, 1), "tile": (256, 128), "cluster": (2, 1), "two": True, "c": "fp32", "d": "fp32"},
+    ),
+    *_cases(
+        f"{_DENSE}.dense_gemm_persistent_prefetch",
+        dense,
+        {"mnkl": (512, 256, 512, 1), "tile": (256, 128), "cluster": (2, 1), "two": True},
     ),
     *_cases(
         f"{_DENSE}.dense_gemm_persistent_dynamic",
