@@ -130,7 +130,7 @@ def place(matrix: Array, layout: str, mn_major: bool, gap: int = 0) -> tuple[Arr
         leading = depth * span + gap
         stride = -(-rows * size // span) * leading
         at = r * size // span * leading + r * size % span + c % depth * span + c // depth * stride
-    out = np.zeros(int(at.max()) + 16, np.uint8)
+    out = np.zeros(-(-int(at.max() + size) // 1024) * 1024, np.uint8)  # whole patterns of the swizzle
     raw = np.ascontiguousarray(matrix).view(np.uint8).reshape(rows, k, size)
     for byte in range(size):
         out[swizzle(at + byte, layout)] = raw[:, :, byte]
