@@ -10,12 +10,13 @@ The work is done when it is waited for ("eager": at issue), so that registers or
 wrong results.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
 from .. import numbers
-from ..descriptors import hopper, read_k_major, read_mn_major
+from ..descriptors import hopper, k_major, mn_major
 from ..errors import Fault
 from ..hazards import Clock
 from ..machine import LANES, Cta, Warp
@@ -110,10 +111,9 @@ def _mma(i: Instruction, p: Program) -> Run:
             left[GROUP[:, None] + 8 * (j % 2), columns + 4 * per * (j // 2)] = values
         return left
 
-    def fetch(w: Warp, word: int, rows: int, major: int) -> Array:
-        if major:
-            return read_mn_major(w.cta.shared, hopper(word), rows, k, size)
-        return read_k_major(w.cta.shared, hopper(word), rows, k * size)
+    def fetch(w: Warp, word: int, rows: slice, major: int) -> Array:
+        index = _index(word, rows.stop, k, size, major)[rows]
+        return np.ascontiguousarray(w.cta.shared.gather(index)).view(unsigned)
 
     def run(w: Warp, m: Mask) -> str | None:
         if not w.everyone(m):
@@ -125,11 +125,10 @@ def _mma(i: Instruction, p: Program) -> Run:
         fixed_a = uniform(a_desc(w), None, "the descriptor of A") if a_desc is not None else 0
 
         def work() -> None:
+            # a warp reads its own rows of A only: it may overwrite them once it has waited, whatever the others do
             first = 16 * (w.index % 4)
-            raw = np.ascontiguousarray(fetch(w, fixed_a, 64, a_major)[first : first + 16]) if held is None else None
-            left = a_value(raw.view(unsigned)) if raw is not None else held
-            assert left is not None
-            right = b_value(np.ascontiguousarray(fetch(w, fixed_b, n, b_major)).view(unsigned))
+            left = a_value(fetch(w, fixed_a, slice(first, first + 16), a_major)) if held is None else held
+            right = b_value(fetch(w, fixed_b, slice(0, n), b_major))
             total = (signs[0] * left) @ (signs[1] * right).T
             _accumulate(w, registers, total, d_kind, accumulate)
 
@@ -149,6 +148,14 @@ def _mma(i: Instruction, p: Program) -> Run:
         return None
 
     return run
+
+
+@functools.lru_cache(maxsize=256)
+def _index(word: int, rows: int, k: int, size: int, major: int) -> Array:
+    """Offsets of an operand's bytes, [rows, k * size]."""
+    if major:
+        return mn_major(hopper(word), rows, k, size).reshape(rows, k * size)
+    return k_major(hopper(word), rows, k * size)
 
 
 def _accumulate(w: Warp, registers: list[Reg], total: Array, kind: str, keep: bool) -> None:

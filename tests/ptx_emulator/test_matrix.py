@@ -73,8 +73,10 @@ mul.wide.u32 %rd1, %r0, 64; add.s64 %rd1, %rd1, %rd63;
 """
 
 
-def wgmma(kind, k_bytes, a_image, b_image, a_desc, b_desc, transposed=(0, 0), scale=0, wait=True, schedule="round"):
-    """m64n32 of one K step: D [64, 32]; the accumulator starts as 1.0."""
+def wgmma(
+    kind, k_bytes, a_image, b_image, a_desc, b_desc, transposed=(0, 0), scale=0, wait=True, after="", schedule="round"
+):
+    """m64n32 of one K step: D [64, 32]; the accumulator starts as 1.0. after: what follows the wait."""
     image = np.concatenate([a_image, b_image])
     d = ", ".join(f"%r{110 + n}" for n in range(16))
     size = {"bf16": 2, "f16": 2, "e4m3": 1}[kind]
@@ -82,7 +84,7 @@ def wgmma(kind, k_bytes, a_image, b_image, a_desc, b_desc, transposed=(0, 0), sc
     text = "".join(f"mov.b32 %r{110 + n}, 0f3F800000; " for n in range(16))
     text += f"wgmma.mma_async.sync.aligned.m64n32k{k_bytes // size}.f32.{kind}.{kind} {{{d}}}, %rd41, %rd42, %p2, 1, 1"
     body = WGMMA.replace("INSTRUCTION", text + flags + ";").replace("SCALE", str(scale))
-    body = body.replace("WAIT", "wgmma.wait_group.sync.aligned 0;" if wait else "")
+    body = body.replace("WAIT", "wgmma.wait_group.sync.aligned 0;" if wait else "") + after
     body += "".join(f"st.global.b32 [%rd1+{4 * n}], %r{110 + n};" for n in range(16))
     out = np.zeros((128, 16), np.float32)
     params = ".param .u64 image, .param .u32 chunks, .param .u64 a, .param .u64 b"
@@ -145,3 +147,15 @@ def test_wgmma_accumulates_and_is_done_when_waited_for():
     for schedule in ("round", "eager"):
         with pytest.raises(Fault, match=r"wgmma.*was not waited for"):
             wgmma(*arguments, scale=1, wait=False, schedule=schedule)
+
+
+def test_a_warp_may_overwrite_its_own_rows_of_a_once_it_has_waited():
+    """Attention kernels put O where Q was without a barrier. The rows of B are everybody's."""
+    a, b = rng.standard_normal((64, 16)).astype(BF16), rng.standard_normal((32, 16)).astype(BF16)
+    images = [swizzled(x.view(np.uint8), 128) for x in (a, b)]
+    arguments = ("bf16", 32, *images, descriptor(0, 128, 1024), descriptor(len(images[0]), 128, 1024))
+    store = "mov.u32 %r200, %tid.x; mov.b32 %r201, dynamic; mad.lo.s32 %r201, %r200, 64, %r201; mov.b32 %r202, 0;"
+    want = (a.astype(np.float64) @ b.astype(np.float64).T).astype(np.float32)
+    np.testing.assert_array_equal(wgmma(*arguments, after=store + "st.shared.b32 [%r201], %r202;"), want)
+    with pytest.raises(Fault, match="data race: shared address .* read by wgmma"):
+        wgmma(*arguments, after=store + "setp.lt.u32 %p1, %r200, 64; @%p1 st.shared.b32 [%r201+8192], %r202;")
