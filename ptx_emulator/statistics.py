@@ -67,7 +67,8 @@ class Conflicts:
 class Statistics:
     """Of one launch.
 
-    warps: warp instructions by the warp's place in its CTA and by opcode. bytes: by memory space and direction.
+    warps: warp instructions by the warp's place in its CTA and by opcode; what the guard turns off in every lane does
+    not count. bytes: by memory space and direction; distributed shared ones, of another CTA, are part of shared ones.
     mmas and flops: by kind. waits and banks: by place in the kernel's code. registers: of a thread, as the cubin says,
     None without one; virtual_registers: those that the PTX declares, of which ptxas needs only some.
     """
