@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .api import Loaded, load
+from .cubin import registers
 from .errors import Fault
 from .machine import SCHEDULES, Dim3, Launch
 from .memory import GlobalMemory
@@ -42,6 +43,7 @@ class Device:
         self.launches: list[Statistics] = []
         self.runtime = Runtime(arch, self._launch)
         self._kernels: Loaded | None = None
+        self._registers: dict[str, int] = {}
         self._allowed: list[tuple[int, int, str]] = []
 
     def allow(self, data: Array) -> None:
@@ -60,6 +62,7 @@ class Device:
         bound, before = binding(), binding().runtime
         bound.runtime, self.runtime.error = self.runtime, None
         self._kernels = load(self.rewrite(str(ptx))) if self.rewrite else twin.kernels
+        self._registers = {} if self.rewrite else twin.registers
         self.runtime.names = twin.names
         try:
             return twin.run(exe_args)
@@ -90,6 +93,7 @@ class Device:
             seed=self.seed,
             races=self.races,
         )
+        launch.statistics.registers = self._registers.get(name)
         self.launches.append(launch.run(self.processes))
 
     def _arrays(self) -> list[tuple[int, int, str]]:
@@ -116,6 +120,8 @@ class _Twin:
         from cutlass.cutlass_dsl.cuda_jit_executor import CudaDialectJitModule
 
         self.kernels = load(ptx)
+        cubin = getattr(function, "__cubin__", None)
+        self.registers = registers(cubin) if cubin else {}
         if self.kernels.arch != arch:
             raise Fault(f"{function.function_name} was compiled for {self.kernels.arch}, but {arch} is emulated")
         self.names: list[str] = []
@@ -244,7 +250,7 @@ def emulate(
     count = SM_COUNTS[arch] if multiprocessors is None else multiprocessors
     device, settings = Device(arch, schedule, seed, races, rewrite), CuTeDSL._get_dsl().envar
     device.runtime.multiprocessors, device.processes = count, processes
-    kept = {name: getattr(settings, name) for name in ("keep_ptx", "dump_dir", "arch")}
+    kept = {name: getattr(settings, name) for name in ("keep_ptx", "keep_cubin", "dump_dir", "arch")}
     load_dltensor = _Tensor.load_dltensor
 
     def run(self: Any, exe_args: list[Any]) -> Any:
@@ -263,7 +269,8 @@ def emulate(
         load_dltensor(self)
 
     with tempfile.TemporaryDirectory(prefix="ptx-emulator-") as folder:
-        settings.keep_ptx, settings.dump_dir, settings.arch = True, folder, arch
+        settings.keep_ptx = settings.keep_cubin = True
+        settings.dump_dir, settings.arch = folder, arch
         _active.append(device)
         try:
             with (

@@ -5,6 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from fp4suite import testing
+from fp4suite.built import resources
+from fp4suite.problem import GemmProblem
+from kernels_cute import gemm_nvfp4_sm90 as sm90, gemm_nvfp4_sm100 as sm100
+from ptx_emulator import emulate
+from ptx_emulator.cubin import registers
 from ptx_emulator.statistics import Statistics
 
 from .ptx import run
@@ -196,3 +202,29 @@ def test_mma_by_kind_and_json():
     assert document["warp_instructions"] == stats.total
     assert document["warps"]["0"] == document["instructions"]
     assert document["grid"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "problem"),
+    [(sm90, GemmProblem(m=9, n=72, k=128)), (sm100, GemmProblem(m=9, n=72, k=128, act="nvfp4"))],
+    ids=["sm_90a", "sm_100a"],
+)
+def test_registers_of_a_compiled_function_are_the_cubins(kernel, problem):
+    built = kernel.build(problem, kernel.Config(), kernel.ARCH)
+    assert list(registers(built.cubin).values()) == [resources(built).registers]
+    case = testing.case(problem, "cpu", 0)
+    with emulate(kernel.ARCH) as device:
+        case.run(kernel, kernel.Config())
+    stats = device.launches[0]
+    assert stats.registers == resources(built).registers
+    assert stats.shared_bytes == built.shared_bytes
+    assert stats.tensor_columns == built.tmem_columns
+    assert f"{stats.registers} registers a thread" in str(stats)
+    with emulate(kernel.ARCH, rewrite=lambda ptx: ptx) as device:
+        testing.case(problem, "cpu", 0).run(kernel, kernel.Config())
+    assert device.launches[0].registers is None
+
+
+def test_what_is_no_cubin():
+    with pytest.raises(ValueError, match="no 64-bit ELF"):
+        registers(b"PTX")
