@@ -5,7 +5,10 @@ Sums and products that must round once are carried to FP64 with rounding to odd,
 format of at most 50 bits is exact (Boldo and Melquiond, "When double rounding is odd").
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 U16, U32, U64 = np.uint16, np.uint32, np.uint64
+TINY = {"f16": 2.0**-14, "bf16": 2.0**-126, "f32": 2.0**-126, "f64": 2.0**-1022}  # the smallest normal numbers
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,47 @@ def round_odd_sum(a: Array, b: Array) -> Array:
     return np.where(fix, bits + np.where((error > 0) == (s > 0), 1, -1), bits).view(np.float64)
 
 
+def exact_f64(compute: Callable[..., Array], exact: Callable[..., Fraction], mode: str, *xs: Array) -> Array:
+    """`compute` where it gives zero, infinity or NaN on principle, elsewhere `exact` rounded once; lane by lane."""
+    out = np.array(compute(*xs))
+    known = np.isfinite(xs).all(0)
+    for lane in np.flatnonzero(known):
+        try:
+            value = exact(*(Fraction(float(x[lane])) for x in xs))
+        except (ZeroDivisionError, ValueError):  # a quotient by zero, the root of a negative number
+            continue
+        if value:
+            out[lane] = round_fraction(value, mode)
+    return out
+
+
+def round_fraction(x: Fraction, mode: str) -> float:
+    """An exact number -> FP64."""
+    try:
+        nearest = float(x)
+    except OverflowError:
+        nearest = math.inf if x > 0 else -math.inf
+    if mode == "rn":
+        return nearest
+    towards = {"rz": 0.0, "rm": -math.inf, "rp": math.inf}[mode]
+    over = math.isinf(nearest)
+    wrong = {
+        "rz": over or abs(Fraction(nearest)) > abs(x),
+        "rm": nearest > 0 if over else Fraction(nearest) > x,
+        "rp": nearest < 0 if over else Fraction(nearest) < x,
+    }[mode]
+    return math.nextafter(nearest, towards) if wrong else nearest
+
+
+def root(x: Fraction) -> Fraction:
+    """Square root of a number, exact or with a last bit that says that it is not. Raises ValueError."""
+    scale = 256 + 2 * x.denominator.bit_length()
+    value = (x.numerator << 2 * scale) // x.denominator
+    found = math.isqrt(value)
+    inexact = found * found * x.denominator != x.numerator << 2 * scale
+    return Fraction(2 * found + inexact, 1 << scale + 1)
+
+
 def to_f32(x: Array, mode: str = "rn") -> Array:
     """FP64 (exact or rounded to odd) -> FP32."""
     y = x.astype(np.float32)
@@ -128,11 +173,16 @@ def to_f32(x: Array, mode: str = "rn") -> Array:
 def to_f16(x: Array, mode: str = "rn") -> Array:
     """FP64 -> FP16 (uint16 bits)."""
     y = x.astype(np.float16)
-    if mode == "rz":
-        beyond = np.abs(y.astype(np.float64)) > np.abs(x)
-        y = np.where(beyond & np.isfinite(x), np.nextafter(y, np.float16(0)), y)
-    elif mode != "rn":
-        raise ValueError(f"rounding {mode!r}")
+    if mode != "rn":
+        wide = y.astype(np.float64)
+        if mode == "rz":
+            y = np.where((np.abs(wide) > np.abs(x)) & np.isfinite(x), np.nextafter(y, np.float16(0)), y)
+        elif mode == "rp":
+            y = np.where(wide < x, np.nextafter(y, np.float16(np.inf)), y)
+        elif mode == "rm":
+            y = np.where(wide > x, np.nextafter(y, np.float16(-np.inf)), y)
+        else:
+            raise ValueError(f"rounding {mode!r}")
     return y.view(U16)
 
 
@@ -146,10 +196,14 @@ def to_bf16(x: Array, mode: str = "rn") -> Array:
         bits = low.view(U32) | inexact  # rounded to odd
     else:
         bits = x.view(U32)
+    upper = bits >> U32(16)
+    more = ((bits & U32(0xFFFF)) != 0) & ~np.isinf(x)
     if mode == "rn":
-        out = (bits + U32(0x7FFF) + ((bits >> U32(16)) & U32(1))) >> U32(16)
+        out = (bits + U32(0x7FFF) + (upper & U32(1))) >> U32(16)
     elif mode == "rz":
-        out = bits >> U32(16)
+        out = upper
+    elif mode in ("rp", "rm"):
+        out = upper + (more & ((bits >> U32(31)) == (mode == "rm")))
     else:
         raise ValueError(f"rounding {mode!r}")
     return np.where(np.isnan(x), U32(0x7FFF), out).astype(U16)

@@ -17,7 +17,9 @@ from ..numbers import U32, U64, Array
 from ..parser import Instruction, Pair
 from ..program import DTYPES, Mask, Program, Read, Run, constant, decoder, kind_of, simple, unknown
 
+Exact = Callable[..., Fraction]
 FLOATS = ("f32", "f64", "f32x2", "f16", "f16x2", "bf16", "bf16x2")
+PAIRS = {"s16x2": np.int16, "u16x2": np.uint16}
 
 
 # --- floating point: every type as FP64 lanes, [32] or [32, 2] ---
@@ -34,7 +36,7 @@ def float_reader(i: Instruction, p: Program, operand: Any, kind: str) -> Read:
     """Values as FP64, [32] or [32, 2] for packed types."""
     read = p.source(operand, kind)
     if kind == "f64":
-        return read
+        return (lambda w: flush(read(w), numbers.TINY["f64"])) if "ftz" in i.op else read
     if kind == "f32":
         if "ftz" in i.op:
             return lambda w: flush(read(w)).astype(np.float64)
@@ -42,7 +44,8 @@ def float_reader(i: Instruction, p: Program, operand: Any, kind: str) -> Read:
     if kind == "f32x2":
         return lambda w: read(w).view(np.float32).reshape(LANES, 2).astype(np.float64)
     if kind in ("f16", "f16x2"):
-        return lambda w: _halves(read(w)).view(np.float16).astype(np.float64)
+        tiny = numbers.TINY["f16"] if "ftz" in i.op else 0.0
+        return lambda w: flush(_halves(read(w)).view(np.float16).astype(np.float64), tiny)
     if kind in ("bf16", "bf16x2"):
         return lambda w: numbers.from_bf16(_halves(read(w))).astype(np.float64)
     raise unknown(i)
@@ -53,16 +56,19 @@ def float_writer(i: Instruction, p: Program, operand: Any, kind: str) -> Callabl
     write, mode = p.target(operand, kind), _rounding(i)
     ftz, sat, relu = "ftz" in i.op, "sat" in i.op, "relu" in i.op
 
+    tiny = numbers.TINY[kind.removesuffix("x2")] if ftz else 0.0
+
     def put(w: Warp, v: Array, m: Mask) -> None:
         if sat:
-            v = np.where(np.isnan(v), 0.0, np.clip(v, 0.0, 1.0))
+            v = np.where(v > 0, np.minimum(v, 1.0), 0.0)
         if relu:
             v = np.where(v > 0, v, np.where(np.isnan(v), v, 0.0))
+        if ftz:  # what would round up to a normal number is flushed, too
+            v = flush(v, tiny)
         if kind == "f64":
             write(w, v, m)
         elif kind in ("f32", "f32x2"):
             out = numbers.to_f32(v, mode)
-            out = flush(out) if ftz else out
             out = np.where(np.isnan(out), np.uint32(0x7FFFFFFF).view(np.float32), out)
             write(w, out if kind == "f32" else np.ascontiguousarray(out).view(np.uint64).reshape(LANES), m)
         else:
@@ -76,9 +82,9 @@ def float_writer(i: Instruction, p: Program, operand: Any, kind: str) -> Callabl
     return put
 
 
-def flush(x: Array) -> Array:
-    """FP32 with subnormals replaced by zeros of their sign."""
-    return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
+def flush(x: Array, tiny: float = numbers.TINY["f32"]) -> Array:
+    """Numbers smaller than `tiny` replaced by zeros of their sign."""
+    return np.where(np.abs(x) < x.dtype.type(tiny), np.copysign(x.dtype.type(0), x), x)
 
 
 def _halves(x: Array) -> Array:
@@ -90,6 +96,20 @@ def _float(i: Instruction, p: Program, kind: str, count: int, compute: Callable[
     return simple(read, float_writer(i, p, i.operands[0], kind), compute)
 
 
+def _f64(i: Instruction, p: Program, count: int, compute: Callable[..., Array], exact: Exact) -> Run:
+    """FP64 needs exact arithmetic for directed rounding. A NaN operand is handed on, of several the one that is asked
+    for first: the second, the third (for a quotient the first)."""
+    mode = _rounding(i)
+
+    def rounded(*xs: Array) -> Array:
+        out = compute(*xs) if mode == "rn" else numbers.exact_f64(compute, exact, mode, *xs)
+        for x in xs[::-1] if i.op[0] == "div" else xs[:1] + xs[:0:-1]:
+            out = np.where(np.isnan(x), (x.view(U64) | U64(1 << 51)).view(np.float64), out)
+        return out
+
+    return _float(i, p, "f64", count, rounded)
+
+
 def _plain_f32(i: Instruction, kind: str) -> bool:
     return kind == "f32" and not {"ftz", "sat", "rz", "rm", "rp"} & set(i.op)
 
@@ -99,15 +119,18 @@ def fma_odd(a: Array, b: Array, c: Array) -> Array:
     return numbers.round_odd_sum(a * b, c)
 
 
+def _exact_fma(a: Fraction, b: Fraction, c: Fraction) -> Fraction:
+    return a * b + c
+
+
 def fma_f64(a: Array, b: Array, c: Array) -> Array:
     """Rounded once; lane by lane in exact arithmetic."""
-    out = a * b + c
-    exact = np.isfinite(a) & np.isfinite(b) & np.isfinite(c) & np.isfinite(out)
-    for lane in np.flatnonzero(exact):
-        total = Fraction(float(a[lane])) * Fraction(float(b[lane])) + Fraction(float(c[lane]))
-        if total:
-            out[lane] = float(total)
-    return out
+    return numbers.exact_f64(lambda x, y, z: x * y + z, _exact_fma, "rn", a, b, c)
+
+
+def _zero_sum(out: Array, a: Array, b: Array) -> Array:
+    """Rounding towards minus infinity makes -0 of a sum of opposite numbers."""
+    return np.where((out == 0) & (np.signbit(a) != np.signbit(b)), -0.0, out)
 
 
 # --- arithmetic on either ---
@@ -122,11 +145,20 @@ def _binary(name: str) -> None:
             if _plain_f32(i, kind):
                 read = [p.source(x, kind) for x in i.operands[1:3]]
                 return simple(read, p.target(i.operands[0], kind), lambda a, b: _nan32(integer(a, b)))
+            down, sign = _rounding(i) == "rm", 1 if name == "add" else -1
             if kind == "f64":
-                return _float(i, p, kind, 2, integer)
-            if name == "add":
-                return _float(i, p, kind, 2, numbers.round_odd_sum)
-            return _float(i, p, kind, 2, lambda a, b: numbers.round_odd_sum(a, -b))
+
+                def whole(a: Array, b: Array) -> Array:
+                    out = integer(a, b)
+                    return _zero_sum(out, a, b * sign) if down else out
+
+                return _f64(i, p, 2, whole, lambda a, b: a + b * sign)
+
+            def odd(a: Array, b: Array) -> Array:
+                out = numbers.round_odd_sum(a, b * sign)
+                return _zero_sum(out, a, b * sign) if down else out
+
+            return _float(i, p, kind, 2, odd)
         if "cc" in i.op:
             return _carry(i, p, name, False)
         read = [p.source(x, kind) for x in i.operands[1:3]]
@@ -137,15 +169,27 @@ def _binary(name: str) -> None:
                 return np.clip(integer(a.astype(np.int64), b.astype(np.int64)), low, high).astype(np.int32)
 
             return simple(read, p.target(i.operands[0], kind), saturate)
-        if kind in ("s16x2", "u16x2"):
-            raise unknown(i)
         return simple(read, p.target(i.operands[0], kind), integer)
 
-    decoder(name)(decode)
+    def decode_any(i: Instruction, p: Program) -> Run:
+        return _pairs(i, p, integer) if i.op[-1] in PAIRS else decode(i, p)
+
+    decoder(name)(decode_any)
 
 
 _binary("add")
 _binary("sub")
+
+
+def _pairs(i: Instruction, p: Program, compute: Callable[[Array, Array], Array]) -> Run:
+    """Two integers of 16 bits a register."""
+    half = PAIRS[next(x for x in i.op if x in PAIRS)]
+    read = [p.source(x, "b32") for x in i.operands[1:3]]
+
+    def both(a: Array, b: Array) -> Array:
+        return compute(a.view(half), b.view(half)).astype(half).view(U32)
+
+    return simple(read, p.target(i.operands[0], "b32"), both)
 
 
 def _nan32(x: Array) -> Array:
@@ -153,11 +197,11 @@ def _nan32(x: Array) -> Array:
 
 
 def _carry(i: Instruction, p: Program, name: str, use: bool) -> Run:
-    """Extended-precision add and subtract; the carry flag is the warp's."""
+    """Extended-precision add, subtract and multiply-add; the carry flag is the warp's."""
     kind = kind_of(i)
     wide = DTYPES[kind].itemsize == 8
     unsigned = "u64" if wide else "u32"
-    a, b = (p.source(x, unsigned) for x in i.operands[1:3])
+    a, b = _addends(i, p, kind, unsigned)
     write, keep = p.target(i.operands[0], unsigned), "cc" in i.op
 
     def run(w: Warp, m: Mask) -> str | None:
@@ -173,6 +217,20 @@ def _carry(i: Instruction, p: Program, name: str, use: bool) -> Run:
         return None
 
     return run
+
+
+def _addends(i: Instruction, p: Program, kind: str, unsigned: str) -> tuple[Read, Read]:
+    if len(i.operands) == 3:
+        return p.source(i.operands[1], unsigned), p.source(i.operands[2], unsigned)
+    a, b, c = p.source(i.operands[1], kind), p.source(i.operands[2], kind), p.source(i.operands[3], unsigned)
+    half = _high if "hi" in i.op else np.multiply
+    dtype = DTYPES[unsigned]
+    return lambda w: half(a(w), b(w)).view(dtype), c
+
+
+@decoder("madc")
+def _madc(i: Instruction, p: Program) -> Run:
+    return _carry(i, p, "add", True)
 
 
 @decoder("addc")
@@ -205,6 +263,8 @@ def _mul(i: Instruction, p: Program) -> Run:
         if _plain_f32(i, kind):
             read = [p.source(x, kind) for x in i.operands[1:3]]
             return simple(read, p.target(i.operands[0], kind), lambda a, b: _nan32(a * b))
+        if kind == "f64":
+            return _f64(i, p, 2, np.multiply, lambda a, b: a * b)
         return _float(i, p, kind, 2, np.multiply)
     a, b = (p.source(x, kind) for x in i.operands[1:3])
     if "wide" in i.op:
@@ -216,29 +276,48 @@ def _mul(i: Instruction, p: Program) -> Run:
     return simple([a, b], p.target(i.operands[0], kind), np.multiply)
 
 
-@decoder("mul24")
+@decoder("mul24", "mad24")
 def _mul24(i: Instruction, p: Program) -> Run:
+    """The product of 24-bit integers has 48 bits; lo takes its low 32, hi its high 32."""
     kind = kind_of(i)
-    if "lo" not in i.op:
+    if "sat" in i.op:
         raise unknown(i)
-    shift = DTYPES[kind].type(8)
+    dtype = DTYPES[kind]
+    shift = dtype.type(8)
+    wide = np.int64 if dtype.kind == "i" else np.uint64
+    down = wide(16 if "hi" in i.op else 0)
 
     def low24(x: Array) -> Array:
-        return (x << shift) >> shift
+        return ((x << shift) >> shift).astype(wide)
 
-    read = [p.source(x, kind) for x in i.operands[1:3]]
-    return simple(read, p.target(i.operands[0], kind), lambda a, b: low24(a) * low24(b))
+    def compute(a: Array, b: Array, *c: Array) -> Array:
+        product = (low24(a) * low24(b) >> down).astype(dtype)
+        return product + c[0] if c else product
+
+    read = [p.source(x, kind) for x in i.operands[1:]]
+    return simple(read, p.target(i.operands[0], kind), compute)
+
+
+@decoder("sad")
+def _sad(i: Instruction, p: Program) -> Run:
+    kind = kind_of(i)
+    read = [p.source(x, kind) for x in i.operands[1:4]]
+    return simple(read, p.target(i.operands[0], kind), lambda a, b, c: c + np.where(a < b, b - a, a - b))
 
 
 @decoder("mad", "fma")
 def _mad(i: Instruction, p: Program) -> Run:
     kind = kind_of(i)
     if kind in FLOATS:
+
+        def zero(out: Array, a: Array, b: Array, c: Array) -> Array:
+            return _zero_sum(out, a * b, c) if _rounding(i) == "rm" else out
+
         if kind == "f64":
-            return _float(i, p, kind, 3, fma_f64)
-        return _float(i, p, kind, 3, fma_odd)
-    if "cc" in i.op or "sat" in i.op:
-        raise unknown(i)
+            return _f64(i, p, 3, lambda a, b, c: zero(fma_f64(a, b, c), a, b, c), _exact_fma)
+        return _float(i, p, kind, 3, lambda a, b, c: zero(fma_odd(a, b, c), a, b, c))
+    if "cc" in i.op:
+        return _carry(i, p, "add", False)
     a, b = (p.source(x, kind) for x in i.operands[1:3])
     if "wide" in i.op:
         wide = _WIDER[kind]
@@ -246,13 +325,20 @@ def _mad(i: Instruction, p: Program) -> Run:
         write = p.target(i.operands[0], wide)
         return simple([a, b, c], write, lambda x, y, z: x.astype(dtype) * y.astype(dtype) + z)
     c, write = p.source(i.operands[3], kind), p.target(i.operands[0], kind)
+    if "sat" in i.op:
+        low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+
+        def saturate(x: Array, y: Array, z: Array) -> Array:
+            return np.clip(_high(x, y).astype(np.int64) + z, low, high).astype(np.int32)
+
+        return simple([a, b, c], write, saturate)
     if "hi" in i.op:
         return simple([a, b, c], write, lambda x, y, z: _high(x, y) + z)
     return simple([a, b, c], write, lambda x, y, z: x * y + z)
 
 
 def _divide(x: Array, y: Array) -> Array:
-    """Integer division towards zero; all ones for a zero divisor, as the hardware gives it."""
+    """Integer division towards zero. For a zero divisor the hardware gives all ones, and so for the remainder."""
     safe = np.where(y == 0, y.dtype.type(1), y)
     if x.dtype.kind == "u":
         q = x // safe
@@ -262,19 +348,25 @@ def _divide(x: Array, y: Array) -> Array:
     return np.where(y == 0, np.zeros(1, x.dtype) - x.dtype.type(1), q).astype(x.dtype)
 
 
+def _div_approx(x: Array, y: Array) -> Array:
+    """PTX ISA, "div": a finite number by one above 2^126 is zero."""
+    huge = np.isfinite(y) & (np.abs(y) > 2.0**126)
+    return np.where(huge, x * np.copysign(0.0, y), x / y)
+
+
 @decoder("div")
 def _div(i: Instruction, p: Program) -> Run:
     kind = kind_of(i)
     if kind == "f32":
-        if _plain_f32(i, kind):
+        if _plain_f32(i, kind) and "approx" not in i.op:
             read = [p.source(x, kind) for x in i.operands[1:3]]
             return simple(read, p.target(i.operands[0], kind), lambda a, b: _nan32(a / b))
-        if _rounding(i) != "rn":
-            raise unknown(i, "directed rounding of a quotient")
-        # FP64 quotients of FP32 numbers are never close enough to a tie for the second rounding to matter
+        # FP64 quotients of FP32 numbers are never so close to a tie or an FP32 number that the second rounding matters
+        if "approx" in i.op:
+            return _float(i, p, kind, 2, _div_approx)
         return _float(i, p, kind, 2, np.divide)
     if kind == "f64":
-        return _float(i, p, kind, 2, np.divide)
+        return _f64(i, p, 2, np.divide, lambda a, b: a / b)
     read = [p.source(x, kind) for x in i.operands[1:3]]
     return simple(read, p.target(i.operands[0], kind), _divide)
 
@@ -283,7 +375,11 @@ def _div(i: Instruction, p: Program) -> Run:
 def _rem(i: Instruction, p: Program) -> Run:
     kind = kind_of(i)
     read = [p.source(x, kind) for x in i.operands[1:3]]
-    return simple(read, p.target(i.operands[0], kind), lambda x, y: x - _divide(x, y) * y)
+
+    def remainder(x: Array, y: Array) -> Array:
+        return np.where(y == 0, ~x.dtype.type(0), x - _divide(x, y) * y)
+
+    return simple(read, p.target(i.operands[0], kind), remainder)
 
 
 def _extremum(name: str) -> None:
@@ -291,14 +387,23 @@ def _extremum(name: str) -> None:
     finite = {"min": np.fmin, "max": np.fmax}[name]
 
     def decode(i: Instruction, p: Program) -> Run:
+        if any(x in PAIRS for x in i.op):
+            relu = "relu" in i.op
+            return _pairs(i, p, lambda a, b: np.maximum(pick(a, b), 0) if relu else pick(a, b))
         kind = kind_of(i)
         count = len(i.operands) - 1
         if kind in FLOATS:
-            if "xorsign" in i.op:
-                raise unknown(i)
             by_nan = pick if "NaN" in i.op else finite
+            xorsign = "xorsign" in i.op
 
             def compute(*xs: Array) -> Array:
+                if xorsign:
+                    negative = np.logical_xor.reduce([np.signbit(x) for x in xs])
+                    out = magnitude(*(np.abs(x) for x in xs))
+                    return np.where(negative, -out, out)
+                return magnitude(*xs)
+
+            def magnitude(*xs: Array) -> Array:
                 out = xs[0]
                 for x in xs[1:]:
                     zero = (out == 0) & (x == 0)
@@ -307,6 +412,9 @@ def _extremum(name: str) -> None:
                     out = np.where(zero, signed, by_nan(out, x))
                 return np.abs(out) if "abs" in i.op else out
 
+            if kind == "f64":
+                # of two NaNs the second
+                return _float(i, p, kind, 2, lambda a, b: np.where(np.isnan(a) & np.isnan(b), b, compute(a, b)))
             return _float(i, p, kind, count, compute)
         read = [p.source(x, kind) for x in i.operands[1:3]]
         if "relu" in i.op:
@@ -337,29 +445,44 @@ def _neg(i: Instruction, p: Program) -> Run:
 
 
 def _sign_bits(i: Instruction, p: Program, kind: str, change: Callable[[Array, Any], Array]) -> Run:
-    unsigned = f"u{8 * DTYPES[kind].itemsize}"
-    masks = {"f32": 1 << 31, "f64": 1 << 63, "f16": 1 << 15, "bf16": 1 << 15, "f32x2": 0x80000000_80000000}
-    sign = DTYPES[unsigned].type(masks.get(kind, 0x8000_8000))
-    ftz = "ftz" in i.op and kind == "f32"
+    """NaNs become the canonical one, or stay what they are in FP64."""
+    part = kind.removesuffix("x2")
+    sign: Any = {"f32": U32(1 << 31), "f64": U64(1 << 63)}.get(part, np.uint16(1 << 15))
+    infinite = {"f32": U32(0x7F800000), "f64": U64(0x7FF << 52), "f16": np.uint16(0x7C00)}.get(part, np.uint16(0x7F80))
+    least = U64(1 << 52) if part == "f64" else {"f32": U32(1 << 23)}.get(part, np.uint16(1 << 10))
+    ftz = "ftz" in i.op
 
     def compute(x: Array) -> Array:
-        return change(flush(x.view(np.float32)).view(np.uint32) if ftz else x, sign)
+        v = x.view(sign.dtype)
+        magnitude = v & ~sign
+        out = change(np.where(magnitude < least, v & sign, v) if ftz else v, sign)
+        return np.where(magnitude > infinite, v if part == "f64" else sign - sign.dtype.type(1), out).view(x.dtype)
 
+    unsigned = f"u{8 * DTYPES[kind].itemsize}"
     return simple([p.source(i.operands[1], unsigned)], p.target(i.operands[0], unsigned), compute)
 
 
-def _function(name: str, compute: Callable[[Array], Array]) -> None:
+def _function(name: str, compute: Callable[[Array], Array], exact: Exact | None = None) -> None:
     def decode(i: Instruction, p: Program) -> Run:
-        return _float(i, p, kind_of(i), 1, compute)
+        kind = kind_of(i)
+        if kind == "f64" and exact:
+            return _f64(i, p, 1, compute, exact)
+        return _float(i, p, kind, 1, compute)
 
     decoder(name)(decode)
 
 
-_function("rcp", lambda x: 1.0 / x)
-_function("sqrt", np.sqrt)
+def _turns(x: Array) -> Array:
+    """The angle as the special function unit gets it: in turns, cut to FP32, whole ones dropped."""
+    t = numbers.to_f32(x * np.float64(np.float32(1 / (2 * np.pi))), "rz").astype(np.float64)
+    return (t - np.trunc(t)) * (2 * np.pi)
+
+
+_function("rcp", lambda x: 1.0 / x, lambda x: 1 / x)
+_function("sqrt", np.sqrt, numbers.root)
 _function("rsqrt", lambda x: 1.0 / np.sqrt(x))
-_function("sin", np.sin)
-_function("cos", np.cos)
+_function("sin", lambda x: np.sin(_turns(x)))
+_function("cos", lambda x: np.cos(_turns(x)))
 _function("lg2", np.log2)
 _function("ex2", np.exp2)
 _function("tanh", np.tanh)
@@ -380,7 +503,7 @@ def _testp(i: Instruction, p: Program) -> Run:
         "infinite": np.isinf,
         "number": lambda x: ~np.isnan(x),
         "notanumber": np.isnan,
-        "normal": lambda x: np.isfinite(x) & (np.abs(x) >= np.finfo(x.dtype).tiny),
+        "normal": lambda x: np.isfinite(x) & ((np.abs(x) >= np.finfo(x.dtype).tiny) | (x == 0)),
         "subnormal": lambda x: (x != 0) & (np.abs(x) < np.finfo(x.dtype).tiny),
     }
     return simple([p.source(i.operands[1], kind)], p.target(i.operands[0], "pred"), tests[i.op[1]])
@@ -465,13 +588,27 @@ def _shf(i: Instruction, p: Program) -> Run:
     return simple(read, p.target(i.operands[0], "b32"), compute)
 
 
+# selectors of the four bytes, low first, by the low two bits of the control (PTX ISA, "prmt": the table of modes)
+_PRMT_MODES = {
+    "f4e": (0x3210, 0x4321, 0x5432, 0x6543),
+    "b4e": (0x5670, 0x6701, 0x7012, 0x0123),
+    "rc8": (0x0000, 0x1111, 0x2222, 0x3333),
+    "ecl": (0x3210, 0x3211, 0x3222, 0x3333),
+    "ecr": (0x0000, 0x1110, 0x2210, 0x3210),
+    "rc16": (0x1010, 0x3232, 0x1010, 0x3232),
+}
+
+
 @decoder("prmt")
 def _prmt(i: Instruction, p: Program) -> Run:
-    if i.op[-1] != "b32":
+    if i.op[-1] != "b32" and i.op[-1] not in _PRMT_MODES:
         raise unknown(i)
+    table = np.array(_PRMT_MODES[i.op[-1]], U32) if i.op[-1] in _PRMT_MODES else None
     read = [p.source(x, "b32") for x in i.operands[1:4]]
 
     def compute(a: Array, b: Array, c: Array) -> Array:
+        if table is not None:
+            c = table[(c & U32(3)).astype(np.int64)]
         both = np.stack([a, b], 1).view(np.uint8)  # [32, 8]
         out = np.empty((LANES, 4), np.uint8)
         rows = np.arange(LANES)
@@ -539,12 +676,13 @@ def _bfe(i: Instruction, p: Program) -> Run:
 
     def compute(x: Array, pos: Array, length: Array) -> Array:
         out = []
-        for v, at, n in zip(x, pos & U32(255), length & U32(255), strict=True):
-            value, start, count = int(v) % (1 << bits), int(at), int(n)
-            field = (value >> start) & ((1 << count) - 1) if count else 0
-            sign = (value >> min(start + count - 1, bits - 1)) & 1 if dtype.kind == "i" and count else 0
-            if sign and count < bits:
-                field |= -1 << min(count, max(bits - start, 0)) if start < bits else -1
+        for v, at, n in zip(x, pos, length, strict=True):
+            start, count = (int(at), int(n)) if bits == 64 else (int(at) & 255, int(n) & 255)
+            value = int(v) % (1 << bits)
+            taken = min(count, max(bits - start, 0))
+            field = value >> start & ((1 << taken) - 1)
+            if dtype.kind == "i" and count and value >> min(start + count - 1, bits - 1) & 1:
+                field |= -1 << taken
             out.append(field % (1 << bits))
         return np.array(out, f"u{dtype.itemsize}").view(dtype)
 
@@ -610,6 +748,43 @@ def _dp4a(i: Instruction, p: Program) -> Run:
     return simple(read, p.target(i.operands[0], "b32"), compute)
 
 
+@decoder("dp2a")
+def _dp2a(i: Instruction, p: Program) -> Run:
+    """Two 16-bit integers of a by the low or high two bytes of b."""
+    half, byte = {"s32": np.int16, "u32": np.uint16}[i.op[2]], {"s32": np.int8, "u32": np.uint8}[i.op[3]]
+    first = 2 if i.op[1] == "hi" else 0
+    read = [p.source(x, "b32") for x in i.operands[1:4]]
+
+    def compute(a: Array, b: Array, c: Array) -> Array:
+        product = a.view(half).reshape(LANES, 2).astype(np.int64) * b.view(byte).reshape(LANES, 4)[:, first : first + 2]
+        return (product.sum(1) + c & 0xFFFFFFFF).astype(U32)
+
+    return simple(read, p.target(i.operands[0], "b32"), compute)
+
+
+@decoder("fns")
+def _fns(i: Instruction, p: Program) -> Run:
+    """The offset-th set bit from base: upwards for a positive offset, downwards for a negative one, base for zero."""
+    read = [p.source(i.operands[1], "b32"), p.source(i.operands[2], "b32"), p.source(i.operands[3], "s32")]
+
+    def one(mask: int, base: int, offset: int) -> int:
+        if offset == 0:
+            return base if mask >> base & 1 else 0xFFFFFFFF
+        step = 1 if offset > 0 else -1
+        position, left = base, abs(offset)
+        while 0 <= position < 32:
+            left -= mask >> position & 1
+            if left == 0:
+                return position
+            position += step
+        return 0xFFFFFFFF
+
+    def compute(mask: Array, base: Array, offset: Array) -> Array:
+        return np.array([one(int(x), int(y), int(z)) for x, y, z in zip(mask, base, offset, strict=True)], U32)
+
+    return simple(read, p.target(i.operands[0], "b32"), compute)
+
+
 # --- comparison and selection ---
 
 _INTEGER: dict[str, Callable[[Array, Array], Array]] = {
@@ -660,7 +835,6 @@ def _setp(i: Instruction, p: Program) -> Run:
         writes = [p.target(first.first, "pred"), p.target(first.second, "pred")]
     else:
         writes = [p.target(first, "pred")]
-    joined = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
     c = p.source(i.operands[3], "pred") if combine else None
     if combine is None and len(writes) == 1 and kind[-2:] != "x2":
         return simple([a, b], writes[0], compare)
@@ -672,25 +846,38 @@ def _setp(i: Instruction, p: Program) -> Run:
         else:
             pieces = [out, ~out]
         for write, piece in zip(writes, pieces, strict=False):
-            write(w, joined[combine](piece, c(w)) if combine and c else piece, m)
+            write(w, _JOINED[combine](piece, c(w)) if combine and c else piece, m)
         return None
 
     return run
 
 
+_TRUE = {"f32": 0x3F800000, "f16": 0x3C00, "bf16": 0x3F80, "f16x2": 0x3C00, "bf16x2": 0x3F80}
+_JOINED = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+
+
 @decoder("set")
 def _set(i: Instruction, p: Program) -> Run:
+    """All ones for true as an integer, 1.0 as a floating point number; halves of a pair each for itself."""
     kind, target = i.op[-1], i.op[-2]
-    if any(x in ("and", "or", "xor") for x in i.op[2:]) or kind.endswith("x2"):
-        raise unknown(i)
+    join = next((_JOINED[x] for x in i.op[2:-2] if x in _JOINED), None)
     compare = comparison(i.op[1], kind in FLOATS)
     if kind in FLOATS:
         a, b = (float_reader(i, p, x, kind) for x in i.operands[1:3])
     else:
         a, b = (p.source(x, kind) for x in i.operands[1:3])
-    if target == "f32":
-        return simple([a, b], p.target(i.operands[0], "f32"), lambda x, y: compare(x, y).astype(np.float32))
-    return simple([a, b], p.target(i.operands[0], "u32"), lambda x, y: np.where(compare(x, y), U32(0xFFFFFFFF), U32(0)))
+    paired = kind.endswith("x2")
+    bits = np.dtype(np.uint16) if paired else np.dtype(f"u{DTYPES[target].itemsize}")
+    true = bits.type(_TRUE.get(target, (1 << 8 * bits.itemsize) - 1))
+
+    def compute(x: Array, y: Array, *c: Array) -> Array:
+        result = compare(x, y)
+        result = join(result, c[0]) if join else result
+        out = np.where(result, true, bits.type(0))
+        return np.ascontiguousarray(out).view(U32).reshape(LANES) if paired else out
+
+    read = [a, b, *([p.source(i.operands[3], "pred")] if join else [])]
+    return simple(read, p.target(i.operands[0], "b32" if paired else f"b{8 * bits.itemsize}"), compute)
 
 
 def _choose(c: Array, a: Array, b: Array) -> Array:
@@ -708,5 +895,6 @@ def _selp(i: Instruction, p: Program) -> Run:
 @decoder("slct")
 def _slct(i: Instruction, p: Program) -> Run:
     kind, by = i.op[-2], i.op[-1]
-    read = [p.source(i.operands[3], by), p.source(i.operands[1], kind), p.source(i.operands[2], kind)]
+    c = float_reader(i, p, i.operands[3], by) if by == "f32" else p.source(i.operands[3], by)
+    read = [c, p.source(i.operands[1], kind), p.source(i.operands[2], kind)]
     return simple(read, p.target(i.operands[0], kind), lambda c, a, b: _choose(c >= 0, a, b))

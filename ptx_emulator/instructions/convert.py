@@ -2,12 +2,13 @@
 Instructions: cvt")."""
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 
 from .. import numbers
 from ..machine import LANES, Warp
-from ..numbers import SMALL, U32, Array
+from ..numbers import SMALL, U32, U64, Array
 from ..parser import Instruction, Operand
 from ..program import DTYPES, Mask, Program, Read, Run, decoder, simple, unknown
 from .arithmetic import flush
@@ -55,7 +56,8 @@ def _value(i: Instruction, p: Program, operand: Operand, kind: str) -> Read:
     read = p.source(operand, kind)
     if kind == "bf16":
         return lambda w: numbers.from_bf16(read(w)).astype(np.float64)
-    if kind == "f32" and "ftz" in i.op:
+    # measured: .ftz leaves subnormal sources alone where the result is narrower
+    if kind == "f32" and "ftz" in i.op and i.op[-2] not in ("f16", "bf16"):
         return lambda w: flush(read(w)).astype(np.float64)
     return lambda w: read(w).astype(np.float64)
 
@@ -65,53 +67,73 @@ def _float_to_integer(i: Instruction, p: Program, to: str, frm: str) -> Run:
     dtype = DTYPES[to]
     low, high = int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
 
+    # NaN: zero from the narrower types, the top bit alone from FP64 and to 64 bits
+    nan = 0
+    if frm == "f64" or dtype.itemsize == 8:
+        nan = low or 1 << 8 * dtype.itemsize - 1
+
     def compute(x: Array) -> Array:
         whole = rounding(x)
-        # NaN becomes zero for narrow types and the pattern 100..0 for wide ones
-        nan = 0 if dtype.itemsize < 4 or (dtype.kind == "u" and dtype.itemsize == 4) else -1 - high if low else 1 << 63
-        if dtype.itemsize == 4:
-            nan = 0 if frm in ("f16", "bf16", "f32") or low == 0 else low
         return np.array([nan if v != v else min(max(v if np.isinf(v) else int(v), low), high) for v in whole], dtype)
 
     return simple([_value(i, p, i.operands[1], frm)], p.target(i.operands[0], to), compute)
 
 
 def _to_float(i: Instruction, p: Program, to: str, frm: str, mode: str) -> Run:
+    if to not in ("f64", "f32", "f16", "bf16"):
+        raise unknown(i)
     integral = next((m for m in _ROUND if m in i.op), None)
-    write = p.target(i.operands[0], to)
     relu, sat, ftz = "relu" in i.op, "sat" in i.op, "ftz" in i.op
-    if frm in _INTEGERS:
-        read = p.source(i.operands[1], frm)
-        if DTYPES[frm].itemsize == 8 and to != "f64":
-            if to != "f32" or mode not in ("", "rn"):
-                raise unknown(i)
-            return simple([read], write, lambda x: x.astype(np.float32))
-    else:
-        read = _value(i, p, i.operands[1], frm)
+    whole = frm in _INTEGERS
+    read = p.source(i.operands[1], frm) if whole else _value(i, p, i.operands[1], frm)
+    mode = mode or "rn"
 
     def compute(x: Array) -> Array:
-        v = x.astype(np.float64)
+        v = _whole_numbers(x, mode if to == "f64" else "odd") if whole else x
         if integral:
             v = _ROUND[integral](v)
         if sat:
-            v = np.where(np.isnan(v), 0.0, np.clip(v, 0.0, 1.0))
+            v = np.where(v > 0, np.minimum(v, 1.0), 0.0)
         if relu:
             v = np.where(v > 0, v, np.where(np.isnan(v), v, 0.0))
         if to == "f64":
-            return v
+            return np.where(np.isnan(v), (v.view(U64) | U64(1 << 51)).view(np.float64), v)
+        nan = np.isnan(v)
         if to == "f32":
-            out = numbers.to_f32(v, mode or "rn")
+            out = numbers.to_f32(v, mode)
             out = flush(out) if ftz else out
-            return np.where(np.isnan(out), np.uint32(0x7FFFFFFF).view(np.float32), out)
-        if to == "f16":
-            return np.where(np.isnan(v), np.uint16(0x7FFF), numbers.to_f16(v, mode or "rn")).view(np.float16)
-        if to == "bf16":
-            return numbers.to_bf16(v, mode or "rn")
-        raise unknown(i)
+        else:
+            out = (numbers.to_f16 if to == "f16" else numbers.to_bf16)(v, mode)
+        if nan.any():
+            bits = out.view(f"u{out.itemsize}")
+            out = np.where(nan, _nan(v, to, keep=frm == "f64" or (frm, to) == ("bf16", "f32")), bits)
+        return out.view(DTYPES[to])
 
-    if to not in ("f64", "f32", "f16", "bf16"):
-        raise unknown(i)
-    return simple([read], write, compute)
+    return simple([read], p.target(i.operands[0], to), compute)
+
+
+def _nan(v: Array, to: str, keep: bool) -> Array:
+    """Bits of a NaN of `to`: the upper ones of the FP64 NaN, or the canonical one."""
+    exponent, mantissa = {"f32": (8, 23), "f16": (5, 10), "bf16": (8, 7)}[to]
+    unsigned = DTYPES[f"u{8 * DTYPES[to].itemsize}"]
+    if not keep:
+        return np.full(len(v), (1 << exponent + mantissa) - 1, unsigned)
+    bits = v.view(U64)
+    upper = (bits & U64((1 << 52) - 1)) >> U64(52 - mantissa) | U64(1 << mantissa - 1)
+    infinite = U64(((1 << exponent) - 1) << mantissa)
+    return (bits >> U64(63) << U64(exponent + mantissa) | infinite | upper).astype(unsigned)
+
+
+def _whole_numbers(x: Array, mode: str) -> Array:
+    """Integers as FP64, rounded to odd or in a direction where they have more than 53 bits."""
+    if x.dtype.itemsize < 8:
+        return x.astype(np.float64)
+    if mode != "odd":
+        return np.array([numbers.round_fraction(Fraction(int(n)), mode) for n in x])
+    low = x & x.dtype.type(0xFFF)
+    large = (x >> x.dtype.type(12) | (low != 0).astype(x.dtype)).astype(np.float64) * 4096.0
+    small = x < 1 << 53 if x.dtype.kind == "u" else np.abs(x.astype(np.float64)) < 2.0**53
+    return np.where(small, x.astype(np.float64), large)
 
 
 def _to_pair(i: Instruction, p: Program, to: str, frm: str, mode: str) -> Run:
@@ -141,14 +163,19 @@ def _to_pair(i: Instruction, p: Program, to: str, frm: str, mode: str) -> Run:
 
 
 def _to_tf32(i: Instruction, p: Program, mode: str) -> Run:
+    relu, finite = "relu" in i.op, "satfinite" in i.op
+
     def compute(x: Array) -> Array:
-        bits = x.view(U32)
+        x = np.where(x > 0, x, np.where(np.isnan(x), x, np.float32(0))) if relu else x
+        bits, nan = x.view(U32), np.isnan(x)
         if mode == "rna":
-            bits = bits + U32(0x1000)
+            bits = np.where(nan, bits, bits + U32(0x1000))
         elif mode == "rn":
             bits = bits + U32(0xFFF) + (bits >> U32(13) & U32(1))
         out = bits & U32(0xFFFFE000)
-        return np.where(np.isnan(x), U32(0x7FFFFFFF), out)
+        if finite:  # the next smaller number, for a NaN as well
+            out = np.where(out & U32(0x7F800000) == 0x7F800000, out - U32(0x2000), out)
+        return out if mode == "rna" else np.where(nan, U32(0x7FFFE000), out)
 
     return simple([p.source(i.operands[1], "f32")], p.target(i.operands[0], "b32"), compute)
 
@@ -205,11 +232,10 @@ def _pair_values(p: Program, operand: Operand, kind: str) -> Read:
 def _pack(i: Instruction, p: Program) -> Run:
     """cvt.pack.sat: two integers narrowed with saturation, before the bits of c for the narrow forms."""
     to, frm = i.op[-3] if i.op[-1] == "b32" else i.op[-2], i.op[-2] if i.op[-1] == "b32" else i.op[-1]
-    dtype = DTYPES[to]
-    bits = 8 * dtype.itemsize
+    bits, signed = int(to[1:]), to[0] == "s"
+    low, high = (-1 << bits - 1, (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
     a, b = (p.source(x, frm) for x in i.operands[1:3])
     c = p.source(i.operands[3], "b32") if len(i.operands) > 3 else None
-    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
     write = p.target(i.operands[0], "b32")
 
     def run(w: Warp, m: Mask) -> str | None:

@@ -209,15 +209,15 @@ def floating() -> None:
 
 def approximations() -> None:
     """Bounds: PTX ISA, the section of each instruction."""
-    ulp = 2.0**-23
+    ulp, tiny = 2.0**-23, 2.0**-149
     for ftz in ("", ".ftz"):
         for form in ("full", "approx"):
-            lanewise(f"div.{form}{ftz}.f32", f"div.{form}{ftz}.f32 $d, $a, $b;", "f32", "f32", "f32", bound=(2 * ulp, 0), values="f32")  # fmt: skip
+            lanewise(f"div.{form}{ftz}.f32", f"div.{form}{ftz}.f32 $d, $a, $b;", "f32", "f32", "f32", bound=(2 * ulp, tiny), values="f32")  # fmt: skip
         lanewise(f"rcp.approx{ftz}.f32", f"rcp.approx{ftz}.f32 $d, $a;", "f32", "f32", bound=(ulp, 0), values="f32")
         lanewise(f"sqrt.approx{ftz}.f32", f"sqrt.approx{ftz}.f32 $d, $a;", "f32", "f32", bound=(2.0**-23, 0), values="f32")  # fmt: skip
         lanewise(f"rsqrt.approx{ftz}.f32", f"rsqrt.approx{ftz}.f32 $d, $a;", "f32", "f32", bound=(2.0**-22.9, 0), values="f32")  # fmt: skip
         for kind in ("f32", "exp"):
-            lanewise(f"ex2.approx{ftz}.{kind}", f"ex2.approx{ftz}.f32 $d, $a;", "f32", kind, bound=(2.0**-22, 0), values="f32")  # fmt: skip
+            lanewise(f"ex2.approx{ftz}.{kind}", f"ex2.approx{ftz}.f32 $d, $a;", "f32", kind, bound=(2.0**-22, tiny), values="f32")  # fmt: skip
         lanewise(f"lg2.approx{ftz}.f32", f"lg2.approx{ftz}.f32 $d, $a;", "f32", "f32", bound=(2.0**-22, 2.0**-22), values="f32")  # fmt: skip
         for op in ("sin", "cos"):
             lanewise(f"{op}.approx{ftz}.trig", f"{op}.approx{ftz}.f32 $d, $a;", "f32", "trig", bound=(0, 2.0**-17), values="f32")  # fmt: skip
@@ -228,8 +228,8 @@ def approximations() -> None:
     lanewise("rsqrt.approx.ftz.f64", "rsqrt.approx.ftz.f64 $d, $a;", "f64", "f64", bound=(2.0**-20, 0), values="f64")
     for t in HALVES:
         ftz = ".ftz" if t[0] == "b" else ""
-        lanewise(f"ex2.approx{ftz}.{t}", f"ex2.approx{ftz}.{t} $d, $a;", t, t, bound=(2.0**-9.9 if t[0] == "f" else 2.0**-7, 0), values=t[:4].rstrip("x"))  # fmt: skip
-        lanewise(f"tanh.approx.{t}", f"tanh.approx.{t} $d, $a;", t, t, bound=(2.0**-10.9 if t[0] == "f" else 2.0**-8, 0), values=t[:4].rstrip("x"))  # fmt: skip
+        lanewise(f"ex2.approx{ftz}.{t}", f"ex2.approx{ftz}.{t} $d, $a;", t, t, bound=(2.0**-9.9, 2.0**-24) if t[0] == "f" else (2.0**-7, 0), values=t[:4].rstrip("x"))  # fmt: skip
+        lanewise(f"tanh.approx.{t}", f"tanh.approx.{t} $d, $a;", t, t, bound=(0, 2.0**-10.987 if t[0] == "f" else 2.0**-8), values=t[:4].rstrip("x"))  # fmt: skip
 
 
 def conversions() -> None:
