@@ -344,14 +344,16 @@ def _transaction(i: Instruction, p: Program) -> Run:
 
 
 def _wait(i: Instruction, p: Program) -> Run:
-    """try_wait waits until the phase has ended; test_wait looks and goes on."""
+    """try_wait waits until the phase of one of the lanes has ended, and tells the others that theirs has not: fragments
+    of a loop may meet in different rounds, where one must go on for the other's barrier. test_wait looks and goes on.
+    """
     write, address = p.target(i.operands[0], "pred"), p.address(i.operands[1])
     parity, blocking = "parity" in i.op, i.op[1] == "try_wait"
     which = p.source(i.operands[2], "u32" if parity else "b64")
 
     def run(w: Warp, m: Mask) -> str | None:
         a, phase, done = address(w), which(w), np.zeros(LANES, bool)
-        lanes = _lanes(m)
+        lanes, waiting = _lanes(m), ""
         if (a == a[lanes[0]]).all() and (phase == phase[lanes[0]]).all():
             lanes = lanes[:1]
         for lane in lanes:
@@ -360,15 +362,17 @@ def _wait(i: Instruction, p: Program) -> Run:
             if parity and wanted not in (0, 1):
                 raise Fault(f"mbarrier wait for parity {wanted}")
             over = barrier.phase & 1 != wanted if parity else barrier.phase > wanted
-            if not over and blocking:
-                return (
+            done[lane] = over
+            if not over:
+                waiting = (
                     f"waits for {'parity' if parity else 'phase'} {wanted} of mbarrier {offset:#x} (now phase "
                     f"{barrier.phase}, {barrier.pending} of {barrier.expected} arrivals and "
                     f"{barrier.transactions} bytes pending)"
                 )
-            done[lane] = over
-            if over:
+            else:
                 barrier.used().acquire(barrier.released, relaxed="relaxed" in i.op)
+        if blocking and not done.any():
+            return waiting
         if len(lanes) == 1:
             done[:] = done[lanes[0]]
         w.cta.cluster.launch.statistics.events["mbarrier waits"] += 1

@@ -139,6 +139,22 @@ def test_mbarrier_phases_and_transactions():
         assert set(got[32:]) == {3}
 
 
+def test_lanes_that_wait_for_different_barriers_do_not_wait_for_each_other():
+    """Lanes 0 and 1 wait for a barrier that is over, the others for one that those two complete."""
+    body = """
+    mov.u32 %r0, %tid.x; setp.eq.u32 %p1, %r0, 0; setp.lt.u32 %p2, %r0, 2;
+    @%p1 mbarrier.init.shared.b64 [over], 1; @%p1 mbarrier.init.shared.b64 [open], 2;
+    @%p1 mbarrier.arrive.shared.b64 _, [over]; bar.sync 0;
+    mov.b32 %r1, over; mov.b32 %r2, open; selp.b32 %r3, %r1, %r2, %p2;
+    WAIT: mbarrier.try_wait.parity.shared.b64 %p3, [%r3], 0; @!%p3 bra WAIT;
+    @%p2 mbarrier.arrive.shared.b64 _, [open];
+    mul.wide.u32 %rd1, %r0, 4; add.s64 %rd1, %rd1, %rd63; st.global.b32 [%rd1], %r0;
+    """
+    out = np.zeros(32, np.uint32)
+    run(body, out, shared=".shared .align 8 .b8 over[8]; .shared .align 8 .b8 open[8];")
+    assert np.array_equal(out, np.arange(32))
+
+
 def test_deadlock_says_who_waits_where():
     body = """
     mov.u32 %r0, %tid.x; mov.b32 %r2, bar; setp.ne.u32 %p1, %r0, 0;
