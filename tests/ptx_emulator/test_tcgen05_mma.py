@@ -101,7 +101,7 @@ def launch(
     gap: int = 0,
     **kw,
 ):
-    """a [m, k] and b [n, k] into shared memory, and one MMA of them, or of an A of tensor memory. Tensor memory after."""
+    """a [m, k], b [n, k] into shared memory, one MMA of them (or of an A of tensor memory); tensor memory after."""
     images_, words = [], []
     for cta in range(ctas):
         halves = [x[cta * len(x) // ctas : (cta + 1) * len(x) // ctas] for x in (a, b)]
