@@ -6,19 +6,20 @@ q = lane % 4 register r of D is row g + 8 (r / 2 % 2), column 8 (r / 4) + 2 q + 
 Products are exact, their sum over k is taken in FP64 and added to D with one rounding to FP32. The hardware keeps fewer
 bits while it adds: results agree within k 2^-23 of the sum of magnitudes.
 
-The work is done when it is waited for ("eager": at issue), so that registers or shared memory touched too early give
-wrong results.
+Operands are read when one of the four warps waits for the group, and added to the registers of a warp when it waits
+itself ("eager": both at issue), so that registers or shared memory touched too early give wrong results.
 """
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from .. import numbers
 from ..descriptors import hopper, k_major, mn_major
 from ..errors import Fault
-from ..hazards import Clock
+from ..hazards import Actor, Hazards
 from ..machine import LANES, Cta, Warp
 from ..numbers import U32, Array
 from ..parser import Instruction, Reg, Vec
@@ -28,10 +29,40 @@ from .matrix import GROUP, QUAD, element_values
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
+class _Part:
+    """A warp's part of one wgmma: `multiply` reads the operands, `accumulate` adds the product to registers."""
+
+    def __init__(self, operation: Actor, multiply: Callable[[], Array], accumulate: Callable[[Array], None]):
+        self.operation, self._multiply, self._accumulate = operation, multiply, accumulate
+        self._product: Array | None = None
+        self._over = False
+
+    def read(self, hazards: Hazards) -> None:
+        if self._product is None:
+            self._product = hazards.perform(self.operation, self._multiply)
+
+    def finish(self, hazards: Hazards) -> None:
+        self.read(hazards)
+        if not self._over:
+            self._accumulate(self._product)  # type: ignore[arg-type]
+            self._over = True
+
+
+@dataclass(slots=True)
+class _Group:
+    """A warp's share of a wgmma-group. operations: of all four warps, once their operands were read."""
+
+    parts: list[_Part]
+    operations: list[Actor] | None = None
+
+
 class _Groups:
+    """over: how many of this warp's groups it has waited for."""
+
     def __init__(self) -> None:
-        self.open: list[Callable[[], Clock]] = []
-        self.committed: list[list[Callable[[], Clock]]] = []
+        self.open: list[_Part] = []
+        self.committed: list[_Group] = []
+        self.over = 0
 
 
 def _groups(w: Warp) -> _Groups:
@@ -55,27 +86,48 @@ def _wgmma(i: Instruction, p: Program) -> Run:
     raise unknown(i)
 
 
-def _converged(i: Instruction, action) -> Run:  # type: ignore[no-untyped-def]
+def _converged(i: Instruction, action: Callable[[Warp], str | None]) -> Run:
     def run(w: Warp, m: Mask) -> str | None:
         if not w.everyone(m):
             return f"{i.op[0]}.{i.op[1]} is executed by a divergent warp"
-        action(w)
-        return None
+        return action(w)
 
     return run
 
 
 def _commit(w: Warp) -> None:
     groups = _groups(w)
-    groups.committed.append(groups.open)
+    groups.committed.append(_Group(groups.open))
     groups.open = []
 
 
-def _wait(w: Warp, count: int) -> None:
-    groups = _groups(w)
+def _wait(w: Warp, count: int) -> str | None:
+    """PTX ISA, "wgmma.commit_group": a group belongs to the warpgroup. It is over when all four warps' parts are, so
+    that operands in shared memory may be overwritten by whoever has waited.
+    """
+    groups, hazards = _groups(w), w.cta.cluster.hazards
     while len(groups.committed) > count:
-        for work in groups.committed.pop(0):
-            w.actor.acquire(work())
+        group = groups.committed[0]
+        if group.operations is None:
+            first = w.index // 4 * 4
+            together = []
+            for warp in w.cta.warps[first : first + 4]:
+                other = _groups(warp)
+                if other.over + len(other.committed) <= groups.over:
+                    return f"waits for warp {warp.index} to commit wgmma-group {groups.over} of its warpgroup"
+                together.append(other.committed[groups.over - other.over])
+            for part in (part for share in together for part in share.parts):
+                part.read(hazards)
+            operations = [part.operation for share in together for part in share.parts]
+            for share in together:
+                share.operations = operations
+        for part in group.parts:
+            part.finish(hazards)
+        for operation in group.operations or ():
+            w.actor.acquire(operation.clock)
+        groups.committed.pop(0)
+        groups.over += 1
+    return None
 
 
 def _mma(i: Instruction, p: Program) -> Run:
@@ -124,27 +176,24 @@ def _mma(i: Instruction, p: Program) -> Run:
         held = fragment(w) if a_desc is None else None
         fixed_a = uniform(a_desc(w), None, "the descriptor of A") if a_desc is not None else 0
 
-        def work() -> None:
-            # a warp reads its own rows of A only: it may overwrite them once it has waited, whatever the others do
+        def multiply() -> Array:
+            # of A a warp reads its own rows only
             first = 16 * (w.index % 4)
             left = a_value(fetch(w, fixed_a, slice(first, first + 16), a_major)) if held is None else held
             right = b_value(fetch(w, fixed_b, slice(0, n), b_major))
-            total = (signs[0] * left) @ (signs[1] * right).T
+            return (signs[0] * left) @ (signs[1] * right).T
+
+        def add(total: Array) -> None:
             _accumulate(w, registers, total, d_kind, accumulate)
 
         w.cta.cluster.launch.statistics.count_mma(what, flops, count=int(w.index % 4 == 0))  # one of the warpgroup
         hazards = w.cta.cluster.hazards
         operation = hazards.operation("wgmma", chain=("wgmma", w.cta.rank, w.index))
 
-        def perform() -> Clock:
-            hazards.perform(operation, work)
-            return operation.clock
-
+        part = _Part(operation, multiply, add)
         if w.cta.cluster.launch.schedule == "eager":
-            done = perform()
-            _groups(w).open.append(lambda: done)
-        else:
-            _groups(w).open.append(perform)
+            part.finish(hazards)
+        _groups(w).open.append(part)
         return None
 
     return run

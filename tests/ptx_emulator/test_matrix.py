@@ -149,13 +149,16 @@ def test_wgmma_accumulates_and_is_done_when_waited_for():
             wgmma(*arguments, scale=1, wait=False, schedule=schedule)
 
 
-def test_a_warp_may_overwrite_its_own_rows_of_a_once_it_has_waited():
-    """Attention kernels put O where Q was without a barrier. The rows of B are everybody's."""
+@pytest.mark.parametrize("schedule", ["eager", "round", "late"])
+def test_a_group_of_wgmma_is_the_warpgroups(schedule):
+    """Whoever has waited may overwrite the operands without a barrier, as attention kernels put O where Q was."""
     a, b = rng.standard_normal((64, 16)).astype(BF16), rng.standard_normal((32, 16)).astype(BF16)
     images = [swizzled(x.view(np.uint8), 128) for x in (a, b)]
     arguments = ("bf16", 32, *images, descriptor(0, 128, 1024), descriptor(len(images[0]), 128, 1024))
-    store = "mov.u32 %r200, %tid.x; mov.b32 %r201, dynamic; mad.lo.s32 %r201, %r200, 64, %r201; mov.b32 %r202, 0;"
     want = (a.astype(np.float64) @ b.astype(np.float64).T).astype(np.float32)
-    np.testing.assert_array_equal(wgmma(*arguments, after=store + "st.shared.b32 [%r201], %r202;"), want)
-    with pytest.raises(Fault, match="data race: shared address .* read by wgmma"):
-        wgmma(*arguments, after=store + "setp.lt.u32 %p1, %r200, 64; @%p1 st.shared.b32 [%r201+8192], %r202;")
+    # the last thread zeroes the first bytes of A and of B
+    store = "mov.b32 %r201, dynamic; mov.b32 %r202, 0; setp.eq.u32 %p1, %r0, 127;"
+    store += "@%p1 st.shared.b32 [%r201], %r202; @%p1 st.shared.b32 [%r201+8192], %r202;"
+    np.testing.assert_array_equal(wgmma(*arguments, after=store, schedule=schedule), want)
+    with pytest.raises(Fault, match="data race: shared address"):
+        wgmma(*arguments, after=store + "wgmma.wait_group.sync.aligned 0;", wait=False, schedule=schedule)
