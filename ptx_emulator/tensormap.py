@@ -1,92 +1,260 @@
-"""The 128-byte tensor map of TMA, as compiled CuTe DSL host code packs it, and the copies it describes.
+"""The 128-byte tensor map of TMA and the boxes it describes.
 
-PTX ISA, "Tensor": tiled mode; a box of elements at given coordinates, what lies outside of the tensor read as zero
-and never written. The encoding is not documented. It was read off the host code that packs it, over all element types
-and swizzles; little-endian 64-bit words:
-
-    0      address (multiple of 16)
-    1      bits 0-3 = 2, 4-6 rank - 1, 7-10 element type, 11-12 interleave, 13-15 swizzle, 16 TF32, 17-18 L2 promotion,
-           21 tensor of 128 KiB or more, 32-63 stride of dimension 1 / 16
-    2, 3   strides of dimensions 2, 3 and 4 / 16, 32 bits each; the top of word 3 has four more bits of each stride
-    4 - 6  sizes - 1, 32 bits each
-    6, 7   bits 32-55 of word 6: element strides - 1, three bits each; its top byte and the low four of word 7: box - 1
+PTX ISA, "Tensors": tiled mode, a box of elements at given coordinates; what lies outside of the tensor is read as zero
+or NaN and never written. What a map must fulfil stands in the CUDA driver API, "cuTensorMapEncodeTiled". The encoding
+is not documented: it was learnt from maps that the driver encoded, by `FIELDS`, which place every field in one of
+sixteen little-endian 64-bit words.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from .errors import Fault
+from .errors import Fault, UnknownInstructionError
 from .memory import GlobalMemory
 from .numbers import Array
 
 BYTES = 128
-# element type -> bits
-_TYPE_BITS = {0: 8, 1: 16, 2: 32, 3: 32, 4: 64, 5: 64, 6: 16, 7: 32, 8: 32, 9: 64, 10: 16, 11: 4}
-SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}  # field -> bytes of a swizzled row
-_VERSION = 2
+# CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA, by bytes of an element
+OOB_NAN: dict[int, int] = {}
+
+
+# --- element types and swizzles ---
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """kind: the PTX type that reductions compute in. packed and padded: bytes of 16 elements in global and in shared
+    memory, where those differ (PTX ISA, "Padding and alignment of the sub-byte types")."""
+
+    name: str
+    bits: int
+    kind: str = ""
+    packed: int = 0
+    padded: int = 0
+
+
+# PTX ISA, "tensormap.replace": in the order of the table of new values
+ELEMENTS = (
+    Element("u8", 8),
+    Element("u16", 16),
+    Element("u32", 32, "u32"),
+    Element("s32", 32, "s32"),
+    Element("u64", 64, "u64"),
+    Element("s64", 64, "s64"),
+    Element("f16", 16, "f16"),
+    Element("f32", 32, "f32"),
+    Element("f32.ftz", 32, "f32"),
+    Element("f64", 64, "f64"),
+    Element("bf16", 16, "bf16"),
+    Element("tf32", 32, "f32"),
+    Element("tf32.ftz", 32, "f32"),
+    Element("b4x16", 4),
+    Element("b4x16_p64", 4, packed=8, padded=16),
+    Element("b6x16_p32", 6, packed=12, padded=16),
+)
+ELEMENT = {e.name: e for e in ELEMENTS}
+
+
+@dataclass(frozen=True, slots=True)
+class Swizzle:
+    """Atoms of `atom` bytes permuted within rows of `span`; flip: 8-byte halves change places in every other row."""
+
+    span: int = 0
+    atom: int = 16
+    flip: bool = False
+
+    def __call__(self, address: Array) -> Array:
+        """PTX ISA, "Swizzling modes": the atom's number in its row XOR the row's number, rows of 128 bytes."""
+        if not self.span:
+            return address
+        row = address >> 7
+        found: Array = address ^ (row & self.span // self.atom - 1) * self.atom
+        return found ^ (row & 1) << 3 if self.flip else found
+
+    def __str__(self) -> str:
+        return f"{self.span}B, atoms of {self.atom}B{' flipped' if self.flip else ''}" if self.span else "none"
+
+
+NO_SWIZZLE = Swizzle()
+
+
+@dataclass(frozen=True, slots=True)
+class Im2col:
+    """PTX ISA, "im2col mode": corners of the bounding box in W, H, D; pixels of one column."""
+
+    lower: tuple[int, ...]
+    upper: tuple[int, ...]
+    pixels: int
 
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """strides[0] is that of dimension 1, in bytes; box and sizes in elements, dimension 0 first."""
+    """sizes, box and steps in elements, dimension 0 first; strides in bytes, from dimension 1 on; interleave: bytes of
+    a slice of channels, or 0. With im2col the box is (channels, pixels)."""
 
     address: int
-    bits: int
-    element_type: int
+    element: Element
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
-    swizzle: int
+    steps: tuple[int, ...] = ()
+    swizzle: Swizzle = NO_SWIZZLE
+    interleave: int = 0
+    nan: bool = False
+    im2col: Im2col | None = None
 
     @property
     def rank(self) -> int:
         return len(self.sizes)
 
     @property
-    def row_bytes(self) -> int:
-        return self.box[0] * self.bits // 8
+    def counts(self) -> tuple[int, ...]:
+        """Elements of a box along each dimension (PTX ISA, "Traversal-Stride")."""
+        if self.im2col:
+            return self.box
+        return tuple(-(-b // s) for b, s in zip(self.box, self.steps or (1,) * self.rank, strict=True))
 
     @property
-    def box_bytes(self) -> int:
-        return int(np.prod(self.box)) * self.bits // 8
+    def row_bytes(self) -> int:
+        """Of a row along dimension 0, in global memory."""
+        return self.box[0] * self.element.bits // 8
+
+    @property
+    def pitch(self) -> int:
+        """From row to row in shared memory: rows of a swizzle are as long as its span."""
+        e = self.element
+        row = self.row_bytes * e.padded // e.packed if e.packed else self.row_bytes
+        return row if self.interleave else max(row, self.swizzle.span)
+
+
+# --- encoding ---
+
+
+class Field(NamedTuple):
+    word: int
+    shift: int
+    width: int
+
+    def get(self, words: list[int]) -> int:
+        return words[self.word] >> self.shift & (1 << self.width) - 1
+
+    def put(self, words: list[int], value: int) -> None:
+        mask = (1 << self.width) - 1
+        words[self.word] = words[self.word] & ~(mask << self.shift) | (value & mask) << self.shift
+
+
+# bit 0 of `form`: im2col; bit 1 is set by compiled CuTe DSL host code and not by the driver, and seen to mean nothing.
+# Words 8 and 9 hold the bytes and rows of a box in maps of the driver, nothing in those of CuTe DSL.
+FORM = Field(1, 0, 4)
+ADDRESS = Field(0, 0, 64)
+RANK = Field(1, 4, 3)  # less one, like sizes, box and steps
+TYPE = Field(1, 7, 4)
+INTERLEAVE = Field(1, 11, 2)
+SWIZZLE = Field(1, 13, 2)
+FILL = Field(1, 15, 1)
+TF32 = Field(1, 16, 1)
+PROMOTION = Field(1, 17, 2)
+STRIDES = (Field(1, 32, 32), Field(2, 0, 32), Field(2, 32, 32), Field(3, 0, 32))  # / 16
+STRIDES_HIGH = tuple(Field(3, 32 + 4 * d, 4) for d in range(4))
+SIZES = (Field(4, 0, 32), Field(4, 32, 32), Field(5, 0, 32), Field(5, 32, 32), Field(6, 0, 32))
+STEPS = tuple(Field(6, 32 + 3 * d, 3) for d in range(5))
+BOX = (Field(6, 56, 8), *(Field(7, 8 * d, 8) for d in range(4)))
+# of im2col, beside the channels in BOX[0]: pixels less one, and corners of 16, 8 or 5 bits by the rank
+PIXELS = Field(7, 32, 10)
+CORNER_BITS = {3: 16, 4: 8, 5: 5}
+
+# element types whose number is not that of tensormap.replace, with the TF32 bit
+_CODES = {"tf32": (7, 1), "tf32.ftz": (8, 1), "b4x16": (11, 0)}
+CODES = {e.name: _CODES.get(e.name, (n, 0)) for n, e in enumerate(ELEMENTS[:14])}
+_NAMES = {code: name for name, code in CODES.items()}
+INTERLEAVES = (0, 16, 32)
+SPANS = (0, 32, 64, 128)
+
+
+def words_of(raw: Array) -> list[int]:
+    return [int(x) for x in np.frombuffer(raw.tobytes(), "<u8")]
+
+
+def stride(words: list[int], d: int) -> int:
+    return (STRIDES_HIGH[d].get(words) << 32 | STRIDES[d].get(words)) * 16
+
+
+def put_stride(words: list[int], d: int, value: int) -> None:
+    STRIDES[d].put(words, value >> 4)
+    STRIDES_HIGH[d].put(words, value >> 36)
 
 
 def decode(raw: Array) -> TensorMap:
-    """128 bytes -> TensorMap. Raises Fault for what is not such a map, or not executed."""
-    w = [int(x) for x in np.frombuffer(raw.tobytes(), np.uint64)]
-    if len(w) != 16 or w[1] & 15 != _VERSION:
-        raise Fault(f"not a tensor map: word 1 is {w[1]:#x}")
-    rank = (w[1] >> 4 & 7) + 1
-    element_type, swizzle = w[1] >> 7 & 15, w[1] >> 13 & 7
-    if element_type not in _TYPE_BITS or rank > 5:
-        raise Fault(f"tensor map with element type {element_type} and rank {rank} is not known")
-    if w[1] >> 11 & 3:
-        raise Fault("interleaved tensor maps are not executed")
-    if swizzle not in SWIZZLES:
-        raise Fault(f"tensor map with swizzle {swizzle} is not known")
-    high = [w[3] >> 32 + 4 * d & 15 for d in range(4)]
-    low = [w[1] >> 32, w[2] & 0xFFFFFFFF, w[2] >> 32, w[3] & 0xFFFFFFFF]
-    strides = [((h << 32) | x) * 16 for h, x in zip(high, low, strict=True)]
-    sizes = [w[4] & 0xFFFFFFFF, w[4] >> 32, w[5] & 0xFFFFFFFF, w[5] >> 32, w[6] & 0xFFFFFFFF]
-    steps = [w[6] >> 32 + 3 * d & 7 for d in range(5)]
-    if any(steps[:rank]):
-        raise Fault(f"tensor map with element strides {[s + 1 for s in steps[:rank]]} is not executed")
-    box = [w[6] >> 56, *(w[7] >> 8 * d & 255 for d in range(4))]
-    found = TensorMap(
-        address=w[0],
-        bits=_TYPE_BITS[element_type],
-        element_type=element_type,
-        sizes=tuple(s + 1 for s in sizes[:rank]),
-        strides=tuple(strides[: rank - 1]),
-        box=tuple(b + 1 for b in box[:rank]),
-        swizzle=SWIZZLES[swizzle],
+    """128 bytes -> TensorMap. Raises Fault for what is not such a map."""
+    w = words_of(raw)
+    if len(w) != BYTES // 8 or FORM.get(w) > 3 or not any(w):
+        raise Fault(f"not a tensor map: its second word is {w[1]:#x}")
+    rank, code = RANK.get(w) + 1, (TYPE.get(w), TF32.get(w))
+    if code not in _NAMES or rank > 5:
+        raise Fault(f"tensor map with element type {code[0]} (TF32 {code[1]}) and rank {rank} is not known")
+    if INTERLEAVE.get(w) == 3:
+        raise Fault("tensor map with interleave 3 is not known")
+    sizes = tuple(f.get(w) + 1 for f in SIZES[:rank])
+    box, im2col = tuple(f.get(w) + 1 for f in BOX[:rank]), None
+    if FORM.get(w) & 1:
+        if rank < 3:
+            raise Fault(f"im2col tensor map of rank {rank}: 3 to 5 are allowed")
+        pixels = PIXELS.get(w) + 1
+        im2col, box = Im2col(*_corners(w, rank), pixels), (box[0], pixels)
+    t = TensorMap(
+        address=ADDRESS.get(w),
+        element=ELEMENT[_NAMES[code]],
+        sizes=sizes,
+        strides=tuple(stride(w, d) for d in range(rank - 1)),
+        box=box,
+        steps=tuple(f.get(w) + 1 for f in STEPS[:rank]),
+        swizzle=Swizzle(SPANS[SWIZZLE.get(w)]),
+        interleave=INTERLEAVES[INTERLEAVE.get(w)],
+        nan=bool(FILL.get(w)),
+        im2col=im2col,
     )
-    if found.address % 16 or found.row_bytes % 16:
-        raise Fault(f"tensor map at {found.address:#x} with rows of {found.row_bytes} bytes: multiples of 16 required")
-    if found.swizzle and found.row_bytes != found.swizzle:
-        raise Fault(f"a box row of {found.row_bytes} bytes with a swizzle of {found.swizzle} is not executed")
-    return found
+    for problem in problems(t):
+        raise Fault(f"tensor map at address {t.address:#x}: {problem}")
+    return t
+
+
+def _corners(w: list[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    bits = CORNER_BITS[rank]
+
+    def corner(shift: int) -> tuple[int, ...]:
+        values = (Field(7, shift + bits * d, bits).get(w) for d in range(rank - 2))
+        return tuple(v - (v >> bits - 1 << bits) for v in values)
+
+    return corner(0), corner(16)
+
+
+def problems(t: TensorMap) -> Iterable[str]:
+    """What the map breaks of the rules of cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col."""
+    e = t.element
+    unit = 32 if t.interleave == 32 or e.packed else 16
+    if not t.address or t.address % unit:
+        yield f"the address must be a multiple of {unit}"
+    for d, s in enumerate(t.strides):
+        if s % unit:
+            yield f"stride {s} of dimension {d + 1} is not a multiple of {unit}"
+    if t.interleave and t.rank < 3:
+        yield f"an interleaved tensor of rank {t.rank}: 3 to 5 are allowed"
+    if not t.interleave and t.row_bytes % 16:
+        yield f"a box has rows of {t.row_bytes} bytes, which is not a multiple of 16"
+    if t.swizzle.span and not t.interleave and t.pitch > t.swizzle.span:
+        yield f"a box has rows of {t.row_bytes} bytes, more than the swizzle's {t.swizzle.span}"
+    if t.nan and not e.name.startswith(("f", "bf", "tf")):
+        yield f"NaN outside of a tensor of {e.name}"
+    if e.packed and (t.sizes[0] % 128 or t.box[0] != 128):
+        yield f"size {t.sizes[0]} and box {t.box[0]} of {e.name}: a multiple of 128, and 128, are required"
+    if e.bits == 4 and t.sizes[0] % 2:
+        yield f"an odd number of {t.sizes[0]} elements of 4 bits"
+
+
+# --- boxes ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,83 +266,151 @@ class Box:
     first: int
     last: int
 
+    def addresses(self, block_base: int) -> Array:
+        """Places of the bytes inside, in a block, [rows inside, bytes]."""
+        return (self.rows[self.inside] - block_base)[:, None] + np.arange(self.first, self.last)
 
-def place(t: TensorMap, coordinates: tuple[int, ...], rows: tuple[int, ...] | None = None) -> Box:
-    """rows: indices along dimension 1 in place of a run of them (gather4 and scatter4)."""
-    axes = [np.arange(c, c + b) for c, b in zip(coordinates[1:], t.box[1:], strict=True)]
-    if rows is not None:
-        axes = [np.array(rows)]
+
+def place(
+    t: TensorMap,
+    coordinates: tuple[int, ...],
+    rows: tuple[int, ...] | None = None,
+    offsets: tuple[int, ...] = (),
+) -> Box:
+    """rows: indices along dimension 1 in place of a run of them (gather4 and scatter4). offsets: of im2col."""
+    if t.interleave:
+        raise UnknownInstructionError("the emulator does not know where an interleaved tensor map leads")
+    if t.im2col is not None:
+        index = _pixels(t, t.im2col, coordinates, offsets)
+    elif rows is not None:
+        index = [np.array(rows)]
+    else:
+        axes = [np.arange(c, c + b, s) for c, b, s in zip(coordinates[1:], t.box[1:], t.steps[1:], strict=True)]
+        # dimension 1 runs fastest
+        index = [x.reshape(-1) for x in np.meshgrid(*reversed(axes), indexing="ij")][::-1]
     address, inside = np.zeros(1, np.int64), np.ones(1, bool)
-    for axis, stride, size in zip(reversed(axes), reversed(t.strides), reversed(t.sizes[1:]), strict=True):
-        address = (address[:, None] + (axis * stride)[None, :]).reshape(-1)
-        inside = (inside[:, None] & ((axis >= 0) & (axis < size))[None, :]).reshape(-1)
-    start = coordinates[0] * t.bits
-    if start % 8:
-        raise Fault(f"coordinate {coordinates[0]} of {t.bits}-bit elements is inside of a byte")
+    for at, step, size in zip(index, t.strides, t.sizes[1:], strict=True):
+        address = address + at * step
+        inside = inside & (at >= 0) & (at < size)
+    start = coordinates[0] * t.element.bits
+    if start % 128:
+        raise Fault(f"a box that starts {start / 8:g} bytes into a row: multiples of 16 are required")
+    if t.element.packed and coordinates[0] % 128:
+        raise Fault(f"coordinate {coordinates[0]} of {t.element.name} is not a multiple of 128")
     first = min(max(0, -(start // 8)), t.row_bytes)
-    last = max(min(t.row_bytes, t.sizes[0] * t.bits // 8 - start // 8), first)
+    last = max(min(t.row_bytes, t.sizes[0] * t.element.bits // 8 - start // 8), first)
     return Box(address + t.address + start // 8, inside, first, last)
 
 
+def _pixels(t: TensorMap, form: Im2col, coordinates: tuple[int, ...], offsets: tuple[int, ...]) -> list[Array]:
+    """PTX ISA, "im2col mode": the filter's base runs through the bounding box and on to the next images; offsets are
+    added to where it is."""
+    limits = [size + upper for size, upper in zip(t.sizes[1:-1], form.upper, strict=True)]
+    base, found = list(coordinates[1:]), []
+    for low, b, high in zip(form.lower, base, limits, strict=False):
+        if not low <= b < high:
+            raise Fault(f"im2col coordinate {b} is outside of the bounding box {low}..{high - 1}")
+    for _ in range(form.pixels):
+        found.append([b + o for b, o in zip(base, (*offsets, 0), strict=True)])
+        for d, high in enumerate(limits):
+            base[d] += t.steps[1 + d]
+            if base[d] < high:
+                break
+            base[d] = form.lower[d]
+        else:
+            base[-1] += 1
+    return list(np.array(found).T)
+
+
+# --- bytes ---
+
+
 def read(t: TensorMap, box: Box, memory: GlobalMemory) -> Array:
-    """[rows, row_bytes], zero outside of the tensor."""
+    """[rows, row_bytes], filled outside of the tensor."""
     out = np.zeros((len(box.rows), t.row_bytes), np.uint8)
-    rows, width = box.rows[box.inside] + box.first, box.last - box.first
-    if len(rows) and width:
+    if t.nan:
+        size = t.element.bits // 8
+        out[:] = np.resize(np.frombuffer(OOB_NAN[size].to_bytes(size, "little"), np.uint8), t.row_bytes)
+    rows = box.rows[box.inside] + box.first
+    if len(rows) and box.last > box.first:
         low, high = int(rows.min()), int(rows.max())
-        block = memory.find(low, high + width - low)
-        index = (rows - block.base)[:, None] + np.arange(width)
+        block = memory.find(low, high + box.last - box.first - low)
+        index = box.addresses(block.base)
         memory.note(block, index)
         out[box.inside, box.first : box.last] = block.data[index]
-        memory.loaded += len(rows) * width
+        memory.loaded += index.size
     return out
 
 
 def write(t: TensorMap, box: Box, memory: GlobalMemory, values: Array) -> None:
-    rows, width = box.rows[box.inside] + box.first, box.last - box.first
-    if len(rows) and width:
+    """The last 16 bytes of a row that lie inside in part are written whole, as an H100 does it."""
+    box = replace(box, last=min(-(-box.last // 16) * 16, t.row_bytes))
+    rows = box.rows[box.inside] + box.first
+    if len(rows) and box.last > box.first:
         low, high = int(rows.min()), int(rows.max())
-        block = memory.find(low, high + width - low, write=True)
-        index = (rows - block.base)[:, None] + np.arange(width)
+        block = memory.find(low, high + box.last - box.first - low, write=True)
+        index = box.addresses(block.base)
         memory.note(block, index, write=True)
         block.data[index] = values[box.inside, box.first : box.last]
-        memory.stored += len(rows) * width
+        memory.stored += index.size
 
 
-def shared_index(t: TensorMap, offset: int, rows: int) -> Array:
-    """Offsets in shared memory of the bytes of a box, [rows, row_bytes]."""
+def shared_index(t: TensorMap, offset: int, rows: int, storing: bool = False) -> Array:
+    """Offsets in shared memory of the bytes of a box, [rows, row_bytes]; storing: of a byte for each 6-bit element."""
     if offset % 128:
         raise Fault(f"TMA box at shared address {offset:#x}, which is not a multiple of 128")
-    index = offset + np.arange(rows * t.row_bytes).reshape(rows, t.row_bytes)
-    return swizzled(index, t.swizzle)
+    e = t.element
+    column = np.arange(t.box[0] if storing and e.packed else t.row_bytes)
+    if e.packed and not storing:
+        column = column // e.packed * e.padded + column % e.packed
+    return t.swizzle(offset + np.arange(rows)[:, None] * t.pitch + column)
 
 
-def swizzled(address: Array, span: int) -> Array:
-    """PTX ISA, "Swizzling modes": 16-byte chunks of a row of `span` bytes, permuted by the row's place in eight."""
-    chunks = span // 16
-    return address ^ ((address >> 7 & chunks - 1) << 4) if span else address
+def packed(t: TensorMap, values: Array) -> Array:
+    """Rows as they come from shared memory -> as global memory holds them: 6-bit elements lose their padding
+    (PTX ISA, ".b6p2x16")."""
+    if not t.element.packed:
+        return values
+    bits = np.unpackbits(values[..., None], axis=-1, bitorder="little")[..., : t.element.bits]
+    return np.packbits(bits.reshape(len(values), -1), axis=-1, bitorder="little")
 
 
 def encode(
     address: int,
-    element_type: int,
+    element: str,
     sizes: tuple[int, ...],
     strides: tuple[int, ...],
     box: tuple[int, ...],
     swizzle: int = 0,
+    *,
+    steps: tuple[int, ...] | None = None,
+    interleave: int = 0,
+    nan: bool = False,
+    im2col: Im2col | None = None,
 ) -> bytes:
-    """The map as `decode` reads it. strides in bytes, from dimension 1 on."""
-    rank = len(sizes)
-    field = {v: k for k, v in SWIZZLES.items()}[swizzle]
-    s = [*strides, 0, 0, 0, 0][:4]
-    n = [x - 1 for x in sizes] + [0] * (5 - rank)
-    b = [x - 1 for x in box] + [0] * (5 - rank)
-    w = [0] * 16
-    w[0] = address
-    w[1] = _VERSION | (rank - 1) << 4 | element_type << 7 | field << 13 | 2 << 17 | (s[0] >> 4 & 0xFFFFFFFF) << 32
-    w[2] = (s[1] >> 4 & 0xFFFFFFFF) | (s[2] >> 4 & 0xFFFFFFFF) << 32
-    w[3] = (s[3] >> 4 & 0xFFFFFFFF) | sum((x >> 36 & 15) << 32 + 4 * d for d, x in enumerate(s))
-    w[4], w[5] = n[0] | n[1] << 32, n[2] | n[3] << 32
-    w[6] = n[4] | b[0] << 56
-    w[7] = sum(x << 8 * d for d, x in enumerate(b[1:]))
-    return np.array(w, np.uint64).tobytes()
+    """The map as `decode` reads it. strides in bytes, from dimension 1 on; with im2col the box is the channels."""
+    w = [0] * (BYTES // 8)
+    code, tf32 = CODES[element]
+    ADDRESS.put(w, address)
+    for f, value in (
+        (FORM, int(im2col is not None)),
+        (RANK, len(sizes) - 1),
+        (TYPE, code),
+        (TF32, tf32),
+        (INTERLEAVE, INTERLEAVES.index(interleave)),
+        (SWIZZLE, SPANS.index(swizzle)),
+        (FILL, int(nan)),
+    ):
+        f.put(w, value)
+    for fields, values in ((SIZES, sizes), (BOX, box), (STEPS, steps or ())):
+        for f, value in zip(fields, values, strict=False):
+            f.put(w, value - 1)
+    for d, value in enumerate(strides):
+        put_stride(w, d, value)
+    if im2col is not None:
+        bits = CORNER_BITS[len(sizes)]
+        PIXELS.put(w, im2col.pixels - 1)
+        for shift, corner in ((0, im2col.lower), (16, im2col.upper)):
+            for d, value in enumerate(corner):
+                Field(7, shift + bits * d, bits).put(w, value)
+    return np.array(w, "<u8").tobytes()

@@ -7,12 +7,11 @@ from ptx_emulator import DeadlockError, Fault, tensormap
 
 from .ptx import run
 
-U8, U16, BF16 = 0, 1, 10
 SHARED = ".extern .shared .align 1024 .b8 dynamic[]; .shared .align 8 .b8 bar[8];"
 
 
-def make(address=1 << 20, element_type=U16, sizes=(100, 50), strides=(208,), box=(64, 8), swizzle=128) -> bytes:
-    return tensormap.encode(address, element_type, sizes, strides, box, swizzle)
+def make(address=1 << 20, element="u16", sizes=(100, 50), strides=(208,), box=(64, 8), swizzle=128, **kw) -> bytes:
+    return tensormap.encode(address, element, sizes, strides, box, swizzle, **kw)
 
 
 def decoded(raw: bytes) -> tensormap.TensorMap:
@@ -23,26 +22,34 @@ def test_a_map_packed_by_compiled_host_code():
     """Words of a [300, 832] FP4 tensor with boxes of [128, 256], swizzled, from the host code of a compiled kernel."""
     words = [0x7F00_0000_0040, 288146 | (832 // 2 // 16) << 32, 0, 0, 831 | 299 << 32, 0, 0xFF << 56, 127]
     t = decoded(np.array(words + [0] * 8, np.uint64).tobytes())
-    assert (t.address, t.bits, t.sizes, t.strides, t.box) == (0x7F00_0000_0040, 4, (832, 300), (416,), (256, 128))
-    assert (t.swizzle, t.row_bytes, t.box_bytes) == (128, 128, 128 * 128)
+    assert (t.address, t.element.name, t.sizes, t.strides, t.box) == (
+        0x7F00_0000_0040, "b4x16", (832, 300), (416,), (256, 128),
+    )  # fmt: skip
+    assert (t.swizzle, t.row_bytes, t.counts) == (tensormap.Swizzle(128), 128, (256, 128))
 
 
 def test_encode_and_decode_five_dimensions():
-    sizes, strides, box = (64, 3, 5, 7, 11), (1 << 37, 48, 1 << 33, 16), (64, 2, 1, 3, 4)
-    t = decoded(tensormap.encode(16, U8, sizes, strides, box, 64))
-    assert (t.sizes, t.strides, t.box, t.swizzle) == (sizes, strides, box, 64)
+    sizes, strides, box, steps = (64, 3, 5, 7, 11), (1 << 37, 48, 1 << 33, 16), (64, 2, 1, 3, 4), (1, 2, 8, 1, 3)
+    t = decoded(tensormap.encode(16, "f16", sizes, strides, (32, *box[1:]), 64, steps=steps, nan=True))
+    assert (t.sizes, t.strides, t.box, t.steps) == (sizes, strides, (32, *box[1:]), steps)
+    assert (t.swizzle, t.nan, t.counts) == (tensormap.Swizzle(64), True, (32, 1, 1, 3, 2))
 
 
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
         (bytes(128), "not a tensor map"),
+        (bytes([255] * 128), "not a tensor map"),
         (make(box=(4, 8), swizzle=0), "rows of 8 bytes"),
-        (make(box=(32, 8)), "row of 64 bytes with a swizzle of 128"),
-        (make(element_type=15), "element type 15"),
-        (make(address=8), "multiples of 16"),
+        (make(box=(72, 8)), "rows of 144 bytes, more than the swizzle's 128"),
+        (make(box=(24, 8), swizzle=32), "rows of 48 bytes, more than the swizzle's 32"),
+        (make(address=8), "address must be a multiple of 16"),
+        (make(address=16, interleave=32, strides=(64, 64), sizes=(8, 8, 8), box=(8, 1, 1)), "be a multiple of 32"),
+        (make(interleave=16), "interleaved tensor of rank 2"),
+        (make(nan=True), "NaN outside of a tensor of u16"),
+        (make(element="b4x16", sizes=(33, 8), box=(64, 8)), "odd number of 33 elements"),
     ],
-)
+)  # fmt: skip
 def test_malformed_maps(raw, message):
     with pytest.raises(Fault, match=message):
         decoded(raw)
@@ -70,7 +77,7 @@ def load(
 ) -> np.ndarray:
     address, size = data.__array_interface__["data"][0], data.itemsize
     sizes, strides = (width or data.shape[1], data.shape[0]), (data.strides[0],)
-    raw = tensormap.encode(address, {1: U8, 2: U16}[size], sizes, strides, box, swizzle)
+    raw = tensormap.encode(address, f"u{8 * size}", sizes, strides, box, swizzle)
     total = box[0] * box[1] * size
     out = np.zeros(total, np.uint8)
     args = (raw, data, np.int32(x), np.int32(y), expect or total)
@@ -133,7 +140,7 @@ cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;
 
 def store(op: str) -> np.ndarray:
     data = np.full((16, 12), 100, np.float32)
-    raw = tensormap.encode(data.__array_interface__["data"][0], 7, (12, 16), (48,), (16, 8), 0)
+    raw = tensormap.encode(data.__array_interface__["data"][0], "f32", (12, 16), (48,), (16, 8), 0)
     run(STORE.replace("OP", op), np.zeros(4, np.uint8), raw, data, params=PARAMS.split(", .param .u32")[0],
         shared=SHARED, dynamic=512)  # fmt: skip
     return data
