@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .. import numbers
+from .. import numbers, tensorcore
 from ..errors import Fault
 from ..machine import LANE, LANES, Warp
 from ..memory import split_shared
 from ..numbers import SMALL, U32, Array
 from ..parser import Instruction
-from ..program import Mask, Program, Run, decoder, unknown
+from ..program import DTYPES, Mask, Program, Run, decoder, unknown
+from .arithmetic import fma_f64
 from .data import shared_of
 
 _ROW_BYTES = 16  # of a row of eight 16-bit elements
@@ -107,54 +108,73 @@ def element_values(kind: str) -> tuple[int, Callable[[Array], Array]]:
         return 4, lambda x: numbers.to_tf32(x.view(np.float32)).astype(np.float64)
     if kind in ("e4m3", "e5m2"):
         return 1, lambda x: SMALL[kind].decode(x).astype(np.float64)
+    if kind == "f64":
+        return 8, lambda x: x.view(np.float64)
     if kind in ("s8", "u8"):
         return 1, lambda x: x.view(np.int8 if kind == "s8" else np.uint8).astype(np.float64)
     raise KeyError(kind)
 
 
+def multiply(a: Array, b: Array, c: Array, operands: tuple[str, str], result: str, saturate: bool) -> Array:
+    """mma.sync of FP64 values, [m, k], [n, k] and [m, n]; of the result's type, f32 for sums of FP16, BF16 and TF32."""
+    if result == "f64":
+        for k in range(a.shape[1]):
+            left, right = np.broadcast_arrays(a[:, k, None], b[None, :, k])
+            c = fma_f64(left.ravel(), right.ravel(), c.ravel()).reshape(c.shape)
+        return c
+    if result == "s32":
+        return tensorcore.integers(a, b, c, saturate)
+    if operands[0] in ("e4m3", "e5m2"):
+        return tensorcore.mma_fp8(a, b, c, result)
+    return tensorcore.step(a, b, c, result)
+
+
+_RESULTS = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "s32": np.int32}
+
+
 @decoder("mma")
 def _mma(i: Instruction, p: Program) -> Run:
-    """m16n8k{8,16,32} in pieces of 8 rows and 32 bits of K per lane; sums in FP64, rounded once to FP32 or FP16."""
-    shape = next(x for x in i.op if x.startswith("m16n8k"))
-    if i.op[1] != "sync" or "block_scale" in i.op or i.op[-5:-4] == ("sp",):
+    """m{8,16}n8k{4,8,16,32} in pieces of 8 rows and 32 bits of K per lane (64 bits for FP64)."""
+    shape = next((x for x in i.op if x.startswith(("m16n8k", "m8n8k"))), "")
+    if i.op[1] != "sync" or not shape or "row" not in i.op or len(i.op) - i.op.index("col") not in (5, 6):
         raise unknown(i)
-    k = int(shape[6:])
+    rows, k = (int(x) for x in shape[1:].split("n8k"))
     d_kind, a_kind, b_kind, c_kind = i.op[-4:]
+    saturate = "satfinite" in i.op
     size, a_value = element_values(a_kind)
-    _, b_value = element_values(b_kind)
-    per = 4 // size  # elements in a register
-    if d_kind != c_kind or d_kind not in ("f32", "s32", "f16") or k % (4 * per):
+    b_size, b_value = element_values(b_kind)
+    per = max(4 // size, 1)  # elements in a register
+    if d_kind != c_kind or d_kind not in _RESULTS or k % (4 * per) or size != b_size:
         raise unknown(i)
-    a, b, c = ([p.source(x, "b32") for x in p.vector(o)] for o in i.operands[1:4])
-    writes = [p.target(x, "b32") for x in p.vector(i.operands[0])]
-    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[size]
-    pieces = k // (4 * per)  # registers along K for one row
+    if (d_kind == "s32") != (a_kind in ("s8", "u8")) or (d_kind == "f64") != (a_kind == "f64"):
+        raise unknown(i)
+    register = "b64" if d_kind == "f64" else "b32"
+    a, b, c = ([p.source(x, register) for x in p.vector(o)] for o in i.operands[1:4])
+    writes = [p.target(x, register) for x in p.vector(i.operands[0])]
+    unsigned, result = np.dtype(f"u{size}"), np.dtype(_RESULTS[d_kind])
+    halves, pieces = rows // 8, k // (4 * per)  # registers for one row along K
+    pair = 2 * QUAD[:, None] + np.arange(2)
     what = f"mma.sync {shape} {a_kind}"
 
     def run(w: Warp, m: Mask) -> str | None:
         if not w.everyone(m):
             return "mma.sync is executed by a divergent warp"
-        left, right = np.zeros((16, k)), np.zeros((8, k))
+        left, right, old = np.zeros((rows, k)), np.zeros((8, k)), np.zeros((rows, 8))
         columns = per * QUAD[:, None] + np.arange(per)
         for piece in range(pieces):
-            for half in range(2):
-                values = a_value(a[2 * piece + half](w).view(unsigned)).reshape(LANES, per)
+            for half in range(halves):
+                values = a_value(a[halves * piece + half](w).view(unsigned)).reshape(LANES, per)
                 left[GROUP[:, None] + 8 * half, columns + 4 * per * piece] = values
             right[GROUP[:, None], columns + 4 * per * piece] = b_value(b[piece](w).view(unsigned)).reshape(LANES, per)
-        total = left @ right.T
-        w.cta.cluster.launch.statistics.count_mma(what, 2 * 16 * 8 * k)
-        if d_kind == "f16":
-            for half, (read, write) in enumerate(zip(c, writes, strict=True)):
-                old = read(w).view(np.float16).reshape(LANES, 2).astype(np.float64)
-                new = total[GROUP[:, None] + 8 * half, 2 * QUAD[:, None] + np.arange(2)]
-                write(w, np.ascontiguousarray(numbers.to_f16(old + new)).view(U32).reshape(LANES), m)
-            return None
-        for j, (read, write) in enumerate(zip(c, writes, strict=True)):
-            new = total[GROUP + 8 * (j // 2), 2 * QUAD + j % 2]
-            if d_kind == "f32":
-                write(w, (read(w).view(np.float32) + new).astype(np.float32).view(U32), m)
-            else:
-                write(w, (read(w).view(np.int32) + new.astype(np.int64) & 0xFFFFFFFF).astype(U32), m)
+        given = np.stack([read(w) for read in c], 1).view(result).reshape(LANES, halves, 2)
+        for half in range(halves):
+            old[GROUP[:, None] + 8 * half, pair] = given[:, half]
+        total = multiply(left, right, old, (a_kind, b_kind), d_kind, saturate)
+        w.cta.cluster.launch.statistics.count_mma(what, 2 * rows * 8 * k)
+        new = np.stack([total[GROUP[:, None] + 8 * half, pair] for half in range(halves)], 1)
+        packed = np.ascontiguousarray(new).view(DTYPES[register]).reshape(LANES, -1)
+        for j, write in enumerate(writes):
+            write(w, packed[:, j], m)
         return None
 
     return run

@@ -3,8 +3,7 @@
 D[64, n] += A[64, k] B[k, n]. Warp w of the group owns rows 16 w .. 16 w + 15 of D and A. With g = lane / 4 and
 q = lane % 4 register r of D is row g + 8 (r / 2 % 2), column 8 (r / 4) + 2 q + r % 2.
 
-Products are exact, their sum over k is taken in FP64 and added to D with one rounding to FP32. The hardware keeps fewer
-bits while it adds: results agree within k 2^-23 of the sum of magnitudes.
+The sums are those of the hardware, see `tensorcore`.
 
 Operands are read when one of the four warps waits for the group, and added to the registers of a warp when it waits
 itself ("eager": both at issue), so that registers or shared memory touched too early give wrong results.
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import numbers
+from .. import tensorcore
 from ..descriptors import hopper, k_major, mn_major
 from ..errors import Fault
 from ..hazards import Actor, Hazards
@@ -27,24 +26,26 @@ from ..program import FINISHERS, Mask, Program, Run, constant, decoder, uniform,
 from .matrix import GROUP, QUAD, element_values
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+_Operands = tuple[Array, Array]  # of A [16, k] and B [n, k], FP64
 
 
 class _Part:
-    """A warp's part of one wgmma: `multiply` reads the operands, `accumulate` adds the product to registers."""
+    """A warp's part of one wgmma: `fetch` reads the operands, `accumulate` adds their product to registers."""
 
-    def __init__(self, operation: Actor, multiply: Callable[[], Array], accumulate: Callable[[Array], None]):
-        self.operation, self._multiply, self._accumulate = operation, multiply, accumulate
-        self._product: Array | None = None
+    def __init__(self, operation: Actor, fetch: Callable[[], _Operands], accumulate: Callable[[Array, Array], None]):
+        self.operation, self._fetch, self._accumulate = operation, fetch, accumulate
+        self._operands: _Operands | None = None
         self._over = False
 
     def read(self, hazards: Hazards) -> None:
-        if self._product is None:
-            self._product = hazards.perform(self.operation, self._multiply)
+        if self._operands is None:
+            self._operands = hazards.perform(self.operation, self._fetch)
 
     def finish(self, hazards: Hazards) -> None:
         self.read(hazards)
         if not self._over:
-            self._accumulate(self._product)  # type: ignore[arg-type]
+            assert self._operands is not None
+            self._accumulate(*self._operands)
             self._over = True
 
 
@@ -133,7 +134,8 @@ def _wait(w: Warp, count: int) -> str | None:
 def _mma(i: Instruction, p: Program) -> Run:
     shape = next(x for x in i.op if x.startswith("m64n"))
     n, k = (int(x) for x in shape[4:].split("k"))
-    d_kind, a_kind, b_kind = i.op[-3:]
+    saturate = "satfinite" in i.op
+    d_kind, a_kind, b_kind = [x for x in i.op if x != "satfinite"][-3:]
     size, a_value = element_values(a_kind)
     _, b_value = element_values(b_kind)
     if d_kind not in ("f32", "f16", "s32") or (d_kind == "s32") != (a_kind in ("s8", "u8")):
@@ -176,21 +178,26 @@ def _mma(i: Instruction, p: Program) -> Run:
         held = fragment(w) if a_desc is None else None
         fixed_a = uniform(a_desc(w), None, "the descriptor of A") if a_desc is not None else 0
 
-        def multiply() -> Array:
+        def operands() -> _Operands:
             # of A a warp reads its own rows only
             first = 16 * (w.index % 4)
             left = a_value(fetch(w, fixed_a, slice(first, first + 16), a_major)) if held is None else held
             right = b_value(fetch(w, fixed_b, slice(0, n), b_major))
-            return (signs[0] * left) @ (signs[1] * right).T
+            return signs[0] * left, signs[1] * right
 
-        def add(total: Array) -> None:
-            _accumulate(w, registers, total, d_kind, accumulate)
+        def add(left: Array, right: Array) -> None:
+            old = _accumulator(w, registers, d_kind, n) if accumulate else np.zeros((16, n))
+            if d_kind == "s32":
+                total = tensorcore.integers(left, right, old, saturate)
+            else:
+                total = tensorcore.step(left, right, old, d_kind, tensorcore.FRACTION[a_kind])
+            _write(w, registers, total)
 
         w.cta.cluster.launch.statistics.count_mma(what, flops, count=int(w.index % 4 == 0))  # one of the warpgroup
         hazards = w.cta.cluster.hazards
         operation = hazards.operation("wgmma", chain=("wgmma", w.cta.rank, w.index))
 
-        part = _Part(operation, multiply, add)
+        part = _Part(operation, operands, add)
         if w.cta.cluster.launch.schedule == "eager":
             part.finish(hazards)
         _groups(w).open.append(part)
@@ -207,21 +214,29 @@ def _index(word: int, rows: int, k: int, size: int, major: int) -> Array:
     return k_major(hopper(word), rows, k * size)
 
 
-def _accumulate(w: Warp, registers: list[Reg], total: Array, kind: str, keep: bool) -> None:
-    if kind == "f16":
-        for j, reg in enumerate(registers):
-            pair = total[(GROUP + 8 * (j % 2))[:, None], 8 * (j // 2) + 2 * QUAD[:, None] + np.arange(2)]
-            half = w.r[reg.index].view(np.float16).reshape(LANES, 2).astype(np.float64) if keep else 0.0
-            w.r[reg.index] = np.ascontiguousarray(numbers.to_f16(pair + half)).view(U32).reshape(LANES)
-        return
+def _places(count: int, per: int) -> tuple[Array, Array]:
+    """Rows [32, count, per] and columns of D in `count` registers of `per` elements."""
+    element = np.arange(count * per).reshape(1, count, per)
+    rows = GROUP[:, None, None] + 8 * (element // 2 % 2)
+    return rows, 8 * (element // 4) + 2 * QUAD[:, None, None] + element % 2
+
+
+_RESULTS = {"f16": np.float16, "f32": np.float32, "s32": np.int32}
+
+
+def _accumulator(w: Warp, registers: list[Reg], kind: str, n: int) -> Array:
+    """A warp's 16 rows of D, FP64 [16, n]."""
+    given = np.stack([w.r[reg.index] for reg in registers], 1).view(_RESULTS[kind]).reshape(LANES, len(registers), -1)
+    out = np.zeros((16, n))
+    out[_places(len(registers), given.shape[2])] = given
+    return out
+
+
+def _write(w: Warp, registers: list[Reg], total: Array) -> None:
+    new = total[_places(len(registers), 4 // total.itemsize)]  # [32, registers, elements]
+    packed = np.ascontiguousarray(new).view(U32).reshape(LANES, len(registers))
     for j, reg in enumerate(registers):
-        new = total[GROUP + 8 * (j // 2 % 2), 8 * (j // 4) + 2 * QUAD + j % 2]
-        if kind == "f32":
-            old = w.r[reg.index].view(np.float32) if keep else np.float32(0)
-            w.r[reg.index] = (old + new).astype(np.float32).view(U32)
-        else:
-            whole = w.r[reg.index].view(np.int32).astype(np.int64) if keep else 0
-            w.r[reg.index] = (whole + new.astype(np.int64) & 0xFFFFFFFF).astype(U32)
+        w.r[reg.index] = np.ascontiguousarray(packed[:, j])
 
 
 def _finish(cta: Cta) -> None:

@@ -14,7 +14,8 @@ LANE = np.arange(32)
 GROUP, QUAD = LANE // 4, LANE % 4
 SIZE = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1, "f64": 8, "f32": 4, "s32": 4}
 # the largest exponent of an element of each kind of spread
-SPREADS = ("near", "wide", "sparse", "cancel", "special")
+SPREADS = ("near", "wide", "sparse", "cancel", "special", "tiny")
+_LEAST = {"f16": -24, "bf16": -133, "tf32": -136, "e4m3": -9, "e5m2": -16}  # exponents of the smallest numbers
 _RANGE = {"f16": 12, "bf16": 20, "tf32": 20, "e4m3": 6, "e5m2": 12}
 
 
@@ -53,6 +54,10 @@ def integers(shape: tuple[int, ...], kind: str, seed: int) -> Array:
 def spread(shape: tuple[int, ...], kind: str, how: str, seed: int) -> Array:
     """Elements of a floating point kind as bits; cancel pairs neighbours along the last axis."""
     rng = np.random.default_rng([SEED, seed, *map(ord, how)])
+    if how == "tiny":  # mostly subnormal
+        low = _LEAST[kind]
+        x = np.exp2(rng.integers(low, low + 9, shape).astype(float)) * rng.uniform(-1, 1, shape)
+        return bits_of(x, kind)
     top = {"near": 1, "wide": _RANGE[kind], "sparse": _RANGE[kind], "cancel": _RANGE[kind] // 2, "special": 3}[how]
     x = np.exp2(rng.integers(-top, top + 1, shape)) * rng.choice([-1.0, 1.0], shape)
     if how != "sparse":
@@ -143,7 +148,8 @@ def operands(kind: str, b_kind: str, d_kind: str, k: int, how: str, tiles: int, 
         rng = np.random.default_rng([SEED, seed + 2])
         yield bits_of(rng.integers(-9, 10, (tiles, 16, 8)).astype(np.float64), d_kind)
         return
-    a, b = spread((tiles, 16, k), kind, how, seed), spread((tiles, 8, k), b_kind, how, seed + 1)
+    a = spread((tiles, 16, k), kind, how, seed)
+    b = spread((tiles, 8, k), b_kind, "near" if how == "tiny" else how, seed + 1)
     if how == "cancel":
         # the second half of k repeats the first with the other sign, but for some bits
         rng = np.random.default_rng([SEED, seed + 3])
@@ -156,10 +162,12 @@ def operands(kind: str, b_kind: str, d_kind: str, k: int, how: str, tiles: int, 
     yield a
     yield b
     rng = np.random.default_rng([SEED, seed + 2])
-    top = {"near": 1, "wide": 20, "sparse": 20, "cancel": 4, "special": 3}[how]
+    top = {"near": 1, "wide": 20, "sparse": 20, "cancel": 4, "special": 3, "tiny": 4}[how]
     top = min(top, 9) if d_kind == "f16" else top
     c = np.exp2(rng.integers(-top, top + 1, (tiles, 16, 8))) * rng.normal(0, 1, (tiles, 16, 8))
     c *= rng.random((tiles, 16, 8)) < 0.7
+    if how == "tiny":
+        c *= np.exp2(float(_LEAST[kind]))
     if how == "sparse":
         c = np.where(c == 0, 0, np.copysign(np.exp2(np.round(np.log2(np.abs(c) + (c == 0)))), c))
     yield bits_of(c, d_kind)
@@ -184,7 +192,7 @@ def mma() -> None:
         for d_kind in results:
             for how in ("integers", *SPREADS):
                 seed += 10
-                tiles = 2 if how in ("integers", "special") else 6
+                tiles = 2 if how in ("integers", "special", "tiny") else 6
                 a, b, c = operands(a_kind, b_kind, d_kind, k, how, tiles, seed)
                 _mma(
                     f"mma.m16n8k{k}.{d_kind}.{a_kind}.{b_kind}.{how}",
@@ -396,8 +404,9 @@ def wgmma() -> None:
     ):  # fmt: skip
         for how in SPREADS:
             n = 16
+            other = "near" if how == "tiny" else how
             image = np.concatenate(
-                [spread((64, 32 // SIZE[kind]), kind, how, 61), spread((n, 32 // SIZE[kind]), kind, how, 62)]
+                [spread((64, 32 // SIZE[kind]), kind, how, 61), spread((n, 32 // SIZE[kind]), kind, other, 62)]
             )
             if how == "cancel":
                 half = image.shape[1] // 2
@@ -409,9 +418,11 @@ def wgmma() -> None:
             # core matrices of 8 rows and 16 bytes: LBO 128, SBO 256
             cores = image.view(np.uint8).reshape(-1, 8, 2, 16).transpose(0, 2, 1, 3)
             rng = np.random.default_rng([SEED, 63])
-            top = {"near": 1, "wide": 9 if d_kind == "f16" else 20, "sparse": 9, "cancel": 4, "special": 3}[how]
+            top = {"near": 1, "wide": 9 if d_kind == "f16" else 20, "sparse": 9, "cancel": 4, "special": 3, "tiny": 4}[how]
             x = np.exp2(rng.integers(-top, top + 1, (128, n // 2))) * rng.normal(0, 1, (128, n // 2))
             x *= rng.random((128, n // 2)) < 0.7
+            if how == "tiny":
+                x *= np.exp2(float(_LEAST[kind]))
             d = np.ascontiguousarray(bits_of(x, d_kind)).view(np.uint32)
             _wgmma(
                 f"wgmma.{d_kind}.{kind}.{how}", (d_kind, kind, kind), n, plain, plain,

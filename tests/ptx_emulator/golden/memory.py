@@ -298,18 +298,18 @@ def tensors() -> None:
     data = _noise(16 * 1024, 11)
     for swizzle in (0, 32, 64, 128):
         box0 = (swizzle or 64) // 2
-        for n, at in enumerate(((0, 0), (8, 3), (-8, -2), (100, 60))):
+        for n, at in enumerate(((0, 0), (8, 3), (-8, -2), (104, 60))):
             load(f"tma.load.swizzle{swizzle}.{n}", Map(1, 6, (120, 64), (256,), (box0, 16), swizzle=swizzle), data, at)
     load("tma.load.1d", Map(1, 2, (1000,), (), (64,)), data, (960,))
     load("tma.load.3d", Map(1, 2, (20, 6, 5), (96, 768), (8, 4, 3), swizzle=32), data, (16, 4, 3))
-    load("tma.load.4d", Map(1, 1, (24, 6, 5, 4), (64, 512, 4096), (16, 4, 2, 3), swizzle=32), data, (-2, 3, -1, 2))
+    load("tma.load.4d", Map(1, 1, (24, 6, 5, 4), (64, 512, 4096), (16, 4, 2, 3), swizzle=32), data, (-8, 3, -1, 2))
     load(
         "tma.load.5d",
         Map(1, 0, (48, 4, 3, 3, 2), (64, 512, 2048, 8192), (32, 2, 2, 2, 2), swizzle=0),
         data,
-        (20, 3, 2, -1, 1),
+        (16, 3, 2, -1, 1),
     )
-    load("tma.load.narrow", Map(1, 6, (120, 64), (256,), (32, 16), swizzle=128), data, (4, 5))
+    load("tma.load.narrow", Map(1, 6, (120, 64), (256,), (32, 16), swizzle=128), data, (8, 5))
     load("tma.load.steps", Map(1, 6, (120, 64), (256,), (32, 16), steps=(1, 2)), data, (8, 3))
     load("tma.load.fill", Map(1, 7, (60, 30), (256,), (16, 8), fill=True), data, (52, 26))
 

@@ -102,6 +102,32 @@ def control() -> None:
     simple("brx", body, out(64), Buffer(value), block=64)
 
 
+    function = """
+.func (.param .b32 result) power(.param .b32 base, .param .b32 exponent)
+{
+.reg .b32 %x<4>;
+.reg .pred %t;
+ld.param.b32 %x0, [base];
+ld.param.b32 %x1, [exponent];
+mov.b32 %x2, 1;
+again: setp.eq.u32 %t, %x1, 0;
+@%t bra finished;
+mul.lo.u32 %x2, %x2, %x0;
+sub.u32 %x1, %x1, 1;
+bra again;
+finished: st.param.b32 [result], %x2;
+ret;
+}
+"""
+    body = PLACE + """add.u64 %q42, %q40, %q1; ld.global.b32 %r1, [%q42]; mov.b32 %r2, 0; and.b32 %r3, %r0, 1; setp.eq.u32 %p1, %r3, 0;
+@%p1 bra even;
+{ .param .b32 given; .param .b32 times; .param .b32 back;
+st.param.b32 [given], 3; st.param.b32 [times], %r1; call (back), power, (given, times); ld.param.b32 %r2, [back]; }
+even: bar.warp.sync -1;
+st.global.b32 [%q41], %r2;"""
+    simple("call", body, out(64), Buffer(value), block=64, module=function)
+
+
 def barriers() -> None:
     lines = Lines(128)
     lines.add(
