@@ -150,6 +150,8 @@ def _alloc(i: Instruction, p: Program) -> Run:
             for each in memories:
                 each.allocate(first, columns)
             _conclude(w, members, first)
+        for cta in members:
+            w.actor.acquire(tensor_memory(cta).freed)
         address = uniform(target(w), m, "the address of the result")
         if address >> WINDOW_SHIFT:
             address -= SHARED_WINDOW
@@ -178,6 +180,7 @@ def _dealloc(i: Instruction, p: Program) -> Run:
             return waits
         for cta in members:
             tensor_memory(cta).free(first)
+            w.actor.release(tensor_memory(cta).freed)
         _conclude(w, members, first)
         return None
 

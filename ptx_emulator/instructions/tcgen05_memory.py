@@ -26,7 +26,7 @@ Lanes = slice | Array
 class TensorMemory:
     """words[lane, column], which of them were written, and the allocations (first column -> columns).
 
-    collective: what this CTA's warp has asked for together with that of its peer (tcgen05_pair).
+    freed: what those knew that gave columns back; who gets them later comes after.
     """
 
     def __init__(self, cta: Cta) -> None:
@@ -41,6 +41,7 @@ class TensorMemory:
         self.words = np.full((ROWS, COLUMNS), 0xDEADBEEF, np.uint32)
         self.written = np.zeros((ROWS, COLUMNS), bool)
         self.allocated: dict[int, int] = {}
+        self.freed = Clock()
         self.relinquished = False
         self.least = COLUMNS  # of columns that were allocated at once so far
         self.most = 0

@@ -16,7 +16,6 @@ from ptx_emulator import Fault
 from .tensor import blank, descriptor, execute, images, place
 
 rng = np.random.default_rng(31)
-D, A, SFA, SFB, COLUMNS = 0, 256, 264, 272, 280
 
 # code in the instruction descriptor of kind::mxf8f6f4, bits, values
 NARROW = {
@@ -97,31 +96,35 @@ def multiply(
     kind, word, a, b, sfa, sfb, ctas=1, transposed=(False, False), a_words=None, accumulate=False, old=None, **kw
 ):
     """Operand bytes [m, ...] and [n, ...], scale codes [m, 4] and [n, 4] -> D [m, n]."""
-    m, n, tensor, pictures, words = len(sfa), len(b), blank(COLUMNS, ctas), [], []
+    m, n, pictures, words = len(sfa), len(b), [], []
     folded = ctas == 2 and m == 128  # layout B
+    width = n // 2 if folded else n  # of D, in columns
+    a_column, sfa_column, sfb_column = (width + 8 * x for x in range(3))
+    tensor = blank(width + 32, ctas)
     for cta in range(ctas):
         mine, half = slice(cta * m // ctas, (cta + 1) * m // ctas), slice(cta * n // ctas, (cta + 1) * n // ctas)
         parts = [place(x, "128b", t) for x, t in zip((a[mine], b[half]), transposed, strict=True)]
         picture, starts = images(*(p[0] for p in parts))
         pictures.append(picture)
         words = [descriptor(s, "128b", lead, stride) for s, (_, lead, stride) in zip(starts, parts, strict=True)]
-        put_scales(tensor[cta], SFA, sfa[mine], range(4))
+        put_scales(tensor[cta], sfa_column, sfa[mine], range(4))
         if folded:
-            put_scales(tensor[cta], SFB, sfb[: n // 2], range(2))
-            put_scales(tensor[cta], SFB, sfb[n // 2 :], range(2, 4))
+            put_scales(tensor[cta], sfb_column, sfb[: n // 2], range(2))
+            put_scales(tensor[cta], sfb_column, sfb[n // 2 :], range(2, 4))
         else:
-            put_scales(tensor[cta], SFB, sfb, range(4))
+            put_scales(tensor[cta], sfb_column, sfb, range(4))
         if a_words is not None:
-            tensor[cta, :, A : A + 8] = a_words[mine]
+            tensor[cta, :, a_column : a_column + 8] = a_words[mine]
         if old is not None:
-            tensor[cta, :, D : D + n] = old[mine].view(np.uint32)
+            tensor[cta, :, :n] = old[mine].view(np.uint32)
     left = "%rd20" if a_words is None else "[%r22]"
     issue = f"""add.s64 %rd20, %rd40, {words[0]}; add.s64 %rd21, %rd40, {words[1]}; mov.b32 %r20, {word};
-    add.s32 %r22, %r10, {A}; add.s32 %r23, %r10, {SFA}; add.s32 %r24, %r10, {SFB}; mov.pred %p6, {int(accumulate)};
+    add.s32 %r22, %r10, {a_column}; add.s32 %r23, %r10, {sfa_column}; add.s32 %r24, %r10, {sfb_column};
+    mov.pred %p6, {int(accumulate)};
     @%p5 tcgen05.mma.cta_group::{ctas}.kind::{kind} [%r10], {left}, %rd21, %r20, [%r23], [%r24], %p6;"""
-    got = execute(issue, tensor, np.stack(pictures), **kw)[:, :, D : D + n].view(np.float32)
+    got = execute(issue, tensor, np.stack(pictures), **kw)[:, :, :width].view(np.float32)
     if folded:
-        return np.concatenate([np.hstack([x[:64, : n // 2], x[64:, : n // 2]]) for x in got])
+        return np.concatenate([np.hstack([x[:64], x[64:]]) for x in got])
     return got.reshape(m, n)
 
 
@@ -157,8 +160,18 @@ def fp4(rows: int) -> tuple[np.ndarray, np.ndarray]:
     return found[:, 0::2] | found[:, 1::2] << 4, values
 
 
-@pytest.mark.parametrize("kind", [k for k in VECTORS if k.startswith("mxf4")])
-@pytest.mark.parametrize(("ctas", "m", "n"), [(1, 128, 8), (1, 128, 200), (2, 256, 176), (2, 128, 80), (2, 128, 256)])
+@pytest.mark.parametrize(
+    ("kind", "ctas", "m", "n"),
+    [
+        *((kind, 1, 128, 8) for kind in VECTORS if kind.startswith("mxf4")),
+        ("mxf4.block_scale.block32", 1, 128, 200),
+        ("mxf4.block_scale.block32", 2, 256, 48),
+        ("mxf4nvf4.block_scale.block32", 2, 128, 80),
+        ("mxf4nvf4.block_scale.block16", 1, 128, 136),
+        ("mxf4nvf4.block_scale.block16", 2, 256, 176),
+        ("mxf4nvf4.block_scale.block16", 2, 128, 256),
+    ],
+)
 def test_fp4(kind, ctas, m, n):
     """ "Scale Factor A ID", "Scale Factor B ID": 2X takes bytes 0-1 or 2-3 of a word, 4X all of it; N at will."""
     vector = VECTORS[kind]
@@ -171,8 +184,14 @@ def test_fp4(kind, ctas, m, n):
         np.testing.assert_array_equal(got, want.astype(np.float32))
 
 
-@pytest.mark.parametrize("kind", [k for k in VECTORS if k.startswith("mxf8")])
-@pytest.mark.parametrize(("ctas", "m", "n"), [(1, 128, 8), (2, 256, 144), (2, 128, 48)])
+@pytest.mark.parametrize(
+    ("kind", "ctas", "m", "n"),
+    [
+        *((kind, 1, 128, 8) for kind in VECTORS if kind.startswith("mxf8")),
+        ("mxf8f6f4.block_scale", 2, 256, 144),
+        ("mxf8f6f4.block_scale", 2, 128, 48),
+    ],
+)
 def test_fp8(kind, ctas, m, n):
     """1X takes the byte that the id names, in one or two CTAs; negated B, added to D."""
     (a, av), (b, bv) = codes("e4m3", m, 32), codes("e5m2", n, 32)
@@ -278,13 +297,13 @@ def test_refused_instruction_descriptors(kind, word, message):
 def test_quarters_that_differ_are_refused():
     """ "Scale factors for A and B matrices need to be duplicated to all 32 lane partitions of tensor memory"."""
     (a, _), (sfa, _) = fp4(128), scale_codes(128, False)
-    tensor = blank(COLUMNS)
-    put_scales(tensor[0], SFA, sfa, range(4))
-    put_scales(tensor[0], SFB, sfa[:16], range(4))
-    tensor[0, 32 * 3 + 5, SFA + 2] ^= 1
+    tensor = blank(32)
+    put_scales(tensor[0], 16, sfa, range(4))
+    put_scales(tensor[0], 24, sfa[:16], range(4))
+    tensor[0, 32 * 3 + 5, 18] ^= 1
     data, lead, stride = place(a, "128b", False)
     issue = f"""add.s64 %rd20, %rd40, {descriptor(0, "128b", lead, stride)}; mov.b32 %r20, {GOOD};
-    add.s32 %r23, %r10, {SFA}; add.s32 %r24, %r10, {SFB}; mov.pred %p6, 0;
+    add.s32 %r23, %r10, 16; add.s32 %r24, %r10, 24; mov.pred %p6, 0;
     @%p5 tcgen05.mma.cta_group::1.kind::{NVFP4} [%r10], %rd20, %rd20, %r20, [%r23], [%r24], %p6;"""
     with pytest.raises(Fault, match="scale factors of A: the sub-partitions of the lanes do not hold the same"):
         execute(issue, tensor, data[None])
