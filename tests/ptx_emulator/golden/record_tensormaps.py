@@ -227,6 +227,8 @@ def copies() -> Iterator[Case]:
             for at in ((0, 0, 0, 0, 0), (0, 2, 1, 1, 0), (1, 0, 0, 0, 0), (c, 7, 3, 3, 2)):
                 yield copy(t, at[:rank], next(seeds))
         yield copy(t, (0, 2, 1, 1, 0), next(seeds), "store")
+        steps = tiled(F16, (5 * c, 9, 5), (c, 4, 3), (1056, 8192), (3, 2, 2), interleave=interleave, swizzle=swizzle)
+        yield copy(steps, (1, 2, 1), next(seeds))
     for lower, upper, pixels, steps in (
         ((-1, -1), (-1, -1), 24, (1, 1, 1, 1)), ((0, 0), (0, 0), 16, (1, 1, 1, 1)),
         ((-1, -1), (1, 1), 32, (1, 1, 1, 1)), ((-1, -1), (-1, -1), 9, (1, 2, 2, 1)),
@@ -268,7 +270,11 @@ def transactions(t: Case) -> int:
     """Bytes that a load of one box reports."""
     if t["kind"] == "im2col":
         return t["channels"] * t["pixels"] * BITS[t["element_type"]] // 8
-    steps = t["steps"] if t["interleave"] else (1, *t["steps"][1:])
+    if t["interleave"]:
+        # dimension 0 counts units, the last but one slices, of which a box has one
+        counts = [-(-b // s) for b, s in zip(t["box"], t["steps"], strict=True)]
+        return 16 * t["interleave"] * math.prod(counts) // counts[-2]
+    steps = (1, *t["steps"][1:])
     return math.prod(-(-b // s) for b, s in zip(t["box"], steps, strict=True)) * BITS[t["element_type"]] // 8
 
 
