@@ -264,6 +264,15 @@ class Cluster:
             launch.program.finish(cta)
         self.hazards.check_exits()
 
+    def release(self) -> None:
+        """Undo the cycles of references: memory goes back now, not when the garbage collector comes by."""
+        for cta in self.ctas:
+            for warp in cta.warps:
+                vars(warp).clear()
+            vars(cta.shared).clear()
+            vars(cta).clear()
+        vars(self).clear()
+
     def deadlock(self, warps: Sequence[Warp]) -> str:
         lines = [f"deadlock in cluster {self.index} of {self.launch.program.kernel.name}: every warp waits"]
         for w in sorted(warps, key=lambda w: (w.cta.rank, w.index)):
@@ -359,6 +368,8 @@ class Launch:
                     stats.bytes["shared load"] += cta.shared.loaded
                     stats.bytes["shared store"] += cta.shared.stored
                     tally.add(cta)
+                cluster.release()
+        self.memory.unwatch()
         tally.into(stats)
         self.banks.finish()
         stats.bytes["global load"] += self.memory.loaded - before[0]

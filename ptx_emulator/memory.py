@@ -48,6 +48,9 @@ class Block:
             )
         return self._shadow
 
+    def forget(self) -> None:
+        self._shadow = None
+
 
 class GlobalMemory:
     """Blocks of host memory by their real addresses. `discover` may find more when an address is in none."""
@@ -63,6 +66,11 @@ class GlobalMemory:
     def watch(self, hazards: Hazards) -> None:
         """Check accesses from now on against those of the same cluster."""
         self.hazards = hazards
+
+    def unwatch(self) -> None:
+        self.hazards = None
+        for block in self.blocks:
+            block.forget()
 
     def add(self, data: Array, name: str = "array", writable: bool = True) -> int:
         """Make a contiguous array's bytes known; returns its address."""

@@ -1,9 +1,13 @@
 """State spaces: vectors, atomics, local and generic addresses, cp.async; and every access that is refused."""
 
+import gc
+
 import numpy as np
 import pytest
 
 from ptx_emulator import Fault
+from ptx_emulator.hazards import Shadow
+from ptx_emulator.memory import SharedMemory
 
 from .ptx import run
 
@@ -138,3 +142,22 @@ def test_statistics():
     assert stats.instructions["bar.sync"] == 2 * 2 * 3
     assert stats.bytes["global store"] == 4 * 64 * 3
     assert stats.total == 5 * 2 * 3
+
+
+@pytest.mark.parametrize("races", [True, False])
+def test_a_cluster_gives_its_memory_back_when_it_ends(races):
+    """Without the garbage collector, so that the memory of a launch does not grow with its clusters."""
+    body = "mov.u32 %r0, %ctaid.x;\nmov.u32 %r1, buf;\nst.shared.u32 [%r1], 1;\nld.shared.u32 %r2, [%r1];\n"
+    body += "mul.wide.u32 %rd1, %r0, 4;\nadd.u64 %rd1, %rd1, %rd63;\nst.global.u32 [%rd1], %r2;"
+
+    def alive() -> int:
+        return sum(type(x) in (SharedMemory, Shadow) for x in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        run(body, np.zeros(8, np.uint32), shared=".shared .align 4 .b8 buf[4];", grid=8, cluster=2, races=races)
+        assert alive() == before
+    finally:
+        gc.enable()
