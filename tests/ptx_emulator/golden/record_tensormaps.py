@@ -177,8 +177,24 @@ def refused() -> Iterator[Case]:
 # --- copies: whole tensors of noise, one box of them ---
 
 
+EDGES = 9000  # seeds from here on give floating point numbers at the edges of their formats
+_PALETTE = {
+    F32: (0, 1 << 31, 1, 0x80000001, 0x007FFFFF, 0x00800000, 0x00800001, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001,
+          0x7FC00000, 0xFFFFFFFF, 0x3F801000, 0x3F803000, 0x3F800FFF, 0x3F801001, 0xBF801000, 0xBF803000, 0x00001000,
+          0x00002FFF, 0x7F7FF000, 0x3F7FF000, 0x00803000, 0x80403000),
+    F16: (0, 1 << 15, 1, 0x8001, 0x3FF, 0x400, 0x401, 0x8401, 0x7BFF, 0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFFFF, 0x3C00),
+    BF16: (0, 1 << 15, 1, 0x8001, 0x7F, 0x80, 0x81, 0x8081, 0x7F7F, 0x7F80, 0xFF80, 0x7F81, 0x7FC0, 0xFFFF, 0x3F80),
+}  # fmt: skip
+_AS = {F32: F32, F32_FTZ: F32, TF32: F32, TF32_FTZ: F32, F16: F16, BF16: BF16}
+
+
 def noise(seed: int, size: int) -> bytes:
-    return random.Random(seed).randbytes(size)
+    r = random.Random(seed)
+    if seed < EDGES:
+        return r.randbytes(size)
+    palette = _PALETTE[_AS[(seed - EDGES) // 1000]]
+    width = 4 if max(palette) >> 16 else 2
+    return b"".join(r.choice(palette).to_bytes(width, "little") for _ in range(size // width))
 
 
 def copies() -> Iterator[Case]:
@@ -203,6 +219,12 @@ def copies() -> Iterator[Case]:
         for op in ("add", "min", "max", "inc", "dec", "and", "or", "xor"):
             if op in REDUCTIONS.get(element_type, ()):
                 yield copy(t, (inner, 4), next(seeds), op)
+    for element_type in _AS:
+        inner, edges = 256 // BITS[element_type], EDGES + 1000 * element_type
+        t = tiled(element_type, (4 * inner, 16), (inner, 16))
+        yield copy(t, (inner, 0), edges)
+        for op in REDUCTIONS.get(element_type, ()):
+            yield copy(t, (0, 0), edges + 10, op)
     for steps in ((1, 2), (1, 3), (2, 1), (1, 8), (3, 5)):
         for at in ((0, 0), (16, 1), (-16, -3)):
             yield copy(tiled(U8, (96, 20), (32, 8), steps=steps), at, next(seeds))
