@@ -17,8 +17,8 @@ from .memory import GlobalMemory
 from .numbers import Array
 
 BYTES = 128
-# CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA, by bytes of an element
-OOB_NAN: dict[int, int] = {}
+USED = 64  # of them: words 8 to 15 mean nothing (kernels of CuTe DSL copy the first half only)
+OOB_NAN = 0x7FF7  # in every 16 bits of what a map with NaN fill reads outside of the tensor, on an H100
 
 
 # --- element types and swizzles ---
@@ -112,15 +112,28 @@ class TensorMap:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Elements of a box along each dimension (PTX ISA, "Traversal-Stride")."""
+        """Elements of a box along each dimension (PTX ISA, "Traversal-Stride").
+
+        Interleaved: units along dimension 0, and one slice along the last but one, whatever the box.
+        """
         if self.im2col:
             return self.box
-        return tuple(-(-b // s) for b, s in zip(self.box, self.steps or (1,) * self.rank, strict=True))
+        counts = [-(-b // s) for b, s in zip(self.box, self.steps or (1,) * self.rank, strict=True)]
+        if self.interleave:
+            counts[-2] = 1
+        else:
+            counts[0] = self.box[0]
+        return tuple(counts)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a box: runs along dimension 0; interleaved, single units."""
+        return int(np.prod(self.counts[0 if self.interleave else 1 :]))
 
     @property
     def row_bytes(self) -> int:
-        """Of a row along dimension 0, in global memory."""
-        return self.box[0] * self.element.bits // 8
+        """Of a row in global memory."""
+        return self.interleave or self.box[0] * self.element.bits // 8
 
     @property
     def pitch(self) -> int:
@@ -167,8 +180,9 @@ PIXELS = Field(7, 32, 10)
 CORNER_BITS = {3: 16, 4: 8, 5: 5}
 
 # element types whose number is not that of tensormap.replace, with the TF32 bit
-_CODES = {"tf32": (7, 1), "tf32.ftz": (8, 1), "b4x16": (11, 0)}
-CODES = {e.name: _CODES.get(e.name, (n, 0)) for n, e in enumerate(ELEMENTS[:14])}
+# (of the padded ones, as compiled CuTe DSL host code writes it)
+_CODES = {"tf32": (7, 1), "tf32.ftz": (8, 1), "b4x16": (11, 0), "b4x16_p64": (12, 0), "b6x16_p32": (13, 0)}
+CODES = {e.name: _CODES.get(e.name, (n, 0)) for n, e in enumerate(ELEMENTS)}
 _NAMES = {code: name for name, code in CODES.items()}
 INTERLEAVES = (0, 16, 32)
 SPANS = (0, 32, 64, 128)
@@ -279,19 +293,13 @@ def place(
 ) -> Box:
     """rows: indices along dimension 1 in place of a run of them (gather4 and scatter4). offsets: of im2col."""
     if t.interleave:
-        raise UnknownInstructionError("the emulator does not know where an interleaved tensor map leads")
+        return _units(t, coordinates)
     if t.im2col is not None:
         index = _pixels(t, t.im2col, coordinates, offsets)
     elif rows is not None:
         index = [np.array(rows)]
     else:
-        axes = [np.arange(c, c + b, s) for c, b, s in zip(coordinates[1:], t.box[1:], t.steps[1:], strict=True)]
-        # dimension 1 runs fastest
-        index = [x.reshape(-1) for x in np.meshgrid(*reversed(axes), indexing="ij")][::-1]
-    address, inside = np.zeros(1, np.int64), np.ones(1, bool)
-    for at, step, size in zip(index, t.strides, t.sizes[1:], strict=True):
-        address = address + at * step
-        inside = inside & (at >= 0) & (at < size)
+        index = _grid(coordinates[1:], t.counts[1:], t.steps[1:])
     start = coordinates[0] * t.element.bits
     if start % 128:
         raise Fault(f"a box that starts {start / 8:g} bytes into a row: multiples of 16 are required")
@@ -299,7 +307,35 @@ def place(
         raise Fault(f"coordinate {coordinates[0]} of {t.element.name} is not a multiple of 128")
     first = min(max(0, -(start // 8)), t.row_bytes)
     last = max(min(t.row_bytes, t.sizes[0] * t.element.bits // 8 - start // 8), first)
-    return Box(address + t.address + start // 8, inside, first, last)
+    return Box(t.address + start // 8 + _distance(index, t.strides), _inside(index, t.sizes[1:]), first, last)
+
+
+def _grid(start: tuple[int, ...], counts: tuple[int, ...], steps: tuple[int, ...]) -> list[Array]:
+    """Indices along each dimension of all rows of a box, dimension 1 running fastest."""
+    if not counts:
+        return []
+    axes = [c + np.arange(n) * s for c, n, s in zip(start, counts, steps, strict=True)]
+    return [x.reshape(-1) for x in np.meshgrid(*reversed(axes), indexing="ij")][::-1]
+
+
+def _distance(index: list[Array], strides: tuple[int, ...]) -> Array:
+    return sum((at * s for at, s in zip(index, strides, strict=True)), np.zeros(1, np.int64))
+
+
+def _inside(index: list[Array], sizes: tuple[int, ...]) -> Array:
+    inside = np.ones(1, bool)
+    for at, size in zip(index, sizes, strict=True):
+        inside = inside & (at >= 0) & (at < size)
+    return inside
+
+
+def _units(t: TensorMap, coordinates: tuple[int, ...]) -> Box:
+    """PTX ISA, "Interleave layout", as an H100 reads it: dimension 0 counts units of 16 or 32 bytes, one after the
+    other; the last but one counts slices of channels, of which a box has one."""
+    if t.im2col is not None:
+        raise UnknownInstructionError("the emulator does not know interleaved im2col tensor maps")
+    index = _grid(coordinates, t.counts, t.steps)
+    return Box(t.address + _distance(index, (t.interleave, *t.strides)), _inside(index, t.sizes), 0, t.interleave)
 
 
 def _pixels(t: TensorMap, form: Im2col, coordinates: tuple[int, ...], offsets: tuple[int, ...]) -> list[Array]:
@@ -329,22 +365,31 @@ def read(t: TensorMap, box: Box, memory: GlobalMemory) -> Array:
     """[rows, row_bytes], filled outside of the tensor."""
     out = np.zeros((len(box.rows), t.row_bytes), np.uint8)
     if t.nan:
-        size = t.element.bits // 8
-        out[:] = np.resize(np.frombuffer(OOB_NAN[size].to_bytes(size, "little"), np.uint8), t.row_bytes)
+        out.view("<u2")[:] = OOB_NAN
     rows = box.rows[box.inside] + box.first
     if len(rows) and box.last > box.first:
         low, high = int(rows.min()), int(rows.max())
         block = memory.find(low, high + box.last - box.first - low)
         index = box.addresses(block.base)
         memory.note(block, index)
-        out[box.inside, box.first : box.last] = block.data[index]
+        out[box.inside, box.first : box.last] = converted(t, block.data[index])
         memory.loaded += index.size
     return out
 
 
+def converted(t: TensorMap, data: Array) -> Array:
+    """Bytes of elements as a load leaves them: TF32 is rounded to nearest."""
+    if not t.element.name.startswith("tf32"):
+        return data
+    x = np.ascontiguousarray(data).view("<u4")
+    if (x & 0x1FFF == 0x1000).any() or (x & 0x7F800000 == 0x7F800000).any():
+        raise UnknownInstructionError(
+            "the emulator does not know how a tensor load rounds ties, infinity and NaN to TF32"
+        )
+    return ((x + 0x1000) & 0xFFFFE000).astype("<u4").view(np.uint8)
+
+
 def write(t: TensorMap, box: Box, memory: GlobalMemory, values: Array) -> None:
-    """The last 16 bytes of a row that lie inside in part are written whole, as an H100 does it."""
-    box = replace(box, last=min(-(-box.last // 16) * 16, t.row_bytes))
     rows = box.rows[box.inside] + box.first
     if len(rows) and box.last > box.first:
         low, high = int(rows.min()), int(rows.max())
@@ -364,6 +409,11 @@ def shared_index(t: TensorMap, offset: int, rows: int, storing: bool = False) ->
     if e.packed and not storing:
         column = column // e.packed * e.padded + column % e.packed
     return t.swizzle(offset + np.arange(rows)[:, None] * t.pitch + column)
+
+
+def whole(t: TensorMap, box: Box) -> Box:
+    """What stores and reductions write: the last 16 bytes that lie in the tensor in part they take whole, on an H100."""
+    return replace(box, last=min(-(-box.last // 16) * 16, t.row_bytes))
 
 
 def packed(t: TensorMap, values: Array) -> Array:

@@ -356,30 +356,33 @@ def store_async(i: Instruction, p: Program) -> Run:
         if len(cluster.ctas) == 1:
             raise Fault(f"{i.op[0]}.async in a cluster of one CTA")
         values = np.stack([s(w) for s in sources], 1)
+        # lanes that signal the same mbarrier count as one operation: who waits for it has waited for all of them
+        together: dict[tuple[int, int], list[int]] = {}
         for lane in np.flatnonzero(_ALL if m is None else m):
             d = int(target(w)[lane])
-            ((cta, signal),) = destinations(w, d, int(barrier(w)[lane]), None)
-            if reduction and cta is w.cta:
-                raise Fault("red.async to the shared memory of the executing CTA: it must be another's")
-            offset = shared_place(w, d)[1]
+            cta, offset = shared_place(w, d)
             if offset % total:
                 raise Fault(f"shared address {offset:#x} is not a multiple of the access's {total} bytes")
             cta.shared.check(offset, total)
-            value = values[lane].copy()
-            operation = cluster.hazards.operation(f"{i.op[0]}.async", asynchronous=False)
+            together.setdefault((cta.rank, int(barrier(w)[lane])), []).append(int(lane))
+        for (rank, at), lanes in together.items():
+            ((cta, signal),) = destinations(w, int(target(w)[lanes[0]]), at, None)
+            if reduction and cta is w.cta:
+                raise Fault("red.async to the shared memory of the executing CTA: it must be another's")
+            offsets = [shared_place(w, int(target(w)[lane]))[1] for lane in lanes]
+            queue = (f"{i.op[0]}.async", w.cta.rank, w.index, rank, at)
+            operation = cluster.hazards.operation(queue[0], chain=queue, asynchronous=False)
             operation.strong = reduction
 
-            def work(  # type: ignore[no-untyped-def]
-                value=value, cta=cta, signal=signal, offset=offset, operation=operation
-            ) -> None:
-                if name:
-                    value = combine(name, kind, cta.shared.read(offset, size).copy().view(UINT[size]), value)
-                cta.shared.write(offset, value.view(np.uint8))
-                signal.complete(total)
-                cluster.hazards.retire(operation)
+            def work(cta=cta, signal=signal, offsets=offsets, data=values[lanes]) -> None:  # type: ignore[no-untyped-def]
+                for offset, value in zip(offsets, data, strict=True):
+                    if name:
+                        value = combine(name, kind, cta.shared.read(offset, size).copy().view(UINT[size]), value)
+                    cta.shared.write(offset, value.view(np.uint8))
+                signal.complete(total * len(offsets))
 
-            cluster.launch.statistics.bytes["distributed shared store"] += total
-            cluster.submit(fresh_queue(w), work, operation)
+            cluster.launch.statistics.bytes["distributed shared store"] += total * len(lanes)
+            cluster.submit(queue, work, operation)
         return None
 
     return run

@@ -81,7 +81,7 @@ class _Place:
         return tensormap.place(t, at[: self.rank], offsets=at[self.rank :] or (0,) * (self.rank - 2))
 
     def rows(self, t: TensorMap) -> int:
-        return 4 if self.four else int(np.prod(t.counts[1:]))
+        return 4 if self.four else t.rows
 
 
 def _load(i: Instruction, p: Program) -> Run:
@@ -130,10 +130,11 @@ _REDUCTIONS = {
     "u32": ("add", "min", "max", "inc", "dec", *_BITWISE),
     "s32": ("add", "min", "max", *_BITWISE),
     "u64": ("add", "min", "max", *_BITWISE),
-    "s64": ("min", "max", *_BITWISE),
+    "s64": ("min", "max"),
     "f16": ("add", "min", "max"),
     "bf16": ("add", "min", "max"),
     "f32": ("add",),
+    "f64": ("add",),  # not in the ISA's table; an H100 does it
 }
 
 
@@ -159,7 +160,7 @@ def _store(i: Instruction, p: Program) -> Run:
                 return w.cta.shared.gather(index)
 
             def write(values, t=t, at=at) -> None:  # type: ignore[no-untyped-def]
-                box = place.box(t, at)
+                box = tensormap.whole(t, place.box(t, at))
                 if name:
                     values = _reduced(t, box, memory, values, name)
                 tensormap.write(t, box, memory, tensormap.packed(t, values))
@@ -266,16 +267,16 @@ def _replace(i: Instruction, p: Program) -> Run:
             shared = space_of(i) == "shared" or (space_of(i) == "generic" and a >> WINDOW_SHIFT)
             if shared:
                 cta, offset = shared_place(w, a, own=True)
-                raw = cta.shared.read(offset, tensormap.BYTES)
+                raw = cta.shared.read(offset, tensormap.USED)
             else:
-                raw = w.cta.cluster.launch.memory.bytes(a, tensormap.BYTES)
+                raw = w.cta.cluster.launch.memory.bytes(a, tensormap.USED)
             words = tensormap.words_of(raw)
             change(words, int(value(w)[lane]))
             new_bytes = np.array(words, "<u8").view(np.uint8)
             if shared:
                 cta.shared.write(offset, new_bytes)
             else:
-                w.cta.cluster.launch.memory.bytes(a, tensormap.BYTES, write=True)[:] = new_bytes
+                w.cta.cluster.launch.memory.bytes(a, tensormap.USED, write=True)[:] = new_bytes
         return None
 
     return run
@@ -295,7 +296,9 @@ def _copy_and_fence(i: Instruction, p: Program) -> Run:
         d, (cta, offset) = int(target(w)[lane]), shared_place(w, int(source(w)[lane]), own=True)
         if d % tensormap.BYTES or offset % tensormap.BYTES:
             raise Fault(f"a tensor map from {offset:#x} to {d:#x}: both must be multiples of {tensormap.BYTES}")
-        w.cta.cluster.launch.memory.bytes(d, size, write=True)[:] = cta.shared.read(offset, size)
+        map_bytes = w.cta.cluster.launch.memory.bytes(d, size, write=True)
+        map_bytes[: tensormap.USED] = cta.shared.read(offset, tensormap.USED)
+        map_bytes[tensormap.USED :] = cta.shared.data[offset + tensormap.USED : offset + size]
         w.actor.fence()
         return None
 

@@ -93,9 +93,10 @@ def masked(
     two: bool,
     c: str = "bf16",
 ) -> Prepared:
-    """rows: how many of a group's m count; what the others become is left open."""
+    """rows: how many of a group's m count; what the others become is left open. The kernel reads one count more than
+    there are groups, so the table has room for it."""
     operands = a, b, d, sfa, sfb = _operands(m, n, k, len(rows), len(rows), c, gen)
-    counts = torch.tensor(rows, dtype=torch.int32)
+    counts = torch.tensor((*rows, 0), dtype=torch.int32)[:-1]
     tensors = [*(x.tensor() for x in operands), cute_tensor(counts, FORMATS["int32"])]
     gemm = module.BlockwiseMaskedGroupedGemmKernel(cutlass.Float32, two, tile, cluster)
     compiled = cute.compile(gemm, *tensors, FEW, STREAM)
