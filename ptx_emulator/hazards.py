@@ -24,8 +24,10 @@ from .numbers import Array
 if TYPE_CHECKING:
     from .machine import Cta, Warp
 
-# rows of a clock: what came before, and what came before a fence to the async proxy (by space) or to tensor maps
-CAUSAL, SHARED, GLOBAL, TENSORMAP = range(4)
+# rows of a clock: what came before; what came before a fence to the async proxy (by space) or to tensor maps; and what
+# was executed before a relaxed arrival, which lets memory go but orders no access
+CAUSAL, SHARED, GLOBAL, TENSORMAP, EXECUTED = range(5)
+ROWS = 5
 _ROOM = 64
 
 
@@ -35,7 +37,7 @@ class Clock:
     __slots__ = ("seen",)
 
     def __init__(self, seen: Array | None = None):
-        self.seen = np.zeros((4, _ROOM), np.int32) if seen is None else seen
+        self.seen = np.zeros((ROWS, _ROOM), np.int32) if seen is None else seen
 
     def copy(self) -> "Clock":
         return Clock(self.seen.copy())
@@ -49,7 +51,15 @@ class Clock:
     def reach(self, count: int) -> None:
         have = self.seen.shape[1]
         if have < count:
-            self.seen = np.concatenate([self.seen, np.zeros((4, count - have), np.int32)], 1)
+            self.seen = np.concatenate([self.seen, np.zeros((ROWS, count - have), np.int32)], 1)
+
+    def executed(self, other: "Clock") -> None:
+        """What a relaxed arrival still says: all of it has been executed."""
+        count = other.seen.shape[1]
+        self.reach(count)
+        mine = self.seen[EXECUTED, :count]
+        np.maximum(mine, other.seen[CAUSAL], out=mine)
+        np.maximum(mine, other.seen[EXECUTED], out=mine)
 
     def covers(self, row: int, actor: int, time: int) -> bool:
         return actor < self.seen.shape[1] and bool(self.seen[row, actor] >= time)
@@ -88,6 +98,8 @@ class Actor:
         if relaxed:
             if self.released is not None:
                 into.join(self.released)
+            into.executed(self.clock)
+            self.tick()
             return
         into.join(self.clock)
         self.tick()
@@ -256,7 +268,8 @@ class Hazards:
         for event, cta in self._foreign.values():
             site = self.sites[event]
             assert site is not None
-            if not any(w.actor.clock.covers(CAUSAL, site.actor, site.time) for w in cta.warps):
+            clocks = [w.actor.clock for w in cta.warps]
+            if not any(c.covers(row, site.actor, site.time) for c in clocks for row in (CAUSAL, EXECUTED)):
                 raise Fault(
                     f"CTA {cta.index} may have ended, and its shared memory gone, before this access of it: {site}"
                 )
