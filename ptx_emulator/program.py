@@ -320,7 +320,7 @@ def special_register(name: str) -> Callable[[Warp], Array]:
         "smid": lambda w: w.cta.rank,
         "nsmid": lambda w: len(w.cta.cluster.ctas),
         "gridid": lambda w: 1,
-        "is_explicit_cluster": lambda w: 1,
+        "is_explicit_cluster": lambda w: int(w.cta.cluster.launch.cluster != (1, 1, 1)),
         "dynamic_smem_size": lambda w: w.cta.cluster.launch.dynamic_shared,
         "total_smem_size": lambda w: w.cta.cluster.launch.shared_bytes + RESERVED_SHARED,
         "clock": _ticks,

@@ -22,6 +22,7 @@ from ..memory import (
 from ..numbers import U32, U64, Array, from_bf16, to_bf16, to_f16
 from ..parser import Address, Instruction, Operand, Reg, Sink, Special, Sym, Vec
 from ..program import DTYPES, Mask, Program, Read, Run, decoder, kind_of, simple, unknown
+from .arithmetic import flush
 
 _SPACES = ("param", "param:entry", "shared", "shared:cta", "shared:cluster", "global", "local", "const")
 _ALL = np.ones(LANES, bool)
@@ -256,7 +257,23 @@ def _ld(i: Instruction, p: Program) -> Run:
             write(w, expand(value, m).view(dtype), m)
         return None
 
+    if space == "generic":
+        run = _or_local(address, run, _ld_local(_in_window(address), size, writes, dtype))
     return strongly(i, run, address, True, False) if _STRONG & set(i.op) else run
+
+
+def _in_window(address: Read) -> Read:
+    return lambda w: address(w) - U64(LOCAL_WINDOW)
+
+
+def _or_local(address: Read, run: Run, local: Run) -> Run:
+    """A generic access: each thread has a local memory of its own, so that lanes must agree on the window."""
+
+    def either(w: Warp, m: Mask) -> str | None:
+        first = int(address(w)[0 if m is None else int(np.argmax(m))])
+        return (local if first >> WINDOW_SHIFT == LOCAL_WINDOW >> WINDOW_SHIFT else run)(w, m)
+
+    return either
 
 
 def _of_call(operand: Operand, p: Program) -> bool:
@@ -295,17 +312,7 @@ def _st(i: Instruction, p: Program) -> Run:
     address = p.address(i.operands[0])
     _check_width(i, p, space, size * len(reads))
     if space == "local" or _of_call(i.operands[0], p):
-
-        def run_local(w: Warp, m: Mask) -> str | None:
-            lanes = np.flatnonzero(_ALL if m is None else m)
-            offset = _local_offsets(w, address(w)[lanes], size * len(reads))
-            count_bytes(w, "local store", len(lanes) * size * len(reads))
-            view = _local(w).view(UINT[size])
-            for j, read in enumerate(reads):
-                view[lanes, offset // size + j] = read(w)[lanes]
-            return None
-
-        return run_local
+        return _st_local(address, size, reads)
     banked = space in ("shared", "generic")
 
     def run(w: Warp, m: Mask) -> str | None:
@@ -318,7 +325,22 @@ def _st(i: Instruction, p: Program) -> Run:
             store(w, space, a[m], size, [r(w)[m] for r in reads])
         return None
 
+    if space == "generic":
+        run = _or_local(address, run, _st_local(_in_window(address), size, reads))
     return strongly(i, run, address, False, True) if _STRONG & set(i.op) else run
+
+
+def _st_local(address: Read, size: int, reads: Sequence[Read]) -> Run:
+    def run(w: Warp, m: Mask) -> str | None:
+        lanes = np.flatnonzero(_ALL if m is None else m)
+        offset = _local_offsets(w, address(w)[lanes], size * len(reads))
+        count_bytes(w, "local store", len(lanes) * size * len(reads))
+        view = _local(w).view(UINT[size])
+        for j, read in enumerate(reads):
+            view[lanes, offset // size + j] = read(w)[lanes]
+        return None
+
+    return run
 
 
 # --- addresses ---
@@ -409,17 +431,35 @@ ATOMIC: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def combine(name: str, kind: str, old: Array, new: Array) -> Array:
-    """Element by element: bits of `old` and `new` as `kind` (arrays of unsigned) -> bits."""
+def combine(name: str, kind: str, old: Array, new: Array, ftz: bool = False) -> Array:
+    """Element by element: bits of `old` and `new` as `kind` (arrays of unsigned) -> bits.
+
+    min and max give the number where the other is NaN; what is NaN otherwise is the canonical one, in FP64 an operand.
+    ftz: FP32 sums flush subnormal numbers; atom and red do so in global memory, bulk reductions and shared memory not.
+    """
     bits = old.dtype
     if kind in ("f16x2", "bf16x2"):
         return combine(name, kind[:-2], old.view(np.uint16), new.view(np.uint16)).view(bits)
     if kind in ("f16", "bf16"):
         x, y = ((v.view(np.float16) if kind == "f16" else from_bf16(v)).astype(np.float64) for v in (old, new))
-        exact = ATOMIC[name](x, y)
-        return to_f16(exact) if kind == "f16" else to_bf16(exact)
+        exact = _extremum(name, x, y) if name in ("min", "max") else ATOMIC[name](x, y)
+        out = to_f16(exact) if kind == "f16" else to_bf16(exact)
+        return np.where(np.isnan(exact), np.uint16(0x7FFF), out)
     dtype = DTYPES[kind]
+    if kind == "f32" and name == "add":
+        x, y = (flush(v.view(dtype)) if ftz else v.view(dtype) for v in (old, new))
+        total = flush(x + y) if ftz else x + y
+        return np.where(np.isnan(total), U32(0x7FFFFFFF), total.view(bits))
     return ATOMIC[name](old.view(dtype), new.view(dtype)).astype(dtype).view(bits)
+
+
+def _extremum(name: str, x: Array, y: Array) -> Array:
+    """-0 is less than +0."""
+    out = np.minimum(x, y) if name == "min" else np.maximum(x, y)
+    out = np.where(np.isnan(x), y, np.where(np.isnan(y), x, out))  # fmin and fmax keep a signalling NaN
+    either = np.logical_or if name == "min" else np.logical_and
+    zero = np.where(either(np.signbit(x), np.signbit(y)), -0.0, 0.0)
+    return np.where((x == 0) & (y == 0), zero, out)
 
 
 @decoder("atom", "red")
@@ -456,7 +496,8 @@ def _atom(i: Instruction, p: Program) -> Run:
                 if replacement is not None:
                     result.append(replacement[lane : lane + 1] if old[j][0] == values[j][lane] else old[j])
                 else:
-                    result.append(combine(name, kind, old[j].copy(), values[j][lane : lane + 1]))
+                    ftz = _location(space, int(at[0]))[0] == "global"
+                    result.append(combine(name, kind, old[j].copy(), values[j][lane : lane + 1], ftz))
             store(w, space, at, size, result)
         for write, value in zip(writes, out, strict=False):
             write(w, value.view(DTYPES[kind]), m)

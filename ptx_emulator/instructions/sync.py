@@ -17,12 +17,13 @@ from ..machine import LANES, Cluster, Cta, Warp
 from ..memory import RANK_SHIFT, SHARED_WINDOW, WINDOW_SHIFT
 from ..numbers import U64, Array
 from ..parser import Address, Instruction, Sink, Sym
-from ..program import FINISHERS, Mask, Program, Run, decoder, unknown
+from ..program import FINISHERS, Mask, Program, Run, decoder, only, simple, unknown
 from .data import shared_of, space_of
 
 _ALL = np.ones(LANES, bool)
 MBARRIER_BYTES = 8
-MAX_COUNT = (1 << 20) - 1  # of arrivals and of transactions
+_COUNT_BITS = 20  # of a state, below the phase: the pending count
+MAX_COUNT = (1 << _COUNT_BITS) - 1  # of arrivals and of transactions
 
 
 # --- named barriers ---
@@ -261,9 +262,20 @@ def _mbarrier(i: Instruction, p: Program) -> Run:
         "try_wait": _wait,
         "test_wait": _wait,
     }
+    own = {"arrive": "expect_tx noComplete", "try_wait": "parity", "test_wait": "parity"}
+    only(i, f"mbarrier {action} {own.get(action.removesuffix('_drop'), '')} {_QUALIFIERS}")
+    if action == "pending_count":
+        return _pending_count(i, p)
     if action not in handlers or space_of(i) not in ("shared", "generic"):
         raise unknown(i)
     return handlers[action](i, p)
+
+
+# of the two layouts and kinds of phases only version 0 and primary, where conditional ones are the same
+_QUALIFIERS = (
+    "b64 release acquire relaxed cta cluster shared shared:cta shared:cluster layout:v0 phase_type:primary "
+    "phase_type:conditional"
+)
 
 
 def _lanes(m: Mask) -> Array:
@@ -307,14 +319,18 @@ def _arrive(i: Instruction, p: Program) -> Run:
     state = None if isinstance(operands[0], Address) else operands.pop(0)
     write = p.target(state, "b64") if state is not None and not isinstance(state, Sink) else None
     address = p.address(operands[0])
-    expect, drop = "expect_tx" in i.op, i.op[1] == "arrive_drop"
+    expect, drop, incomplete = "expect_tx" in i.op, i.op[1] == "arrive_drop", "noComplete" in i.op
     extra = p.source(operands[1], "u32") if len(operands) > 1 else None
+    if (expect or incomplete) and extra is None:
+        raise unknown(i, "without a count")
 
     def run(w: Warp, m: Mask) -> str | None:
         a, n, token = address(w), extra(w) if extra else None, np.zeros(LANES, U64)
         for lane in _lanes(m):
             barrier = mbarrier_at(w, int(a[lane]))
-            token[lane] = barrier.phase
+            if write and barrier.cta is not w.cta:
+                raise Fault("an arrival at another CTA's mbarrier gives no state")
+            token[lane] = barrier.phase << _COUNT_BITS | barrier.pending
             amount = 1
             if expect:
                 assert n is not None
@@ -323,12 +339,23 @@ def _arrive(i: Instruction, p: Program) -> Run:
                 amount = int(n[lane])
             if drop:
                 barrier.expected -= amount
+                if barrier.expected < 1:
+                    raise Fault("mbarrier.arrive_drop leaves no expected arrivals")
+            if incomplete and amount >= barrier.pending and barrier.transactions == 0:
+                raise Fault("an mbarrier arrival with .noComplete would complete the phase")
             barrier.arrive(amount, relaxed="relaxed" in i.op)
         if write:
             write(w, token, m)
         return None
 
     return run
+
+
+def _pending_count(i: Instruction, p: Program) -> Run:
+    """Of the state that an arrive gave: what was pending before it."""
+    mask = U64(MAX_COUNT)
+    state, write = p.source(i.operands[1], "b64"), p.target(i.operands[0], "u32")
+    return simple([state], write, lambda token: (token & mask).astype(np.uint32))
 
 
 def _transaction(i: Instruction, p: Program) -> Run:
@@ -357,7 +384,7 @@ def _wait(i: Instruction, p: Program) -> Run:
         if (a == a[lanes[0]]).all() and (phase == phase[lanes[0]]).all():
             lanes = lanes[:1]
         for lane in lanes:
-            offset, wanted = _own(w, int(a[lane])), int(phase[lane])
+            offset, wanted = _own(w, int(a[lane])), int(phase[lane]) >> (0 if parity else _COUNT_BITS)
             barrier = mbarrier_of(w.cta, offset)
             if parity and wanted not in (0, 1):
                 raise Fault(f"mbarrier wait for parity {wanted}")

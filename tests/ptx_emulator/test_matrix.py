@@ -9,6 +9,13 @@ from ptx_emulator import Fault
 from .ptx import run
 
 rng = np.random.default_rng(5)
+
+
+def exact(*shape: int) -> np.ndarray:
+    """Numbers whose products add up without rounding, whatever the order."""
+    return rng.integers(-7, 8, shape).astype(np.float32)
+
+
 BF16 = ml_dtypes.bfloat16
 
 
@@ -32,8 +39,8 @@ def test_ldmatrix_and_stmatrix():
 
 
 def test_mma_m16n8k16():
-    a, b = rng.standard_normal((16, 16)).astype(BF16), rng.standard_normal((8, 16)).astype(BF16)
-    c = rng.standard_normal((16, 8)).astype(np.float32)
+    a, b = exact(16, 16).astype(BF16), exact(8, 16).astype(BF16)
+    c = exact(16, 8)
     t = np.arange(32)
     g, q = t // 4, 2 * (t % 4)
     pairs = lambda x, r, col: np.ascontiguousarray(x[r[:, None], col[:, None] + np.arange(2)]).view(np.uint32)[:, 0]  # noqa: E731
@@ -117,7 +124,7 @@ def descriptor(offset: int, span: int, stride: int, leading: int = 16) -> int:
 def test_wgmma_k_major(kind, span):
     dtype = {"bf16": BF16, "f16": np.float16, "e4m3": ml_dtypes.float8_e4m3fn}[kind]
     per = 32 // np.dtype(dtype).itemsize
-    a, b = (rng.standard_normal((rows, per)).astype(dtype) for rows in (64, 32))
+    a, b = (exact(rows, per).astype(dtype) for rows in (64, 32))
     images = [swizzled(x.view(np.uint8), span) for x in (a, b)]
     start = len(images[0])
     got = wgmma(kind, 32, *images, descriptor(0, span, 8 * span), descriptor(start, span, 8 * span))
@@ -126,7 +133,7 @@ def test_wgmma_k_major(kind, span):
 
 def test_wgmma_mn_major_b():
     """B transposed: rows of shared memory run along N, 64 BF16 wide, one for each k; here n = 32 fills half a row."""
-    a, b = rng.standard_normal((64, 16)).astype(BF16), rng.standard_normal((32, 16)).astype(BF16)
+    a, b = exact(64, 16).astype(BF16), exact(32, 16).astype(BF16)
     rows = np.zeros((16, 128), np.uint8)
     rows[:, :64] = np.ascontiguousarray(b.T).view(np.uint8)
     b_image = swizzled(rows, 128)
@@ -139,7 +146,7 @@ def test_wgmma_mn_major_b():
 
 
 def test_wgmma_accumulates_and_is_done_when_waited_for():
-    a, b = rng.standard_normal((64, 16)).astype(BF16), rng.standard_normal((32, 16)).astype(BF16)
+    a, b = exact(64, 16).astype(BF16), exact(32, 16).astype(BF16)
     images = [swizzled(x.view(np.uint8), 128) for x in (a, b)]
     arguments = ("bf16", 32, *images, descriptor(0, 128, 1024), descriptor(len(images[0]), 128, 1024))
     want = (1 + a.astype(np.float64) @ b.astype(np.float64).T).astype(np.float32)
@@ -152,7 +159,7 @@ def test_wgmma_accumulates_and_is_done_when_waited_for():
 @pytest.mark.parametrize("schedule", ["eager", "round", "late"])
 def test_a_group_of_wgmma_is_the_warpgroups(schedule):
     """Whoever has waited may overwrite the operands without a barrier, as attention kernels put O where Q was."""
-    a, b = rng.standard_normal((64, 16)).astype(BF16), rng.standard_normal((32, 16)).astype(BF16)
+    a, b = exact(64, 16).astype(BF16), exact(32, 16).astype(BF16)
     images = [swizzled(x.view(np.uint8), 128) for x in (a, b)]
     arguments = ("bf16", 32, *images, descriptor(0, 128, 1024), descriptor(len(images[0]), 128, 1024))
     want = (a.astype(np.float64) @ b.astype(np.float64).T).astype(np.float32)

@@ -418,7 +418,9 @@ def wgmma() -> None:
             # core matrices of 8 rows and 16 bytes: LBO 128, SBO 256
             cores = image.view(np.uint8).reshape(-1, 8, 2, 16).transpose(0, 2, 1, 3)
             rng = np.random.default_rng([SEED, 63])
-            top = {"near": 1, "wide": 9 if d_kind == "f16" else 20, "sparse": 9, "cancel": 4, "special": 3, "tiny": 4}[how]
+            top = {"near": 1, "wide": 9 if d_kind == "f16" else 20, "sparse": 9, "cancel": 4, "special": 3, "tiny": 4}[
+                how
+            ]
             x = np.exp2(rng.integers(-top, top + 1, (128, n // 2))) * rng.normal(0, 1, (128, n // 2))
             x *= rng.random((128, n // 2)) < 0.7
             if how == "tiny":

@@ -1,6 +1,6 @@
 """The record's file: for every case the kernel's hash, the buffers before and after the launch, the tensor maps.
 
-One xz-compressed npz; equal arrays stand once. Its entry `index` is JSON: device, driver and, by case, the names of
+One xz-compressed npz; arrays are flat, and equal ones stand once. Its entry `index` is JSON: device, driver and, by case, the names of
 the arrays.
 """
 
@@ -31,7 +31,7 @@ class Writer:
 
     def put(self, data: Array) -> str:
         name = hashlib.sha256(data.tobytes() + str(data.dtype).encode()).hexdigest()[:12]
-        self.arrays[name] = data
+        self.arrays[name] = data.reshape(-1)
         return name
 
     def case(
@@ -55,7 +55,7 @@ class Writer:
 class Record:
     def __init__(self, path: Path = FILE):
         with np.load(io.BytesIO(lzma.decompress(path.read_bytes()))) as data:
-            self.arrays = {name: data[name] for name in data.files}
+            self.arrays = {name: data[name].reshape(-1) for name in data.files}
         self.index = json.loads(self.arrays.pop("index").tobytes())
         self.cases: dict[str, Any] = self.index["cases"]
 

@@ -101,7 +101,6 @@ def control() -> None:
     )
     simple("brx", body, out(64), Buffer(value), block=64)
 
-
     function = """
 .func (.param .b32 result) power(.param .b32 base, .param .b32 exponent)
 {
@@ -119,12 +118,15 @@ finished: st.param.b32 [result], %x2;
 ret;
 }
 """
-    body = PLACE + """add.u64 %q42, %q40, %q1; ld.global.b32 %r1, [%q42]; mov.b32 %r2, 0; and.b32 %r3, %r0, 1; setp.eq.u32 %p1, %r3, 0;
+    body = (
+        PLACE
+        + """add.u64 %q42, %q40, %q1; ld.global.b32 %r1, [%q42]; mov.b32 %r2, 0; and.b32 %r3, %r0, 1; setp.eq.u32 %p1, %r3, 0;
 @%p1 bra even;
 { .param .b32 given; .param .b32 times; .param .b32 back;
 st.param.b32 [given], 3; st.param.b32 [times], %r1; call (back), power, (given, times); ld.param.b32 %r2, [back]; }
 even: bar.warp.sync -1;
 st.global.b32 [%q41], %r2;"""
+    )
     simple("call", body, out(64), Buffer(value), block=64, module=function)
 
 
@@ -269,7 +271,7 @@ def registers() -> None:
     lines.add("mov.pred %p1, %is_explicit_cluster;", "%p1")
     lines.add("mov.u64 %q50, %clock64; mov.u64 %q51, %clock64; setp.gt.u64 %p1, %q51, %q50;", "%p1")
     lines.add("mov.u64 %q50, %globaltimer; setp.gt.u64 %p1, %q50, 0;", "%p1")
-    lines.add("mov.u32 %r1, %warpid; shr.u32 %r3, %r0, 5; setp.eq.u32 %p1, %r1, %r3;", "%p1")
+    lines.add("mov.u32 %r1, %warpid; mov.u32 %r3, %nwarpid; setp.lt.u32 %p1, %r1, 64;", "%p1")
     assert lines.rows == 26
     simple(
         "special.registers",
