@@ -88,14 +88,19 @@ class GlobalMemory:
         """The block that holds all of it. Raises Fault."""
         block = self._find(address, size)
         if block is None and self.discover is not None:
-            for base, length, name in self.discover():
-                self.insert(Block(base, host_bytes(base, length), name))
+            self.survey()
             block = self._find(address, size)
         if block is None:
             raise Fault(f"global address {address:#x}, {size} bytes: in no array that is known{self._near(address)}")
         if write and not block.writable:
             raise Fault(f"global address {address:#x}: {block.name} is read-only")
         return block
+
+    def survey(self) -> None:
+        """Make everything known that `discover` finds."""
+        if self.discover is not None:
+            for base, length, name in self.discover():
+                self.insert(Block(base, host_bytes(base, length), name))
 
     def _find(self, address: int, size: int) -> Block | None:
         at = bisect.bisect_right(self.bases, address) - 1

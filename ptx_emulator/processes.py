@@ -7,6 +7,7 @@ out to have read what others wrote is refused afterwards, and leaves no trace in
 """
 
 import ctypes
+import gc
 import multiprocessing
 import signal
 import sys
@@ -108,6 +109,7 @@ def run(launch: "Launch", count: int) -> None:
     places = launch.places()
     count = min(count, len(places))
     parts = [places[n * len(places) // count : (n + 1) * len(places) // count] for n in range(count)]
+    launch.memory.survey()  # once, not in every process
     shares = _collect(launch, parts)
     done = shares[: next((n + 1 for n, s in enumerate(shares) if s.fault is not None), count)]
     _check_apart(launch, parts, done)
@@ -181,6 +183,7 @@ def _end(code: int | None) -> str:
 def _work(launch: "Launch", places: Sequence["Dim3"], sender: Any) -> None:
     """The child: never outlives its parent, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # to look through the parent's objects would copy their pages
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     marks = launch.memory.marks = Marks()
