@@ -11,13 +11,14 @@ Needs numpy only.
 
 from .api import Loaded, load
 from .emulation import Device, active, emulate
-from .errors import DeadlockError, Fault, PtxSyntaxError, UnknownInstructionError
+from .errors import DeadlockError, Fault, ProcessError, PtxSyntaxError, UnknownInstructionError
 
 __all__ = [
     "DeadlockError",
     "Device",
     "Fault",
     "Loaded",
+    "ProcessError",
     "PtxSyntaxError",
     "UnknownInstructionError",
     "active",
