@@ -5,10 +5,12 @@ tcgen05_mma. mma, cp, shift and commit of a CTA pair are carried out in the orde
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import Fault
+from ..hazards import Clock
 from ..machine import LANES, Cta, Warp
 from ..memory import RANK_SHIFT, SHARED_WINDOW, WINDOW_SHIFT
 from ..numbers import U32
@@ -82,28 +84,43 @@ def _wait(i: Instruction, p: Program) -> Run:
 _ASKED, _ANSWER = "tcgen05 collective", "tcgen05 answer"
 
 
-def _together(w: Warp, members: list[Cta], what: str, request: tuple[int, ...]) -> str | None:
-    """Whether all CTAs of the group have come with `request`: None, or why this warp waits."""
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What a warp has come for, and what it knew then."""
+
+    warp: int
+    what: str
+    amount: tuple[int, ...]
+    clock: Clock
+
+
+def _together(w: Warp, members: list[Cta], what: str, amount: tuple[int, ...]) -> str | None:
+    """Whether all CTAs of the group have come with the same request: None, or why this warp waits."""
     if len(members) == 1:
         return None
     (peer,) = (c for c in members if c is not w.cta)
-    mine = w.cta.state.setdefault(_ASKED, (w.index, what, request))
-    if mine[0] != w.index:
-        return f"waits for warp {mine[0]} and its {mine[1]}"
-    theirs = peer.state.get(_ASKED)
+    if _ASKED not in w.cta.state:
+        w.cta.state[_ASKED] = _Request(w.index, what, amount, Clock())
+        w.actor.release(w.cta.state[_ASKED].clock)
+    mine, theirs = w.cta.state[_ASKED], peer.state.get(_ASKED)
+    if mine.warp != w.index:
+        return f"waits for warp {mine.warp} and its {mine.what}"
     if theirs is None:
         return f"waits for {what} of CTA rank {peer.rank}"
-    if theirs[1:] != mine[1:]:
-        raise Fault(f"{what} of {request} in CTA rank {w.cta.rank}, but {theirs[1]} of {theirs[2]} in {peer.rank}")
+    if (theirs.what, theirs.amount) != (what, amount):
+        raise Fault(
+            f"{what} of {amount} in CTA rank {w.cta.rank}, but {theirs.what} of {theirs.amount} in rank {peer.rank}"
+        )
+    w.actor.acquire(theirs.clock)
     return None
 
 
 def _conclude(w: Warp, members: list[Cta], answer: int) -> None:
     """The collective is over; the peer's warp finds its answer when it looks again."""
     for cta in members:
-        asked = cta.state.pop(_ASKED, None)
+        request = cta.state.pop(_ASKED, None)
         if cta is not w.cta:
-            cta.state[_ANSWER] = (asked[0], answer)
+            cta.state[_ANSWER] = (request.warp, answer)
 
 
 def _answered(w: Warp) -> int | None:
@@ -114,13 +131,13 @@ def _answered(w: Warp) -> int | None:
     return int(answer[1])
 
 
-def _first_free(memories: list[TensorMemory], columns: int) -> int | None:
-    """First column of a run that is free in all of them."""
+def _first_free(memory: TensorMemory, columns: int) -> int | None:
+    """First column of a free run. Both CTAs of a pair have the same."""
     first = 0
-    for start, count in sorted(x for memory in memories for x in memory.allocated.items()):
+    for start in sorted(memory.allocated):
         if start - first >= columns:
             break
-        first = max(first, start + count)
+        first = start + memory.allocated[start]
     return first if first + columns <= COLUMNS else None
 
 
@@ -143,12 +160,11 @@ def _alloc(i: Instruction, p: Program) -> Run:
                 raise Fault(f"tcgen05.alloc of {columns} columns after one of {memory.least}: it may not grow")
             if (waits := _together(w, members, "tcgen05.alloc", (columns,))) is not None:
                 return waits
-            memories = [tensor_memory(cta) for cta in members]
-            first = _first_free(memories, columns)
+            first = _first_free(memory, columns)
             if first is None:
                 return f"waits for {columns} free columns of tensor memory"
-            for each in memories:
-                each.allocate(first, columns)
+            for cta in members:
+                tensor_memory(cta).allocate(first, columns)
             _conclude(w, members, first)
         for cta in members:
             w.actor.acquire(tensor_memory(cta).freed)
