@@ -379,14 +379,22 @@ def read(t: TensorMap, box: Box, memory: GlobalMemory) -> Array:
 
 def converted(t: TensorMap, data: Array) -> Array:
     """Bytes of elements as a load leaves them: TF32 is rounded to nearest."""
+    if t.element.name.endswith("ftz"):
+        refuse_denormals(data)
     if not t.element.name.startswith("tf32"):
         return data
     x = np.ascontiguousarray(data).view("<u4")
     if (x & 0x1FFF == 0x1000).any() or (x & 0x7F800000 == 0x7F800000).any():
         raise UnknownInstructionError(
-            "the emulator does not know how a tensor load rounds ties, infinity and NaN to TF32"
+            "the emulator does not know how tensor loads round ties, infinity and NaN to TF32"
         )
     return ((x + 0x1000) & 0xFFFFE000).astype("<u4").view(np.uint8)
+
+
+def refuse_denormals(data: Array) -> None:
+    x = np.ascontiguousarray(data).view("<u4")
+    if ((x & 0x7F800000 == 0) & (x & 0x7FFFFF != 0)).any():
+        raise UnknownInstructionError("the emulator does not know what a tensor copy with .ftz makes of denormals")
 
 
 def write(t: TensorMap, box: Box, memory: GlobalMemory, values: Array) -> None:
@@ -412,7 +420,7 @@ def shared_index(t: TensorMap, offset: int, rows: int, storing: bool = False) ->
 
 
 def whole(t: TensorMap, box: Box) -> Box:
-    """What stores and reductions write: the last 16 bytes that lie in the tensor in part they take whole, on an H100."""
+    """What stores and reductions write: the last 16 bytes that lie in the tensor in part whole, as an H100 does."""
     return replace(box, last=min(-(-box.last // 16) * 16, t.row_bytes))
 
 

@@ -134,6 +134,7 @@ _REDUCTIONS = {
     "f16": ("add", "min", "max"),
     "bf16": ("add", "min", "max"),
     "f32": ("add",),
+    "f32.ftz": ("add",),
     "f64": ("add",),  # not in the ISA's table; an H100 does it
 }
 
@@ -188,7 +189,10 @@ def _reduced(t: TensorMap, box: tensormap.Box, memory: GlobalMemory, values: Arr
     dtype = UINT[t.element.bits // 8]
     old = tensormap.read(t, box, memory).reshape(-1).view(dtype)
     new = np.ascontiguousarray(values).reshape(-1).view(dtype)
-    return combine(name, t.element.name, old, new).view(np.uint8).reshape(values.shape)
+    result = combine(name, t.element.kind, old, new)
+    if t.element.name.endswith("ftz"):
+        tensormap.refuse_denormals(np.concatenate([old, new, result]))
+    return result.view(np.uint8).reshape(values.shape)
 
 
 def _prefetch(i: Instruction, p: Program) -> Run:

@@ -5,6 +5,7 @@ The lanes of the member mask must arrive together: a fragment without all of the
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -154,19 +155,34 @@ def _redux(i: Instruction, p: Program) -> Run:
     kind = kind_of(i)
     read, wait, write = p.source(i.operands[1], kind), members(p, i.operands[2]), p.target(i.operands[0], kind)
     name, dtype = i.op[2], DTYPES[kind]
+    floats = dtype.kind == "f"
+    if floats and (name not in ("min", "max") or p.arch.startswith("sm_9")):
+        raise unknown(i, f"on {p.arch}")
+    if not floats and {"abs", "NaN"} & set(i.op):
+        raise unknown(i)
 
     def run(w: Warp, m: Mask) -> str | None:
         if reason := wait(w, m):
             return reason
         value = read(w)[w.alive if m is None else m]
-        if dtype.kind == "f":
-            value = np.abs(value) if "abs" in i.op else value
-            if "NaN" not in i.op and not np.isnan(value).all():
-                value = value[~np.isnan(value)]
-        write(w, np.full(LANES, _REDUX[name](value)).astype(dtype), m)
+        result = _redux_f32(name, value, i) if floats else _REDUX[name](value)
+        write(w, np.full(LANES, result).astype(dtype), m)
         return None
 
     return run
+
+
+def _redux_f32(name: str, value: Array, i: Instruction) -> Any:
+    """NaN are left out unless .NaN says otherwise; +0 is greater than -0."""
+    value = np.abs(value) if "abs" in i.op else value
+    numbers = value[~np.isnan(value)]
+    if not len(numbers) or ("NaN" in i.op and len(numbers) < len(value)):
+        return U32(0x7FFFFFFF).view(np.float32)
+    found = _REDUX[name](numbers)
+    if found == 0:
+        signs = np.signbit(numbers[numbers == 0])
+        return np.float32(-0.0 if (signs.any() if name == "min" else signs.all()) else 0.0)
+    return found
 
 
 @decoder("elect")

@@ -85,7 +85,7 @@ END:
     ("text", "message"),
     [
         (ASK.replace("NEXT", "bra AGAIN"), "asks for another cluster after it has seen a request fail"),
-        (ASK.replace("answer;", "answer+8;", 1), "not a multiple of 16"),
+        (ASK.replace("NEXT", "").replace("answer;", "answer+8;", 1), "not a multiple of 16"),
     ],
 )
 def test_misuse_of_launch_control(text, message):
