@@ -96,6 +96,17 @@ def _float(i: Instruction, p: Program, kind: str, count: int, compute: Callable[
     return simple(read, float_writer(i, p, i.operands[0], kind), compute)
 
 
+def _is_mixed(i: Instruction) -> bool:
+    return i.op[-2] == "f32" and i.op[-1] in ("f16", "bf16")
+
+
+def _mixed(i: Instruction, p: Program, count: int, compute: Callable[..., Array]) -> Run:
+    """PTX ISA, "Mixed Precision Floating-Point Instructions": the last source is FP32, and so is the result."""
+    read = [float_reader(i, p, x, i.op[-1]) for x in i.operands[1:count]]
+    read.append(float_reader(i, p, i.operands[count], "f32"))
+    return simple(read, float_writer(i, p, i.operands[0], "f32"), compute)
+
+
 def _f64(i: Instruction, p: Program, count: int, compute: Callable[..., Array], exact: Exact) -> Run:
     """FP64 needs exact arithmetic for directed rounding. A NaN operand is handed on, of several the one that is asked
     for first: the second, the third (for a quotient the first)."""
@@ -137,7 +148,16 @@ def _zero_sum(out: Array, a: Array, b: Array) -> Array:
 
 
 def _binary(name: str) -> None:
-    integer = {"add": np.add, "sub": np.subtract}[name]
+    integer, sign = {"add": (np.add, 1), "sub": (np.subtract, -1)}[name]
+
+    def odd(i: Instruction) -> Callable[[Array, Array], Array]:
+        down = _rounding(i) == "rm"
+
+        def compute(a: Array, b: Array) -> Array:
+            out = numbers.round_odd_sum(a, b * sign)
+            return _zero_sum(out, a, b * sign) if down else out
+
+        return compute
 
     def decode(i: Instruction, p: Program) -> Run:
         kind = kind_of(i)
@@ -145,20 +165,15 @@ def _binary(name: str) -> None:
             if _plain_f32(i, kind):
                 read = [p.source(x, kind) for x in i.operands[1:3]]
                 return simple(read, p.target(i.operands[0], kind), lambda a, b: _nan32(integer(a, b)))
-            down, sign = _rounding(i) == "rm", 1 if name == "add" else -1
             if kind == "f64":
+                down = _rounding(i) == "rm"
 
                 def whole(a: Array, b: Array) -> Array:
                     out = integer(a, b)
                     return _zero_sum(out, a, b * sign) if down else out
 
                 return _f64(i, p, 2, whole, lambda a, b: a + b * sign)
-
-            def odd(a: Array, b: Array) -> Array:
-                out = numbers.round_odd_sum(a, b * sign)
-                return _zero_sum(out, a, b * sign) if down else out
-
-            return _float(i, p, kind, 2, odd)
+            return _float(i, p, kind, 2, odd(i))
         if "cc" in i.op:
             return _carry(i, p, name, False)
         read = [p.source(x, kind) for x in i.operands[1:3]]
@@ -172,7 +187,9 @@ def _binary(name: str) -> None:
         return simple(read, p.target(i.operands[0], kind), integer)
 
     def decode_any(i: Instruction, p: Program) -> Run:
-        return _pairs(i, p, integer) if i.op[-1] in PAIRS else decode(i, p)
+        if i.op[-1] in PAIRS:
+            return _pairs(i, p, integer)
+        return _mixed(i, p, 2, odd(i)) if _is_mixed(i) else decode(i, p)
 
     decoder(name)(decode_any)
 
@@ -315,6 +332,8 @@ def _mad(i: Instruction, p: Program) -> Run:
 
         if kind == "f64":
             return _f64(i, p, 3, lambda a, b, c: zero(fma_f64(a, b, c), a, b, c), _exact_fma)
+        if _is_mixed(i):
+            return _mixed(i, p, 3, lambda a, b, c: zero(fma_odd(a, b, c), a, b, c))
         return _float(i, p, kind, 3, lambda a, b, c: zero(fma_odd(a, b, c), a, b, c))
     if "cc" in i.op:
         return _carry(i, p, "add", False)

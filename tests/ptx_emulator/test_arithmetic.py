@@ -287,3 +287,18 @@ def test_packed_f32_and_bf16():
     halves = a.astype(ml_dtypes.bfloat16)
     got = lanewise("mul.rn.bf16x2 $d, $a, $a;", np.uint32, halves.view(np.uint32))
     np.testing.assert_array_equal(got.view(ml_dtypes.bfloat16), halves * halves)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("f16", np.float16), ("bf16", ml_dtypes.bfloat16)])
+def test_mixed_precision(kind, dtype):
+    """ "Mixed Precision Floating-Point Instructions": FP16 or BF16 with FP32, rounded once to FP32."""
+    a, b = (rng.standard_normal(64).astype(dtype) for _ in range(2))
+    c = rng.standard_normal(64).astype(np.float32)
+    bits = [x.view(np.uint16) for x in (a, b)]
+    wide = [x.astype(np.float64) for x in (a, b, c)]
+    for text, inputs, want in (
+        (f"add.rn.f32.{kind} $d, $a, $b;", (bits[0], c), wide[0] + wide[2]),
+        (f"sub.rn.f32.{kind} $d, $a, $b;", (bits[0], c), wide[0] - wide[2]),
+        (f"fma.rn.f32.{kind} $d, $a, $b, $c;", (*bits, c), wide[0] * wide[1] + wide[2]),
+    ):
+        np.testing.assert_array_equal(lanewise(text, np.float32, *inputs), want.astype(np.float32))

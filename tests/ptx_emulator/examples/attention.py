@@ -7,6 +7,7 @@ largest of its row, to the type of v before they multiply: the tolerance is what
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -291,6 +292,128 @@ def _compact(t: Tensor, f: Format, order: tuple[int, ...]) -> Any:
     return _along(t, f, 1).mark_compact_shape_dynamic(mode=1, stride_order=order, divisibility=128 // f.bits)
 
 
+# --- gradients of FMHA, sm_100a ---
+
+
+def fmha_backward(
+    module: ModuleType,
+    gen: torch.Generator,
+    q: tuple[int, int, int, int],
+    kv: tuple[int, int],
+    io: str = "fp16",
+    causal: bool = False,
+    left: int | None = None,
+    right: int | None = None,
+) -> Prepared:
+    """q: (batch, length, heads, head size), kv: (length, heads). With p = exp(scale q k^T - lse) and
+    ds = p (do v^T - sum(o do)) scale: dv = p^T do, dk = ds^T q, dq = ds k. p and ds are rounded to `io`.
+    """
+    (batch, queries, heads, size), (keys, groups) = q, kv
+    f, scale, window = FORMATS[io], 1 / math.sqrt(size), Window(left, 0 if causal else right)
+    folded = heads // groups
+    q_t, do_t = (f.random((batch, queries, groups, folded, size), gen) for _ in range(2))
+    k_t, v_t = (f.random((batch, keys, groups, 1, size), gen) for _ in range(2))
+    o_t, dq_t, dk_t, dv_t = (blank(x.shape, f) for x in (q_t, q_t, k_t, v_t))
+    lse_t = torch.zeros(batch, groups, folded, queries)
+    outputs = []
+    for n in range(batch):
+        flat = [t[n].flatten(1, 2) for t in (q_t, k_t, v_t)]
+        o, lse, *_ = attention(*flat, scale, window, f)
+        o_t[n] = o.view(o_t[n].shape).to(f.dtype)
+        lse_t[n] = (lse / LOG2_E).view(queries, groups, folded).permute(1, 2, 0)
+        outputs += _gradients(n, *flat, o_t[n], do_t[n], lse_t[n], (dq_t[n], dk_t[n], dv_t[n]), scale, window, f)
+
+    masks = module.fmha_utils.MaskEnum
+    mask = masks.WINDOW_MASK_BWD
+    if window.left is None and window.right is None and queries % 128:
+        mask = masks.RESIDUAL_MASK_BWD
+    kernel = module.BlackwellFusedMultiHeadAttentionBackward
+    room = kernel._get_workspace_size(queries, keys, size, heads, batch, Float32)
+    workspace = torch.zeros(room, dtype=torch.uint8)
+    tensors = [
+        _along(t.permute(1, 4, 3, 2, 0), f, 1).mark_compact_shape_dynamic(1, (4, 0, 3, 2, 1), 64)
+        for t in (q_t, k_t, v_t, o_t, dq_t, dk_t, dv_t, do_t)
+    ]
+    arguments = (
+        (queries, keys, size, ((folded, groups), batch)),
+        *tensors,
+        _along(lse_t.permute(3, 2, 1, 0), FORMATS["fp32"], 0),
+        None,
+        None,
+        scale,
+        *(None if n is None else Int32(n) for n in (window.left, window.right)),
+        from_dlpack(workspace, assumed_align=16).mark_layout_dynamic(),
+        STREAM,
+    )
+    compiled = cute.compile(kernel(f.type, Float32, (128, 128, size), False, mask), *arguments)
+
+    def run() -> None:
+        workspace.zero_()  # gradients of q are added up in it
+        compiled(*arguments)
+
+    return Prepared(run, outputs, (q_t, k_t, v_t, o_t, do_t, lse_t))
+
+
+def _dealloc_last(ptx: str) -> str:
+    """The example gives tensor memory back while gradients of q are still computed and read there, which is refused.
+    Here all warps meet before.
+    """
+    dealloc = re.search(r"tcgen05\.dealloc\S+\s+%r\d+, %r\d+;\s+bra\.uni\s+(\S+);", ptx)
+    assert dealloc is not None
+    end, instruction = dealloc[1], dealloc[0].partition(";")[0]
+    meet = f"""{end}:
+    {{
+    .reg .pred another; .reg .b32 warp;
+    bar.sync 15; mov.u32 warp, %tid.x; shr.u32 warp, warp, 5; setp.ne.u32 another, warp, 8; @another bra LEAVE;
+    {instruction};
+    LEAVE:
+    }}
+    """
+    return ptx.replace(dealloc[0], f"bra.uni {end};").replace(f"{end}:\n", meet)
+
+
+def _gradients(
+    n: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    got: Sequence[Tensor],
+    scale: float,
+    window: Window,
+    f: Format,
+) -> list[Near]:
+    groups, folded = k.shape[1], q.shape[1] // k.shape[1]
+    q, k, v = (x.double() for x in (q, k, v))
+    k_wide, v_wide = (x.repeat_interleave(folded, 1) for x in (k, v))
+    o, do = (x.flatten(1, 2).double() for x in (o, do))
+    scores = torch.einsum("qhd,khd->hqk", q, k_wide) * scale - lse.flatten(0, 1).double()[..., None]
+    p = torch.exp(scores).masked_fill(window.hidden(q.shape[0], k.shape[0]), 0)
+    dp, delta = torch.einsum("qhd,khd->hqk", do, v_wide), (o * do).sum(-1).T[..., None]
+    ds = p * (dp - delta) * scale
+    # rounding of p and ds, and of the FP32 numbers that they are made of
+    p_error = p * (2.0**-f.digits + 2.0**-12) + f.step / 2
+    ds_error = ds.abs() * 2.0**-f.digits + p * (dp.abs() + delta.abs()) * scale * 2.0**-12 + f.step / 2
+
+    def summed(x: Tensor) -> Tensor:  # over the heads that share keys
+        return x.unflatten(1, (groups, folded)).sum(2, keepdim=True)
+
+    def pair(left: Tensor, error: Tensor, how: str, right: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.einsum(how, left, right), torch.einsum(how, error, right.abs())
+
+    wants = {
+        "dq": [x.unflatten(1, (groups, folded)) for x in pair(ds, ds_error, "hqk,khd->qhd", k_wide)],
+        "dk": [summed(x) for x in pair(ds, ds_error, "hqk,qhd->khd", q)],
+        "dv": [summed(x) for x in pair(p, p_error, "hqk,qhd->khd", do)],
+    }
+    return [
+        Near(f"{name}{n}", out, want, rounded(error, want, f))
+        for (name, (want, error)), out in zip(wants.items(), got, strict=True)
+    ]
+
+
 # --- FMHA of sm_90a ---
 
 
@@ -404,6 +527,14 @@ CASES = [
         {"batch": 2, "queries": 2, "keys": 384, "io": "e4m3", "page": 64, "ragged": True, "persistent": True},
         {"batch": 2, "queries": 1, "keys": 500, "io": "e4m3", "page": 32, "ragged": True, "split": None},
         **_MLA,
+    ),
+    *_cases(
+        f"{_ATTENTION}.fmha.fmha_bwd",
+        fmha_backward,
+        {"q": (1, 128, 1, 64), "kv": (128, 1)},
+        {"q": (2, 200, 2, 64), "kv": (136, 1), "io": "bf16"},
+        {"q": (1, 256, 1, 128), "kv": (256, 1), "causal": True},
+        rewrite=_dealloc_last,
     ),
     *_cases(
         "cute.hopper.kernel.attention.fmha",
