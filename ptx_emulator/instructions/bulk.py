@@ -355,31 +355,33 @@ def store_async(i: Instruction, p: Program) -> Run:
         cluster = w.cta.cluster
         if len(cluster.ctas) == 1:
             raise Fault(f"{i.op[0]}.async in a cluster of one CTA")
-        values = np.stack([s(w) for s in sources], 1)
+        addresses, barriers, values = target(w), barrier(w), np.stack([s(w) for s in sources], 1)
         # lanes that signal the same mbarrier count as one operation: who waits for it has waited for all of them
-        together: dict[tuple[int, int], list[int]] = {}
-        for lane in np.flatnonzero(_ALL if m is None else m):
-            d = int(target(w)[lane])
-            cta, offset = shared_place(w, d)
+        together: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for lane in map(int, np.flatnonzero(_ALL if m is None else m)):
+            cta, offset = shared_place(w, int(addresses[lane]))
             if offset % total:
                 raise Fault(f"shared address {offset:#x} is not a multiple of the access's {total} bytes")
             cta.shared.check(offset, total)
-            together.setdefault((cta.rank, int(barrier(w)[lane])), []).append(int(lane))
-        for (rank, at), lanes in together.items():
-            ((cta, signal),) = destinations(w, int(target(w)[lanes[0]]), at, None)
+            together.setdefault((cta.rank, int(barriers[lane])), []).append((lane, offset))
+        for (rank, at), places in together.items():
+            lanes = [lane for lane, _ in places]
+            ((cta, signal),) = destinations(w, int(addresses[lanes[0]]), at, None)
             if reduction and cta is w.cta:
                 raise Fault("red.async to the shared memory of the executing CTA: it must be another's")
-            offsets = [shared_place(w, int(target(w)[lane]))[1] for lane in lanes]
+            index = np.array([offset for _, offset in places])[:, None] + np.arange(total)
             queue = (f"{i.op[0]}.async", w.cta.rank, w.index, rank, at)
             operation = cluster.hazards.operation(queue[0], chain=queue, asynchronous=False)
             operation.strong = reduction
 
-            def work(cta=cta, signal=signal, offsets=offsets, data=values[lanes]) -> None:  # type: ignore[no-untyped-def]
-                for offset, value in zip(offsets, data, strict=True):
-                    if name:
-                        value = combine(name, kind, cta.shared.read(offset, size).copy().view(UINT[size]), value)
-                    cta.shared.write(offset, value.view(np.uint8))
-                signal.complete(total * len(offsets))
+            def work(cta=cta, signal=signal, index=index, data=values[lanes]) -> None:  # type: ignore[no-untyped-def]
+                if name:
+                    for (offset, *_), value in zip(index.tolist(), data, strict=True):
+                        old = cta.shared.read(offset, size).copy().view(UINT[size])
+                        cta.shared.write(offset, combine(name, kind, old, value).view(np.uint8))
+                else:
+                    cta.shared.scatter(index, data.view(np.uint8).reshape(index.shape))
+                signal.complete(index.size)
 
             cluster.launch.statistics.bytes["distributed shared store"] += total * len(lanes)
             cluster.submit(queue, work, operation)
