@@ -16,20 +16,22 @@ from . import numbers
 from .numbers import Array
 
 FRACTION = {"f16": 25, "bf16": 25, "tf32": 25, "e4m3": 13, "e5m2": 13}  # bits in wgmma
+_LEAST = {"f16": -14, "bf16": -126, "tf32": -126, "e4m3": -6, "e5m2": -14, "f32": -126}  # exponents of normal numbers
 _NOTHING = -1000  # exponent of a zero
 
 
-def _exponents(x: Array) -> Array:
-    return np.where(x == 0, _NOTHING, np.frexp(x)[1] - 1)
+def _exponents(x: Array, kind: str) -> Array:
+    """Subnormal numbers have the least exponent."""
+    return np.where(x == 0, _NOTHING, np.maximum(np.frexp(x)[1] - 1, _LEAST[kind]))
 
 
-def step(a: Array, b: Array, c: Array, result: str, bits: int = 25) -> Array:
+def step(a: Array, b: Array, c: Array, operands: tuple[str, str], result: str, bits: int = 25) -> Array:
     """a [m, k] @ b [n, k].T + c [m, n], all FP64, as one instruction gives it: float32 or float16 [m, n]."""
     with np.errstate(all="ignore"):
         products = a[:, None, :] * b[None, :, :]
         plain = products.sum(2) + c
-        top = (_exponents(a)[:, None, :] + _exponents(b)[None, :, :]).max(2)
-        unit = np.ldexp(1.0, np.maximum(np.maximum(top, _exponents(c)), -600) - bits)
+        top = (_exponents(a, operands[0])[:, None, :] + _exponents(b, operands[1])[None, :, :]).max(2)
+        unit = np.ldexp(1.0, np.maximum(np.maximum(top, _exponents(c, result)), -600) - bits)
         total = (np.trunc(products / unit[:, :, None]).sum(2) + np.trunc(c / unit)) * unit
         total = np.where(np.isfinite(plain), total, plain)
         if result == "f16":
@@ -46,7 +48,7 @@ def mma_fp8(a: Array, b: Array, c: Array, result: str) -> Array:
     place = np.arange(a.shape[1]) % 4 // 2
     total = np.zeros(c.shape)
     for half in range(2):
-        total = step(a[:, place == half], b[:, place == half], total, result).astype(np.float64)
+        total = step(a[:, place == half], b[:, place == half], total, ("f16", "f16"), result).astype(np.float64)
     with np.errstate(all="ignore"):
         total = total + c
         if result == "f16":

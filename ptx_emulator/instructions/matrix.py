@@ -126,7 +126,7 @@ def multiply(a: Array, b: Array, c: Array, operands: tuple[str, str], result: st
         return tensorcore.integers(a, b, c, saturate)
     if operands[0] in ("e4m3", "e5m2"):
         return tensorcore.mma_fp8(a, b, c, result)
-    return tensorcore.step(a, b, c, result)
+    return tensorcore.step(a, b, c, operands, result)
 
 
 _RESULTS = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "s32": np.int32}

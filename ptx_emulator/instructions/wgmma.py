@@ -190,7 +190,7 @@ def _mma(i: Instruction, p: Program) -> Run:
             if d_kind == "s32":
                 total = tensorcore.integers(left, right, old, saturate)
             else:
-                total = tensorcore.step(left, right, old, d_kind, tensorcore.FRACTION[a_kind])
+                total = tensorcore.step(left, right, old, (a_kind, b_kind), d_kind, tensorcore.FRACTION[a_kind])
             _write(w, registers, total)
 
         w.cta.cluster.launch.statistics.count_mma(what, flops, count=int(w.index % 4 == 0))  # one of the warpgroup

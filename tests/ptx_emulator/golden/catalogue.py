@@ -4,8 +4,7 @@ A case is one kernel and one launch. Its arguments are buffers (contents before 
 recorded after it), 32-bit numbers, and tensor maps over a buffer, which the driver encodes on the GPU's host.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,9 +46,10 @@ Argument = Buffer | Map | int
 
 @dataclass(frozen=True)
 class Case:
-    """bound: None for equal bits, else (relative, absolute) error of outputs seen as `values`.
+    """bound: None for equal bits, else the largest (relative, absolute) error, of outputs of the floating point kind
+    `values`.
 
-    cover: what the comparison leaves open, a name that the test explains.
+    accumulate: the operand type of a matrix product whose sum is rounded.
     """
 
     name: str
@@ -176,7 +176,7 @@ def _specials(kind: str) -> Array:
     bits = _BITS[kind]
     if kind in _FORMATS:
         e, m = _FORMATS[kind]
-        patterns = _floats(e, m)[:8] + [_floats(e, m)[8], _floats(e, m)[9]]
+        patterns = [*_floats(e, m)[:8], _floats(e, m)[8], _floats(e, m)[9]]
         values = [v | s << bits - 1 for v in patterns for s in (0, 1)][:20]
         values[19] = (1 << bits) - 1  # a negative NaN with all bits
         values = [v for n, v in enumerate(values) if n not in (5, 7, 11, 13)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .catalogue import lanewise, out, simple, Buffer, operand
+from .catalogue import Buffer, lanewise, operand, out, simple
 
 SIGNED, UNSIGNED = ("s16", "s32", "s64"), ("u16", "u32", "u64")
 INTEGERS = (*SIGNED, *UNSIGNED)
@@ -47,18 +47,27 @@ def integers() -> None:
         lanewise(
             f"carry.add.{t}",
             f"add.cc.{t} $d, $a, $b; addc.cc.{t} $e, $b, $c; addc.{t} $f, $a, $c;",
-            (t, t, t), t, t, t,
-        )  # fmt: skip
+            (t, t, t),
+            t,
+            t,
+            t,
+        )
         lanewise(
             f"carry.sub.{t}",
             f"sub.cc.{t} $d, $a, $b; subc.cc.{t} $e, $b, $c; subc.{t} $f, $a, $c;",
-            (t, t, t), t, t, t,
-        )  # fmt: skip
+            (t, t, t),
+            t,
+            t,
+            t,
+        )
         lanewise(
             f"carry.mad.{t}",
             f"mad.lo.cc.{t} $d, $a, $b, $c; madc.hi.cc.{t} $e, $a, $b, $c; madc.lo.{t} $f, $b, $c, $a;",
-            (t, t, t), t, t, t,
-        )  # fmt: skip
+            (t, t, t),
+            t,
+            t,
+            t,
+        )
 
 
 def bits() -> None:
@@ -73,7 +82,7 @@ def bits() -> None:
         for op in ("popc", "clz"):
             lanewise(f"{op}.{t}", f"{op}.{t} $d, $a;", "b32", t)
         lanewise(f"brev.{t}", f"brev.{t} $d, $a;", t, t)
-        lanewise(f"bfi.{t}", f"bfi.{t} $d, $a, $b, $c, %r30;".replace("$c, %r30", "$c, $c"), t, t, t, "shift")
+        lanewise(f"bfi.{t}", f"bfi.{t} $d, $a, $b, $c, $c;", t, t, t, "shift")
         pos = "and.b32 %r30, $c, 255; shr.u32 %r31, $c, 3; and.b32 %r31, %r31, 63;"
         lanewise(f"bfi.wide.{t}", f"{pos} bfi.{t} $d, $a, $b, %r30, %r31;", t, t, t, "b32")
     for t in ("u32", "s32", "u64", "s64"):
@@ -82,7 +91,14 @@ def bits() -> None:
         lanewise(f"bfe.{t}", f"bfe.{t} $d, $a, $b, $c;", t, t, "shift", "shift")
         small = "and.b32 %r30, $b, 31; and.b32 %r31, $c, 31;"
         lanewise(f"bfe.small.{t}", f"{small} bfe.{t} $d, $a, %r30, %r31;", t, t, "b32", "b32")
-    lanewise("fns", "and.b32 %r30, $b, 31; and.b32 %r31, $c, 15; sub.s32 %r31, %r31, 7; fns.b32 $d, $a, %r30, %r31;", "b32", "b32", "b32", "b32")  # fmt: skip
+    lanewise(
+        "fns",
+        "and.b32 %r30, $b, 31; and.b32 %r31, $c, 15; sub.s32 %r31, %r31, 7; fns.b32 $d, $a, %r30, %r31;",
+        "b32",
+        "b32",
+        "b32",
+        "b32",
+    )
     for side in "lr":
         for mode in ("clamp", "wrap"):
             lanewise(f"shf.{side}.{mode}", f"shf.{side}.{mode}.b32 $d, $a, $b, $c;", "b32", "b32", "b32", "shift")
@@ -93,7 +109,10 @@ def bits() -> None:
             lanewise(f"szext.{mode}.{t}", f"szext.{mode}.{t} $d, $a, $b;", t, t, "shift")
         lanewise(f"bmsk.{mode}", f"bmsk.{mode}.b32 $d, $a, $b;", "b32", "shift", "shift")
     luts = [*range(0, 256, 5), 0xE8, 0x96, 0xCA, 0xEA, 0x80]
-    store = "mad.lo.u32 %r40, {n}, 128, 0; shl.b32 %r41, %r0, 2; add.u32 %r40, %r40, %r41; cvt.u64.u32 %q40, %r40; add.u64 %q40, %q40, %q0; st.global.b32 [%q40], %r50;"
+    store = (
+        "mad.lo.u32 %r40, {n}, 128, 0; shl.b32 %r41, %r0, 2; add.u32 %r40, %r40, %r41; cvt.u64.u32 %q40, %r40; "
+        "add.u64 %q40, %q40, %q0; st.global.b32 [%q40], %r50;"
+    )
     load = "".join(
         f"mul.wide.u32 %q40, %r0, 4; add.u64 %q40, %q40, %q{n}; ld.global.b32 %r{50 + n}, [%q40];\n" for n in (1, 2, 3)
     )
@@ -108,7 +127,13 @@ def bits() -> None:
         + "".join(f"selp.b32 %r31, {1 << n}, 0, %p{n}; or.b32 $d, $d, %r31;" for n in range(3, 7))
     )
     lanewise("logic.pred", body, "b32", "s32", "s32")
-    lanewise("mov.pack", "mov.b64 $d, {$a, $b}; mov.b32 {%h1, %h2}, $a; mov.b32 $e, {%h2, %h1};", ("b64", "b32"), "b32", "b32")  # fmt: skip
+    lanewise(
+        "mov.pack",
+        "mov.b64 $d, {$a, $b}; mov.b32 {%h1, %h2}, $a; mov.b32 $e, {%h2, %h1};",
+        ("b64", "b32"),
+        "b32",
+        "b32",
+    )
 
 
 def comparisons() -> None:
@@ -147,7 +172,14 @@ def comparisons() -> None:
             lanewise(f"set.{d}.{t}", f"set.lt.{d}.{t} $d, $a, $b; set.ne.{d}.{t} $e, $a, $b;", (d, d), t, t)
     for op in unordered:
         lanewise(f"set.{op}.f32.f32", f"set.{op}.ftz.f32.f32 $d, $a, $b;", "f32", "f32", "f32")
-    lanewise("set.and.u32.f32", "setp.lt.s32 %p9, $c, 0; set.ge.and.u32.f32 $d, $a, $b, %p9; set.ge.xor.f32.s32 $e, $a, $b, !%p9;", ("u32", "f32"), "f32", "f32", "s32")  # fmt: skip
+    lanewise(
+        "set.and.u32.f32",
+        "setp.lt.s32 %p9, $c, 0; set.ge.and.u32.f32 $d, $a, $b, %p9; set.ge.xor.f32.s32 $e, $a, $b, !%p9;",
+        ("u32", "f32"),
+        "f32",
+        "f32",
+        "s32",
+    )
     for t in HALVES:
         lanewise(f"set.{t}.{t}", f"set.ge.{t}.{t} $d, $a, $b; set.neu.{t}.{t} $e, $a, $b;", (t, t), t, t)
     for t in ("f16", "bf16"):
@@ -212,15 +244,53 @@ def approximations() -> None:
     ulp, tiny = 2.0**-23, 2.0**-149
     for ftz in ("", ".ftz"):
         for form in ("full", "approx"):
-            lanewise(f"div.{form}{ftz}.f32", f"div.{form}{ftz}.f32 $d, $a, $b;", "f32", "f32", "f32", bound=(2 * ulp, tiny), values="f32")  # fmt: skip
+            lanewise(
+                f"div.{form}{ftz}.f32",
+                f"div.{form}{ftz}.f32 $d, $a, $b;",
+                "f32",
+                "f32",
+                "f32",
+                bound=(2 * ulp, tiny),
+                values="f32",
+            )
         lanewise(f"rcp.approx{ftz}.f32", f"rcp.approx{ftz}.f32 $d, $a;", "f32", "f32", bound=(ulp, 0), values="f32")
-        lanewise(f"sqrt.approx{ftz}.f32", f"sqrt.approx{ftz}.f32 $d, $a;", "f32", "f32", bound=(2.0**-23, 0), values="f32")  # fmt: skip
-        lanewise(f"rsqrt.approx{ftz}.f32", f"rsqrt.approx{ftz}.f32 $d, $a;", "f32", "f32", bound=(2.0**-22.9, 0), values="f32")  # fmt: skip
+        lanewise(
+            f"sqrt.approx{ftz}.f32", f"sqrt.approx{ftz}.f32 $d, $a;", "f32", "f32", bound=(2.0**-23, 0), values="f32"
+        )
+        lanewise(
+            f"rsqrt.approx{ftz}.f32",
+            f"rsqrt.approx{ftz}.f32 $d, $a;",
+            "f32",
+            "f32",
+            bound=(2.0**-22.9, 0),
+            values="f32",
+        )
         for kind in ("f32", "exp"):
-            lanewise(f"ex2.approx{ftz}.{kind}", f"ex2.approx{ftz}.f32 $d, $a;", "f32", kind, bound=(2.0**-22, tiny), values="f32")  # fmt: skip
-        lanewise(f"lg2.approx{ftz}.f32", f"lg2.approx{ftz}.f32 $d, $a;", "f32", "f32", bound=(2.0**-22, 2.0**-22), values="f32")  # fmt: skip
+            lanewise(
+                f"ex2.approx{ftz}.{kind}",
+                f"ex2.approx{ftz}.f32 $d, $a;",
+                "f32",
+                kind,
+                bound=(2.0**-22, tiny),
+                values="f32",
+            )
+        lanewise(
+            f"lg2.approx{ftz}.f32",
+            f"lg2.approx{ftz}.f32 $d, $a;",
+            "f32",
+            "f32",
+            bound=(2.0**-22, 2.0**-22),
+            values="f32",
+        )
         for op in ("sin", "cos"):
-            lanewise(f"{op}.approx{ftz}.trig", f"{op}.approx{ftz}.f32 $d, $a;", "f32", "trig", bound=(0, 2.0**-17), values="f32")  # fmt: skip
+            lanewise(
+                f"{op}.approx{ftz}.trig",
+                f"{op}.approx{ftz}.f32 $d, $a;",
+                "f32",
+                "trig",
+                bound=(0, 2.0**-17),
+                values="f32",
+            )
     for t in ("f32", "trig"):
         lanewise(f"tanh.approx.{t}", "tanh.approx.f32 $d, $a;", "f32", t, bound=(2.0**-11, 0), values="f32")
     lanewise("rcp.approx.ftz.f64", "rcp.approx.ftz.f64 $d, $a;", "f64", "f64", bound=(2.0**-20, 0), values="f64")
@@ -228,8 +298,22 @@ def approximations() -> None:
     lanewise("rsqrt.approx.ftz.f64", "rsqrt.approx.ftz.f64 $d, $a;", "f64", "f64", bound=(2.0**-20, 0), values="f64")
     for t in HALVES:
         ftz = ".ftz" if t[0] == "b" else ""
-        lanewise(f"ex2.approx{ftz}.{t}", f"ex2.approx{ftz}.{t} $d, $a;", t, t, bound=(2.0**-9.9, 2.0**-24) if t[0] == "f" else (2.0**-7, 0), values=t[:4].rstrip("x"))  # fmt: skip
-        lanewise(f"tanh.approx.{t}", f"tanh.approx.{t} $d, $a;", t, t, bound=(0, 2.0**-10.987 if t[0] == "f" else 2.0**-8), values=t[:4].rstrip("x"))  # fmt: skip
+        lanewise(
+            f"ex2.approx{ftz}.{t}",
+            f"ex2.approx{ftz}.{t} $d, $a;",
+            t,
+            t,
+            bound=(2.0**-9.9, 2.0**-24) if t[0] == "f" else (2.0**-7, 0),
+            values=t[:4].rstrip("x"),
+        )
+        lanewise(
+            f"tanh.approx.{t}",
+            f"tanh.approx.{t} $d, $a;",
+            t,
+            t,
+            bound=(0, 2.0**-10.987 if t[0] == "f" else 2.0**-8),
+            values=t[:4].rstrip("x"),
+        )
 
 
 def conversions() -> None:
@@ -259,7 +343,15 @@ def conversions() -> None:
             )
             if not fits:
                 lanewise(f"cvt.sat.{to}.{frm}", f"cvt.sat.{to}.{frm} $d, $a;", register[to], frm)
-    for frm, to in (("f32", "f16"), ("f32", "bf16"), ("f64", "f16"), ("f64", "bf16"), ("f64", "f32"), ("f16", "bf16"), ("bf16", "f16")):  # fmt: skip
+    for frm, to in (
+        ("f32", "f16"),
+        ("f32", "bf16"),
+        ("f64", "f16"),
+        ("f64", "bf16"),
+        ("f64", "f32"),
+        ("f16", "bf16"),
+        ("bf16", "f16"),
+    ):
         for extra in ("", ".ftz", ".sat") if to in ("f16", "f32") and frm in ("f32", "f64") else ("",):
             if extra == ".ftz" and (frm, to) == ("f64", "f16"):
                 continue
@@ -270,7 +362,13 @@ def conversions() -> None:
             lanewise(f"cvt.{m}.relu.{to}.f32", f"cvt.{m}.relu.{to}.f32 $d, $a;", to, "f32")
             for relu in ("", ".relu"):
                 lanewise(f"cvt.{m}{relu}.{to}x2.f32", f"cvt.{m}{relu}.{to}x2.f32 $d, $a, $b;", f"{to}x2", "f32", "f32")
-                lanewise(f"cvt.{m}{relu}.satfinite.{to}x2.f32", f"cvt.{m}{relu}.satfinite.{to}x2.f32 $d, $a, $b;", f"{to}x2", "f32", "f32")  # fmt: skip
+                lanewise(
+                    f"cvt.{m}{relu}.satfinite.{to}x2.f32",
+                    f"cvt.{m}{relu}.satfinite.{to}x2.f32 $d, $a, $b;",
+                    f"{to}x2",
+                    "f32",
+                    "f32",
+                )
     for frm, to in (("f16", "f32"), ("f16", "f64"), ("bf16", "f32"), ("bf16", "f64"), ("f32", "f64")):
         for extra in ("", ".ftz", ".sat") if (frm, to) == ("f16", "f32") else ("",):
             lanewise(f"cvt{extra}.{to}.{frm}", f"cvt{extra}.{to}.{frm} $d, $a;", to, frm)
@@ -281,7 +379,9 @@ def conversions() -> None:
     for t in ("e4m3x2", "e5m2x2"):
         for relu in ("", ".relu"):
             lanewise(f"cvt{relu}.{t}.f32", f"cvt.rn.satfinite{relu}.{t}.f32 $d, $a, $b;", t, "f32", "f32")
-            lanewise(f"cvt{relu}.{t}.f16", f"cvt.rn.satfinite{relu}.{t}.f32 $d, $a, $b;", t, _half_range(0), _half_range(1))  # fmt: skip
+            lanewise(
+                f"cvt{relu}.{t}.f16", f"cvt.rn.satfinite{relu}.{t}.f32 $d, $a, $b;", t, _half_range(0), _half_range(1)
+            )
             lanewise(f"cvt{relu}.{t}.f16x2", f"cvt.rn.satfinite{relu}.{t}.f16x2 $d, $a;", t, "f16x2")
             lanewise(f"cvt{relu}.f16x2.{t}", f"cvt.rn{relu}.f16x2.{t} $d, $a;", "f16x2", t)
     for form in ("rna", "rn", "rz", "rn.relu", "rz.relu", "rna.satfinite"):
@@ -296,7 +396,10 @@ def _half_range(slot: int) -> np.ndarray:
     """FP32 bits in the range of FP8, ties among them."""
     rng = np.random.default_rng([7, slot])
     x = rng.normal(0, 1, 512) * np.exp2(rng.integers(-18, 18, 512))
-    x[::2] = [float(f"{v:.2g}") * 2.0 ** int(e) for v, e in zip(rng.integers(8, 32, 256) / 16, rng.integers(-12, 9, 256), strict=True)]  # fmt: skip
+    x[::2] = [
+        float(f"{v:.2g}") * 2.0 ** int(e)
+        for v, e in zip(rng.integers(8, 32, 256) / 16, rng.integers(-12, 9, 256), strict=True)
+    ]
     return x.astype(np.float32).view(np.uint32)
 
 

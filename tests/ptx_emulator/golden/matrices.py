@@ -337,9 +337,16 @@ def wgmma() -> None:
     plain = (descriptor(128, 256, 0), 0)
     # every type and several widths, without swizzle
     for kind, d_kind in (
-        ("bf16", "f32"), ("f16", "f32"), ("f16", "f16"), ("tf32", "f32"), ("e4m3", "f32"), ("e5m2", "f32"),
-        ("e4m3", "f16"), ("s8", "s32"), ("u8", "s32"),
-    ):  # fmt: skip
+        ("bf16", "f32"),
+        ("f16", "f32"),
+        ("f16", "f16"),
+        ("tf32", "f32"),
+        ("e4m3", "f32"),
+        ("e5m2", "f32"),
+        ("e4m3", "f16"),
+        ("s8", "s32"),
+        ("u8", "s32"),
+    ):
         image = images[kind][: 12 * 1024]
         for n in (8, 24, 64):
             _wgmma(
@@ -352,24 +359,66 @@ def wgmma() -> None:
                 _small(d_kind, n, n),
                 offset=4096,
             )
-        _wgmma(f"wgmma.{d_kind}.{kind}.fresh", (d_kind, kind, kind), 8, plain, plain, image, _small(d_kind, 8, 3), offset=4096, keep=0)  # fmt: skip
+        _wgmma(
+            f"wgmma.{d_kind}.{kind}.fresh",
+            (d_kind, kind, kind),
+            8,
+            plain,
+            plain,
+            image,
+            _small(d_kind, 8, 3),
+            offset=4096,
+            keep=0,
+        )
         rng = np.random.default_rng([SEED, 5])
         raw = integers((128, 16 // SIZE[kind]), kind, 77)
         _wgmma(
-            f"wgmma.{d_kind}.{kind}.registers", (d_kind, kind, kind), 24, None, plain, image, _small(d_kind, 24, 9),
-            offset=4096, registers=np.ascontiguousarray(raw).view(np.uint32),
-        )  # fmt: skip
+            f"wgmma.{d_kind}.{kind}.registers",
+            (d_kind, kind, kind),
+            24,
+            None,
+            plain,
+            image,
+            _small(d_kind, 24, 9),
+            offset=4096,
+            registers=np.ascontiguousarray(raw).view(np.uint32),
+        )
         if d_kind != "s32":
             for signs in ((-1, 1), (1, -1), (-1, -1)):
                 _wgmma(
-                    f"wgmma.{d_kind}.{kind}.signs{signs[0]}{signs[1]}", (d_kind, kind, kind), 8, plain, plain, image,
-                    _small(d_kind, 8, 4), offset=4096, signs=signs,
-                )  # fmt: skip
+                    f"wgmma.{d_kind}.{kind}.signs{signs[0]}{signs[1]}",
+                    (d_kind, kind, kind),
+                    8,
+                    plain,
+                    plain,
+                    image,
+                    _small(d_kind, 8, 4),
+                    offset=4096,
+                    signs=signs,
+                )
     _wgmma(
         "wgmma.s32.s8.u8", ("s32", "s8", "u8"), 8, plain, plain, images["s8"][:12288], _small("s32", 8, 2), offset=4096
     )
-    _wgmma("wgmma.f32.e4m3.e5m2", ("f32", "e4m3", "e5m2"), 8, plain, plain, images["e4m3"][:12288], _small("f32", 8, 2), offset=4096)  # fmt: skip
-    _wgmma("wgmma.f32.e5m2.e4m3", ("f32", "e5m2", "e4m3"), 8, plain, plain, images["e4m3"][:12288], _small("f32", 8, 2), offset=4096)  # fmt: skip
+    _wgmma(
+        "wgmma.f32.e4m3.e5m2",
+        ("f32", "e4m3", "e5m2"),
+        8,
+        plain,
+        plain,
+        images["e4m3"][:12288],
+        _small("f32", 8, 2),
+        offset=4096,
+    )
+    _wgmma(
+        "wgmma.f32.e5m2.e4m3",
+        ("f32", "e5m2", "e4m3"),
+        8,
+        plain,
+        plain,
+        images["e4m3"][:12288],
+        _small("f32", 8, 2),
+        offset=4096,
+    )
     for n in (128, 256):
         _wgmma(f"wgmma.f32.bf16.n{n}", ("f32", "bf16", "bf16"), n, plain, plain, images["bf16"], _small("f32", n, n))
     # K-major with every swizzle and start inside of the swizzled row; other strides without
@@ -379,11 +428,24 @@ def wgmma() -> None:
             word = descriptor(16, 8 * swizzle, swizzle)
             for start in range(0, swizzle, 32):
                 _wgmma(
-                    f"wgmma.{kind}.k{swizzle}.start{start}", (d_kind, kind, kind), 64 if kind == "bf16" else 16,
-                    (word, start), (word, start), images[kind], _small(d_kind, 64 if kind == "bf16" else 16, 1),
-                )  # fmt: skip
+                    f"wgmma.{kind}.k{swizzle}.start{start}",
+                    (d_kind, kind, kind),
+                    64 if kind == "bf16" else 16,
+                    (word, start),
+                    (word, start),
+                    images[kind],
+                    _small(d_kind, 64 if kind == "bf16" else 16, 1),
+                )
         word = descriptor(2048, 128, 0)
-        _wgmma(f"wgmma.{kind}.k0.far", (d_kind, kind, kind), 16, (word, 0), (word, 256), images[kind], _small(d_kind, 16, 1))  # fmt: skip
+        _wgmma(
+            f"wgmma.{kind}.k0.far",
+            (d_kind, kind, kind),
+            16,
+            (word, 0),
+            (word, 256),
+            images[kind],
+            _small(d_kind, 16, 1),
+        )
     # MN-major, 16-bit types only
     for kind in ("bf16", "f16"):
         for swizzle in (0, 32, 64, 128):
@@ -394,14 +456,25 @@ def wgmma() -> None:
             for which, word in enumerate(words):
                 for majors in ((1, 1), (0, 1), (1, 0)):
                     _wgmma(
-                        f"wgmma.{kind}.mn{swizzle}.{which}.majors{majors[0]}{majors[1]}", ("f32", kind, kind), 64,
-                        (word if majors[0] else plain[0], 0), (word if majors[1] else plain[0], 0), images[kind],
-                        _small("f32", 64, 1), majors=majors,
-                    )  # fmt: skip
+                        f"wgmma.{kind}.mn{swizzle}.{which}.majors{majors[0]}{majors[1]}",
+                        ("f32", kind, kind),
+                        64,
+                        (word if majors[0] else plain[0], 0),
+                        (word if majors[1] else plain[0], 0),
+                        images[kind],
+                        _small("f32", 64, 1),
+                        majors=majors,
+                    )
     # how it adds
     for kind, d_kind in (
-        ("bf16", "f32"), ("f16", "f32"), ("f16", "f16"), ("tf32", "f32"), ("e4m3", "f32"), ("e5m2", "f32"), ("e4m3", "f16"),
-    ):  # fmt: skip
+        ("bf16", "f32"),
+        ("f16", "f32"),
+        ("f16", "f16"),
+        ("tf32", "f32"),
+        ("e4m3", "f32"),
+        ("e5m2", "f32"),
+        ("e4m3", "f16"),
+    ):
         for how in SPREADS:
             n = 16
             other = "near" if how == "tiny" else how
@@ -427,9 +500,16 @@ def wgmma() -> None:
                 x *= np.exp2(float(_LEAST[kind]))
             d = np.ascontiguousarray(bits_of(x, d_kind)).view(np.uint32)
             _wgmma(
-                f"wgmma.{d_kind}.{kind}.{how}", (d_kind, kind, kind), n, plain, plain,
-                np.ascontiguousarray(cores).reshape(-1), d, offset=2048, accumulate=kind,
-            )  # fmt: skip
+                f"wgmma.{d_kind}.{kind}.{how}",
+                (d_kind, kind, kind),
+                n,
+                plain,
+                plain,
+                np.ascontiguousarray(cores).reshape(-1),
+                d,
+                offset=2048,
+                accumulate=kind,
+            )
 
 
 def matrices() -> None:
@@ -452,20 +532,29 @@ def matrices() -> None:
             simple(
                 f"ldmatrix.x{x}{trans}",
                 f"{fill} ldmatrix.sync.aligned.m8n8.x{x}{trans}.shared.b16 {some}, [%r8]; {save}",
-                out(32, 4), Buffer(rows), Buffer(order), static=static,
-            )  # fmt: skip
+                out(32, 4),
+                Buffer(rows),
+                Buffer(order),
+                static=static,
+            )
             given = "{" + ", ".join(f"%r{4 + r}" for r in range(x)) + "}"
             simple(
                 f"stmatrix.x{x}{trans}",
                 f"{fill} stmatrix.sync.aligned.m8n8.x{x}{trans}.shared.b16 [%r8], {given}; bar.sync 0;"
                 f"ld.shared.v4.b32 {{%r10, %r11, %r12, %r13}}, [%r3]; {save}",
-                out(32, 4), Buffer(rows), Buffer(order), static=static,
-            )  # fmt: skip
+                out(32, 4),
+                Buffer(rows),
+                Buffer(order),
+                static=static,
+            )
     simple(
         "movmatrix",
         f"{fill} movmatrix.sync.aligned.m8n8.trans.b16 %r10, %r4; {save}",
-        out(32, 4), Buffer(rows), Buffer(order), static=static,
-    )  # fmt: skip
+        out(32, 4),
+        Buffer(rows),
+        Buffer(order),
+        static=static,
+    )
 
 
 for family in (mma, wgmma, matrices):

@@ -1,7 +1,7 @@
 """The record's file: for every case the kernel's hash, the buffers before and after the launch, the tensor maps.
 
-One xz-compressed npz; arrays are flat, and equal ones stand once. Its entry `index` is JSON: device, driver and, by case, the names of
-the arrays.
+One xz-compressed npz; arrays are flat, and equal ones stand once. Its entry `index` is JSON: device, driver and, by
+case, the names of the arrays.
 """
 
 import hashlib
