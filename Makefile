@@ -8,16 +8,17 @@ JOBS ?= auto
 OP ?= all
 LAYERS ?= demo
 ARGS ?=
+CUTLASS ?=
 
 ifeq ($(PY),$(VENV)/bin/python)
 SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tune bench report check lint format test test-gpu wheel constraints clean
+.PHONY: help setup demo tune bench report check lint format test test-gpu emulator-examples wheel constraints clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 20
 
 setup: $(SETUP)  ## create .venv and install everything, pinned by constraints.txt
 
@@ -58,6 +59,9 @@ test: $(SETUP)  ## all tests that need no GPU (they use one where it is there)
 test-gpu: $(SETUP)  ## all tests, on the GPU of this machine
 	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "test-gpu needs a GPU that PyTorch can use; here is none")'
 	$(PY) -m pytest -n 4 $(ARGS)
+
+emulator-examples: $(SETUP)  ## run the CuTe DSL examples of a checkout CUTLASS=PATH in ptx_emulator (ARGS: names, --schedule all)
+	$(PY) -m tests.ptx_emulator.examples --cutlass $(CUTLASS) $(ARGS)
 
 wheel: $(SETUP)  ## build the wheel into dist/
 	$(PY) -m pip wheel --quiet --no-deps -w dist .

@@ -235,6 +235,7 @@ CASES = [
         {"mnkl": (256, 512, 384, 1), "tile": (256, 192), "cluster": (2, 2), **MXFP8, "majors": "mnm"},
         {"mnkl": (256, 256, 256, 1), "tile": (128, 64), "cluster": (1, 2), **MXFP8, "ab": "e5m2-e4m3"},
         {"mnkl": (256, 256, 256, 1), "tile": (128, 128), "cluster": (1, 1), **MXFP8, "ab": "e4m3-e2m1"},
+        {"mnkl": (256, 256, 384, 1), "tile": (256, 128), "cluster": (2, 1), **MXFP8, "ab": "e2m3-e3m2", "c": "fp32"},
     ),
     *_cases(
         f"{_BLOCKSCALED}.dense_blockscaled_gemm_persistent_prefetch",

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from fp4suite.layouts import to_blocked_128x4
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
 
 @dataclass(frozen=True)
 class Format:
-    """dtype: what torch decodes, None for E2M1. digits: of the significand, with the leading one. most: largest value
-    drawn. step: distance of the smallest values."""
+    """dtype: what torch decodes; None for formats of less than a byte, without infinities and NaN. digits: of the
+    significand, with the leading one. step: distance of the smallest values. most: largest value drawn. exponent: bits
+    of it, where there is no dtype."""
 
     name: str
     cutlass: str
@@ -29,10 +28,11 @@ class Format:
     digits: int
     step: float
     most: float = 2.0
+    exponent: int = 0
 
     @property
     def bits(self) -> int:
-        return 4 if self.dtype is None else 8 * self.dtype.itemsize
+        return self.exponent + self.digits if self.dtype is None else 8 * self.dtype.itemsize
 
     @property
     def type(self) -> type:
@@ -44,14 +44,17 @@ class Format:
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (one a byte) or numbers of `dtype` -> FP64."""
         if self.dtype is None:
-            table = torch.tensor([*E2M1, *(-x for x in E2M1)], dtype=torch.float64)
-            return table[codes.long()]
+            mantissa, bias = self.digits - 1, (1 << self.exponent - 1) - 1
+            power, fraction = codes >> mantissa & (1 << self.exponent) - 1, codes & (1 << mantissa) - 1
+            significand = fraction.double() / (1 << mantissa) + (power > 0)
+            magnitude = torch.ldexp(significand, power.int().clamp(min=1) - bias)
+            return torch.where(codes >> self.bits - 1 > 0, -magnitude, magnitude)
         if self.dtype in (torch.float8_e8m0fnu,):
             return torch.exp2(codes.view(torch.uint8).double() - 127)
         return codes.to(torch.float64)
 
     def random(self, shape: tuple[int, ...], gen: torch.Generator, positive: bool = False) -> Tensor:
-        """Codes (E2M1, one a byte) or numbers."""
+        """Codes of less than a byte, one a byte, or numbers."""
         if self.dtype in (torch.float32, torch.float16, torch.bfloat16):
             drawn = torch.randn(shape, generator=gen).to(self.dtype)
             # the tensor core reads no more of TF32 than its digits
@@ -60,7 +63,7 @@ class Format:
             low, high = (-128, 128) if self.dtype == torch.int8 else (0, 256)
             return torch.randint(low, high, shape, generator=gen).to(self.dtype)
         if self.dtype is None:
-            return torch.randint(0, 16, shape, generator=gen, dtype=torch.uint8)
+            return torch.randint(0, 1 << self.bits, shape, generator=gen, dtype=torch.uint8)
         every = torch.arange(256, dtype=torch.uint8).view(self.dtype)
         value = self.decode(every)
         fits = value.isfinite() & (value.abs() <= self.most) & (value.abs() >= (2.0**-6 if positive else 0))
@@ -73,7 +76,9 @@ class Format:
 FORMATS = {
     f.name: f
     for f in (
-        Format("e2m1", "Float4E2M1FN", None, 2, 0.5),
+        Format("e2m1", "Float4E2M1FN", None, 2, 0.5, exponent=2),
+        Format("e2m3", "Float6E2M3FN", None, 4, 0.125, exponent=2),
+        Format("e3m2", "Float6E3M2FN", None, 3, 0.0625, exponent=3),
         Format("e4m3", "Float8E4M3FN", torch.float8_e4m3fn, 4, 2.0**-9),
         Format("e5m2", "Float8E5M2", torch.float8_e5m2, 3, 2.0**-16),
         Format("e8m0", "Float8E8M0FNU", torch.float8_e8m0fnu, 1, 2.0**-127),
@@ -127,10 +132,7 @@ class Matrix:
     def read(self) -> Tensor:
         """FP64 [batch, mn, k] of what is stored now."""
         batch, mn, k = self.values.shape
-        if self.format.bits == 4:
-            codes = torch.stack([self.data & 15, self.data >> 4], -1)
-        else:
-            codes = self.data.view(self.format.dtype)
+        codes = unpack(self.data, self.format.bits) if self.format.dtype is None else self.data.view(self.format.dtype)
         shape = (batch, mn, k) if self.major == "k" else (batch, k, mn)
         found = self.format.decode(codes.reshape(shape))
         return found if self.major == "k" else found.transpose(1, 2)
@@ -153,10 +155,15 @@ def cute_tensor(t: Tensor, format: Format, align: int = 16, divisible: int = 0) 
     return made
 
 
-def pack(codes: Tensor) -> Tensor:
-    """E2M1 codes, one a byte -> two a byte, the even one in the low nibble."""
-    pairs = codes.reshape(-1, 2)
-    return pairs[:, 0] | pairs[:, 1] << 4
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes, one a byte -> one behind the other, the first in the lowest bits."""
+    spread = np.unpackbits(codes.numpy().reshape(-1, 1), axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(spread, bitorder="little"))
+
+
+def unpack(data: Tensor, bits: int) -> Tensor:
+    spread = np.unpackbits(data.numpy(), bitorder="little").reshape(-1, bits)
+    return torch.from_numpy(np.packbits(spread, axis=1, bitorder="little").reshape(-1))
 
 
 def matrix(name: str, batch: int, mn: int, k: int, gen: torch.Generator, major: str = "k") -> Matrix:
@@ -164,7 +171,7 @@ def matrix(name: str, batch: int, mn: int, k: int, gen: torch.Generator, major: 
     codes = f.random((batch, mn, k), gen)
     values = f.decode(codes)
     laid = (codes if major == "k" else codes.transpose(1, 2)).contiguous()
-    raw = pack(laid) if f.bits == 4 else laid.reshape(-1).view(torch.uint8)
+    raw = pack(laid, f.bits) if f.dtype is None else laid.reshape(-1).view(torch.uint8)
     data = aligned(raw.numel())
     data[:] = raw
     return Matrix(f, values, data, major)
