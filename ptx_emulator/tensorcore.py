@@ -22,25 +22,31 @@ _NOTHING = -1000  # exponent of a zero
 
 def _exponents(x: Array, kind: str) -> Array:
     """Subnormal numbers have the least exponent."""
-    return np.where(x == 0, _NOTHING, np.maximum(np.frexp(x)[1] - 1, _LEAST[kind]))
+    return np.where(x == 0, _NOTHING, np.maximum(np.frexp(x)[1] - 1, _LEAST[kind])).astype(np.int16)
 
 
 def step(a: Array, b: Array, c: Array, operands: tuple[str, str], result: str, bits: int = 25) -> Array:
     """a [m, k] @ b [n, k].T + c [m, n], all FP64, as one instruction gives it: float32 or float16 [m, n]."""
     with np.errstate(all="ignore"):
-        products = a[:, None, :] * b[None, :, :]
-        plain = products.sum(2) + c
-        top = (_exponents(a, operands[0])[:, None, :] + _exponents(b, operands[1])[None, :, :]).max(2)
-        unit = np.ldexp(1.0, np.maximum(np.maximum(top, _exponents(c, result)), -600) - bits)
-        total = (np.trunc(products / unit[:, :, None]).sum(2) + np.trunc(c / unit)) * unit
+        plain = a @ b.T + c
+        # k first: sums and maxima over it run along long rows
+        left, right = np.ascontiguousarray(a.T)[:, :, None], np.ascontiguousarray(b.T)[:, None, :]
+        terms = left * right
+        top = (_exponents(left, operands[0]) + _exponents(right, operands[1])).max(0)
+        top = np.maximum(np.maximum(top, _exponents(c, result)), -600).astype(np.int32)
+        scale = np.ldexp(1.0, bits - top)
+        terms *= scale
+        np.trunc(terms, out=terms)
+        total = np.ldexp(terms.sum(0) + np.trunc(c * scale), top - bits)
         total = np.where(np.isfinite(plain), total, plain)
         if result == "f16":
-            return np.where(np.isnan(total), np.uint16(0x7FFF), numbers.to_f16(total)).view(np.float16)
+            half = np.where(np.isnan(total), np.uint16(0x7FFF), numbers.to_f16(total)).view(np.float16)
+            return half + np.float16(0)  # no result is -0
         if bits < 23:
             mantissa, exponent = np.frexp(total)
             total = np.ldexp(np.trunc(np.ldexp(mantissa, bits + 1)), exponent - bits - 1)
         out = np.where(np.abs(total) < 2.0**128, numbers.to_f32(total, "rz"), total.astype(np.float32))
-        return np.where(np.isnan(total), np.uint32(0x7FFFFFFF).view(np.float32), out)
+        return np.where(np.isnan(total), np.uint32(0x7FFFFFFF).view(np.float32), out + np.float32(0))
 
 
 def mma_fp8(a: Array, b: Array, c: Array, result: str) -> Array:
