@@ -170,6 +170,7 @@ SWIZZLE = Field(1, 13, 2)
 FILL = Field(1, 15, 1)
 TF32 = Field(1, 16, 1)
 PROMOTION = Field(1, 17, 2)
+ATOMICITY = Field(1, 19, 2)  # CuTe DSL writes 1 for atoms of 32 bytes; the rest as tensormap.replace counts
 STRIDES = (Field(1, 32, 32), Field(2, 0, 32), Field(2, 32, 32), Field(3, 0, 32))  # / 16
 STRIDES_HIGH = tuple(Field(3, 32 + 4 * d, 4) for d in range(4))
 SIZES = (Field(4, 0, 32), Field(4, 32, 32), Field(5, 0, 32), Field(5, 32, 32), Field(6, 0, 32))
@@ -186,6 +187,7 @@ CODES = {e.name: _CODES.get(e.name, (n, 0)) for n, e in enumerate(ELEMENTS)}
 _NAMES = {code: name for name, code in CODES.items()}
 INTERLEAVES = (0, 16, 32)
 SPANS = (0, 32, 64, 128)
+ATOMS = ((16, False), (32, False), (32, True), (64, False))  # bytes, halves flipped
 
 
 def words_of(raw: Array) -> list[int]:
@@ -225,7 +227,7 @@ def decode(raw: Array) -> TensorMap:
         strides=tuple(stride(w, d) for d in range(rank - 1)),
         box=box,
         steps=tuple(f.get(w) + 1 for f in STEPS[:rank]),
-        swizzle=Swizzle(SPANS[SWIZZLE.get(w)]),
+        swizzle=Swizzle(SPANS[SWIZZLE.get(w)], *ATOMS[ATOMICITY.get(w)]),
         interleave=INTERLEAVES[INTERLEAVE.get(w)],
         nan=bool(FILL.get(w)),
         im2col=im2col,
@@ -260,6 +262,10 @@ def problems(t: TensorMap) -> Iterable[str]:
         yield f"a box has rows of {t.row_bytes} bytes, which is not a multiple of 16"
     if t.swizzle.span and not t.interleave and t.pitch > t.swizzle.span:
         yield f"a box has rows of {t.row_bytes} bytes, more than the swizzle's {t.swizzle.span}"
+    if t.swizzle.atom > 16 and t.swizzle.span != 128:
+        yield f"atoms of {t.swizzle.atom} bytes in a swizzle of {t.swizzle.span}"
+    if e.packed and (t.swizzle.span not in (0, 128) or t.swizzle.flip):
+        yield f"{e.name} with a swizzle of {t.swizzle}"
     if t.nan and not e.name.startswith(("f", "bf", "tf")):
         yield f"NaN outside of a tensor of {e.name}"
     if e.packed and (t.sizes[0] % 128 or t.box[0] != 128):
@@ -439,7 +445,7 @@ def encode(
     sizes: tuple[int, ...],
     strides: tuple[int, ...],
     box: tuple[int, ...],
-    swizzle: int = 0,
+    swizzle: int | Swizzle = 0,
     *,
     steps: tuple[int, ...] | None = None,
     interleave: int = 0,
@@ -449,6 +455,7 @@ def encode(
     """The map as `decode` reads it. strides in bytes, from dimension 1 on; with im2col the box is the channels."""
     w = [0] * (BYTES // 8)
     code, tf32 = CODES[element]
+    form = swizzle if isinstance(swizzle, Swizzle) else Swizzle(swizzle)
     ADDRESS.put(w, address)
     for f, value in (
         (FORM, int(im2col is not None)),
@@ -456,7 +463,8 @@ def encode(
         (TYPE, code),
         (TF32, tf32),
         (INTERLEAVE, INTERLEAVES.index(interleave)),
-        (SWIZZLE, SPANS.index(swizzle)),
+        (SWIZZLE, SPANS.index(form.span)),
+        (ATOMICITY, ATOMS.index((form.atom, form.flip))),
         (FILL, int(nan)),
     ):
         f.put(w, value)

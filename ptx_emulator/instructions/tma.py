@@ -215,6 +215,7 @@ _WHOLE = {
     "rank": (tensormap.RANK, 5),
     "interleave_layout": (tensormap.INTERLEAVE, 3),
     "swizzle_mode": (tensormap.SWIZZLE, 4),
+    "swizzle_atomicity": (tensormap.ATOMICITY, 4),
     "fill_mode": (tensormap.FILL, 2),
 }
 
@@ -237,10 +238,12 @@ def _replace(i: Instruction, p: Program) -> Run:
     ordinal = constant(i.operands[1]) if len(i.operands) == 3 else -1
     if not 0 <= ordinal < 5 and (name in _BY_DIMENSION or name == "global_stride"):
         raise unknown(i, "an ordinal of 0 to 4 is required")
-    if name in ("elemtype", "interleave_layout", "swizzle_mode", "fill_mode"):
-        constant(i.operands[-1])
-    elif name not in ("global_address", "rank", "global_stride", *_BY_DIMENSION):
+    if name not in ("elemtype", "global_address", "global_stride", *_WHOLE, *_BY_DIMENSION):
         raise unknown(i)
+    if name == "elemtype" or (name in _WHOLE and name != "rank"):
+        constant(i.operands[-1])
+    if name == "swizzle_atomicity" and p.arch.startswith("sm_9"):
+        raise unknown(i, f"on {p.arch}")
 
     def change(words: list[int], new: int) -> None:
         if name == "global_address":

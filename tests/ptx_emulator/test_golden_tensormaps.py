@@ -139,5 +139,5 @@ def test_copies_that_a_gpu_refuses(case):
     raw = tensormap.encode(
         t["address"], ELEMENTS[t["element_type"]], t["sizes"], t["strides"], t["box"], steps=t["steps"], nan=t["fill"]
     )
-    with pytest.raises(Fault, match="multiples of 16 are required|a reduction .* of a tensor of s64"):
+    with pytest.raises(Fault, match=r"multiples of 16 are required|a reduction .* of a tensor of s64"):
         replay(case | {"map": t, "raw": raw.hex()})
