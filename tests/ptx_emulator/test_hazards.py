@@ -117,6 +117,10 @@ end before the peer's store: GONE
 end before the peer's arrival: GONE
     @%p3 mbarrier.init.shared.b64 [bar], %r7; MEET mov.b32 %r12, bar; xor.b32 %r10, %r6, 1; mapa.shared::cluster.u32
     %r12, %r12, %r10; @%p3 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r12]; [[MEET]]
+end after a relaxed cluster barrier: GONE
+    @%p3 mbarrier.init.shared.b64 [bar], %r7; MEET mov.b32 %r12, bar; xor.b32 %r10, %r6, 1; mapa.shared::cluster.u32
+    %r12, %r12, %r10; @%p3 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r12];
+    [[barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;]]
 relaxed cluster barrier: RACE
     OTHER @%p1 st.shared::cluster.b32 [%r11], %r4; barrier.cluster.arrive[[|.relaxed]].aligned;
     barrier.cluster.wait.aligned; READ MEET

@@ -1,0 +1,89 @@
+"""What the CUTLASS examples are compared with: operands, references, and that a wrong result is seen."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from .examples import operands
+from .examples.operands import FORMATS, empty, expected, matrix, product, scales
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("e2m1", ml_dtypes.float4_e2m1fn), ("e2m3", ml_dtypes.float6_e2m3fn), ("e3m2", ml_dtypes.float6_e3m2fn)],
+)
+def test_codes_of_less_than_a_byte(name, dtype):
+    f = FORMATS[name]
+    codes = np.arange(1 << f.bits, dtype=np.uint8)
+    want = codes.view(dtype).astype(np.float64)
+    np.testing.assert_array_equal(f.decode(torch.from_numpy(codes)).numpy(), want)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"e8m0", "tf32", "int32"}))
+@pytest.mark.parametrize("major", ["k", "mn"])
+def test_what_is_stored_is_what_the_reference_multiplies(name, major):
+    m = matrix(name, 2, 48, 32, generator(), major)
+    assert torch.equal(m.read(), m.values)
+    assert len(m.values.unique()) > 8
+    assert m.data.numel() == 2 * 48 * 32 * m.format.bits // 8
+    assert m.data.data_ptr() % 128 == 0
+
+
+def test_scales_differ_everywhere_and_padding_is_not_zero():
+    s = scales("e4m3", 1, 160, 96, 16, generator())
+    assert s.values.shape == (1, 160, 6)
+    assert len(s.values.unique()) > 20
+    assert (s.data != 0).all()
+    assert s.data.numel() == 256 * 8
+
+
+def gemm():
+    gen = generator()
+    a, b = matrix("e2m1", 1, 32, 64, gen), matrix("e2m1", 1, 16, 64, gen)
+    sfa, sfb = scales("e4m3", 1, 32, 64, 16, gen), scales("e4m3", 1, 16, 64, 16, gen)
+    left, right = a.values * sfa.expanded(64), b.values * sfb.expanded(64)
+    output = expected(empty("fp16", 1, 32, 16), *product(left, right))
+    return output, left, right
+
+
+def write(output, values) -> None:
+    output.out.data.copy_(values.to(torch.float16).reshape(-1).view(torch.uint8))
+
+
+def test_a_right_result_and_wrong_ones():
+    output, left, right = gemm()
+    assert "nan" in output.mismatch()  # nothing was written yet
+    exact = left @ right.transpose(1, 2)
+    write(output, exact)
+    assert output.mismatch() is None
+    for wrong in (exact.roll(1, 1), left.roll(16, 2) @ right.transpose(1, 2), exact * (1 + 2.0**-9)):
+        write(output, wrong)
+        assert "elements are wrong" in output.mismatch()
+    spoilt = exact.clone()
+    spoilt[0, 31, 15] += 0.25 + spoilt[0, 31, 15].abs() / 256
+    write(output, spoilt)
+    assert output.mismatch().startswith("d[0, 31, 15] is")
+    assert output.mismatch().endswith("1 of 512 elements are wrong")
+    output.reset()
+    assert output.out.read().isnan().all()
+
+
+def test_what_is_left_open_may_be_anything():
+    output, left, right = gemm()
+    want = left @ right.transpose(1, 2)
+    want[:, 7] = torch.nan
+    some = expected(output.out, want, want.abs())
+    write(some, want)
+    assert some.mismatch() is None
+
+
+def test_packing():
+    codes = torch.tensor([1, 2, 3, 63], dtype=torch.uint8)
+    assert operands.pack(codes, 6).tolist() == [0b10000001, 0b00110000, 0b11111100]
+    assert operands.unpack(operands.pack(codes, 6), 6).tolist() == codes.tolist()
+    assert operands.pack(codes[:2], 4).tolist() == [0x21]
