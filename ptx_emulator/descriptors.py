@@ -201,7 +201,8 @@ def instruction_descriptor(kind: Kind, word: int, ctas: int, stationary: bool, v
         refuse("says sparse, the instruction is dense")
     reserved = 0b0011 | 1 << 6
     if kind.scaled:
-        reserved |= 0b1000 | 7 << 24 | (1 << 12 if kind.bits == 4 else 1 << 31)
+        # bit 12 is reserved for the FP4 kinds, but CuTe DSL's own builder sets it (E2M1 as 5, of three bits)
+        reserved |= 0b1000 | 7 << 24 | (0 if kind.bits == 4 else 1 << 31)
         if kind.bits == 4 and word >> 31:
             refuse("K = 96 needs sm_103a")
     else:

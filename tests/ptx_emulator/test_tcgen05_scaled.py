@@ -268,7 +268,6 @@ GOOD = idesc(128, 16, 1, 1, False)
         (NVFP4, GOOD | 1, "reserved bits 0x1 are set"),
         (NVFP4, GOOD | 1 << 3, "reserved bits 0x8 are set"),
         (NVFP4, GOOD | 1 << 6, "reserved bits 0x40 are set"),
-        (NVFP4, GOOD | 1 << 12, "reserved bits 0x1000 are set"),
         (NVFP4, GOOD | 4 << 24, "reserved bits 0x4000000 are set"),
         (MXFP8, idesc(128, 16, 0, 0, True) - (1 << 31), "reserved bits 0x80000000 are set"),
         (NVFP4, GOOD - (1 << 31), "K = 96 needs sm_103a"),
