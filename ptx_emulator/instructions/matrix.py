@@ -40,6 +40,8 @@ def _shape(i: Instruction) -> int:
 
 @decoder("ldmatrix")
 def _ldmatrix(i: Instruction, p: Program) -> Run:
+    if "m16n16" in i.op:
+        return _ldmatrix_bytes(i, p)
     count, transposed = _shape(i), "trans" in i.op
     writes, address = [p.target(x, "b32") for x in p.vector(i.operands[0])], p.address(i.operands[1])
 
@@ -54,6 +56,33 @@ def _ldmatrix(i: Instruction, p: Program) -> Run:
             matrix = words[j].T if transposed else words[j]
             pair = matrix[GROUP[:, None], 2 * QUAD[:, None] + np.arange(2)]
             write(w, np.ascontiguousarray(pair).view(U32).reshape(LANES), m)
+        return None
+
+    return run
+
+
+def _ldmatrix_bytes(i: Instruction, p: Program) -> Run:
+    """16 x 16 bytes, transposed: a lane's registers hold rows 4q to 4q + 3 of columns g and g + 8."""
+    if i.op[3:] not in {
+        ("m16n16", n, "trans", space, "b8") for n in ("x1", "x2") for space in ("shared", "shared:cta")
+    }:
+        raise unknown(i)
+    count = int(i.op[4][1:])
+    writes, address = [p.target(x, "b32") for x in p.vector(i.operands[0])], p.address(i.operands[1])
+    if len(writes) != 2 * count:
+        raise unknown(i, f"{len(writes)} registers")
+
+    def run(w: Warp, m: Mask) -> str | None:
+        if not w.everyone(m):
+            return "ldmatrix is executed by a divergent warp"
+        a = address(w)
+        index, rank = _rows(w, a, 2 * count)
+        w.cta.cluster.launch.banks.access(w, a[: 16 * count], None, _ROW_BYTES)
+        matrices = shared_of(w, rank).shared.gather(index).reshape(count, 16, 16)
+        for j, write in enumerate(writes):
+            column = GROUP + 8 * (j % 2)
+            four = matrices[j // 2][4 * QUAD[:, None] + np.arange(4), column[:, None]]
+            write(w, np.ascontiguousarray(four).view(U32).reshape(LANES), m)
         return None
 
     return run

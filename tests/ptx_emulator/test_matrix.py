@@ -38,6 +38,28 @@ def test_ldmatrix_and_stmatrix():
     np.testing.assert_array_equal(got, data.transpose(0, 2, 1))
 
 
+def test_ldmatrix_of_bytes():
+    """Two matrices of 16 x 16 bytes, transposed: lane t holds of columns t / 4 and t / 4 + 8 rows 4 (t % 4) to the
+    third after it, which is how B of an 8-bit MMA is held.
+    """
+    body = """
+    mov.u32 %r0, %tid.x; shl.b32 %r1, %r0, 4; mov.b32 %r2, buf; add.s32 %r2, %r2, %r1;
+    ld.param.b64 %rd1, [src]; mul.wide.u32 %rd2, %r0, 16; add.s64 %rd1, %rd1, %rd2;
+    ld.global.v4.b32 {%r3, %r4, %r5, %r6}, [%rd1]; st.shared.v4.b32 [%r2], {%r3, %r4, %r5, %r6};
+    bar.sync 0;
+    ldmatrix.sync.aligned.m16n16.x2.trans.shared.b8 {%r3, %r4, %r5, %r6}, [%r2];
+    add.s64 %rd3, %rd63, %rd2; st.global.v4.b32 [%rd3], {%r3, %r4, %r5, %r6};
+    """
+    source = rng.integers(0, 256, (2, 16, 16), dtype=np.uint8)
+    got = np.zeros((32, 2, 2, 4), np.uint8)
+    run(body, got, source, params=".param .u64 src", shared=".shared .align 16 .b8 buf[512];")
+    for t in range(32):
+        for matrix in range(2):
+            for half in range(2):
+                rows = slice(4 * (t % 4), 4 * (t % 4) + 4)
+                assert np.array_equal(got[t, matrix, half], source[matrix, rows, t // 4 + 8 * half])
+
+
 def test_mma_m16n8k16():
     a, b = exact(16, 16).astype(BF16), exact(8, 16).astype(BF16)
     c = exact(16, 8)
