@@ -174,8 +174,8 @@ def _twin(function: Any, ptx: str, arch: str) -> _Twin:
 
 
 def _as_device_memory(capsule: Any) -> None:
-    """Mark a DLPack tensor that is on the CPU as CUDA's, as it would be on a GPU: kernels are compiled for global memory
-    then, and not for generic addresses."""
+    """Mark a DLPack tensor that is on the CPU as CUDA's, as it would be on a GPU: kernels are then compiled for global
+    memory, and not for generic addresses."""
     api = ctypes.pythonapi
     api.PyCapsule_GetPointer.restype = ctypes.c_void_p
     api.PyCapsule_GetPointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
@@ -239,7 +239,7 @@ def emulate(
     Raises ValueError for another architecture or schedule; inside, launches raise Fault for what a kernel does wrong.
     """
     from cutlass.cute.runtime import _Tensor
-    from cutlass.cutlass_dsl import CuTeDSL
+    from cutlass.cutlass_dsl import CuTeDSL, CuteExperimentalDSL
     from cutlass.cutlass_dsl.cuda_jit_executor import CudaDialectJitCompiledFunction
     from cutlass.utils import HardwareInfo
 
@@ -248,9 +248,10 @@ def emulate(
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
     count = SM_COUNTS[arch] if multiprocessors is None else multiprocessors
-    device, settings = Device(arch, schedule, seed, races, rewrite), CuTeDSL._get_dsl().envar
+    device = Device(arch, schedule, seed, races, rewrite)
+    dialects = [dsl._get_dsl().envar for dsl in (CuTeDSL, CuteExperimentalDSL)]
     device.runtime.multiprocessors, device.processes = count, processes
-    kept = {name: getattr(settings, name) for name in ("keep_ptx", "keep_cubin", "dump_dir", "arch")}
+    kept = [{name: getattr(x, name) for name in ("keep_ptx", "keep_cubin", "dump_dir", "arch")} for x in dialects]
     load_dltensor = _Tensor.load_dltensor
 
     def run(self: Any, exe_args: list[Any]) -> Any:
@@ -269,8 +270,9 @@ def emulate(
         load_dltensor(self)
 
     with tempfile.TemporaryDirectory(prefix="ptx-emulator-") as folder:
-        settings.keep_ptx = settings.keep_cubin = True
-        settings.dump_dir, settings.arch = folder, arch
+        for settings in dialects:
+            settings.keep_ptx = settings.keep_cubin = True
+            settings.dump_dir, settings.arch = folder, arch
         _active.append(device)
         try:
             with (
@@ -281,5 +283,6 @@ def emulate(
                 yield device
         finally:
             _active.pop()
-            for name, value in kept.items():
-                setattr(settings, name, value)
+            for settings, values in zip(dialects, kept, strict=True):
+                for name, value in values.items():
+                    setattr(settings, name, value)
