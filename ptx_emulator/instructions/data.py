@@ -257,9 +257,8 @@ def _ld(i: Instruction, p: Program) -> Run:
             write(w, expand(value, m).view(dtype), m)
         return None
 
-    if space == "generic":
-        run = _or_local(address, run, _ld_local(_in_window(address), size, writes, dtype))
-    return strongly(i, run, address, True, False) if _STRONG & set(i.op) else run
+    access = run if space != "generic" else _or_local(address, run, _ld_local(_in_window(address), size, writes, dtype))
+    return strongly(i, access, address, True, False) if _STRONG & set(i.op) else access
 
 
 def _in_window(address: Read) -> Read:
@@ -325,9 +324,8 @@ def _st(i: Instruction, p: Program) -> Run:
             store(w, space, a[m], size, [r(w)[m] for r in reads])
         return None
 
-    if space == "generic":
-        run = _or_local(address, run, _st_local(_in_window(address), size, reads))
-    return strongly(i, run, address, False, True) if _STRONG & set(i.op) else run
+    access = run if space != "generic" else _or_local(address, run, _st_local(_in_window(address), size, reads))
+    return strongly(i, access, address, False, True) if _STRONG & set(i.op) else access
 
 
 def _st_local(address: Read, size: int, reads: Sequence[Read]) -> Run:
