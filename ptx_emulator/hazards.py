@@ -10,7 +10,7 @@ An actor knows of each other one how far it has seen it: a vector clock, once fo
 of proxy fence, that is for what lies before such a fence. Each place remembers its last writer and its readers since.
 
 The lanes of a warp count as ordered among themselves, so exchanges within a warp that lack bar.warp.sync are not found.
-Clusters run one after another: races between clusters are not looked for. tcgen05.fence is taken to hold.
+Clusters run one after another: races between clusters are not looked for. That tcgen05.fence is missing is not found.
 """
 
 from collections.abc import Callable

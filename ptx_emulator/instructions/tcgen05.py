@@ -50,8 +50,8 @@ def _tcgen05(i: Instruction, p: Program) -> Run:
         "shift": shift,
         "mma": mma,
         "commit": _commit,
-        "fence:before_thread_sync": _nothing,
-        "fence:after_thread_sync": _nothing,
+        "fence:before_thread_sync": _fence,
+        "fence:after_thread_sync": _fence,
         "wait:ld": _wait,
         "wait:st": _wait,
     }
@@ -60,8 +60,15 @@ def _tcgen05(i: Instruction, p: Program) -> Run:
     return handlers[i.op[1]](i, p)
 
 
-def _nothing(i: Instruction, p: Program) -> Run:
-    return lambda w, m: None
+def _fence(i: Instruction, p: Program) -> Run:
+    """Carries the order of the relaxed arrivals and waits beside it (PTX ISA, "Canonical synchronization patterns"),
+    here for every access and not only for those of tensor memory."""
+
+    def run(w: Warp, m: Mask) -> str | None:
+        w.actor.fence()
+        return None
+
+    return run
 
 
 def _wait(i: Instruction, p: Program) -> Run:

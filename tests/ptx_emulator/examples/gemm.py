@@ -200,6 +200,29 @@ def dense_alpha_beta(
     return Prepared(lambda: compiled(*tensors, alpha, beta, STREAM), outputs, (a, b, source))
 
 
+def extended_blockscaled(
+    module: ModuleType,
+    gen: torch.Generator,
+    mnkl: tuple[int, int, int, int],
+    ab: str,
+    sf: str,
+    vec: int,
+    d: str = "fp16",
+) -> Prepared:
+    """Written in the experimental dialect, which has a compiler of its own."""
+    m, n, k, batch = mnkl
+    a, b = matrix(ab, batch, m, k, gen), matrix(ab, batch, n, k, gen)
+    sfa, sfb = scales(sf, batch, m, k, vec, gen), scales(sf, batch, n, k, vec, gen)
+    out = empty(d, batch, m, n)
+    tensors = [a.tensor(), sfa.tensor(), b.tensor(), sfb.tensor(), out.tensor()]
+    gemm = module.BlockScaledDenseGemmKernel(
+        (128, 128), (FORMATS[ab].type, FORMATS["fp32"].type), FORMATS[sf].type, vec
+    )
+    compiled = cute.experimental.compile(gemm, *tensors)
+    want, bound = product(a.values * sfa.expanded(k), b.values * sfb.expanded(k))
+    return Prepared(lambda: compiled(*tensors), [expected(out, want, bound, steps=k // 32 + 4)], (a, b, sfa, sfb))
+
+
 def _mode(letter: str) -> str:
     return "k" if letter == "k" else "mn"
 
@@ -317,4 +340,5 @@ CASES = [
     *_cases(f"{_TUTORIAL}.fp16_gemm_4", tutorial_fp16, {"mnk": (512, 1024, 256), "constants": (FEW, FEW)}),
     *_cases(f"{_TUTORIAL}.fp16_gemm_5", tutorial_fp16, {"mnk": (512, 256, 768), "constants": (FEW,)}),
     *_cases(f"{_TUTORIAL}.fp16_gemm_6", tutorial_dequant, {"mnk": (256, 512, 256)}),
+    Case("cute_ext.blackwell.dense_block_scaled_gemm", extended_blockscaled, {"mnkl": (256, 256, 512, 1), **MXFP8}),
 ]
