@@ -142,3 +142,13 @@ def test_an_increase_that_takes_registers_away():
         run(
             "setmaxnreg.dec.sync.aligned.u32 96; setmaxnreg.inc.sync.aligned.u32 40;", np.zeros(1, np.uint32), block=384
         )
+
+
+def test_warps_of_a_group_may_keep_different_numbers():
+    text = """
+    mov.u32 %r0, %tid.x; setp.lt.u32 %p1, %r0, 32; @%p1 bra FEW;
+    setmaxnreg.dec.sync.aligned.u32 96; bra END;
+    FEW: setmaxnreg.dec.sync.aligned.u32 24;
+    END:
+    """
+    run(text, np.zeros(1, np.uint32), block=128)
