@@ -335,11 +335,16 @@ def test_a_map_changed_in_shared_memory():
         "extra": DYNAMIC,
         "dynamic": 1024,
     }
-    run(CHANGE.replace("FENCE", FENCE), out, *args, **more)
     want = np.zeros((8, 2, 64), np.uint8)
     want[:4] = data[36:40].view(np.uint8).reshape(4, 2, 64)
     want[1::2] = want[1::2, ::-1]
-    np.testing.assert_array_equal(out, want.reshape(-1))
+    whole = CHANGE.replace("FENCE", FENCE)
+    store = "st.shared.b32 [%r5], %r4;"
+    # CuTe DSL copies 64 of the 128 bytes: the others mean nothing
+    for text in (whole, whole.replace(store, f"setp.lt.u32 %p3, %r0, 16; @%p3 {store}")):
+        out[:] = 0xAA
+        run(text, out, *args, **more)
+        np.testing.assert_array_equal(out, want.reshape(-1))
     with pytest.raises(Fault, match="fence"):
         run(CHANGE.replace("FENCE", ""), out, *args, **more)
 
