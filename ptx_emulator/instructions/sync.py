@@ -465,8 +465,9 @@ def _trap(i: Instruction, p: Program) -> Run:
 
 
 def _still_waiting(cta: Cta) -> None:
+    """Arrivals that nobody waits for point to a fault, but do no harm: looked for where races are."""
     for number, barrier in cta.barriers.items():
-        if barrier.arrived:
+        if barrier.arrived and cta.cluster.launch.races:
             raise Fault(f"CTA {cta.index} ended with {barrier.arrived} threads arrived at barrier {number}")
 
 

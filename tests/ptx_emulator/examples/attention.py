@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 from cutlass import Float32, Int32, cute
-from cutlass.cute.runtime import from_dlpack
+from cutlass.cute.runtime import from_dlpack, make_ptr
 from torch import Tensor
 
 from .harness import Case, Prepared
-from .operands import FORMATS, Format
+from .operands import FORMATS, Format, aligned
 
 STREAM = driver.CUstream(0)
 LOG2_E = math.log2(math.e)
@@ -292,6 +292,120 @@ def _compact(t: Tensor, f: Format, order: tuple[int, ...]) -> Any:
     return _along(t, f, 1).mark_compact_shape_dynamic(mode=1, stride_order=order, divisibility=128 // f.bits)
 
 
+# --- attention with INT8 keys and values, sm_100a ---
+
+
+class _Int8Attention:
+    """q [b, h, s, d] in BF16; k, v [b, h_kv, t, d] in INT8 with a BF16 scale for `block` elements along d. Scales are
+    powers of two, so that a scaled element is exact in BF16, to which the kernels convert it.
+    """
+
+    def __init__(self, q: tuple[int, int, int, int], kv: tuple[int, int], block: int, gen: torch.Generator):
+        (batch, _, _, size), (groups, keys) = q, kv
+        bf16 = FORMATS["bf16"]
+        self.q = _room(bf16.random(q, gen))
+        self.kv = [_room(FORMATS["int8"].random((batch, groups, keys, size), gen) // 16) for _ in range(2)]
+        exponents = (torch.randint(-4, 1, (batch, groups, keys, size // block), generator=gen) for _ in range(2))
+        self.scales = [_room(torch.exp2(e.double()).to(bf16.dtype)) for e in exponents]
+        self.o = _room(blank(q, bf16))
+        self.wide = [
+            x.double() * y.double().repeat_interleave(block, 3) for x, y in zip(self.kv, self.scales, strict=True)
+        ]
+
+    def outputs(self, scale: float, scale_o: float, window: Window) -> list[Near]:
+        near = []
+        for n in range(len(self.q)):
+            q, k, v = (x[n].transpose(0, 1) for x in (self.q, *self.wide))
+            want, _, error, _ = attention(q, k, v, scale, window, FORMATS["bf16"])
+            tolerance = rounded(error * scale_o, want * scale_o, FORMATS["bf16"])
+            near.append(Near(f"o{n}", self.o[n], want.transpose(0, 1) * scale_o, tolerance.transpose(0, 1)))
+        return near
+
+    @property
+    def pointers(self) -> list[Any]:
+        """q, k, v, scales of k, scales of v, o"""
+        kinds = [(self.q, "bf16"), *((x, "int8") for x in self.kv), *((x, "bf16") for x in (*self.scales, self.o))]
+        return [_pointer(t, kind) for t, kind in kinds]
+
+
+def _room(t: Tensor) -> Tensor:
+    """A copy at a multiple of 128 bytes."""
+    out = aligned(t.nbytes).view(t.dtype).view(t.shape)
+    out.copy_(t)
+    return out
+
+
+def _pointer(t: Tensor, kind: str) -> Any:
+    return make_ptr(FORMATS[kind].type, t.data_ptr(), cute.AddressSpace.gmem, assumed_align=128)
+
+
+def int8_decode(
+    module: ModuleType,
+    gen: torch.Generator,
+    batch: int,
+    heads: tuple[int, int],
+    keys: int,
+    size: int,
+    block: int,
+    splits: int,
+    scale_o: float = 1.0,
+) -> Prepared:
+    """heads: of q and of keys. One query; the keys are divided into `splits` parts. They must fill tiles of 128: what is
+    missing of a tile counts as zeros, it is not masked.
+    """
+    x = _Int8Attention((batch, heads[0], 1, size), (heads[1], keys), block, gen)
+    scale = 1 / math.sqrt(size)
+    tile = min(-(-heads[0] // heads[1] // 8) * 8, 32)
+    fmha = module.MixedInputFusedMultiHeadAttentionDecode(size, block, tile, 2 if size > 128 else 1)
+    problem = (batch, *heads, keys, size)
+    fmha.can_implement(problem, splits, FORMATS["bf16"].type, FORMATS["int8"].type, FORMATS["bf16"].type, Float32)
+    most, total = (_room(torch.zeros(batch, heads[0], 1)) for _ in range(2))
+    parts = _room(torch.zeros(splits, batch, heads[0], 1, size))
+    parts_most, parts_total = (_room(torch.zeros(splits, batch, heads[0], 1)) for _ in range(2))
+    scratch = [most, total, parts, parts_most, parts_total]
+    arguments = (problem, splits, *x.pointers, *(_pointer(t, "fp32") for t in scratch), scale, scale_o, STREAM)
+    compiled = cute.compile(fmha, *arguments, options="--opt-level 2")
+
+    def run() -> None:
+        for t in scratch:
+            t.fill_(-math.inf if t is most or t is parts_most else 0)
+        compiled(*arguments)
+
+    return Prepared(run, x.outputs(scale, scale_o, Window()), (x, scratch))
+
+
+def int8_prefill(
+    module: ModuleType,
+    gen: torch.Generator,
+    q: tuple[int, int, int, int],
+    kv: tuple[int, int],
+    block: int,
+    causal: bool = False,
+    persistent: bool = False,
+    scale_o: float = 1.0,
+) -> Prepared:
+    """q: (batch, heads, length, head size), kv: (heads, length)"""
+    batch, heads, queries, size = q
+    x = _Int8Attention(q, kv, block, gen)
+    window = Window(right=0 if causal else None, inference=True)
+    masks, scale = module.fmha_utils.MaskEnum, 1 / math.sqrt(size)
+    mask = masks.RESIDUAL_MASK if not causal and kv[1] % 128 else masks.WINDOW_MASK_INFERENCE
+    kernel = getattr(module, f"MixedInputFusedMultiHeadAttentionPrefillD{size}")
+    fmha = kernel(block, Float32, Float32, persistent, mask)
+    q_p, k_p, v_p, scale_k, scale_v, o_p = x.pointers
+    arguments = (
+        *(q_p, k_p, v_p, o_p, scale_k, scale_v),
+        (batch, queries, kv[1], heads, kv[0], size),
+        scale * LOG2_E,
+        scale_o,
+        None,
+        None if window.right is None else Int32(window.right),
+        STREAM,
+    )
+    compiled = cute.compile(fmha, *arguments, options="--opt-level 2")
+    return Prepared(lambda: compiled(*arguments), x.outputs(scale, scale_o, window), (x,))
+
+
 # --- gradients of FMHA, sm_100a ---
 
 
@@ -489,6 +603,9 @@ _ATTENTION = "cute.blackwell.kernel.attention"
 # Races by the memory model: with a second tile of keys a warp writes its row maxima to shared memory while another may
 # still read those of the first, and two warps store the same lse.
 _MLA = {"multiprocessors": 4, "races": False}
+# Here too: maxima of the next tile over those that another warp still reads, tensor memory over what is still loaded,
+# arrivals at a named barrier that nobody waits for any more.
+_INT8 = {"multiprocessors": 4, "races": False}
 # CTAs end before the last TMA store has read their shared memory (cp.async.bulk.wait_group.read 1).
 _FMHA_SM90 = {"multiprocessors": 2, "races": False}
 CASES = [
@@ -527,6 +644,20 @@ CASES = [
         {"batch": 2, "queries": 2, "keys": 384, "io": "e4m3", "page": 64, "ragged": True, "persistent": True},
         {"batch": 2, "queries": 1, "keys": 500, "io": "e4m3", "page": 32, "ragged": True, "split": None},
         **_MLA,
+    ),
+    *_cases(
+        f"{_ATTENTION}.mixed_input_fmha.mixed_input_fmha_decode",
+        int8_decode,
+        {"batch": 1, "heads": (8, 1), "keys": 256, "size": 128, "block": 128, "splits": 1},
+        {"batch": 2, "heads": (24, 2), "keys": 384, "size": 256, "block": 128, "splits": 2},
+        **_INT8,
+    ),
+    *_cases(
+        f"{_ATTENTION}.mixed_input_fmha.mixed_input_fmha_prefill_d256",
+        int8_prefill,
+        {"q": (1, 1, 256, 256), "kv": (1, 128), "block": 256},
+        {"q": (1, 2, 200, 256), "kv": (1, 264), "block": 128, "causal": True, "persistent": True},
+        **_INT8,
     ),
     *_cases(
         f"{_ATTENTION}.fmha.fmha_bwd",
