@@ -124,3 +124,15 @@ def test_memory_that_no_tensor_holds_is_refused():
     with emulate("sm_90a", rewrite=far), pytest.raises(Fault, match="in no array that is known"):
         case.run(sm90, config)
     assert torch.isnan(case.out).all()
+
+
+def test_the_device_has_as_many_multiprocessors_as_asked_for():
+    from cutlass.utils import HardwareInfo
+
+    before = dict(HardwareInfo.__dict__)
+    for arguments, count in (({}, 148), ({"multiprocessors": 6}, 6)):
+        with emulate("sm_100a", **arguments):
+            info = HardwareInfo()
+            assert info.get_device_multiprocessor_count() == count
+            assert info.get_max_active_clusters(2) == count // 2
+    assert dict(HardwareInfo.__dict__) == before

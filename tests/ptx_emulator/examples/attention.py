@@ -350,8 +350,8 @@ def int8_decode(
     splits: int,
     scale_o: float = 1.0,
 ) -> Prepared:
-    """heads: of q and of keys. One query; the keys are divided into `splits` parts. They must fill tiles of 128: what is
-    missing of a tile counts as zeros, it is not masked.
+    """heads: of q and of keys. One query; the keys are divided into `splits` parts. They must fill tiles of 128: what
+    is missing of a tile counts as zeros, it is not masked.
     """
     x = _Int8Attention((batch, heads[0], 1, size), (heads[1], keys), block, gen)
     scale = 1 / math.sqrt(size)
