@@ -157,7 +157,7 @@ class Program:
 
     def _with_uses(self, i: Instruction, step: Step) -> Step:
         uses = tuple(dict.fromkeys(use for index in _named(i.operands) for use in self._uses.get(index, ())))
-        kind, run, *rest = step
+        kind, run, guard, negated, target = step
         if not uses or kind != PLAIN:
             return step
 
@@ -167,7 +167,7 @@ class Program:
             waiting: str | None = run(w, m)
             return waiting
 
-        return (kind, used, *rest)
+        return (kind, used, guard, negated, target)
 
     # --- operands ---
 
