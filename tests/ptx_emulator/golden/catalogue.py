@@ -49,7 +49,7 @@ class Case:
     """bound: None for equal bits, else the largest (relative, absolute) error, of outputs of the floating point kind
     `values`.
 
-    accumulate: the operand type of a matrix product whose sum is rounded.
+    free: elements of the first output, as an index into it, that the PTX ISA leaves open.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Case:
     shared: int = 0
     bound: tuple[float, float] | None = None
     values: str = ""
-    accumulate: str = ""
+    free: tuple[slice | int, ...] = ()
 
 
 CASES: dict[str, Case] = {}
@@ -125,7 +125,7 @@ def simple(
     static: str = "",
     bound: tuple[float, float] | None = None,
     values: str = "",
-    accumulate: str = "",
+    free: tuple[slice | int, ...] = (),
     fixed: bool = False,
 ) -> None:
     """A case of one kernel body; arguments in order are p0, p1, ..."""
@@ -139,7 +139,7 @@ def simple(
         shared=static,
         block=block if fixed else 0,
     )
-    add(Case(name, text, args, block, grid, cluster, shared, bound, values, accumulate))
+    add(Case(name, text, args, block, grid, cluster, shared, bound, values, free))
 
 
 # --- inputs ---

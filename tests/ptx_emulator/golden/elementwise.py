@@ -288,7 +288,7 @@ def approximations() -> None:
                 f"{op}.approx{ftz}.f32 $d, $a;",
                 "f32",
                 "trig",
-                bound=(0, 2.0**-17),
+                bound=(0, 2.0**-20.5),
                 values="f32",
             )
     for t in ("f32", "trig"):

@@ -13,7 +13,6 @@ from .catalogue import SEED, Array, Buffer, out, simple
 LANE = np.arange(32)
 GROUP, QUAD = LANE // 4, LANE % 4
 SIZE = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1, "f64": 8, "f32": 4, "s32": 4}
-# the largest exponent of an element of each kind of spread
 SPREADS = ("near", "wide", "sparse", "cancel", "special", "tiny")
 _LEAST = {"f16": -24, "bf16": -133, "tf32": -136, "e4m3": -9, "e5m2": -16}  # exponents of the smallest numbers
 _RANGE = {"f16": 12, "bf16": 20, "tf32": 20, "e4m3": 6, "e5m2": 12}
@@ -110,7 +109,7 @@ def fragment_c(c: Array) -> Array:
     return joined.view(np.uint64 if c.itemsize == 8 else np.uint32).reshape(tiles, 32, -1)
 
 
-def _mma(name: str, opcode: str, a: Array, b: Array, c: Array, accumulate: str) -> None:
+def _mma(name: str, opcode: str, a: Array, b: Array, c: Array) -> None:
     """a, b, c: registers [tiles, 32, count]; one warp and CTA a tile."""
     wide = a.dtype == np.uint64
     register, width, size = ("%q", "b64", 8) if wide else ("%r", "b32", 4)
@@ -136,7 +135,6 @@ def _mma(name: str, opcode: str, a: Array, b: Array, c: Array, accumulate: str) 
         Buffer(b),
         Buffer(c),
         grid=len(a),
-        accumulate=accumulate,
     )
 
 
@@ -200,7 +198,6 @@ def mma() -> None:
                     fragment_a(a, a_kind),
                     fragment_b(b, b_kind),
                     fragment_c(c),
-                    "" if how == "integers" else a_kind,
                 )
     for a_kind in ("s8", "u8"):
         for b_kind in ("s8", "u8"):
@@ -216,7 +213,6 @@ def mma() -> None:
                         fragment_a(a, a_kind),
                         fragment_b(b, b_kind),
                         fragment_c(c.view(np.uint32)),
-                        "",
                     )
     for m, k in ((8, 4), (16, 4), (16, 8), (16, 16)):
         seed += 10
@@ -228,7 +224,6 @@ def mma() -> None:
             fragment_a(a.view(np.uint64), "f64"),
             fragment_b(b.view(np.uint64), "f64"),
             fragment_c(c.view(np.uint64)),
-            "f64",
         )
 
 
@@ -252,12 +247,10 @@ def _wgmma(
     d: Array,
     *,
     offset: int = IMAGE_A,
-    tail: str = "",
     keep: int = 1,
     signs: tuple[int, int] = (1, 1),
     majors: tuple[int, ...] = (0, 0),
     registers: Array | None = None,
-    accumulate: str = "",
     sat: str = "",
 ) -> None:
     """a, b: (descriptor, start in bytes in the image; B's after `offset`). d: [128, registers]. registers: A's."""
@@ -315,7 +308,6 @@ def _wgmma(
         block=128,
         shared=image.nbytes,
         module=".extern .shared .align 1024 .b8 data[];",
-        accumulate=accumulate,
     )
 
 
@@ -508,7 +500,6 @@ def wgmma() -> None:
                 np.ascontiguousarray(cores).reshape(-1),
                 d,
                 offset=2048,
-                accumulate=kind,
             )
 
 

@@ -13,12 +13,6 @@ def _noise(count: int, seed: int = 1) -> np.ndarray:
 
 def _values(kind: str, count: int, seed: int) -> np.ndarray:
     """Special values and random ones, mixed."""
-    if kind == "subnormal":
-        rng = np.random.default_rng([SEED, seed])
-        x = rng.integers(0, 1 << 23, count) | rng.choice([0, 1 << 31], count)
-        return np.where(rng.random(count) < 0.2, rng.choice([0, 1 << 31, 1 << 23, 0x3F800000], count), x).astype(
-            np.uint32
-        )
     rng = np.random.default_rng([SEED, seed, *map(ord, kind)])
     if kind in ("f16x2", "bf16x2"):
         return _values(kind[:-2], 2 * count, seed).view(np.uint32)
@@ -150,9 +144,8 @@ def atomics() -> None:
         ("add.noftz", "f16x2"),
         ("add.noftz", "bf16x2"),
     ]
-    for op, t in [*operations, ("add", "subnormal")]:
+    for op, t in operations:
         memory, value = _values(t, 64, 1), _values(t, 64, 2)
-        name, t = t, "f32" if t == "subnormal" else t
         size = memory.itemsize
         if op in ("cas", "inc", "dec"):
             value[::2] = memory[::2]
@@ -178,7 +171,7 @@ def atomics() -> None:
             )
             static = ".shared .align 16 .b8 pool[1024];" if space == "shared" else ""
             simple(
-                f"atom.{space}.{op}.{name}",
+                f"atom.{space}.{op}.{t}",
                 (
                     f"{head} atom.{space}.{op}.{t} {r}20, [{place}], {r}21{last}; "
                     f"st.global.b{8 * size} [%q43], {r}20; {tail}"
@@ -191,7 +184,7 @@ def atomics() -> None:
             )
             if op not in ("exch", "cas"):
                 simple(
-                    f"red.{space}.{op}.{name}",
+                    f"red.{space}.{op}.{t}",
                     f"{head} red.{space}.{op}.{t} [{place}], {r}21; {tail}",
                     out(64, dtype=f"u{size}"),
                     Buffer(memory, True),
@@ -370,13 +363,11 @@ def asynchronous() -> None:
         ("add.noftz", "bf16"),
         ("min", "f16"),
         ("max", "bf16"),
-        ("add", "subnormal"),
     ):
-        name, t = t, "f32" if t == "subnormal" else t
         size = _BITS[t] // 8
-        memory, value = _values(name, 512 // size, 7), _values(name, 512 // size, 8)
+        memory, value = _values(t, 512 // size, 7), _values(t, 512 // size, 8)
         simple(
-            f"cp.reduce.async.bulk.{op}.{name}",
+            f"cp.reduce.async.bulk.{op}.{t}",
             f"{head} ld.global.v4.b32 {{%r5, %r6, %r7, %r8}}, [%q41]; st.shared.v4.b32 [%r3], {{%r5, %r6, %r7, %r8}};"
             "fence.proxy.async.shared::cta; bar.sync 0; setp.eq.u32 %p2, %r0, 0; @!%p2 bra end;"
             f"cp.reduce.async.bulk.global.shared::cta.bulk_group.{op}.{t} [%q0], [%r1], 512;"
@@ -438,12 +429,10 @@ def tensors() -> None:
         ("max", "u64"),
         ("and", "u32"),
         ("min", "f16"),
-        ("add", "subnormal"),
     ):
-        name, t = t, "f32" if t == "subnormal" else t
         size = _BITS[t] // 8
-        memory = _values(name, 4096 // size, 12)
-        value = _values(name, 2048 // size, 13)
+        memory = _values(t, 4096 // size, 12)
+        value = _values(t, 2048 // size, 13)
         m = Map(0, kinds[t], (128 // size - 8 // size, 20), (128,), (64 // size, 16), swizzle=64)
         op = (
             f"cp.reduce.async.bulk.tensor.2d.global.shared::cta.{reduce}.tile.bulk_group"
@@ -460,7 +449,7 @@ def tensors() -> None:
             f"setp.eq.u32 %p2, %r0, 0; @!%p2 bra end; prefetch.tensormap [%q45];"
             f"{op} [%q45, {{{48 // size}, 9}}], [%r1]; cp.async.bulk.commit_group; cp.async.bulk.wait_group 0; end:"
         )
-        simple(f"tma.store.{reduce or 'plain'}.{name}", body, Buffer(memory, True), Buffer(value), m, static=static)
+        simple(f"tma.store.{reduce or 'plain'}.{t}", body, Buffer(memory, True), Buffer(value), m, static=static)
     for n in (2, 4):
         body = (
             "mov.u32 %r1, pool; mov.u32 %r20, bars; mov.u32 %r21, %cluster_ctarank; setp.eq.u32 %p2, %r0, 0;"
