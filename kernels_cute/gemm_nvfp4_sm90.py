@@ -16,7 +16,6 @@ Rows past m or n are fetched from the last valid row instead: they only reach ou
 """
 
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +23,8 @@ import cuda.bindings.driver as cuda
 import cutlass
 import torch
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
-from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_ptr
-from cutlass.cutlass_dsl import T, dsl_user_op
 from cutlass.memory import SmemAllocator
 from cutlass.utils import hopper_helpers
 from torch import Tensor
@@ -37,6 +34,7 @@ from fp4suite.formats import NVFP4Tensor, SfLayout
 from fp4suite.problem import GemmProblem
 
 from . import build as cross
+from .nvfp4 import SCALE_BIAS, check_packed, check_rows, decode_pairs, prmt, scale_pairs, segment_ends_of
 
 ARCH = "sm_90a"
 SF_LAYOUT: SfLayout = "linear"  # the order of block scales that it reads
@@ -44,7 +42,6 @@ ATOM_K = 64  # elements of K in one 128-byte row of the swizzled BF16 buffers: f
 PIECE_K = 32  # elements of K that one thread fetches and decodes at a time: 16 bytes of codes, two scales
 WARPGROUP = 128  # threads; WGMMA's M is 64
 DECODED = 2  # buffers of decoded operands: one is written while the other is read
-SCALE_BIAS = 118  # decoded numbers are their value times 2 ** (SCALE_BIAS - 126), see `decode8`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,69 +120,10 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
 # --- NVFP4 -> BF16 in registers ---------------------------------------------------------------------------------------
 
 
-@dsl_user_op
-def e4m3x2_to_f16x2(x: Uint32, *, loc=None, ip=None) -> Uint32:
-    """The two low bytes as E4M3 -> two FP16 numbers in a word, exactly."""
-    asm = "{ .reg .b16 h; cvt.u16.u32 h, $1; cvt.rn.f16x2.e4m3x2 $0, h; }"
-    return Uint32(llvm.inline_asm(T.i32(), [x.ir_value(loc=loc, ip=ip)], asm, "=r,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def f16_to_f32(x: Uint32, *, loc=None, ip=None) -> Float32:
-    """The low half of a word as FP16."""
-    asm = "{ .reg .b16 h; cvt.u16.u32 h, $1; cvt.f32.f16 $0, h; }"
-    return Float32(llvm.inline_asm(T.f32(), [x.ir_value(loc=loc, ip=ip)], asm, "=f,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def float_bits(x: Float32, *, loc=None, ip=None) -> Uint32:
-    return Uint32(llvm.bitcast(T.i32(), x.ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
-
-
-@dsl_user_op
-def prmt(x: Uint32, y: Uint32, selector: int, *, loc=None, ip=None) -> Uint32:
-    """Four bytes of (x, y), picked by the selector's digits from 0 (lowest of x) to 7."""
-    args = [x.ir_value(loc=loc, ip=ip), y.ir_value(loc=loc, ip=ip)]
-    return Uint32(llvm.inline_asm(T.i32(), args, f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def mul_bf16x2(x: Uint32, y: Uint32, *, loc=None, ip=None) -> Uint32:
-    """Two BF16 products; subnormal operands count in full (PTX ISA, mul.bf16x2)."""
-    args = [x.ir_value(loc=loc, ip=ip), y.ir_value(loc=loc, ip=ip)]
-    return Uint32(llvm.inline_asm(T.i32(), args, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", loc=loc, ip=ip))
-
-
-def scale_pairs(word):
-    """The two E4M3 scales in the low half of a word -> each times 2 ** SCALE_BIAS as a pair of equal BF16 numbers."""
-    halves = e4m3x2_to_f16x2(word)
-    pairs = []
-    for half in (halves, halves >> Uint32(16)):
-        # four significant bits: the upper half of the FP32 number is the BF16 number
-        bits = float_bits(f16_to_f32(half) * Float32(2.0**SCALE_BIAS))
-        pairs.append(prmt(bits, bits, 0x3232))
-    return pairs
-
-
 def decode8(codes, scale):
-    """Eight E2M1 codes (the first in the low nibble) times a scale pair -> four words of BF16, in order.
-
-    A code's sign and magnitude, moved to the sign and to the lowest exponent and highest mantissa bits of BF16, are its
-    value times 2 ** -126, subnormal for 0.5: one multiplication by scale * 2 ** SCALE_BIAS does the rest, exactly.
-    Nibbles i and i + 4 lie 16 bits apart, so one shift serves both halves of a word.
-    """
-    products = []
-    for i in range(4):
-        magnitude = _shifted(codes, 6 - 4 * i) & Uint32(0x01C001C0)
-        sign = _shifted(codes, 12 - 4 * i) & Uint32(0x80008000)
-        products.append(mul_bf16x2(magnitude | sign, scale))
-    p0, p1, p2, p3 = products
+    """Eight E2M1 codes (the first in the low nibble) times a scale pair -> four words of BF16, in order."""
+    p0, p1, p2, p3 = decode_pairs(codes, scale)
     return prmt(p0, p1, 0x5410), prmt(p2, p3, 0x5410), prmt(p0, p1, 0x7632), prmt(p2, p3, 0x7632)
-
-
-def _shifted(x, left: int):
-    """x shifted left, or right where `left` is negative."""
-    return x << Uint32(left) if left >= 0 else x >> Uint32(-left)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
@@ -477,7 +415,7 @@ def launch(
     (m, k), n = a.shape, b.shape[0]
     if out.dtype not in _DTYPES:
         raise TypeError(f"out must be bfloat16 or float32, got {out.dtype}")
-    ends = _segment_ends(b.alpha, segments, n)
+    ends = segment_ends_of(b.alpha, segments, n)
     act = "nvfp4" if isinstance(a, NVFP4Tensor) else "bf16"
     variant = Variant(act=act, out=_DTYPES[out.dtype], segments=len(ends))
     problem = GemmProblem(m=m, n=n, k=k, act=variant.act, out=variant.out, segments=variant.segments)  # type: ignore[arg-type]
@@ -487,16 +425,16 @@ def launch(
         raise ValueError(f"a [{m}, {k}], b {list(b.shape)} and out {list(out.shape)} do not make [m, k] @ [n, k].T")
     if out.stride(1) != 1:
         raise ValueError(f"columns of out must be adjacent, got strides {list(out.stride())}")
-    _check_packed(b, "b")
+    check_packed(b, "b", SF_LAYOUT)
     pointers_b = (b.data.data_ptr(), b.sf.data_ptr(), b.alpha.data_ptr())
     if isinstance(a, NVFP4Tensor):
-        _check_packed(a, "a")
+        check_packed(a, "a", SF_LAYOUT)
         if a.alpha.numel() != 1:
             raise ValueError(f"a has one alpha, got {list(a.alpha.shape)}")
         pointers_a, a_stride = (a.data.data_ptr(), a.sf.data_ptr(), a.alpha.data_ptr()), k
     else:
         a_stride = a.stride(0) if m > 1 else k  # the stride of a single row may be anything
-        _check_rows(a, a_stride)
+        check_rows(a, a_stride)
         pointers_a = (a.data_ptr(), *pointers_b[1:])  # of which the kernel reads the first
     if m == 0:
         return
@@ -541,35 +479,6 @@ def _variant(problem: GemmProblem, config: Config) -> Variant:
     if reason := supports(problem, config):
         raise ValueError(reason)
     return Variant(act=problem.act, out=problem.out, segments=problem.segments)
-
-
-def _segment_ends(alpha: Tensor, segments: tuple[int, ...] | None, n: int) -> tuple[int, ...]:
-    """The column after each segment."""
-    count = alpha.numel()
-    if count == 1:
-        return (n,)
-    if segments is None or len(segments) != count or sum(segments) != n:
-        raise ValueError(f"b.alpha holds {count} numbers: segments must be as many and sum to n={n}, got {segments}")
-    return tuple(itertools.accumulate(segments))
-
-
-def _check_rows(a: Tensor, stride: int) -> None:
-    if a.dtype != torch.bfloat16:
-        raise TypeError(f"a must be bfloat16 or an NVFP4Tensor, got {a.dtype}")
-    if a.stride(1) != 1 or stride % 8 or a.data_ptr() % 16:
-        raise ValueError(
-            "rows of a must be adjacent elements that start at multiples of 16 bytes, "
-            f"got strides {list(a.stride())} from {a.data_ptr() % 16} bytes past one on"
-        )
-
-
-def _check_packed(t: NVFP4Tensor, name: str) -> None:
-    if t.sf_layout != SF_LAYOUT:
-        raise ValueError(f"{name} must have {SF_LAYOUT} scales, got {t.sf_layout}")
-    if not (t.data.is_contiguous() and t.sf.is_contiguous()):
-        raise ValueError(f"{name}.data and {name}.sf must be contiguous")
-    if t.data.data_ptr() % 16 or t.sf.data_ptr() % 4:
-        raise ValueError(f"{name}.data must start at a multiple of 16 bytes and {name}.sf at one of 4")
 
 
 def _ceil_div(x: int, y: int) -> int:

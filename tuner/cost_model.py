@@ -38,6 +38,8 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     SwigluQuantizeProblem.op: 30,
 }
 MSE_INSTRUCTIONS = 60  # more, for the rule that tries several scales
+SM90_TILE_US = 0.5  # decode, barrier, MMA of one tile of K; measured on an H100 at m=1: 20 us for 32, 29 us for 56
+SKINNY_INSTRUCTIONS = 3.4  # a weight, everything counted: 218 in its SASS for 64 weights of a lane
 DECODE_INSTRUCTIONS = 1.5  # NVFP4 -> BF16 by bit arithmetic, four elements a word; estimate
 
 
@@ -100,7 +102,7 @@ class Work:
 
     Per CTA: threads; bytes loaded and stored, its share of a multicast; bytes of loads in flight; bytes ingested by its
     SM, multicast or not; MMA flops of the padded tile; ALU instructions. act: format of the MMA's activations. ramps:
-    how often a CTA waits with nothing in flight.
+    how often a CTA waits with nothing in flight. serial_us: steps of a CTA that wait for each other.
     """
 
     ctas: int
@@ -112,6 +114,7 @@ class Work:
     cta_instructions: float = 0.0
     act: str = "bf16"
     ramps: int = 1
+    serial_us: float = 0.0
 
 
 def predict_us(problem: Problem, config: Any, arch: str, resources: Resources | None = None) -> float:
@@ -129,7 +132,7 @@ def predict_us(problem: Problem, config: Any, arch: str, resources: Resources | 
     load = max(w.cta_bytes / rate, w.ingested * resident / machine.ingest_per_us)
     mma = w.cta_flops * resident * machine.sms / (machine.mma_tflops[w.act] * 1e6)
     alu = w.cta_instructions * resident / machine.alu_per_us
-    wave = w.ramps * machine.latency_us + _norm(load, mma, alu)
+    wave = w.ramps * machine.latency_us + _norm(load, mma, alu, w.serial_us)
     waves = math.ceil(w.ctas / (resident * machine.sms))
     return machine.launch_us + _norm(problem.bytes / (machine.dram * 1e3) + machine.latency_us, waves * wave)
 
@@ -179,6 +182,8 @@ def _rows(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
 def _gemm(problem: GemmProblem, config: Any, arch: str, resources: Resources | None) -> Work:
     """Tiles of the output, all of k (or a split of it) a CTA, operands through a ring of stages."""
     p = problem
+    if hasattr(config, "warps_k"):
+        return _skinny(problem, config)
     tile_m, tile_n = getattr(config, "tile_m", 128), config.tile_n
     tile_k, split = getattr(config, "tile_k", 256), getattr(config, "split_k", 1)
     cluster_m, cluster_n = getattr(config, "cluster_m", 1), getattr(config, "cluster_n", 1)
@@ -208,6 +213,25 @@ def _gemm(problem: GemmProblem, config: Any, arch: str, resources: Resources | N
         cta_instructions=decoded * DECODE_INSTRUCTIONS,
         act=p.act,
         ramps=2 if split > 1 else 1,  # the reduction waits for the others
+        serial_us=k / tile_k * SM90_TILE_US if arch == "sm_90a" else 0.0,
+    )
+
+
+def _skinny(p: GemmProblem, config: Any) -> Work:
+    """Few tokens: whole rows of weights or parts of them a warp, from memory to registers."""
+    parts, step = config.split * config.warps_k, 128
+    steps = math.ceil(p.k / (step * parts))
+    k = steps * config.warps_k * step  # of a CTA, some of it perhaps past the end
+    tokens = min(config.tile_m, p.m)
+    weights = config.tile_n * k * NVFP4_BYTES
+    return Work(
+        ctas=math.ceil(p.n / config.tile_n) * config.split * math.ceil(p.m / config.tile_m),
+        threads=config.threads,
+        cta_bytes=weights + tokens * k * 2 + config.tile_n * tokens * ELEMENT_BYTES[p.out] / config.split,
+        in_flight=min(config.threads * config.depth * 36.0, weights),  # two 16-byte and two 2-byte loads a step
+        cta_flops=2.0 * 8 * math.ceil(config.tile_m / 8) * config.tile_n * k,
+        cta_instructions=config.tile_n * k * SKINNY_INSTRUCTIONS,
+        ramps=2 if config.split > 1 else 1,
     )
 
 

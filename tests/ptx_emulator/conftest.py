@@ -4,13 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from kernels_cute import gemm_nvfp4_sm90, gemm_nvfp4_sm100
+from kernels_cute import gemm_nvfp4_sm90, gemm_nvfp4_sm90_skinny, gemm_nvfp4_sm100
+
+KERNELS = (gemm_nvfp4_sm90, gemm_nvfp4_sm90_skinny, gemm_nvfp4_sm100)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_here() -> Iterator[None]:
-    for module in (gemm_nvfp4_sm90, gemm_nvfp4_sm100):
+    for module in KERNELS:
         module.compiled.cache_clear()
     yield
-    for module in (gemm_nvfp4_sm90, gemm_nvfp4_sm100):
+    for module in KERNELS:
         module.compiled.cache_clear()

@@ -3,6 +3,7 @@
 import re
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ from fp4suite import testing
 from fp4suite.problem import GemmProblem
 from kernels_cute import gemm_nvfp4_sm90 as sm90, gemm_nvfp4_sm100 as sm100
 from ptx_emulator import Fault, emulate
+
+from .golden import gemms as golden
 
 
 def gemm(m: int, n: int, k: int, act: str = "nvfp4", **kw) -> GemmProblem:
@@ -38,6 +41,20 @@ def check(kernel, problem: GemmProblem, config, seed: int = 0, **kw):
 )
 def test_gemm_nvfp4_sm90(problem, config, schedule):
     check(sm90, problem, config, schedule=schedule, seed=1)
+
+
+@pytest.mark.parametrize("number", range(len(golden.CASES)))
+def test_sm90_gives_the_bits_of_an_h100(number):
+    """The same PTX, by its hash, and every bit of the output (golden/gemms.py records them)."""
+    problem, config = golden.CASES[number]
+    with np.load(golden.FILE) as record:
+        want, ptx = record[f"out{number}"], str(record[f"ptx{number}"])
+    assert golden.digest(problem, config) == ptx, "another compiler or another kernel: record again"
+    case = testing.case(problem, "cpu", number)
+    with emulate("sm_90a"):
+        case.run(golden.kernel_of(config), config)
+    case.check()
+    np.testing.assert_array_equal(golden.raw(case.out), want)
 
 
 SM100 = [

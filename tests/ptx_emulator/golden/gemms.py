@@ -1,0 +1,67 @@
+"""Outputs of our sm_90a kernels on a GPU, for the emulator to reproduce from the same PTX.
+
+python -m tests.ptx_emulator.golden.gemms FILE.npz        # on a host with an H100: records
+"""
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fp4suite import testing
+from fp4suite.problem import GemmProblem
+from kernels_cute import gemm_nvfp4_sm90 as sm90, gemm_nvfp4_sm90_skinny as skinny
+
+FILE = Path(__file__).parent / "gemms_sm90.npz"
+CASES = [
+    (GemmProblem(m=1, n=64, k=512, act="bf16"), sm90.Config(tile_m=8, tile_n=64, tile_k=128, num_stages=6)),
+    (GemmProblem(m=7, n=136, k=576, act="bf16", out="fp32"), sm90.Config(tile_m=8, tile_n=64, num_stages=2)),
+    (GemmProblem(m=33, n=200, k=1024, act="bf16", out="fp32", segments=2), sm90.Config(tile_m=16, tile_n=128)),
+    (GemmProblem(m=70, n=136, k=320, act="bf16", out="fp32"), sm90.Config()),
+    (GemmProblem(m=130, n=264, k=448, act="bf16"), sm90.Config(tile_m=128, tile_n=128)),
+    (GemmProblem(m=9, n=200, k=512, act="nvfp4", out="fp32"), sm90.Config(tile_m=8, tile_n=128, tile_k=128)),
+    (GemmProblem(m=65, n=72, k=704, act="nvfp4", out="fp32"), sm90.Config(tile_m=64, tile_n=64, num_stages=3)),
+    (GemmProblem(m=100, n=256, k=256, act="nvfp4"), sm90.Config(tile_m=32, tile_n=128)),
+    (GemmProblem(m=1, n=72, k=1536, act="bf16", out="fp32"), skinny.Config(tile_m=1, warps_n=8, warps_k=1, loops=2)),
+    (GemmProblem(m=7, n=136, k=1984, act="bf16", out="fp32"), skinny.Config(tile_m=8, warps_n=1, warps_k=4, split=4)),
+    (GemmProblem(m=21, n=200, k=4096, act="bf16", out="fp32", segments=2), skinny.Config(split=4, loops=2, depth=3)),
+    (GemmProblem(m=30, n=64, k=1024, act="bf16"), skinny.Config(tile_m=32, depth=2)),
+]
+
+
+def kernel_of(config: Any) -> ModuleType:
+    return sm90 if isinstance(config, sm90.Config) else skinny
+
+
+def digest(problem: GemmProblem, config: Any) -> str:
+    """Of the kernel's PTX, comments left out, and its names, which hold those of types."""
+    ptx = kernel_of(config).build(problem, config, "sm_90a").ptx
+    return hashlib.sha256(re.sub(r"//.*|kernel_cutlass_\w+", "", ptx).encode()).hexdigest()
+
+
+def raw(out: torch.Tensor) -> np.ndarray:
+    return out.cpu().view(torch.int16 if out.dtype == torch.bfloat16 else torch.int32).numpy()
+
+
+def record(path: str) -> None:
+    found = {}
+    for number, (problem, config) in enumerate(CASES):
+        case = testing.case(problem, "cpu", number)
+        case.poison()
+        out = case.out.cuda()
+        kernel = kernel_of(config)
+        operands = [x.to("cuda") if hasattr(x, "to") else x for x in case.laid_out(kernel)]
+        kernel.launch(*operands, out, *case.tail, config)
+        case.out.copy_(out)
+        case.check()
+        found[f"out{number}"], found[f"ptx{number}"] = raw(out), np.array(digest(problem, config))
+    np.savez_compressed(path, **found)
+
+
+if __name__ == "__main__":
+    record(sys.argv[1])
