@@ -189,9 +189,7 @@ def _reduced(t: TensorMap, box: tensormap.Box, memory: GlobalMemory, values: Arr
     dtype = UINT[t.element.bits // 8]
     old = tensormap.read(t, box, memory).reshape(-1).view(dtype)
     new = np.ascontiguousarray(values).reshape(-1).view(dtype)
-    result = combine(name, t.element.kind, old, new)
-    if t.element.name.endswith("ftz"):
-        tensormap.refuse_denormals(np.concatenate([old, new, result]))
+    result = combine(name, t.element.kind, old, new, t.element.name.endswith("ftz"))
     return result.view(np.uint8).reshape(values.shape)
 
 
