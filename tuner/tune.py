@@ -60,9 +60,7 @@ class Budget:
 
 BUDGETS = {
     "small": Budget(trials=12, builds=4, rounds=7, final_rounds=20, finalists=3, m=(1, 64, 2048)),
-    "normal": Budget(
-        trials=48, builds=space.MAX_CANDIDATES, rounds=11, final_rounds=40, finalists=6, m=(1, 16, 64, 256, 2048, 8192)
-    ),
+    "normal": Budget(trials=48, builds=12, rounds=11, final_rounds=40, finalists=6, m=(1, 16, 64, 256, 2048, 8192)),
     "large": Budget(
         trials=1000,
         builds=space.MAX_CANDIDATES,
