@@ -5,10 +5,10 @@ import sys
 import time
 from pathlib import Path
 
-from . import ampere, attention, blockwise, gemm, grouped, hopper
+from . import ampere, attention, blockwise, gemm, grouped, hopper, norms
 from .harness import SCHEDULES, Outcome, peak_mib, run_case
 
-CASES = (*gemm.CASES, *grouped.CASES, *blockwise.CASES, *attention.CASES, *hopper.CASES, *ampere.CASES)
+CASES = (*gemm.CASES, *grouped.CASES, *blockwise.CASES, *attention.CASES, *hopper.CASES, *ampere.CASES, *norms.CASES)
 
 
 def main() -> int:
