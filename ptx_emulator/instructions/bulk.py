@@ -110,6 +110,17 @@ def submit_grouped(
     w.cta.cluster.submit(("store", w.cta.rank, w.index), run, reading)
 
 
+def each_lane(issue: Callable[[Warp, int], None]) -> Run:
+    """An instruction that starts something for each active lane."""
+
+    def run(w: Warp, m: Mask) -> str | None:
+        for lane in map(int, np.flatnonzero(_ALL if m is None else m)):
+            issue(w, lane)
+        return None
+
+    return run
+
+
 def fresh_queue(w: Warp) -> Any:
     """A queue of its own, for work without an order."""
     state = w.cta.cluster.state
@@ -184,40 +195,38 @@ def _load(i: Instruction, p: Program) -> Run:
         raise unknown(i)
     mask = p.source(i.operands[places[2] + 1], "u16") if "multicast:cluster" in i.op else None
 
-    def run(w: Warp, m: Mask) -> str | None:
+    def issue(w: Warp, lane: int) -> None:
         cluster = w.cta.cluster
-        for lane in np.flatnonzero(_ALL if m is None else m):
-            d, s, n, b = (int(x(w)[lane]) for x in (target, source, size, barrier))
-            _check(d, s, n)
-            left, right = (int(x(w)[lane]) for x in ignored) if ignored else (0, 0)
-            if max(left, right) > 15:
-                raise Fault(f"{left} and {right} bytes to ignore at the ends: 0 to 15 are allowed")
-            to = destinations(w, d, b, int(mask(w)[lane]) if mask else None)
-            offset = shared_place(w, d, own=near)[1]
-            for cta, _ in to:
-                cta.shared.check(offset, n)
-            if from_shared and shared_place(w, s, own=True)[0] is to[0][0]:
-                raise Fault("a bulk copy within the shared memory of one CTA: the destination must be another's")
+        d, s, n, b = (int(x(w)[lane]) for x in (target, source, size, barrier))
+        _check(d, s, n)
+        left, right = (int(x(w)[lane]) for x in ignored) if ignored else (0, 0)
+        if max(left, right) > 15:
+            raise Fault(f"{left} and {right} bytes to ignore at the ends: 0 to 15 are allowed")
+        to = destinations(w, d, b, int(mask(w)[lane]) if mask else None)
+        offset = shared_place(w, d, own=near)[1]
+        for cta, _ in to:
+            cta.shared.check(offset, n)
+        if from_shared and shared_place(w, s, own=True)[0] is to[0][0]:
+            raise Fault("a bulk copy within the shared memory of one CTA: the destination must be another's")
 
-            def work(to=to, offset=offset, s=s, n=n, left=left, right=right) -> None:  # type: ignore[no-untyped-def]
-                data = np.full(n, _FILLER, np.uint8)
-                if from_shared:
-                    data[:] = w.cta.shared.read(s & _OFFSET, n)
-                else:
-                    data[left : n - right] = cluster.launch.memory.bytes(s + left, n - left - right)
-                for cta, signal in to:
-                    cta.shared.write(offset, data)
-                    # the value of what was ignored is indeterminate
-                    cta.shared.written[[*range(offset, offset + left), *range(offset + n - right, offset + n)]] = False
-                    signal.complete(n)
+        def work() -> None:
+            data = np.full(n, _FILLER, np.uint8)
+            if from_shared:
+                data[:] = w.cta.shared.read(s & _OFFSET, n)
+            else:
+                data[left : n - right] = cluster.launch.memory.bytes(s + left, n - left - right)
+            for cta, signal in to:
+                cta.shared.write(offset, data)
+                # the value of what was ignored is indeterminate
+                cta.shared.written[[*range(offset, offset + left), *range(offset + n - right, offset + n)]] = False
+                signal.complete(n)
 
-            statistics = cluster.launch.statistics
-            statistics.count_copy("bulk load", n * len(to))
-            statistics.bytes["distributed shared store" if from_shared else "global load"] += n
-            cluster.submit(fresh_queue(w), work)
-        return None
+        statistics = cluster.launch.statistics
+        statistics.count_copy("bulk load", n * len(to))
+        statistics.bytes["distributed shared store" if from_shared else "global load"] += n
+        cluster.submit(fresh_queue(w), work)
 
-    return run
+    return each_lane(issue)
 
 
 def _save(i: Instruction, p: Program) -> Run:
@@ -228,28 +237,26 @@ def _save(i: Instruction, p: Program) -> Run:
     target, source, size = p.address(i.operands[0]), p.address(i.operands[1]), p.source(i.operands[2], "u32")
     mask = p.source(i.operands[-1], "u16") if "cp_mask" in i.op else None
 
-    def run(w: Warp, m: Mask) -> str | None:
+    def issue(w: Warp, lane: int) -> None:
         launch = w.cta.cluster.launch
-        for lane in np.flatnonzero(_ALL if m is None else m):
-            d, s, n = (int(x(w)[lane]) for x in (target, source, size))
-            _check(d, s, n)
-            chosen = np.flatnonzero(int(mask(w)[lane]) >> np.arange(n) % 16 & 1) if mask else np.arange(n)
-            offset = shared_place(w, s, own=True)[1]
+        d, s, n = (int(x(w)[lane]) for x in (target, source, size))
+        _check(d, s, n)
+        chosen = np.flatnonzero(int(mask(w)[lane]) >> np.arange(n) % 16 & 1) if mask else np.arange(n)
+        offset = shared_place(w, s, own=True)[1]
 
-            def read(offset=offset, n=n) -> Array:  # type: ignore[no-untyped-def]
-                return w.cta.shared.read(offset, n)
+        def read() -> Array:
+            return w.cta.shared.read(offset, n)
 
-            def write(data: Array, d=d, n=n, chosen=chosen) -> None:  # type: ignore[no-untyped-def]
-                block = launch.memory.find(d, n, write=True)
-                launch.memory.note(block, chosen + (d - block.base), write=True)
-                block.data[chosen + (d - block.base)] = data[chosen]
+        def write(data: Array) -> None:
+            block = launch.memory.find(d, n, write=True)
+            launch.memory.note(block, chosen + (d - block.base), write=True)
+            block.data[chosen + (d - block.base)] = data[chosen]
 
-            launch.statistics.count_copy("bulk store", n)
-            launch.statistics.bytes["global store"] += n
-            submit_grouped(w, np.array([lane]), "bulk store", read, write)
-        return None
+        launch.statistics.count_copy("bulk store", n)
+        launch.statistics.bytes["global store"] += n
+        submit_grouped(w, np.array([lane]), "bulk store", read, write)
 
-    return run
+    return each_lane(issue)
 
 
 # PTX ISA, "cp.reduce.async.bulk": operations and element types by destination
@@ -280,43 +287,39 @@ def _reduce(i: Instruction, p: Program) -> Run:
     def reduced(old: Array, new: Array) -> Array:
         return combine(name, kind, old.copy().view(dtype), new.copy().view(dtype)).view(np.uint8)
 
-    def run(w: Warp, m: Mask) -> str | None:
+    def issue(w: Warp, lane: int) -> None:
         cluster = w.cta.cluster
-        for lane in np.flatnonzero(_ALL if m is None else m):
-            d, s, n = (int(x(w)[lane]) for x in (target, source, size))
-            _check(d, s, n)
-            offset = shared_place(w, s, own=True)[1]
-            cluster.launch.statistics.count_copy("bulk reduction", n)
-            if barrier is None:
+        d, s, n = (int(x(w)[lane]) for x in (target, source, size))
+        _check(d, s, n)
+        offset = shared_place(w, s, own=True)[1]
+        cluster.launch.statistics.count_copy("bulk reduction", n)
+        if barrier is None:
 
-                def read(offset=offset, n=n) -> Array:  # type: ignore[no-untyped-def]
-                    return w.cta.shared.read(offset, n).copy()
+            def read() -> Array:
+                return w.cta.shared.read(offset, n).copy()
 
-                def write(new: Array, d=d, n=n) -> None:  # type: ignore[no-untyped-def]
-                    old = cluster.launch.memory.bytes(d, n)
-                    cluster.launch.memory.bytes(d, n, True)[:] = reduced(old, new)
+            def write(new: Array) -> None:
+                old = cluster.launch.memory.bytes(d, n)
+                cluster.launch.memory.bytes(d, n, True)[:] = reduced(old, new)
 
-                submit_grouped(w, np.array([lane]), "bulk reduction", read, write, atomic=True)
-                continue
-            ((cta, signal),) = destinations(w, d, int(barrier(w)[lane]), None)
-            place = shared_place(w, d)[1]
-            cta.shared.check(place, n)
-            operation = cluster.hazards.operation("bulk reduction")
+            submit_grouped(w, np.array([lane]), "bulk reduction", read, write, atomic=True)
+            return
+        ((cta, signal),) = destinations(w, d, int(barrier(w)[lane]), None)
+        place = shared_place(w, d)[1]
+        cta.shared.check(place, n)
+        operation = cluster.hazards.operation("bulk reduction")
 
-            def work(  # type: ignore[no-untyped-def]
-                offset=offset, n=n, cta=cta, signal=signal, place=place, operation=operation
-            ) -> None:
-                new = w.cta.shared.read(offset, n)
-                operation.strong = True
-                cta.shared.write(place, reduced(cta.shared.read(place, n), new))
-                operation.strong = False
-                signal.complete(n)
-                cluster.hazards.retire(operation)
+        def work() -> None:
+            new = w.cta.shared.read(offset, n)
+            operation.strong = True
+            cta.shared.write(place, reduced(cta.shared.read(place, n), new))
+            operation.strong = False
+            signal.complete(n)
+            cluster.hazards.retire(operation)
 
-            cluster.submit(fresh_queue(w), work, operation)
-        return None
+        cluster.submit(fresh_queue(w), work, operation)
 
-    return run
+    return each_lane(issue)
 
 
 def _prefetch(i: Instruction, p: Program) -> Run:
@@ -364,8 +367,10 @@ def store_async(i: Instruction, p: Program) -> Run:
                 raise Fault(f"shared address {offset:#x} is not a multiple of the access's {total} bytes")
             cta.shared.check(offset, total)
             together.setdefault((cta.rank, int(barriers[lane])), []).append((lane, offset))
-        for (rank, at), places in together.items():
+
+        def issue(rank: int, at: int, places: list[tuple[int, int]]) -> None:
             lanes = [lane for lane, _ in places]
+            data = values[lanes]
             ((cta, signal),) = destinations(w, int(addresses[lanes[0]]), at, None)
             if reduction and cta is w.cta:
                 raise Fault("red.async to the shared memory of the executing CTA: it must be another's")
@@ -374,7 +379,7 @@ def store_async(i: Instruction, p: Program) -> Run:
             operation = cluster.hazards.operation(queue[0], chain=queue, asynchronous=False)
             operation.strong = reduction
 
-            def work(cta=cta, signal=signal, index=index, data=values[lanes]) -> None:  # type: ignore[no-untyped-def]
+            def work() -> None:
                 if name:
                     for (offset, *_), value in zip(index.tolist(), data, strict=True):
                         old = cta.shared.read(offset, size).copy().view(UINT[size])
@@ -385,6 +390,9 @@ def store_async(i: Instruction, p: Program) -> Run:
 
             cluster.launch.statistics.bytes["distributed shared store"] += total * len(lanes)
             cluster.submit(queue, work, operation)
+
+        for (rank, at), places in together.items():
+            issue(rank, at, places)
         return None
 
     return run

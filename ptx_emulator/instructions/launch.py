@@ -12,7 +12,7 @@ from ..errors import Fault
 from ..machine import LANES, Warp
 from ..parser import Instruction, Vec
 from ..program import Mask, Program, Run, constant, decoder, only, unknown
-from .bulk import fresh_queue, shared_place
+from .bulk import each_lane, fresh_queue, shared_place
 from .sync import mbarrier_of
 
 _ALL = np.ones(LANES, bool)
@@ -41,33 +41,31 @@ def _try_cancel(i: Instruction, p: Program) -> Run:
     only(i, "clusterlaunchcontrol try_cancel async shared:cta mbarrier:complete_tx:bytes multicast:cluster:all b128")
     target, barrier = p.address(i.operands[0]), p.address(i.operands[1])
 
-    def run(w: Warp, m: Mask) -> str | None:
+    def issue(w: Warp, lane: int) -> None:
         cluster, launch = w.cta.cluster, w.cta.cluster.launch
-        for lane in np.flatnonzero(_ALL if m is None else m):
-            at, signal = (shared_place(w, int(x(w)[lane]), own=True)[1] for x in (target, barrier))
-            if at % RESPONSE_BYTES:
-                raise Fault(f"the response's address {at:#x} is not a multiple of {RESPONSE_BYTES}")
-            if w.cta.state.get("launch control refused"):
-                raise Fault(f"CTA {w.cta.index} asks for another cluster after it has seen a request fail")
-            ctas = cluster.ctas if everyone else [w.cta]
-            for cta in ctas:
-                if not any(x.fragments for x in cta.warps):
-                    raise Fault(f"the response goes to every CTA of the cluster, but CTA {cta.index} has exited")
-            signals = [mbarrier_of(cta, signal) for cta in ctas]
+        at, signal = (shared_place(w, int(x(w)[lane]), own=True)[1] for x in (target, barrier))
+        if at % RESPONSE_BYTES:
+            raise Fault(f"the response's address {at:#x} is not a multiple of {RESPONSE_BYTES}")
+        if w.cta.state.get("launch control refused"):
+            raise Fault(f"CTA {w.cta.index} asks for another cluster after it has seen a request fail")
+        ctas = cluster.ctas if everyone else [w.cta]
+        for cta in ctas:
+            if not any(x.fragments for x in cta.warps):
+                raise Fault(f"the response goes to every CTA of the cluster, but CTA {cta.index} has exited")
+        signals = [mbarrier_of(cta, signal) for cta in ctas]
 
-            def work(at=at, ctas=ctas, signals=signals) -> None:  # type: ignore[no-untyped-def]
-                words, place = np.array([0, *3 * [NOWHERE]], np.uint32), launch.cancel()
-                if place is not None:
-                    words[:] = 1, *(a * b for a, b in zip(place, launch.cluster, strict=True))
-                for cta, found in zip(ctas, signals, strict=True):
-                    cta.shared.write(at, words.view(np.uint8))
-                    found.complete(RESPONSE_BYTES)
+        def work() -> None:
+            words, place = np.array([0, *3 * [NOWHERE]], np.uint32), launch.cancel()
+            if place is not None:
+                words[:] = 1, *(a * b for a, b in zip(place, launch.cluster, strict=True))
+            for cta, found in zip(ctas, signals, strict=True):
+                cta.shared.write(at, words.view(np.uint8))
+                found.complete(RESPONSE_BYTES)
 
-            launch.statistics.events["clusters asked for"] += 1
-            cluster.submit(fresh_queue(w), work)
-        return None
+        launch.statistics.events["clusters asked for"] += 1
+        cluster.submit(fresh_queue(w), work)
 
-    return run
+    return each_lane(issue)
 
 
 def _is_canceled(i: Instruction, p: Program) -> Run:

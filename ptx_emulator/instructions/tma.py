@@ -16,7 +16,7 @@ from ..numbers import Array
 from ..parser import Address, Instruction, Vec
 from ..program import Mask, Program, Read, Run, constant, decoder, only, unknown
 from ..tensormap import TensorMap
-from .bulk import destinations, fresh_queue, shared_place, submit_grouped
+from .bulk import destinations, each_lane, fresh_queue, shared_place, submit_grouped
 from .data import ATOMIC, bytes_at, combine, space_of
 
 _ALL = np.ones(32, bool)
@@ -96,32 +96,30 @@ def _load(i: Instruction, p: Program) -> Run:
     if near and mask:
         raise unknown(i)
 
-    def run(w: Warp, m: Mask) -> str | None:
+    def issue(w: Warp, lane: int) -> None:
         cluster = w.cta.cluster
-        for lane in map(int, np.flatnonzero(_ALL if m is None else m)):
-            t, at = place.map(w, lane), place.at(w, lane)
-            d, b = int(target(w)[lane]), int(barrier(w)[lane])
-            to = destinations(w, d, b, int(mask(w)[lane]) if mask else None, pair)
-            count = place.rows(t)
-            index = tensormap.shared_index(t, shared_place(w, d, own=near)[1], count)
-            total = count * t.row_bytes
-            low, high = int(index.min()), int(index.max())
-            for cta, _ in to:
-                cta.shared.check(low, high + 1 - low)
+        t, at = place.map(w, lane), place.at(w, lane)
+        d, b = int(target(w)[lane]), int(barrier(w)[lane])
+        to = destinations(w, d, b, int(mask(w)[lane]) if mask else None, pair)
+        count = place.rows(t)
+        index = tensormap.shared_index(t, shared_place(w, d, own=near)[1], count)
+        total = count * t.row_bytes
+        low, high = int(index.min()), int(index.max())
+        for cta, _ in to:
+            cta.shared.check(low, high + 1 - low)
 
-            def work(t=t, at=at, to=to, index=index, total=total) -> None:  # type: ignore[no-untyped-def]
-                values = tensormap.read(t, place.box(t, at), cluster.launch.memory)
-                for cta, signal in to:
-                    cta.shared.scatter(index, values)
-                    signal.complete(total)
+        def work() -> None:
+            values = tensormap.read(t, place.box(t, at), cluster.launch.memory)
+            for cta, signal in to:
+                cta.shared.scatter(index, values)
+                signal.complete(total)
 
-            cluster.launch.statistics.count_copy("TMA load", total * len(to))
-            if mask:
-                cluster.launch.statistics.count_copy("TMA multicast", total * len(to))
-            cluster.submit(fresh_queue(w), work)
-        return None
+        cluster.launch.statistics.count_copy("TMA load", total * len(to))
+        if mask:
+            cluster.launch.statistics.count_copy("TMA multicast", total * len(to))
+        cluster.submit(fresh_queue(w), work)
 
-    return run
+    return each_lane(issue)
 
 
 # PTX ISA, "cp.reduce.async.bulk.tensor": operations by element type
@@ -151,16 +149,17 @@ def _store(i: Instruction, p: Program) -> Run:
         for lane in map(int, np.flatnonzero(_ALL if m is None else m)):
             key = (int(place.address(w)[lane]), int(source(w)[lane]), *place.at(w, lane))
             same.setdefault((*key, lane) if name else key, []).append(lane)
-        for lanes in same.values():
+
+        def issue(lanes: list[int]) -> None:
             t, at = place.map(w, lanes[0]), place.at(w, lanes[0])
             _check_store(t, at, name)
             offset = shared_place(w, int(source(w)[lanes[0]]), own=True)[1]
             index = tensormap.shared_index(t, offset, place.rows(t), storing=True)
 
-            def read(index=index) -> Array:  # type: ignore[no-untyped-def]
+            def read() -> Array:
                 return w.cta.shared.gather(index)
 
-            def write(values, t=t, at=at) -> None:  # type: ignore[no-untyped-def]
+            def write(values: Array) -> None:
                 box = tensormap.whole(t, place.box(t, at))
                 if name:
                     values = _reduced(t, box, memory, values, name)
@@ -168,6 +167,9 @@ def _store(i: Instruction, p: Program) -> Run:
 
             w.cta.cluster.launch.statistics.count_copy("TMA reduction" if name else "TMA store", index.size)
             submit_grouped(w, np.array(lanes), "TMA store", read, write, atomic=bool(name))
+
+        for lanes in same.values():
+            issue(lanes)
         return None
 
     return run
