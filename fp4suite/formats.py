@@ -8,13 +8,14 @@ Two E2M1 codes share a byte, even k in the low nibble. Torch only, so that it im
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import layouts
+from .layouts import Order
 
 BLOCK = 16  # elements of K under one NVFP4 scale
 MX_BLOCK = 32  # elements of K under one MXFP4 scale
@@ -36,12 +37,14 @@ class NVFP4Tensor:
     sf:    float8_e4m3fn [..., m, k / 16] ("linear"), or [..., bytes] ("blocked_128x4", see `layouts`)
     alpha: float32 [], or [segments] (runs of rows m), or [experts], or [experts, segments]; on the device, so that
            using it never synchronises
+    order: of data and sf in memory: "rows", or a weight's "fragments_sm90" (see `layouts`), under the same shapes
     """
 
     data: Tensor
     sf: Tensor
     alpha: Tensor
     sf_layout: SfLayout = "linear"
+    order: Order = "rows"
 
     def __post_init__(self) -> None:
         _expect(self.data, "data", torch.uint8, "two E2M1 codes a byte")
@@ -62,6 +65,8 @@ class NVFP4Tensor:
             raise ValueError(
                 f"data {list(self.data.shape)} needs {self.sf_layout} sf {want}, got {list(self.sf.shape)}"
             )
+        if self.order != "rows":
+            self._check_order(m, k)
         if self.alpha.ndim > 2:
             raise ValueError(f"alpha must have at most two axes [experts, segments], got {list(self.alpha.shape)}")
         if not self.data.device == self.sf.device == self.alpha.device:
@@ -69,14 +74,26 @@ class NVFP4Tensor:
                 f"data, sf and alpha must share a device, got {self.data.device}, {self.sf.device}, {self.alpha.device}"
             )
 
+    def _check_order(self, m: int, k: int) -> None:
+        if self.order not in layouts.ORDERS:
+            raise ValueError(f"order must be one of {', '.join(layouts.ORDERS)}, got {self.order!r}")
+        if self.sf_layout != "linear":
+            raise ValueError(f'the order "{self.order}" has linear scales, got {self.sf_layout}')
+        if why := layouts.refuse_fragments_sm90(m, k):
+            raise ValueError(why)
+        if not (self.data.is_contiguous() and self.sf.is_contiguous()):
+            raise ValueError(f'data and sf must be contiguous in the order "{self.order}"')
+
     @classmethod
-    def empty(cls, shape: Sequence[int], alpha: Tensor, sf_layout: SfLayout = "linear") -> "NVFP4Tensor":
+    def empty(
+        cls, shape: Sequence[int], alpha: Tensor, sf_layout: SfLayout = "linear", order: Order = "rows"
+    ) -> "NVFP4Tensor":
         """Room for [..., m, k] on alpha's device; nothing is written, the padding of blocked scales included."""
         *lead, m, k = shape
         sf_shape = (m, k // BLOCK) if sf_layout == "linear" else (layouts.blocked_128x4_bytes(m, k // BLOCK),)
         data = torch.empty(*lead, m, k // 2, dtype=torch.uint8, device=alpha.device)
         sf = torch.empty(*lead, *sf_shape, dtype=torch.uint8, device=alpha.device)
-        return cls(data, sf.view(torch.float8_e4m3fn), alpha, sf_layout)
+        return cls(data, sf.view(torch.float8_e4m3fn), alpha, sf_layout, order)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,18 +105,49 @@ class NVFP4Tensor:
         return self.data.device
 
     def to(self, device: torch.device | str) -> "NVFP4Tensor":
-        return NVFP4Tensor(self.data.to(device), self.sf.to(device), self.alpha.to(device), self.sf_layout)
+        return replace(self, data=self.data.to(device), sf=self.sf.to(device), alpha=self.alpha.to(device))
 
     def with_sf_layout(self, sf_layout: SfLayout) -> "NVFP4Tensor":
-        """The same values with their scales in another order (a copy of the scales only)."""
+        """The same values with their scales in another layout (a copy of the scales only).
+
+        Raises ValueError for another than linear unless the order is "rows".
+        """
         if sf_layout == self.sf_layout:
             return self
         m, ks = self.data.shape[-2], self.data.shape[-1] * 2 // BLOCK
+        if self.order != "rows":
+            raise ValueError(
+                f'scales in the order "{self.order}" have no {sf_layout} layout: ask for with_order("rows")'
+            )
         if sf_layout == "blocked_128x4":
             sf = layouts.to_blocked_128x4(self.sf)
         else:
             sf = layouts.from_blocked_128x4(self.sf, m, ks)
         return NVFP4Tensor(self.data, sf, self.alpha, sf_layout)
+
+    def with_order(self, order: Order) -> "NVFP4Tensor":
+        """The same values with codes and scales in another order (a copy of both, unless they have it).
+
+        Raises ValueError for a shape that cannot have it, or for blocked scales.
+        """
+        if order == self.order:
+            return self
+        return replace(self, data=_copy(self.data), sf=_copy(self.sf)).reorder_(order)
+
+    def reorder_(self, order: Order) -> "NVFP4Tensor":
+        """`with_order` in place: the tensor to go on with. `self`, over the same memory, must not be read any more.
+
+        Scratch is a few MB, whatever the size (`layouts.SCRATCH_BYTES`). Raises ValueError, with nothing changed, also
+        for data or sf that are not contiguous.
+        """
+        if order == self.order:
+            return self
+        done = replace(self, order=order)  # refuses what cannot be before anything moves
+        if order == "rows":
+            layouts.from_fragments_sm90_(self.data, self.sf)
+        else:
+            layouts.to_fragments_sm90_(self.data, self.sf)
+        return done
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +307,10 @@ class IndexCache:
     @property
     def slots(self) -> int:
         return self.data.shape[0] * self.page_size
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _expect(t: Tensor, name: str, dtype: torch.dtype, what: str) -> None:

@@ -1,15 +1,50 @@
-"""Orders of NVFP4 block scales in memory, each with its exact inverse.
+"""Orders of NVFP4 scales and codes in memory, each with its exact inverse.
 
+Scales
+------
 "linear" is row-major [m, ks] with ks = k / 16. "blocked_128x4" is what tcgen05, cuBLAS and CUTLASS read (PTX ISA,
 "Scale factor layout"): rows padded to 128 and ks to 4 with zeros, then
 
     offset(m, s) = ((m // 128) * (ks_padded // 4) + s // 4) * 512 + (m % 32) * 16 + (m % 128 // 32) * 4 + s % 4   bytes.
+
+Weights
+-------
+"rows" is row-major, two codes a byte, with either order of scales. "fragments_sm90" orders the codes and linear scales
+of a weight [n, k] for Hopper's tensor cores: tiles of 64 rows x 64 columns one after the other, those of the same rows
+adjacent, 2048 bytes of codes and 256 of scales each. n and k are multiples of 64, so every 64 rows keep their bytes.
+
+    codes   bytes 16 t .. 16 t + 15 of a tile belong to lane t = 32 w + 4 g + q of four warps (w < 4, g < 8, q < 4): a
+            little-endian word for each step s < 4 of 16 columns, with pairs p < 4 of codes: row 16 w + g + 8 (p % 2),
+            columns 16 s + 2 q + 8 (p // 2) and the next. Decoded to BF16, the pairs are the registers of A that a lane
+            holds in `wgmma` m64nNk16 (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16").
+    word    bit 31 ..                              E: exponent, M: mantissa, S: sign of a code; the digit is its pair
+            S0 E2 E2 M2  E1 E1 M1 E0  E0 M0 S2 E3  M3 S1 S3 E3     the second codes' bits, and signs 1, 2 of the first
+            S0 E2 E2 M2  E1 E1 M1 E0  E0 M0 S2 E3  M3 S1 S3 E3     the first codes' bits, and signs 1, 2 of the second
+            so that R(p), a pair with S at bits 15 and 31, and E E M at bits 8 .. 6 and 24 .. 22, takes two operations:
+            R(0) = W & 0x81C081C0                  R(1) = rotate_right(W, 3) & 0x81C081C0
+            R(2) = rotate_right(W, 6) & 0x81C081C0   R(3) = (W & 0x001B001B) * (2^3 + 2^8 + 2^14) & 0x81C081C0
+    scales  byte 64 w + 8 g + 4 h + s of a tile is that of row 16 w + g + 8 h (h < 2), columns 16 s .. 16 s + 15
 """
+
+import functools
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Order = Literal["rows", "fragments_sm90"]
+ROWS_ORDER: Order = "rows"
+FRAGMENTS_SM90: Order = "fragments_sm90"
+ORDERS: tuple[Order, ...] = (ROWS_ORDER, FRAGMENTS_SM90)
+
 ROWS, COLS = 128, 4  # one atom of the blocked layout: 512 bytes
+TILE = 64  # rows, and columns of K, of a tile of "fragments_sm90"
+SCRATCH_BYTES = 1 << 22  # of codes that are reordered at once, in whole blocks of 64 rows; scratch is five times that
+
+# Where bits 0 .. 3 (mantissa, two of exponent, sign) of the first code of each pair lie in a word of "fragments_sm90";
+# those of the second lie 16 bits on, modulo 32.
+_PLACES = ((6, 7, 8, 15), (9, 10, 11, 18), (12, 13, 14, 21), (3, 4, 0, 1))
 
 
 def blocked_128x4_bytes(m: int, ks: int) -> int:
@@ -45,6 +80,103 @@ def from_blocked_128x4(flat: Tensor, m: int, ks: int) -> Tensor:
     order = (*range(n), n, n + 3, n + 2, n + 1, n + 4)  # mt j i kt c
     linear = atoms.permute(order).reshape(*lead, mp, kp)[..., :m, :ks]
     return linear.contiguous().view(flat.dtype)
+
+
+def refuse_fragments_sm90(n: int, k: int) -> str | None:
+    """Why a weight [n, k] cannot lie in the order "fragments_sm90", or None if it can."""
+    if n % TILE or k % TILE:
+        return f'the order "{FRAGMENTS_SM90}" is of tiles of {TILE} x {TILE}, got n={n}, k={k}'
+    return None
+
+
+def to_fragments_sm90_(data: Tensor, sf: Tensor) -> None:
+    """Reorder codes uint8 [..., n, k / 2] and one-byte linear scales [..., n, k / 16] in place: rows -> fragments_sm90.
+
+    Works a few blocks of 64 rows at a time (`SCRATCH_BYTES`). Raises ValueError unless n and k are multiples of 64, the
+    shapes agree and both are contiguous.
+    """
+    _reorder_(data, sf, _codes_to_fragments, _scales_to_fragments)
+
+
+def from_fragments_sm90_(data: Tensor, sf: Tensor) -> None:
+    """Undoes `to_fragments_sm90_`, in place as well."""
+    _reorder_(data, sf, _codes_from_fragments, _scales_from_fragments)
+
+
+def _reorder_(data: Tensor, sf: Tensor, codes: Callable[[Tensor], Tensor], scales: Callable[[Tensor], Tensor]) -> None:
+    n, half = data.shape[-2:]
+    if why := refuse_fragments_sm90(n, 2 * half):
+        raise ValueError(why)
+    if sf.shape != (*data.shape[:-1], half // 8):
+        raise ValueError(
+            f"data {list(data.shape)} needs linear sf {[*data.shape[:-1], half // 8]}, got {list(sf.shape)}"
+        )
+    if not (data.is_contiguous() and sf.is_contiguous()):
+        raise ValueError("data and sf must be contiguous to be reordered in place")
+    if not data.numel():
+        return
+    blocks = max(1, SCRATCH_BYTES // (TILE * half))
+    for part, move in ((data, codes), (sf.view(torch.uint8), scales)):
+        for some in part.view(-1, TILE, part.shape[-1]).split(blocks):
+            some.copy_(move(some).view(some.shape))
+
+
+def _codes_to_fragments(blocks: Tensor) -> Tensor:
+    """[blocks, 64, k / 2] by rows -> as many bytes in the order of fragments."""
+    b, _, half = blocks.shape
+    pairs = blocks.view(b, 4, 2, 8, half // 32, 4, 2, 4)  # block, w, p % 2, g, tile, s, p // 2, q
+    return _permute_bits(pairs.permute(0, 4, 1, 3, 7, 5, 6, 2).reshape(-1, 4), _to_word(blocks.device))
+
+
+def _codes_from_fragments(blocks: Tensor) -> Tensor:
+    b, _, half = blocks.shape
+    words = _permute_bits(blocks.view(-1, 4), _from_word(blocks.device))
+    pairs = words.view(b, half // 32, 4, 8, 4, 4, 2, 2)  # block, tile, w, g, q, s, p // 2, p % 2
+    return pairs.permute(0, 2, 7, 3, 1, 5, 6, 4).reshape(blocks.shape)
+
+
+def _scales_to_fragments(blocks: Tensor) -> Tensor:
+    b, _, ks = blocks.shape
+    return (
+        blocks.view(b, 4, 2, 8, ks // 4, 4).permute(0, 4, 1, 3, 2, 5).reshape(blocks.shape)
+    )  # block, tile, w, g, h, s
+
+
+def _scales_from_fragments(blocks: Tensor) -> Tensor:
+    b, _, ks = blocks.shape
+    return (
+        blocks.view(b, ks // 4, 4, 8, 2, 4).permute(0, 2, 4, 3, 1, 5).reshape(blocks.shape)
+    )  # block, w, h, g, tile, s
+
+
+def _permute_bits(words: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    """Words as bytes [count, 4] -> the same with their bits moved; tables: what each value of each byte becomes."""
+    moved = tables[0].index_select(0, words[:, 0].int())
+    for i in range(1, 4):
+        moved |= tables[i].index_select(0, words[:, i].int())
+    return moved.view(torch.uint8)
+
+
+@functools.cache
+def _to_word(device: torch.device) -> tuple[Tensor, ...]:
+    """Tables of `_permute_bits` from four bytes, a pair of codes each, to a word."""
+    return _tables([(low + 16 * second) % 32 for pair in _PLACES for second in (0, 1) for low in pair], device)
+
+
+@functools.cache
+def _from_word(device: torch.device) -> tuple[Tensor, ...]:
+    places = [(low + 16 * second) % 32 for pair in _PLACES for second in (0, 1) for low in pair]
+    return _tables([places.index(bit) for bit in range(32)], device)
+
+
+def _tables(places: list[int], device: torch.device) -> tuple[Tensor, ...]:
+    """For each byte of a word and each of its values, int32 [256]: the word with bit i moved to places[i]."""
+    value = torch.arange(256, device=device)
+    tables = []
+    for byte in range(4):
+        moved = sum(((value >> bit & 1) << places[8 * byte + bit] for bit in range(8)), start=torch.zeros_like(value))
+        tables.append(moved.to(torch.uint32).view(torch.int32))
+    return tuple(tables)
 
 
 def _round_up(x: int, to: int) -> int:

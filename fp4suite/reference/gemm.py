@@ -1,6 +1,7 @@
 """NVFP4 GEMMs in plain PyTorch: operands decoded exactly, FP32 products and sums, alpha in FP32 after the sum."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ def grouped_gemm_nvfp4(
     for e in range(experts):
         lo, hi = bounds[e], bounds[e + 1]
         if hi > lo:
-            one = NVFP4Tensor(b.data[e], b.sf[e], b.alpha if b.alpha.ndim == 0 else b.alpha[e], b.sf_layout)
+            alpha = b.alpha if b.alpha.ndim == 0 else b.alpha[e]
+            one = replace(b, data=b.data[e], sf=b.sf[e], alpha=alpha)
             out[lo:hi] = gemm_nvfp4(x[lo:hi], one, segments=segments, out_dtype=torch.float32)
     return out.to(out_dtype)
 

@@ -75,7 +75,7 @@ def moe_nvfp4(
     halves = (w13.shape[1] // 2,) * 2 if w13.alpha.ndim == 2 else None
     live = (torch.arange(len(order), device=order.device) < offsets[-1])[:, None]
     if isinstance(x, NVFP4Tensor):
-        x = x.with_sf_layout("linear")
+        x = x.with_order("rows").with_sf_layout("linear")
         rows: Tensor | NVFP4Tensor = NVFP4Tensor(x.data[token], x.sf[token], x.alpha)
         dtype = torch.bfloat16
     else:

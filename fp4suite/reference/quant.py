@@ -75,6 +75,7 @@ def dequant_nvfp4(
 
 def scaled_codes(t: NVFP4Tensor) -> Tensor:
     """Codes times block scales without alpha: float32 [..., m, k], exact."""
+    t = t.with_order("rows")
     sf = t.sf if t.sf_layout == "linear" else layouts.from_blocked_128x4(t.sf, t.shape[-2], t.shape[-1] // BLOCK)
     return (decode_packed(t.data).unflatten(-1, (sf.shape[-1], BLOCK)) * sf.float()[..., None]).flatten(-2)
 

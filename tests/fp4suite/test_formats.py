@@ -1,5 +1,7 @@
 """Formats against ml_dtypes: every pair of codes under every finite scale, every rounding; and what is refused."""
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -122,6 +124,80 @@ def test_nvfp4_shape_and_layouts():
 def test_nvfp4_refusals(changes, error, message):
     with pytest.raises(error, match=message):
         nvfp4(**changes)
+
+
+def random_nvfp4(*shape: int) -> NVFP4Tensor:
+    *lead, n, k = shape
+    data = torch.randint(0, 256, (*lead, n, k // 2), dtype=torch.uint8)
+    sf = torch.randint(0, 127, (*lead, n, k // 16), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    return NVFP4Tensor(data, sf, torch.tensor(0.7))
+
+
+def same_bytes(a: NVFP4Tensor, b: NVFP4Tensor) -> bool:
+    return torch.equal(a.data, b.data) and torch.equal(a.sf.view(torch.uint8), b.sf.view(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(128, 192), (3, 64, 128)])
+def test_order_is_another_way_to_lie_in_memory(shape):
+    t = random_nvfp4(*shape)
+    kept = random_nvfp4(*shape)
+    kept.data.copy_(t.data)
+    kept.sf.view(torch.uint8).copy_(t.sf.view(torch.uint8))
+    f = t.with_order("fragments_sm90")
+    assert same_bytes(t, kept)  # a copy
+    assert (f.order, f.shape, f.sf_layout) == ("fragments_sm90", shape, "linear")
+    assert not same_bytes(f, t)
+    assert f.with_order("fragments_sm90") is f
+    assert f.to("cpu").order == f.with_sf_layout("linear").order == "fragments_sm90"
+    assert same_bytes(f.with_order("rows"), t)
+    assert torch.equal(reference.dequant_nvfp4(f, torch.float64), reference.dequant_nvfp4(t, torch.float64))
+
+    inside = t.reorder_("fragments_sm90")
+    assert inside.data.data_ptr() == t.data.data_ptr()
+    assert inside.sf.data_ptr() == t.sf.data_ptr()
+    assert same_bytes(inside, f)
+    assert inside.reorder_("fragments_sm90") is inside
+    back = inside.reorder_("rows")
+    assert back.order == "rows"
+    assert same_bytes(back, kept)
+
+
+def test_order_of_strided_parts():
+    """A copy may start from any strides; in place needs memory that is the tensor's alone."""
+    wide = random_nvfp4(128, 256)
+    part = NVFP4Tensor(wide.data[:, 32:96], wide.sf[:, 4:12], wide.alpha)
+    whole = NVFP4Tensor(part.data.contiguous(), part.sf.contiguous(), part.alpha)
+    assert same_bytes(part.with_order("fragments_sm90"), whole.with_order("fragments_sm90"))
+    with pytest.raises(ValueError, match="data and sf must be contiguous in the order"):
+        part.reorder_("fragments_sm90")
+    f = wide.with_order("fragments_sm90")
+    with pytest.raises(ValueError, match="must be contiguous"):
+        replace(f, data=f.data[:, 32:96], sf=f.sf[:, 4:12])
+
+
+@pytest.mark.parametrize(
+    ("t", "message"),
+    [
+        (random_nvfp4(96, 64), "tiles of 64 x 64, got n=96, k=64"),
+        (random_nvfp4(64, 96), "tiles of 64 x 64, got n=64, k=96"),
+        (random_nvfp4(128, 64).with_sf_layout("blocked_128x4"), "has linear scales, got blocked_128x4"),
+    ],
+)
+def test_order_refusals(t, message):
+    before = t.data.clone()
+    for make in (t.with_order, t.reorder_, lambda order: replace(t, order=order)):
+        with pytest.raises(ValueError, match=message):
+            make("fragments_sm90")
+    assert torch.equal(t.data, before)
+
+
+def test_unknown_order_and_blocked_scales_of_an_order():
+    with pytest.raises(ValueError, match="order must be one of rows, fragments_sm90, got 'columns'"):
+        random_nvfp4(64, 64).with_order("columns")  # type: ignore[arg-type]
+    f = random_nvfp4(64, 64).with_order("fragments_sm90")
+    with pytest.raises(ValueError, match=r'have no blocked_128x4 layout: ask for with_order\("rows"\)'):
+        f.with_sf_layout("blocked_128x4")
+    assert NVFP4Tensor.empty((64, 128), torch.ones(()), order="fragments_sm90").order == "fragments_sm90"
 
 
 def test_native_refusals():
