@@ -37,8 +37,8 @@ def dtype_name(x: Tensor | torch.dtype, what: str) -> str:
     return _DTYPE_NAMES[dtype]
 
 
-def as_nvfp4(data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str) -> NVFP4Tensor:
-    return NVFP4Tensor(data, sf.view(torch.float8_e4m3fn), alpha, sf_layout)  # type: ignore[arg-type]
+def as_nvfp4(data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, order: str = "rows") -> NVFP4Tensor:
+    return NVFP4Tensor(data, sf.view(torch.float8_e4m3fn), alpha, sf_layout, order)  # type: ignore[arg-type]
 
 
 def _cache(data: Tensor, format: str, page_size: int, head_dim: int, rope_dim: int) -> Any:
@@ -153,7 +153,8 @@ def _gemm(a: Tensor | NVFP4Tensor, b: NVFP4Tensor, segments: list[int], dtype: t
     lead = a.shape[:-1]
     act: Any = "nvfp4" if isinstance(a, NVFP4Tensor) else dtype_name(a, "a")
     m = math.prod(lead)
-    problem = GemmProblem(m=m, n=n, k=k, act=act, out=dtype_name(dtype, "out_dtype"), segments=len(segments) or 1)
+    out_name = dtype_name(dtype, "out_dtype")
+    problem = GemmProblem(m=m, n=n, k=k, act=act, out=out_name, segments=len(segments) or 1, order=b.order)
     choice = dispatch.choose("gemm_nvfp4", problem, b.device)
     if choice.is_reference:
         return reference.gemm_nvfp4(a, b, segments=runs, out_dtype=dtype).contiguous()
@@ -168,23 +169,31 @@ def _gemm(a: Tensor | NVFP4Tensor, b: NVFP4Tensor, segments: list[int], dtype: t
 
 
 def _gemm_w4a16(
-    a: Tensor, data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, segments: list[int], dtype: torch.dtype
+    a: Tensor,
+    data: Tensor,
+    sf: Tensor,
+    alpha: Tensor,
+    sf_layout: str,
+    order: str,
+    segments: list[int],
+    dtype: torch.dtype,
 ) -> Tensor:
-    return _gemm(a, as_nvfp4(data, sf, alpha, sf_layout), segments, dtype)
+    return _gemm(a, as_nvfp4(data, sf, alpha, sf_layout, order), segments, dtype)
 
 
 def _gemm_w4a4(
     a: Tensor, a_sf: Tensor, a_alpha: Tensor, a_layout: str,
-    data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, segments: list[int], dtype: torch.dtype,
+    data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, order: str, segments: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    return _gemm(as_nvfp4(a, a_sf, a_alpha, a_layout), as_nvfp4(data, sf, alpha, sf_layout), segments, dtype)
+    return _gemm(as_nvfp4(a, a_sf, a_alpha, a_layout), as_nvfp4(data, sf, alpha, sf_layout, order), segments, dtype)
 
 
 def _grouped(
-    a: Tensor, a_sf: Tensor | None, a_alpha: Tensor | None, data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str,
+    a: Tensor, a_sf: Tensor | None, a_alpha: Tensor | None,
+    data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, order: str,
     offsets: Tensor, segments: list[int], dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    b = as_nvfp4(data, sf, alpha, sf_layout)
+    b = as_nvfp4(data, sf, alpha, sf_layout, order)
     return reference.grouped_gemm_nvfp4(
         _whole(a, a_sf, a_alpha), b, offsets, segments=segments or None, out_dtype=dtype
     )
@@ -192,11 +201,11 @@ def _grouped(
 
 def _moe(
     x: Tensor, x_sf: Tensor | None, x_alpha: Tensor | None,
-    data13: Tensor, sf13: Tensor, alpha13: Tensor, layout13: str,
-    data2: Tensor, sf2: Tensor, alpha2: Tensor, layout2: str,
+    data13: Tensor, sf13: Tensor, alpha13: Tensor, layout13: str, order13: str,
+    data2: Tensor, sf2: Tensor, alpha2: Tensor, layout2: str, order2: str,
     topk_ids: Tensor, topk_weights: Tensor, limit: float,
 ) -> Tensor:  # fmt: skip
-    w13, w2 = as_nvfp4(data13, sf13, alpha13, layout13), as_nvfp4(data2, sf2, alpha2, layout2)
+    w13, w2 = as_nvfp4(data13, sf13, alpha13, layout13, order13), as_nvfp4(data2, sf2, alpha2, layout2, order2)
     return reference.moe_nvfp4(_whole(x, x_sf, x_alpha), w13, w2, topk_ids, topk_weights, limit=limit)
 
 
@@ -340,7 +349,7 @@ def _fake_rope_inverse_quantize(
 
 _SF = "str sf_layout, str rule"
 _CACHE = "Tensor(a!) data, str format, int page_size, int head_dim, int rope_dim"
-_B = "Tensor b, Tensor b_sf, Tensor b_alpha, str b_layout"
+_B = "Tensor b, Tensor b_sf, Tensor b_alpha, str b_layout, str b_order"
 _A = "Tensor a, Tensor? a_sf, Tensor? a_alpha"
 
 _register(
@@ -369,12 +378,14 @@ _register("swiglu_alpha(Tensor x, float limit) -> Tensor", _swiglu_alpha, _fp32_
 _register(
     f"gemm_w4a16(Tensor a, {_B}, int[] segments, ScalarType dtype) -> Tensor",
     _gemm_w4a16,
-    lambda a, b, b_sf, b_alpha, b_layout, segments, dtype: a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype),
+    lambda a, b, b_sf, b_alpha, b_layout, b_order, segments, dtype: a.new_empty(
+        (*a.shape[:-1], b.shape[0]), dtype=dtype
+    ),
 )
 _register(
     f"gemm_w4a4(Tensor a, Tensor a_sf, Tensor a_alpha, str a_layout, {_B}, int[] segments, ScalarType dtype) -> Tensor",
     _gemm_w4a4,
-    lambda a, a_sf, a_alpha, a_layout, b, b_sf, b_alpha, b_layout, segments, dtype: a.new_empty(
+    lambda a, a_sf, a_alpha, a_layout, b, b_sf, b_alpha, b_layout, b_order, segments, dtype: a.new_empty(
         (a.shape[0], b.shape[0]), dtype=dtype
     ),
 )
@@ -382,18 +393,17 @@ for _schema, _impl, _fake in (
     (
         f"grouped_gemm_nvfp4({_A}, {_B}, Tensor offsets, int[] segments, ScalarType dtype) -> Tensor",
         _grouped,
-        lambda a, a_sf, a_alpha, b, b_sf, b_alpha, b_layout, offsets, segments, dtype: a.new_empty(
+        lambda a, a_sf, a_alpha, b, b_sf, b_alpha, b_layout, b_order, offsets, segments, dtype: a.new_empty(
             (a.shape[0], b.shape[1]), dtype=dtype
         ),
     ),
     (
         "moe_nvfp4(Tensor x, Tensor? x_sf, Tensor? x_alpha, Tensor w13, Tensor w13_sf, Tensor w13_alpha, "
-        "str w13_layout, Tensor w2, Tensor w2_sf, Tensor w2_alpha, str w2_layout, Tensor topk_ids, "
-        "Tensor topk_weights, float limit) "
-        "-> Tensor",
+        "str w13_layout, str w13_order, Tensor w2, Tensor w2_sf, Tensor w2_alpha, str w2_layout, str w2_order, "
+        "Tensor topk_ids, Tensor topk_weights, float limit) -> Tensor",
         _moe,
         lambda x, x_sf, x_alpha, w13, *rest: x.new_empty(
-            (x.shape[0], rest[3].shape[1]), dtype=x.dtype if x_sf is None else torch.bfloat16
+            (x.shape[0], rest[4].shape[1]), dtype=x.dtype if x_sf is None else torch.bfloat16
         ),
     ),
     (

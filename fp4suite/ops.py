@@ -57,8 +57,12 @@ def quantize_nvfp4(
 def dequant_nvfp4(
     t: NVFP4Tensor, dtype: torch.dtype = torch.bfloat16, *, segments: Sequence[int] | None = None
 ) -> Tensor:
-    """NVFP4 [..., m, k] -> dtype (bfloat16, float16 or float32) [..., m, k]; segments as for `quantize_nvfp4`."""
+    """NVFP4 [..., m, k] by rows -> dtype (bfloat16, float16 or float32) [..., m, k].
+
+    segments: as for `quantize_nvfp4`. Raises ValueError for a weight in another order than "rows".
+    """
     dtype_name(dtype, "dtype")
+    _expect_rows(t, "t")
     if t.alpha.ndim == 0 and (t.data.ndim == 2 or t.sf_layout == "linear"):
         rows = t.data.flatten(0, -2)
         sf = t.sf.flatten(0, -2) if t.sf_layout == "linear" else t.sf
@@ -136,6 +140,7 @@ def gemm_nvfp4(
 
     a: a float tensor (W4A16; bfloat16 on a GPU) or an NVFP4Tensor [m, k] with one alpha (W4A4). b.alpha is one number,
     or one for each of `segments`, runs of output columns that sum to n. Sums in FP32, alpha in FP32, rounded once.
+    b's order says which kernels can run: UnsupportedError on a GPU where none reads it.
     """
     if b.data.ndim != 2:
         raise ValueError(f"b must be one [n, k] matrix, got {list(b.shape)}; stacked experts go to grouped_gemm_nvfp4")
@@ -150,10 +155,11 @@ def gemm_nvfp4(
     if isinstance(a, NVFP4Tensor):
         if a.data.ndim != 2 or a.alpha.ndim:
             raise ValueError(f"an NVFP4 a must be [m, k] with alpha [], got {list(a.shape)} with {list(a.alpha.shape)}")
-        a_sf, a_alpha, a_layout = a.sf.view(torch.uint8), a.alpha, a.sf_layout
-        return _ops.gemm_w4a4(a.data, a_sf, a_alpha, a_layout, b.data, b_sf, b_alpha, b.sf_layout, runs, out_dtype)
+        _expect_rows(a, "a")
+        left = a.data, a.sf.view(torch.uint8), a.alpha, a.sf_layout
+        return _ops.gemm_w4a4(*left, b.data, b_sf, b_alpha, b.sf_layout, b.order, runs, out_dtype)
     dtype_name(a, "a")
-    return _ops.gemm_w4a16(a, b.data, b_sf, b_alpha, b.sf_layout, runs, out_dtype)
+    return _ops.gemm_w4a16(a, b.data, b_sf, b_alpha, b.sf_layout, b.order, runs, out_dtype)
 
 
 def grouped_gemm_nvfp4(
@@ -443,10 +449,18 @@ def _geometry(cache: PagedCache | IndexCache) -> tuple[str, int, int, int]:
 def _parts(x: Tensor | NVFP4Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A float tensor, or the parts of an NVFP4 one with linear scales."""
     if isinstance(x, NVFP4Tensor):
+        _expect_rows(x, "the activations")
         x = x.with_sf_layout("linear")
         return x.data, x.sf.view(torch.uint8), x.alpha
     return x, None, None
 
 
-def _weight(w: NVFP4Tensor) -> tuple[Tensor, Tensor, Tensor, str]:
-    return w.data, w.sf.view(torch.uint8), w.alpha, w.sf_layout
+def _weight(w: NVFP4Tensor) -> tuple[Tensor, Tensor, Tensor, str, str]:
+    return w.data, w.sf.view(torch.uint8), w.alpha, w.sf_layout, w.order
+
+
+def _expect_rows(t: NVFP4Tensor, name: str) -> None:
+    if t.order != "rows":
+        raise ValueError(
+            f'{name} must be in the order "rows", got "{t.order}": with_order("rows") makes a copy that is'
+        )

@@ -4,11 +4,11 @@
 hashable, made of host integers and strings only, and `dims()` is how tables and result rows spell it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar, Literal
 
 from .formats import BLOCK, SfLayout
-from .layouts import blocked_128x4_bytes
+from .layouts import Order, blocked_128x4_bytes
 
 Rule = Literal["absmax", "mse", "modelopt_weight"]
 RULES: tuple[Rule, ...] = ("absmax", "mse", "modelopt_weight")
@@ -125,7 +125,11 @@ class SwigluQuantizeProblem(Problem):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmProblem(Problem):
-    """d[m, n] = a[m, k] @ b[n, k].T, b in NVFP4, a in BF16 (`act="bf16"`) or NVFP4 (`act="nvfp4"`)."""
+    """d[m, n] = a[m, k] @ b[n, k].T, b in NVFP4, a in BF16 (`act="bf16"`) or NVFP4 (`act="nvfp4"`).
+
+    out: "bf16", "fp32", or "nvfp4" under a given global scale.
+    order: how b lies in memory (`NVFP4Tensor.order`)
+    """
 
     op: ClassVar[str] = "gemm_nvfp4"
     m: int
@@ -134,6 +138,7 @@ class GemmProblem(Problem):
     act: Literal["bf16", "nvfp4"] = "bf16"
     out: str = "bf16"
     segments: int = 1  # column runs of the output with an alpha of their own
+    order: Order = "rows"
 
     @property
     def flops(self) -> int:
@@ -142,12 +147,25 @@ class GemmProblem(Problem):
     @property
     def bytes(self) -> int:
         a = 2 * self.m * self.k if self.act == "bf16" else nvfp4_bytes(self.m, self.k)
-        return a + nvfp4_bytes(self.n, self.k) + ELEMENT_BYTES[self.out] * self.m * self.n
+        d = nvfp4_bytes(self.m, self.n) if self.out == "nvfp4" else ELEMENT_BYTES[self.out] * self.m * self.n
+        return a + nvfp4_bytes(self.n, self.k) + d
 
 
 PROBLEMS: dict[str, type[Problem]] = {
     p.op: p for p in (QuantizeProblem, DequantProblem, RmsnormQuantizeProblem, SwigluQuantizeProblem, GemmProblem)
 }
+
+
+def complete(op: str, dims: dict[str, int | str]) -> dict[str, int | str]:
+    """`dims` with the dimensions that `op` has gained since they were written, at their defaults, in today's order.
+
+    Dimensions that this version does not know are kept, at the end; so are those of an unknown op.
+    """
+    if op not in PROBLEMS:
+        return dims
+    defaults = {f.name: f.default for f in fields(PROBLEMS[op])}
+    known = {name: dims.get(name, default) for name, default in defaults.items()}
+    return {name: value for name, value in known.items() if value is not MISSING} | dims
 
 
 def from_dims(op: str, dims: dict[str, int | str]) -> Problem:

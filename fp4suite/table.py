@@ -15,6 +15,7 @@ import filelock
 import msgspec
 
 from .errors import TableError
+from .problem import complete
 
 SCHEMA = 1
 
@@ -66,7 +67,10 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def read(path: str | Path) -> Table:
-    """Read and check a table. Raises TableError naming the file and what is wrong."""
+    """Read and check a table. Raises TableError naming the file and what is wrong.
+
+    An entry written before its problem gained a dimension is of that dimension's default.
+    """
     path = Path(path)
     try:
         raw = path.read_bytes()
@@ -78,6 +82,7 @@ def read(path: str | Path) -> Table:
         raise TableError(f"{path}: not a tuned table ({e})") from e
     if table.schema != SCHEMA:
         raise TableError(f"{path}: schema {table.schema}, this version reads {SCHEMA}; tune again")
+    table = msgspec.structs.replace(table, entries=[_completed(entry) for entry in table.entries])
     seen = set()
     for entry in table.entries:
         if entry.measured and entry.median_us is None:
@@ -86,6 +91,10 @@ def read(path: str | Path) -> Table:
             raise TableError(f"{path}: two entries for {entry.op} {entry.problem}")
         seen.add(entry.key())
     return table
+
+
+def _completed(entry: Entry) -> Entry:
+    return msgspec.structs.replace(entry, problem=complete(entry.op, entry.problem))
 
 
 def write(path: str | Path, table: Table) -> None:
@@ -118,7 +127,7 @@ def merge(path: str | Path, device: str, arch: str, new: Iterable[Entry]) -> Tab
         old = read(path) if path.exists() else Table(schema=SCHEMA, device=device, arch=arch, entries=[])
         if (old.device, old.arch) != (device, arch):
             raise TableError(f"{path}: is of {old.device} ({old.arch}), will not take entries of {device} ({arch})")
-        entries = {e.key(): e for e in old.entries} | {e.key(): e for e in new}
+        entries = {e.key(): e for e in old.entries} | {e.key(): e for e in map(_completed, new)}
         table = Table(schema=SCHEMA, device=device, arch=arch, entries=list(entries.values()))
         write(path, table)
     return table

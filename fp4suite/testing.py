@@ -29,7 +29,8 @@ from .problem import (
     RmsnormQuantizeProblem,
     SwigluQuantizeProblem,
 )
-from .reference.quant import scaled_codes
+from .reference import e2m1
+from .reference.quant import global_scale, scaled_codes
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EPS = 1e-6
@@ -161,9 +162,7 @@ def assert_gemm_close(got: Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> None:
     an MMA step of 16, plus half a unit in the last place of the output type (one for the sum landing on a tie's
     other side).
     """
-    k = a.shape[-1]
-    want = (a @ b.T) * alpha
-    room = (a.abs() @ b.abs().T) * alpha.abs() * (k / 16 + 16) * 2.0**-23
+    want, room = _product(a, b, alpha)
     bits = {torch.bfloat16: 8, torch.float32: 24, torch.float16: 11}[got.dtype]
     tiny = torch.finfo(got.dtype).smallest_normal
     ulp = torch.exp2(torch.floor(torch.log2(want.abs().clamp_min(tiny)))) * 2.0 ** (1 - bits)
@@ -177,6 +176,44 @@ def assert_gemm_close(got: Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> None:
             f"{int(bad.sum())} of {bad.numel()} elements are out of bound; first at {list(index)}: "
             f"got {got[index].item()}, want {want[index].item()}, room {(room + ulp)[index].item():.3g}"
         )
+
+
+def assert_gemm_quantized(got: NVFP4Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> None:
+    """got [m, n] against the FP64 product as in `assert_gemm_close`, quantised by rule "absmax" under got.alpha.
+
+    Every scale lies between those of the least and the largest maximum that the sums' error leaves room for, every code
+    between those of the least and the largest number, under the scale that was found; padding of scales is zero.
+    """
+    want, room = _product(a, b, alpha)
+    linear = got.with_sf_layout("linear")
+    if got.sf_layout == "blocked_128x4":
+        assert_same_bytes(got.sf, layouts.to_blocked_128x4(linear.sf), "padding of sf")
+
+    least, most = (want.abs() - room).clamp(min=0).float(), (want.abs() + room).float()
+    low, high = (reference.quantize_nvfp4(x, alpha=got.alpha).sf.view(torch.uint8) for x in (least, most))
+    sf = linear.sf.view(torch.uint8)
+    _assert_between(sf, low, high, "sf")
+
+    scale = linear.sf.float() * got.alpha
+    r = torch.where(scale == 0, 0.0, 1.0 / scale).repeat_interleave(BLOCK, dim=1)
+    low, high = (e2m1.decode(e2m1.encode(x.float() * r)) for x in (want - room, want + room))
+    _assert_between(e2m1.decode(e2m1.unpack(got.data)), low, high, "codes")
+
+
+def _assert_between(got: Tensor, low: Tensor, high: Tensor, name: str) -> None:
+    bad = ~((low <= got) & (got <= high))
+    if bad.any():
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        raise AssertionError(
+            f"{name}: {int(bad.sum())} of {bad.numel()} are out of bound; first at {list(index)}: "
+            f"got {got[index].item()}, want {low[index].item()} to {high[index].item()}"
+        )
+
+
+def _product(a: Tensor, b: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """The FP64 product a [m, k] @ b [n, k].T * alpha [n] and the error of a sum that the tensor core keeps in FP32."""
+    k = a.shape[-1]
+    return (a @ b.T) * alpha, (a.abs() @ b.abs().T) * alpha.abs() * (k / 16 + 16) * 2.0**-23
 
 
 def assert_same_bytes(got: Tensor, want: Tensor, name: str) -> None:
@@ -197,20 +234,26 @@ def _gemm_case(p: GemmProblem, gen: torch.Generator) -> Case:
     device = gen.device
     segments = split(p.n, p.segments)
     alpha = torch.exp2(torch.rand(p.segments, generator=gen, device=device) * 4 - 8)
-    b = random_nvfp4(p.n, p.k, gen, alpha=alpha if p.segments > 1 else alpha[0], adversarial=True)
+    b = random_nvfp4(p.n, p.k, gen, alpha=alpha if p.segments > 1 else alpha[0], adversarial=True).with_order(p.order)
     a: Tensor | NVFP4Tensor
     if p.act == "bf16":
         a = random_activations((p.m, p.k), gen)
     else:
         a = random_nvfp4(p.m, p.k, gen, adversarial=True)
-    out = torch.empty(p.m, p.n, dtype=TORCH_DTYPES[p.out], device=device)
+    operands = (a, b, segments if p.segments > 1 else None)
+    per_column = alpha.double().repeat_interleave(torch.tensor(segments, device=device))
 
-    def verify() -> None:
+    def product() -> tuple[Tensor, Tensor, Tensor]:
         a64 = scaled_codes(a).double() * a.alpha.double() if isinstance(a, NVFP4Tensor) else a.double()
-        per_column = alpha.double().repeat_interleave(torch.tensor(segments, device=device))
-        assert_gemm_close(out, a64, scaled_codes(b).double(), per_column)
+        return a64, scaled_codes(b).double(), per_column
 
-    return Case(p, (a, b, segments if p.segments > 1 else None), out, (), partial(out.fill_, torch.nan), verify)
+    if p.out == "nvfp4":
+        a64, b64, _ = product()
+        own = global_scale(((a64 @ b64.T) * per_column).float())
+        packed = NVFP4Tensor.empty((p.m, p.n), own, "blocked_128x4")
+        return Case(p, operands, packed, (), lambda: _poison(packed), lambda: assert_gemm_quantized(packed, *product()))
+    out = torch.empty(p.m, p.n, dtype=TORCH_DTYPES[p.out], device=device)
+    return Case(p, operands, out, (), partial(out.fill_, torch.nan), lambda: assert_gemm_close(out, *product()))
 
 
 def _dequant_case(p: DequantProblem, gen: torch.Generator) -> Case:
@@ -243,13 +286,14 @@ def _quantize_case(p: QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeP
         operands = (x, alpha)
         want = partial(reference.quantize_nvfp4, x, **common)
 
-    def poison() -> None:
-        out.data.fill_(0xFF)
-        out.sf.view(torch.uint8).fill_(0xFF)
-
     def verify() -> None:
         ref = want()
         assert_same_bytes(out.sf, ref.sf, "sf")
         assert_same_bytes(out.data, ref.data, "data")
 
-    return Case(p, operands, out, (p.rule,), poison, verify)
+    return Case(p, operands, out, (p.rule,), lambda: _poison(out), verify)
+
+
+def _poison(t: NVFP4Tensor) -> None:
+    t.data.fill_(0xFF)
+    t.sf.view(torch.uint8).fill_(0xFF)

@@ -93,6 +93,8 @@ def shared_bytes(config: Config, act: str) -> int:
 
 def supports(problem: GemmProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
+    if problem.order != "rows":
+        return f"weights in the order {problem.order}: this kernel reads rows"
     if problem.act not in ("bf16", "nvfp4"):
         return f"activations in {problem.act}: this kernel takes bf16 or nvfp4"
     if problem.out not in ("bf16", "fp32"):
@@ -418,7 +420,8 @@ def launch(
     ends = segment_ends_of(b.alpha, segments, n)
     act = "nvfp4" if isinstance(a, NVFP4Tensor) else "bf16"
     variant = Variant(act=act, out=_DTYPES[out.dtype], segments=len(ends))
-    problem = GemmProblem(m=m, n=n, k=k, act=variant.act, out=variant.out, segments=variant.segments)  # type: ignore[arg-type]
+    out_name, count = variant.out, variant.segments
+    problem = GemmProblem(m=m, n=n, k=k, act=act, out=out_name, segments=count, order=b.order)  # type: ignore[arg-type]
     if reason := supports(problem, config):
         raise ValueError(reason)
     if b.shape[1] != k or tuple(out.shape) != (m, n):

@@ -116,6 +116,8 @@ def shared_bytes(config: Config, steps: int) -> int:
 
 def supports(problem: GemmProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
+    if problem.order != "rows":
+        return f"weights in the order {problem.order}: this kernel reads rows"
     if problem.act != "bf16":
         return f"activations in {problem.act}: this kernel takes bf16"
     if problem.out not in CUTE_OUT:
@@ -443,7 +445,7 @@ def launch(
     if out.dtype not in _DTYPES:
         raise TypeError(f"out must be bfloat16 or float32, got {out.dtype}")
     ends = segment_ends_of(b.alpha, segments, n)
-    problem = GemmProblem(m=m, n=n, k=k, act="bf16", out=_DTYPES[out.dtype], segments=len(ends))
+    problem = GemmProblem(m=m, n=n, k=k, act="bf16", out=_DTYPES[out.dtype], segments=len(ends), order=b.order)
     variant = _variant(problem, config)
     if b.shape[1] != k or tuple(out.shape) != (m, n):
         raise ValueError(f"a [{m}, {k}], b {list(b.shape)} and out {list(out.shape)} do not make [m, k] @ [n, k].T")

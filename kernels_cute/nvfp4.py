@@ -8,6 +8,7 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 from torch import Tensor, bfloat16
 
 from fp4suite.formats import NVFP4Tensor, SfLayout
+from fp4suite.layouts import Order
 
 SCALE_BIAS = 118  # decoded numbers are their value times 2 ** (SCALE_BIAS - 126)
 
@@ -96,7 +97,9 @@ def check_rows(a: Tensor, stride: int) -> None:
         )
 
 
-def check_packed(t: NVFP4Tensor, name: str, sf_layout: SfLayout) -> None:
+def check_packed(t: NVFP4Tensor, name: str, sf_layout: SfLayout, order: Order = "rows") -> None:
+    if t.order != order:
+        raise ValueError(f"{name} must be in the order {order}, got {t.order}")
     if t.sf_layout != sf_layout:
         raise ValueError(f"{name} must have {sf_layout} scales, got {t.sf_layout}")
     if not (t.data.is_contiguous() and t.sf.is_contiguous()):

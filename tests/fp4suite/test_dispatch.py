@@ -11,7 +11,7 @@ import torch
 import fp4suite
 from fp4suite import TableError, UnsupportedError, dispatch, ops, registry, table
 from fp4suite.dispatch import Target, choose, choose_for, on_target, override, recording, use_table
-from fp4suite.problem import GemmProblem, QuantizeProblem
+from fp4suite.problem import GemmProblem, QuantizeProblem, complete
 
 H100 = Target("sm_90a", "nvidia-h100-80gb-hbm3")
 
@@ -54,9 +54,9 @@ def _forget() -> None:
 
 
 def _entry(m: int, tile: int, kernel: str = "fake_any", **more: object) -> table.Entry:
-    dims = GemmProblem(m=m, n=256, k=512).dims()
     fields = {"measured": True, "median_us": 1.0, "source_hash": "now"} | more
-    return table.Entry(op="gemm_nvfp4", problem=dims, kernel=kernel, config={"tile": tile}, **fields)
+    fields.setdefault("problem", GemmProblem(m=m, n=256, k=512).dims())
+    return table.Entry(op="gemm_nvfp4", kernel=kernel, config={"tile": tile}, **fields)
 
 
 def _write(path: Path, *entries: table.Entry, device: str = H100.device, arch: str = "sm_90a") -> Path:
@@ -190,6 +190,38 @@ def test_bad_tables(fakes: Path) -> None:
     use_table(_write(fakes / "b200.json", _entry(8, 64), device="nvidia-b200", arch="sm_100a"))
     with pytest.raises(TableError, match=r"is of nvidia-b200 \(sm_100a\); this is nvidia-h100-80gb-hbm3 \(sm_90a\)"):
         _choose(8)
+
+
+def test_an_entry_is_of_its_order(fakes: Path) -> None:
+    """The nearest m counts only among entries for weights that lie as these do."""
+    fragments = dataclasses.replace(GemmProblem(m=64, n=256, k=512), order="fragments_sm90")
+    _write(fakes / f"{H100.device}.json", _entry(8, 64), _entry(64, 128, problem=fragments.dims()))
+    assert _choose(64).config == FakeConfig(tile=64)
+    found = choose_for("gemm_nvfp4", dataclasses.replace(fragments, m=8), H100)
+    assert found.config == FakeConfig(tile=128)
+    assert found.reason == "device table nvidia-h100-80gb-hbm3 (measured, nearest m=64)"
+
+
+def test_an_entry_older_than_a_dimension_is_of_its_default(fakes: Path) -> None:
+    """Before weights had orders, all lay by rows: such entries serve on, and are replaced by new ones."""
+    new = GemmProblem(m=8, n=256, k=512).dims()
+    old = {name: value for name, value in new.items() if name != "order"}
+    path = _write(fakes / f"{H100.device}.json", _entry(8, 128, problem=old))
+    assert '"order"' not in path.read_text()
+    assert table.read(path).entries[0].problem == new
+    assert list(table.read(path).entries[0].problem) == list(new)
+    assert _choose(8).config == FakeConfig(tile=128)
+    merged = table.merge(path, H100.device, "sm_90a", [_entry(8, 256)])
+    assert [e.config for e in merged.entries] == [{"tile": 256}]
+    _write(fakes / "twice.json", _entry(8, 64), _entry(8, 128, problem=old))
+    with pytest.raises(TableError, match="two entries for gemm_nvfp4"):
+        table.read(fakes / "twice.json")
+
+
+def test_entries_of_what_this_version_does_not_know_are_left_alone() -> None:
+    assert complete("no_such_op", {"m": 1}) == {"m": 1}
+    dims = {"m": 8, "n": 256, "k": 512, "colour": "red"}
+    assert complete("gemm_nvfp4", dims) == GemmProblem(m=8, n=256, k=512).dims() | {"colour": "red"}
 
 
 def test_merge_replaces_and_keeps(fakes: Path) -> None:

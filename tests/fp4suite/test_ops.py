@@ -1,6 +1,7 @@
 """Every op: the reference's numbers, opcheck, a whole-graph torch.compile, and refusals by their message."""
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,20 @@ from fp4suite import UnsupportedError, ops, override, reference
 from fp4suite.dispatch import on_target
 
 from .op_arguments import OPCHECKS, PUBLIC, arguments, assert_same, g, weight
+
+
+class Recorder:
+    """In place of `ops._ops`: runs the operators and keeps what they were called with."""
+
+    def __init__(self, calls: list[tuple[str, tuple]]) -> None:
+        self.calls = calls
+
+    def __getattr__(self, operator: str) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            self.calls.append((operator, args))
+            return getattr(torch.ops.fp4suite, operator)(*args)
+
+        return call
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -32,17 +47,8 @@ def test_cpu_tensors_get_the_reference(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operator that the public function calls, with the arguments it really gets."""
-    calls = []
-
-    class Spy:
-        def __getattr__(self, operator: str):
-            def call(*args):
-                calls.append((operator, args))
-                return getattr(torch.ops.fp4suite, operator)(*args)
-
-            return call
-
-    monkeypatch.setattr(ops, "_ops", Spy())
+    calls: list[tuple[str, tuple]] = []
+    monkeypatch.setattr(ops, "_ops", Recorder(calls))
     args, kwargs = arguments(name)
     getattr(ops, name)(*args, **kwargs)
     assert calls
@@ -91,6 +97,61 @@ def test_refusals() -> None:
         ops.grouped_gemm_nvfp4(g(7, 64), weight(3, 16, 64), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"needs w2 \[4, 64, 32\]"):
         ops.moe_nvfp4(g(5, 64), weight(4, 64, 64), weight(4, 64, 64), torch.zeros(5, 2, dtype=torch.int32), g(5, 2))
+
+
+def in_order(name: str, order: str) -> tuple[tuple, dict]:
+    """Arguments of an op with weights of whole tiles, in an order."""
+    a, b = g(5, 64, dtype=torch.bfloat16), weight(128, 64, alpha=2).with_order(order)
+    experts = weight(3, 128, 64).with_order(order)
+    match name:
+        case "w4a16":
+            return (a, b), {"segments": (48, 80)}
+        case "w4a4":
+            return (reference.quantize_nvfp4(a), b), {"segments": (48, 80)}
+        case "grouped":
+            return (a, experts, torch.tensor([0, 2, 2, 5], dtype=torch.int32)), {}
+        case "moe":
+            ids = torch.tensor([[0, 1], [1, 2], [2, 0], [1, 0], [0, 2]], dtype=torch.int32)
+            return (g(5, 64), experts, weight(3, 64, 64, seed=9).with_order(order), ids, g(5, 2, seed=5).abs()), {}
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [("w4a16", "gemm_nvfp4"), ("w4a4", "gemm_nvfp4"), ("grouped", "grouped_gemm_nvfp4"), ("moe", "moe_nvfp4")],
+)
+def test_an_order_changes_no_number(name: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op, its reference and its compiled form, and opcheck of what it calls, on weights in another order."""
+    rows, options = in_order(name, "rows")
+    want = getattr(reference, op)(*rows, **options)
+    args, _ = in_order(name, "fragments_sm90")
+    assert any(not torch.equal(x.data, y.data) for x, y in zip(args, rows, strict=True) if hasattr(x, "order"))
+    assert torch.equal(getattr(reference, op)(*args, **options), want)
+    compiled = torch.compile(lambda: getattr(ops, op)(*args, **options), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), want)
+    torch._dynamo.reset()
+    seen = []
+    monkeypatch.setattr(ops, "_ops", Recorder(seen))
+    assert torch.equal(getattr(ops, op)(*args, **options), want)
+    assert seen
+    for operator, given in seen:
+        assert "fragments_sm90" in given
+        torch.library.opcheck(getattr(torch.ops.fp4suite, operator).default, given, test_utils=OPCHECKS)
+
+
+def test_ops_that_read_rows_say_so() -> None:
+    t = reference.quantize_nvfp4(g(64, 64)).with_order("fragments_sm90")
+    ids = torch.zeros(64, 1, dtype=torch.int32)
+    offsets = torch.tensor([0, 64], dtype=torch.int32)
+    one = weight(1, 128, 64)
+    for call in (
+        lambda: ops.dequant_nvfp4(t),
+        lambda: ops.gemm_nvfp4(t, weight(48, 64)),
+        lambda: ops.grouped_gemm_nvfp4(t, one, offsets),
+        lambda: ops.moe_nvfp4(t, one, weight(1, 64, 64), ids, g(64, 1)),
+    ):
+        with pytest.raises(ValueError, match=r'must be in the order "rows", got "fragments_sm90": with_order'):
+            call()
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (0, 3, 64)])
