@@ -90,6 +90,9 @@ def _add_run(commands: Any) -> None:
     p.add_argument("--seed", type=int, help="shuffle warps and asynchronous work")
     p.add_argument("--processes", type=int, default=1, metavar="N", help="spread the clusters over N processes")
     p.add_argument("--no-races", dest="races", action="store_false", help="do not look for data races")
+    p.add_argument(
+        "--strict", dest="races", action="store_const", const="strict", help="and for every missing tcgen05.fence"
+    )
     p.add_argument("--stats", action="store_true", help="print the launch's statistics")
     p.add_argument("--json", action="store_true", help="print them as one JSON document")
     p.set_defaults(do=_run)

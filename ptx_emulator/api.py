@@ -5,6 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
+from .hazards import Checks
 from .machine import Dim3, Launch
 from .memory import GlobalMemory
 from .numbers import Array
@@ -48,16 +49,16 @@ class Loaded:
         shared: int = 0,
         schedule: str = "round",
         seed: int | None = None,
-        races: bool = True,
+        races: Checks = True,
         processes: int = 1,
         memory: GlobalMemory | None = None,
     ) -> Statistics:
         """Run a kernel; arrays among `args` are passed by address and written in place.
 
         args: contiguous arrays, numpy scalars, ints and floats (as wide as the parameter), or raw bytes.
-        shared: bytes of dynamic shared memory. schedule and seed: see `machine`. races: look for data races, see
-        `hazards`. processes: over how many the clusters are spread, see `processes`. memory: arrays that the kernel
-        reaches through pointers in memory must be known to it already.
+        shared: bytes of dynamic shared memory. schedule and seed: see `machine`. races: look for data races, True or
+        "strict", see `hazards`. processes: over how many the clusters are spread, see `processes`. memory: arrays that
+        the kernel reaches through pointers in memory must be known to it already.
 
         Raises Fault for what the kernel does wrong, ValueError or TypeError for arguments that do not fit.
         """

@@ -18,6 +18,7 @@ from typing import Any
 from .api import Loaded, load
 from .cubin import registers
 from .errors import Fault
+from .hazards import Checks
 from .machine import SCHEDULES, Dim3, Launch
 from .memory import GlobalMemory
 from .numbers import Array
@@ -36,7 +37,7 @@ class Device:
     """What stands in for a GPU. launches: statistics of every kernel launch, in order."""
 
     def __init__(
-        self, arch: str, schedule: str, seed: int | None, races: bool, rewrite: Callable[[str], str] | None = None
+        self, arch: str, schedule: str, seed: int | None, races: Checks, rewrite: Callable[[str], str] | None = None
     ):
         self.arch, self.schedule, self.seed, self.races, self.rewrite = arch, schedule, seed, races, rewrite
         self.processes = 1
@@ -222,14 +223,14 @@ def emulate(
     *,
     schedule: str = "round",
     seed: int | None = None,
-    races: bool = True,
+    races: Checks = True,
     rewrite: Callable[[str], str] | None = None,
     multiprocessors: int | None = None,
     processes: int = 1,
 ) -> Iterator[Device]:
     """Run compiled CuTe DSL functions on a CPU as if on a GPU of `arch` ("sm_90a" or "sm_100a").
 
-    races: whether accesses without an order, and missing proxy fences, are faults (see `hazards`).
+    races: whether accesses without an order, and missing fences, are faults; "strict": see `hazards`.
     schedule ("eager", "round" or "late") and seed choose among the orders in which warps and asynchronous work may run.
     rewrite: changes a kernel's PTX before it runs, to see what a fault would do.
     multiprocessors: how many the device says it has, by default those of a real one; a persistent kernel launched on

@@ -1,20 +1,29 @@
-"""Data races and missing proxy fences within a cluster (PTX ISA, "Memory Consistency Model", "Async proxy").
+"""Data races and missing fences within a cluster (PTX ISA, "Memory Consistency Model", "Async proxy", "Memory
+Consistency Model for 5th generation of TensorCore operations").
 
-Every access is an event of an actor: a warp, or one asynchronous operation (a TMA copy, a cp.async, a wgmma, the
-tcgen05 work of one warp). Two accesses of one place, one of them a write, must be ordered by causality, whatever order
-they happened to run in: mbarriers, barriers, strong operations with fences, and waits for groups carry the order.
-What the generic proxy wrote must also pass a proxy fence on its way to the async proxy, or to the one that reads
-tensor maps.
+Every access is an event of an actor: a warp, or one asynchronous operation (a TMA copy, a cp.async, a wgmma, a
+tcgen05.mma, .cp, .shift, .ld or .st). Two accesses of one place, one of them a write, must be ordered by causality,
+whatever order they happened to run in: mbarriers, barriers, strong operations with fences, and waits for groups carry
+the order. What the generic proxy wrote must also pass a proxy fence on its way to the async proxy, or to the one that
+reads tensor maps. Writes of what is there already do not race with the write that put it there.
 
 An actor knows of each other one how far it has seen it: a vector clock, once for plain causality and once for each kind
-of proxy fence, that is for what lies before such a fence. Each place remembers its last writer and its readers since.
+of fence, that is for what lies before such a fence. Each place remembers its last writer and its readers since.
+
+Tensor memory. Operations of one thread are in order only where the ISA makes them a pipeline ("Pipelined tcgen05
+Instructions"); tcgen05.wait and, through a commit, an mbarrier say that they are over. Between threads order comes from
+release and acquire once they are over, or from tcgen05.fence::before_thread_sync and ::after_thread_sync, which do with
+relaxed synchronisation and, in a pipeline, with operations that are still under way. Two things go beyond the ISA's
+text, because NVIDIA's own kernels rest on them: a tcgen05.cp comes after the MMAs of its thread, and a tcgen05.ld is
+over once one of its registers is named. `strict` takes the second back and wants tcgen05.fence on both sides of every
+synchronisation between tcgen05 operations of different threads.
 
 The lanes of a warp count as ordered among themselves, so exchanges within a warp that lack bar.warp.sync are not found.
-Clusters run one after another: races between clusters are not looked for. That tcgen05.fence is missing is not found.
+Clusters run one after another: races between clusters are not looked for.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,10 +33,14 @@ from .numbers import Array
 if TYPE_CHECKING:
     from .machine import Cta, Warp
 
-# rows of a clock: what came before; what came before a fence to the async proxy (by space) or to tensor maps; and what
-# was executed before a relaxed arrival, which lets memory go but orders no access
-CAUSAL, SHARED, GLOBAL, TENSORMAP, EXECUTED = range(5)
-ROWS = 5
+Checks = bool | Literal["strict"]
+
+# rows of a clock: what came before; what came before a fence to the async proxy (by space) or to tensor maps; what was
+# executed before a relaxed arrival, which lets memory go but orders no access; what tcgen05.fence::before_thread_sync
+# announced, over or at least issued; what tcgen05 operations here come after. The last two are not handed on.
+CAUSAL, SHARED, GLOBAL, TENSORMAP, EXECUTED, ANNOUNCED, ANNOUNCED_ISSUE, TENSOR, ISSUE = range(9)
+ROWS, _HANDED_ON = 9, 7
+_ANNOUNCEMENTS, _ORDERED = slice(ANNOUNCED, ANNOUNCED_ISSUE + 1), slice(TENSOR, ISSUE + 1)
 _ROOM = 64
 
 
@@ -42,11 +55,11 @@ class Clock:
     def copy(self) -> "Clock":
         return Clock(self.seen.copy())
 
-    def join(self, other: "Clock") -> None:
+    def join(self, other: "Clock", rows: slice = slice(0, ROWS)) -> None:
         count = other.seen.shape[1]
         self.reach(count)
-        mine = self.seen[:, :count]
-        np.maximum(mine, other.seen, out=mine)
+        mine = self.seen[rows, :count]
+        np.maximum(mine, other.seen[rows], out=mine)
 
     def reach(self, count: int) -> None:
         have = self.seen.shape[1]
@@ -66,9 +79,22 @@ class Clock:
 
 
 class Actor:
-    """A warp or an operation at work. released: its clock at the last fence; pending: what it read before one."""
+    """A warp or an operation at work. released: its clock at the last fence; pending: what it read before one.
+    pipe: of tcgen05 operations, see `in_pipeline`."""
 
-    __slots__ = ("asynchronous", "clock", "index", "mask", "pc", "pending", "released", "strong", "warp", "what")
+    __slots__ = (
+        "asynchronous",
+        "clock",
+        "index",
+        "mask",
+        "pc",
+        "pending",
+        "pipe",
+        "released",
+        "strong",
+        "warp",
+        "what",
+    )
 
     def __init__(self, index: int, clock: Clock, warp: "Warp", asynchronous: bool, what: str = "", pc: int = 0):
         self.index, self.clock, self.warp, self.asynchronous, self.what, self.pc = (
@@ -83,6 +109,7 @@ class Actor:
         self.released: Clock | None = None
         self.pending: Clock | None = None
         self.strong = False
+        self.pipe: Pipe | None = None
 
     @property
     def time(self) -> int:
@@ -97,27 +124,35 @@ class Actor:
         """Hand on what this actor has seen and done; relaxed: up to its last fence."""
         if relaxed:
             if self.released is not None:
-                into.join(self.released)
+                into.join(self.released, slice(0, _HANDED_ON))
+            into.join(self.clock, _ANNOUNCEMENTS)
             into.executed(self.clock)
-            self.tick()
-            return
-        into.join(self.clock)
+        else:
+            into.join(self.clock, slice(0, _HANDED_ON))
         self.tick()
 
     def acquire(self, source: Clock, relaxed: bool = False) -> None:
         """Learn what was released; relaxed: at the next fence."""
         if not relaxed:
             self.clock.join(source)
-        elif self.pending is None:
+            return
+        self.clock.join(source, _ANNOUNCEMENTS)
+        if self.pending is None:
             self.pending = source.copy()
         else:
             self.pending.join(source)
 
     def fence(self) -> None:
         """fence.acq_rel, fence.sc, membar, fence.mbarrier_init."""
+        self._learn()
+        self._let_go()
+
+    def _learn(self) -> None:
         if self.pending is not None:
             self.clock.join(self.pending)
             self.pending = None
+
+    def _let_go(self) -> None:
         self.released = self.clock.copy()
         self.tick()
 
@@ -126,15 +161,54 @@ class Actor:
             self.clock.seen[row] = self.clock.seen[CAUSAL]
         self.tick()
 
+    def announce(self, issued: Iterable["Actor"], strict: bool) -> None:
+        """The tcgen05 operations so far come before what the others do that hear of it. issued: those of the thread
+        that may be under way.
+        """
+        seen = self.clock.seen
+        over = seen[TENSOR] if strict else np.maximum(seen[TENSOR], seen[CAUSAL])
+        np.maximum(seen[ANNOUNCED], over, out=seen[ANNOUNCED])
+        np.maximum(seen[ANNOUNCED_ISSUE], seen[ISSUE], out=seen[ANNOUNCED_ISSUE])
+        for operation in issued:
+            self.clock.reach(operation.index + 1)
+            self.clock.seen[ANNOUNCED_ISSUE, operation.index] = operation.time
+
+    def before_thread_sync(self, issued: Iterable["Actor"], strict: bool) -> None:
+        """tcgen05.fence::before_thread_sync"""
+        self.announce(issued, strict)
+        self._let_go()
+
+    def after_thread_sync(self) -> None:
+        """tcgen05.fence::after_thread_sync: what others announced comes before the tcgen05 operations from here on. The
+        ISA says so of tcgen05 alone; operands in shared memory count as waited for as well.
+        """
+        self._learn()
+        ordered = self.clock.seen[_ORDERED]
+        np.maximum(ordered, self.clock.seen[_ANNOUNCEMENTS], out=ordered)
+        self.tick()
+
+
+Pipe = tuple[str, ...]  # ("cp",), ("shift",), or of an MMA with what must be the same: accumulator, shape and kind
+
+
+def in_pipeline(first: Pipe, then: Pipe, one_thread: bool) -> bool:
+    """Whether these tcgen05 operations are carried out in the order of issue."""
+    if then[0] == "mma":
+        return first[0] in ("cp", "shift") or first == then
+    if then[0] == "shift":
+        return first[0] in ("mma", "shift")
+    return first[0] == "shift" or one_thread
+
 
 class _Site:
     """An event: actor and time, and where it came from."""
 
-    __slots__ = ("actor", "asynchronous", "pc", "strong", "time", "warp", "what")
+    __slots__ = ("actor", "asynchronous", "pc", "pipe", "strong", "time", "warp", "what")
 
     def __init__(self, actor: Actor):
         self.actor, self.time, self.asynchronous = actor.index, actor.time, actor.asynchronous
         self.warp, self.pc, self.what, self.strong = actor.warp, actor.pc, actor.what, actor.strong
+        self.pipe = actor.pipe
 
     def __str__(self) -> str:
         place = self.warp.describe(self.pc, None, "").strip()
@@ -144,14 +218,15 @@ class _Site:
 class Hazards:
     """The actors and events of one cluster. current: whose access it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
         self.current: Actor | None = None
         self.actors = 0
         self.sites: list[_Site | None] = [None]
         self._site_ids: dict[tuple[int, int, int, bool], int] = {}
-        self.sets: list[tuple[int, ...]] = [()]
+        self.sets: list[tuple[int, ...]] = [()]  # of readers
         self._set_ids: dict[tuple[int, ...], int] = {(): 0}
-        self._merged: dict[tuple[int, int], int] = {}
+        self._merged: dict[tuple[int, int, bool], int] = {}
         self._chains: dict[Any, Actor] = {}
         self._idle: list[tuple[int, int]] = []  # actor and last time of operations that are over
         self._locations: dict[tuple[str, int], Clock] = {}
@@ -170,8 +245,17 @@ class Hazards:
         clock.seen[CAUSAL, index] = 1
         return Actor(index, clock, warp, asynchronous=False)
 
-    def operation(self, what: str, chain: Any = None, asynchronous: bool = True) -> Actor:
-        """Something that the current actor starts. Operations of one chain are carried out in order."""
+    def operation(
+        self,
+        what: str,
+        chain: Any = None,
+        asynchronous: bool = True,
+        after: Iterable[Actor] = (),
+        pipe: Pipe | None = None,
+    ) -> Actor:
+        """Something that the current actor starts. Operations of one chain are carried out in order. after: further
+        operations that come before it.
+        """
         by = self.current
         assert by is not None
         if chain is not None:
@@ -182,10 +266,13 @@ class Hazards:
                 clock.join(before.clock)
         else:
             index, clock = self._slot(by), by.clock.copy()
+        for earlier in after:
+            clock.join(earlier.clock)
         clock.reach(index + 1)
         clock.seen[CAUSAL, index] += 1
+        clock.seen[TENSOR, index] = clock.seen[CAUSAL, index]
         done = Actor(index, clock, by.warp, asynchronous, what, by.pc)
-        done.mask = by.mask
+        done.mask, done.pipe = by.mask, pipe
         if chain is not None:
             self._chains[chain] = done
         by.tick()
@@ -198,10 +285,6 @@ class Hazards:
                 del self._idle[n]
                 return index
         return self._actor()
-
-    def last(self, chain: Any) -> Actor | None:
-        """The newest operation of a chain."""
-        return self._chains.get(chain)
 
     def retire(self, operation: Actor) -> None:
         self._idle.append((operation.index, operation.time))
@@ -234,18 +317,46 @@ class Hazards:
         site = self.sites[event]
         return site is None or actor.clock.covers(row, site.actor, site.time)
 
-    def merged(self, readers: int, event: int, actor: Actor) -> int:
+    def comes_after(self, event: int, actor: Actor, tensor: bool) -> bool:
+        """Whether the actor's accesses come after an event; tensor: both are of tensor memory."""
+        if not tensor:
+            return self.ordered(event, actor, CAUSAL)
+        if self.ordered(event, actor, TENSOR):
+            return True
+        # dealloc is no asynchronous operation, so that no tcgen05.fence is wanted before it
+        if (not self.strict or not actor.what) and self.ordered(event, actor, CAUSAL):
+            return True
+        site = self.sites[event]
+        assert site is not None
+        piped = site.pipe and actor.pipe and in_pipeline(site.pipe, actor.pipe, one_thread=False)
+        return bool(piped) and self.ordered(event, actor, ISSUE)
+
+    def missing(self, event: int, actor: Actor, tensor: bool) -> str:
+        """What would order an access after an event, where that is plain to see."""
+        site = self.sites[event]
+        assert site is not None
+        if tensor and self.ordered(event, actor, CAUSAL):
+            return (
+                "; no tcgen05.fence::before_thread_sync and tcgen05.fence::after_thread_sync are on both sides of the "
+                "synchronisation between them"
+            )
+        waits = {"tcgen05.ld": "tcgen05.wait::ld", "tcgen05.st": "tcgen05.wait::st"}
+        return f" ({waits[site.what]} would wait for it)" if site.what in waits else ""
+
+    def merged(self, readers: int, event: int, actor: Actor, tensor: bool) -> int:
         """The set of readers with one more; those that it comes after need not be kept."""
-        key = (readers, event)
+        key = (readers, event, tensor)
         found = self._merged.get(key)
         if found is None:
-            kept = tuple(s for s in self.sets[readers] if not self.ordered(s, actor, CAUSAL) or s == event)
-            new = kept if event in kept else (*kept, event)
-            found = self._set_ids.get(new)
-            if found is None:
-                found = self._set_ids[new] = len(self.sets)
-                self.sets.append(new)
-            self._merged[key] = found
+            kept = tuple(s for s in self.sets[readers] if not self.comes_after(abs(s), actor, tensor) or s == event)
+            found = self._merged[key] = self.set_of(kept if event in kept else (*kept, event))
+        return found
+
+    def set_of(self, events: tuple[int, ...]) -> int:
+        found = self._set_ids.get(events)
+        if found is None:
+            found = self._set_ids[events] = len(self.sets)
+            self.sets.append(events)
         return found
 
     def location(self, space: str, address: int) -> Clock:
@@ -278,8 +389,15 @@ class Hazards:
 class Shadow:
     """Last writer and readers since, for each place of a memory. name: of a place, by its index."""
 
-    def __init__(self, hazards: Hazards, shape: int | tuple[int, ...], fence: int, name: Callable[[Any], str]):
-        self.hazards, self.fence, self.name = hazards, fence, name
+    def __init__(
+        self,
+        hazards: Hazards,
+        shape: int | tuple[int, ...],
+        fence: int,
+        name: Callable[[Any], str],
+        tensor: bool = False,
+    ):
+        self.hazards, self.fence, self.name, self.tensor = hazards, fence, name, tensor
         self.writer = np.zeros(shape, np.int32)
         self.readers = np.zeros(shape, np.int32)
 
@@ -293,45 +411,80 @@ class Shadow:
         readers = self.readers[index]
         known = _distinct(readers)
         if len(known) == 1:
-            new = hazards.merged(known[0], event, actor)
+            new = hazards.merged(known[0], event, actor, self.tensor)
             if new != known[0]:
                 self.readers[index] = new
         else:
-            table = {old: hazards.merged(old, event, actor) for old in known}
+            table = {old: hazards.merged(old, event, actor, self.tensor) for old in known}
             changed = readers.copy()
             for old, new in table.items():
                 changed[readers == old] = new
             self.readers[index] = changed
         return event
 
-    def write(self, index: Any) -> int:
-        """The current actor writes these places; returns the event. Raises Fault."""
+    def write(self, index: Any, unchanged: Callable[[], Array] | None = None) -> int:
+        """The current actor writes these places; returns the event. unchanged: which of them hold what is written
+        already. Raises Fault.
+        """
         hazards = self.hazards
         actor = hazards.current
         assert actor is not None
         event = hazards.site(actor)
-        self._check_writers(index, actor, "written", None)
+        same: list[tuple[Array, int]] = []  # places and their unordered writers
+
+        def harmless(where: Array, writer: int) -> bool:
+            if unchanged is None or not unchanged()[where].all():
+                return False
+            same.append((where, writer))
+            return True
+
+        self._check_writers(index, actor, "written", None, harmless)
         readers = self.readers[index]
         for known in _distinct(readers):
-            for reader in hazards.sets[known]:
-                site = hazards.sites[reader]
+            for other in hazards.sets[known]:
+                site = hazards.sites[abs(other)]
                 assert site is not None
-                if not hazards.ordered(reader, actor, CAUSAL) and not (site.strong and actor.strong):
-                    place = self._place(index, readers == known)
-                    raise Fault(f"data race: {place} is written, with no order after it was read by {site}")
+                if hazards.comes_after(abs(other), actor, self.tensor) or (site.strong and actor.strong):
+                    continue
+                where = readers == known
+                if other > 0 or not harmless(where, -other):
+                    before = "read" if other > 0 else "written"
+                    raise self._race(self._place(index, where), "written", before, abs(other), actor)
         self.writer[index] = event
-        self.readers[index] = 0
+        self.readers[index] = self._with_writers(readers.shape, same) if same else 0
         return event
 
-    def _check_writers(self, index: Any, actor: Actor, verb: str, fence: int | None) -> None:
+    def _with_writers(self, shape: tuple[int, ...], same: list[tuple[Array, int]]) -> Array:
+        """Writers of one value that know nothing of each other stand among the readers, negated: whoever writes
+        something else must come after all of them."""
+        hazards, out = self.hazards, np.zeros(shape, np.int32)
+        for where, writer in same:
+            for known in _distinct(out[where]):
+                out[where & (out == known)] = hazards.set_of((*hazards.sets[known], -writer))
+        return out
+
+    def forget(self, index: Any) -> None:
+        """These places are somebody's anew."""
+        self.writer[index] = self.readers[index] = 0
+
+    def _check_writers(
+        self,
+        index: Any,
+        actor: Actor,
+        verb: str,
+        fence: int | None,
+        harmless: Callable[[Array, int], bool] | None = None,
+    ) -> None:
         hazards, writers = self.hazards, self.writer[index]
         for event in _distinct(writers):
             site = hazards.sites[event]
             if site is None or (site.strong and actor.strong):
                 continue
-            if not hazards.ordered(event, actor, CAUSAL):
-                place = self._place(index, writers == event)
-                raise Fault(f"data race: {place} is {verb}, with no order after it was written by {site}")
+            if not hazards.comes_after(event, actor, self.tensor):
+                where = writers == event
+                if harmless is not None and harmless(where, event):
+                    continue
+                raise self._race(self._place(index, where), verb, "written", event, actor)
             row = fence if fence is not None else self.fence if actor.asynchronous else CAUSAL
             if row != CAUSAL and not site.asynchronous and not hazards.ordered(event, actor, row):
                 place = self._place(index, writers == event)
@@ -340,6 +493,12 @@ class Shadow:
                     f"no proxy fence: {place} is {verb} by the async proxy, and no {kind} lies between "
                     f"that and its writing by {site}"
                 )
+
+    def _race(self, place: str, verb: str, before: str, event: int, actor: Actor) -> Fault:
+        missing = self.hazards.missing(event, actor, self.tensor)
+        return Fault(
+            f"data race: {place} is {verb}, with no order after it was {before} by {self.hazards.sites[event]}{missing}"
+        )
 
     def _place(self, index: Any, which: Array) -> str:
         if isinstance(index, slice):

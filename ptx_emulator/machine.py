@@ -11,6 +11,7 @@ a wrong result under one is a proof of the contrary.
 """
 
 import random
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 from . import processes
 from .blas import one_thread
 from .errors import DeadlockError, Fault
-from .hazards import Actor, Hazards
+from .hazards import Actor, Checks, Hazards
 from .memory import PARAM_WINDOW, RANK_SHIFT, Block, GlobalMemory, SharedMemory
 from .numbers import U32, Array
 from .statistics import BankCounter, Statistics, Tally
@@ -200,7 +201,7 @@ class Cluster:
 
     def __init__(self, launch: "Launch", index: Dim3):
         self.launch, self.index = launch, index
-        self.hazards = Hazards()
+        self.hazards: Hazards = Hazards(launch.races == "strict")
         if launch.races:
             launch.memory.watch(self.hazards)
         cx, cy, cz = launch.cluster
@@ -282,7 +283,7 @@ class Cluster:
 
 
 class Launch:
-    """One kernel launch. `run` carries it out and returns its statistics."""
+    """One kernel launch. `run` carries it out, writes to stdout what it printed, and returns its statistics."""
 
     def __init__(
         self,
@@ -296,7 +297,7 @@ class Launch:
         dynamic_shared: int = 0,
         schedule: str = "round",
         seed: int | None = None,
-        races: bool = True,
+        races: Checks = True,
     ):
         kernel = program.kernel
         if schedule not in SCHEDULES:
@@ -320,6 +321,7 @@ class Launch:
         self.seed = seed
         self.random: random.Random | None = None
         self.waiting: deque[Dim3] = deque()  # clusters that have not started
+        self.printed: list[str] = []
         self.params = Block(PARAM_WINDOW, program.pack(params), "parameters", writable=False)
         self.statistics = Statistics(
             kernel.name,
@@ -341,11 +343,14 @@ class Launch:
         """In `count` processes, see `processes`. Raises Fault."""
         if count < 1:
             raise ValueError(f"processes must be 1 or more, got {count}")
-        with one_thread():
-            if count == 1:
-                self.run_clusters(self.places())
-            else:
-                processes.run(self, count)
+        try:
+            with one_thread():
+                if count == 1:
+                    self.run_clusters(self.places())
+                else:
+                    processes.run(self, count)
+        finally:
+            sys.stdout.write("".join(self.printed))
         return self.statistics
 
     def cancel(self) -> Dim3 | None:

@@ -124,21 +124,28 @@ class GlobalMemory:
         self.note(block, place, write, fence)
         return block.data[place]
 
-    def note(self, block: Block, index: Any, write: bool = False, fence: int | None = None) -> None:
-        """The current actor reads or writes these bytes of a block. Raises Fault for a race."""
+    def note(
+        self,
+        block: Block,
+        index: Any,
+        write: bool = False,
+        fence: int | None = None,
+        unchanged: Callable[[], Array] | None = None,
+    ) -> None:
+        """The current actor reads or writes these bytes of a block, see `Shadow`. Raises Fault for a race."""
         if self.marks is not None:
             self.marks.note(block, index, write)
         if self.hazards is not None:
             shadow = block.shadow(self.hazards)
             if write:
-                shadow.write(index)
+                shadow.write(index, unchanged)
             else:
                 shadow.read(index, fence)
 
     def load(self, address: Array, size: int, count: int) -> list[Array]:
         """[lanes] addresses -> `count` arrays of `size`-byte unsigned integers."""
         self.loaded += len(address) * size * count
-        block, index = self._locate(address, size, count, False)
+        block, index = self._locate(address, size, count)
         if block is not None:
             view = block.views[size]
             return [view[index + j] for j in range(count)]
@@ -147,7 +154,7 @@ class GlobalMemory:
 
     def store(self, address: Array, size: int, values: Sequence[Array]) -> None:
         self.stored += len(address) * size * len(values)
-        block, index = self._locate(address, size, len(values), True)
+        block, index = self._locate(address, size, len(values), values)
         if block is not None:
             view = block.views[size]
             for j, value in enumerate(values):
@@ -157,8 +164,11 @@ class GlobalMemory:
             row = np.array([v[lane] for v in values], UINT[size]).view(np.uint8)
             self.bytes(int(a), len(row), True)[:] = row
 
-    def _locate(self, address: Array, size: int, count: int, write: bool) -> tuple[Block | None, Any]:
-        total = size * count
+    def _locate(
+        self, address: Array, size: int, count: int, values: Sequence[Array] | None = None
+    ) -> tuple[Block | None, Any]:
+        """values: what is written."""
+        write, total = values is not None, size * count
         check_aligned(address, total, "global")
         low, high = int(address.min()), int(address.max())
         block = self._find(low, high + total - low)
@@ -171,7 +181,8 @@ class GlobalMemory:
             raise Fault(f"global address {low:#x}: {block.name} is read-only")
         offset = (address - U64(block.base)).astype(np.int64)
         if self.hazards is not None or self.marks is not None:
-            self.note(block, _spread(offset, total), write)
+            index = _spread(offset, total)
+            self.note(block, index, write, unchanged=lambda: block.data[index] == _as_bytes(values, size))
         return block, offset // size
 
 
@@ -241,7 +252,8 @@ class SharedMemory:
 
     def store(self, offset: Array, size: int, values: Sequence[Array]) -> None:
         self._check_lanes(offset, size * len(values))
-        self._writing(_spread(offset, size * len(values)))
+        index = _spread(offset, size * len(values))
+        self._writing(index, lambda: self.data[index] == _as_bytes(values, size))
         self.stored += len(offset) * size * len(values)
         first = offset // size
         for j, value in enumerate(values):
@@ -255,10 +267,10 @@ class SharedMemory:
         if self._cta is not None:
             self._visited(self._cta, self._shadow.read(index))
 
-    def _writing(self, index: Any) -> None:
+    def _writing(self, index: Any, unchanged: Callable[[], Array] | None = None) -> None:
         self.written[index] = True
         if self._cta is not None:
-            self._visited(self._cta, self._shadow.write(index))
+            self._visited(self._cta, self._shadow.write(index, unchanged))
 
     def _visited(self, cta: "Cta", event: int) -> None:
         """What is not a warp of this CTA must be known to be over when the CTA ends."""
@@ -277,6 +289,12 @@ class SharedMemory:
 def _spread(offset: Array, total: int) -> Array:
     """Offsets of all bytes of accesses of `total` bytes, [lanes, total]."""
     return offset[:, None] + np.arange(total)
+
+
+def _as_bytes(values: Sequence[Array] | None, size: int) -> Array:
+    """Vectors of elements, one a lane, as [lanes, bytes]."""
+    assert values is not None
+    return np.stack([np.asarray(v, UINT[size]) for v in values], 1).view(np.uint8)
 
 
 def check_aligned(address: Array, total: int, space: str) -> None:

@@ -22,13 +22,15 @@ from .tcgen05_copy import cp, ld, shift, st
 from .tcgen05_memory import (
     COLUMNS,
     TensorMemory,
-    done_at,
     group,
+    issued,
     members_of,
     pair_of,
+    pending,
     submit,
     tensor_memory,
     under_way,
+    waited,
 )
 from .tcgen05_mma import mma
 
@@ -61,14 +63,16 @@ def _tcgen05(i: Instruction, p: Program) -> Run:
 
 
 def _fence(i: Instruction, p: Program) -> Run:
-    """Carries the order of the relaxed arrivals and waits beside it (PTX ISA, "Canonical synchronization patterns"),
-    here for every access and not only for those of tensor memory."""
+    """Orders tcgen05 operations across threads, with the synchronisation beside it ("Canonical synchronization
+    patterns")."""
+    if i.op[1] == "fence:after_thread_sync":
+        return lambda w, m: w.actor.after_thread_sync()
 
-    def run(w: Warp, m: Mask) -> str | None:
-        w.actor.fence()
+    def before(w: Warp, m: Mask) -> str | None:
+        w.actor.before_thread_sync(issued(w, m), w.cta.cluster.hazards.strict)
         return None
 
-    return run
+    return before
 
 
 def _wait(i: Instruction, p: Program) -> Run:
@@ -76,9 +80,8 @@ def _wait(i: Instruction, p: Program) -> Run:
     kind = i.op[1].partition(":")[2]
 
     def run(w: Warp, m: Mask) -> str | None:
-        clock = done_at(w, kind)
-        if clock is not None:
-            w.actor.acquire(clock)
+        for operation in pending(w, kind):
+            waited(w, kind, operation)
         return None
 
     return run
@@ -242,10 +245,13 @@ def _commit(i: Instruction, p: Program) -> Run:
             ranks = [r for r in range(16) if int(mask(w)[lane]) >> r & 1] if mask else [at >> RANK_SHIFT]
 
             def work(at: int = at, ranks: list[int] = ranks) -> None:
+                hazards = w.cta.cluster.hazards
+                assert hazards.current is not None
+                hazards.current.announce((), hazards.strict)
                 for rank in ranks:
                     mbarrier_of(shared_of(w, rank), at & _OFFSET).arrive(1)
 
-            submit(w, members, work, touches=False)
+            submit(w, int(lane), members, work, ("commit",), touches=False)
         return None
 
     return run

@@ -10,7 +10,7 @@ from ..machine import LANES, Cta, Warp
 from ..numbers import Array
 from ..parser import Imm, Instruction
 from ..program import Mask, Program, Run, constant, uniform, unknown
-from .tcgen05_memory import PARTITION, ROWS, at_once, done_at, group, pair_of, submit, tensor_memory
+from .tcgen05_memory import PARTITION, ROWS, at_once, group, pair_of, submit, tensor_memory, waited
 
 _ALL = np.ones(LANES, bool)
 
@@ -122,17 +122,18 @@ def ld(i: Instruction, p: Program) -> Run:
         def read() -> Array:
             return np.hstack([memory.read(lanes, column + s, f.width, "tcgen05.ld") for s in f.starts])
 
-        for write, value in zip(writes, f.gather(at_once(w, "ld", read)), strict=True):
+        values, w.state[run] = at_once(w, "ld", read)
+        for write, value in zip(writes, f.gather(values), strict=True):
             write(w, value, m)
-        w.state[run] = done_at(w, "ld")
         return None
 
     def use(w: Warp) -> None:
-        """A register that was loaded is named: it is there, whether or not a tcgen05.wait::ld says so. The ISA wants
-        one; CuTe DSL leaves it out where the value's use follows, and the hardware then waits for the register."""
-        clock = w.state.pop(run, None)
-        if clock is not None:
-            w.actor.acquire(clock)
+        """A register that was loaded is named: its value is there (PTX ISA, "Register dependencies, same thread"), and
+        so tensor memory was read. The ISA leaves open whether the latter follows; CuTe DSL relies on it.
+        """
+        operation = w.state.pop(run, None)
+        if operation is not None and not w.cta.cluster.hazards.strict:
+            waited(w, "ld", operation)
 
     p.before_use(p.vector(i.operands[0]), use)
     return run
@@ -204,7 +205,7 @@ def cp(i: Instruction, p: Program) -> Run:
                         tensor_memory(cta).write(lanes + first, column, rows, "tcgen05.cp")
 
             w.cta.cluster.launch.statistics.events["tcgen05.cp"] += 1
-            submit(w, members, work)
+            submit(w, int(lane), members, work, ("cp",))
         return None
 
     return run
@@ -237,7 +238,7 @@ def shift(i: Instruction, p: Program) -> Run:
                 for cta in members:
                     tensor_memory(cta).shift(lane, column, "tcgen05.shift")
 
-            submit(w, members, work)
+            submit(w, int(at), members, work, ("shift",))
         return None
 
     return run

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import Fault
-from ..hazards import CAUSAL, Clock, Shadow
+from ..hazards import CAUSAL, Actor, Clock, Pipe, Shadow, in_pipeline
 from ..machine import Cta, Warp
 from ..numbers import Array
 from ..parser import Instruction
-from ..program import FINISHERS
+from ..program import FINISHERS, Mask
 
 ROWS, COLUMNS = 128, 512
 PARTITION = 32  # lanes of a sub-partition
 _GROUP, _UNDER_WAY = "tcgen05 cta_group", "tcgen05 work"
+_ISSUED, _PENDING = "tcgen05 issued", "tcgen05 pending"
 
 Lanes = slice | Array
 
@@ -37,6 +38,7 @@ class TensorMemory:
                 (ROWS, COLUMNS),
                 CAUSAL,
                 lambda at: f"lane {at[0]}, column {at[1]} of tensor memory (rank {cta.rank})",
+                tensor=True,
             )
         self.words = np.full((ROWS, COLUMNS), 0xDEADBEEF, np.uint32)
         self.written = np.zeros((ROWS, COLUMNS), bool)
@@ -52,6 +54,8 @@ class TensorMemory:
         self.least = min(self.least, columns)
         self.most = max(self.most, sum(self.allocated.values()))
         self.written[:, first : first + columns] = False
+        if self.shadow is not None:
+            self.shadow.forget((slice(0, ROWS), slice(first, first + columns)))
 
     def free(self, first: int) -> None:
         columns = self.allocated[first]
@@ -159,10 +163,13 @@ def group(w: Warp, ctas: int, what: str) -> list[Cta]:
 # --- carrying out ---
 
 
-def submit(w: Warp, members: list[Cta], work: Callable[[], None], touches: bool = True) -> None:
-    """Work of these CTAs' tensor cores; `touches` unless it leaves tensor memory alone."""
-    queue = ("tcgen05", len(members), w.cta.rank)
-    operation = w.cta.cluster.hazards.operation(queue[0], chain=(*queue, w.index))
+def submit(w: Warp, lane: int, members: list[Cta], work: Callable[[], None], pipe: Pipe, touches: bool = True) -> None:
+    """Work of these CTAs' tensor cores that a thread issues; `touches` unless it leaves tensor memory alone."""
+    hazards, queue = w.cta.cluster.hazards, ("tcgen05", len(members), w.cta.rank)
+    issued = _issued(w).setdefault(lane, {})
+    before = [x for x in issued.values() if x.pipe is not None and in_pipeline(x.pipe, pipe, one_thread=True)]
+    chain = (*queue, w.index, lane, pipe)
+    operation = issued[pipe] = hazards.operation(f"tcgen05.{pipe[0]}", chain, after=before, pipe=pipe)
     if not touches:
         w.cta.cluster.submit(queue, work, operation)
         return
@@ -177,19 +184,38 @@ def submit(w: Warp, members: list[Cta], work: Callable[[], None], touches: bool 
     w.cta.cluster.submit(queue, run, operation)
 
 
+def _issued(w: Warp) -> dict[int, dict[Pipe, Actor]]:
+    """The newest operation of each pipe that the lanes of a warp have issued."""
+    found: dict[int, dict[Pipe, Actor]] = w.state.setdefault(_ISSUED, {})
+    return found
+
+
+def issued(w: Warp, m: Mask) -> list[Actor]:
+    """Operations of these lanes that may be under way."""
+    return [x for lane, pipes in _issued(w).items() if m is None or m[lane] for x in pipes.values()]
+
+
 def under_way(cta: Cta) -> bool:
     """Whether submitted work on this CTA's tensor memory is not yet carried out."""
     return bool(cta.state.get(_UNDER_WAY))
 
 
-def at_once(w: Warp, kind: str, work: Callable[[], Any]) -> Any:
-    """A tcgen05.ld or .st of this warp."""
+def at_once(w: Warp, kind: str, work: Callable[[], Any]) -> tuple[Any, Actor]:
+    """A tcgen05.ld or .st of this warp: its result, and the operation, which is over once it is waited for."""
     hazards = w.cta.cluster.hazards
-    operation = hazards.operation(f"tcgen05.{kind}", chain=(kind, w.cta.rank, w.index), asynchronous=False)
-    return hazards.perform(operation, work)
+    operation = hazards.operation(f"tcgen05.{kind}", asynchronous=False)
+    result = hazards.perform(operation, work)
+    w.state.setdefault((_PENDING, kind), {})[operation] = None
+    return result, operation
 
 
-def done_at(w: Warp, kind: str) -> Clock | None:
-    """What is known once the newest tcgen05.ld or .st of this warp is over."""
-    last = w.cta.cluster.hazards.last((kind, w.cta.rank, w.index))
-    return None if last is None else last.clock
+def pending(w: Warp, kind: str) -> list[Actor]:
+    """tcgen05.ld or .st of this warp that nobody has waited for."""
+    return list(w.state.get((_PENDING, kind), ()))
+
+
+def waited(w: Warp, kind: str, operation: Actor) -> None:
+    """This warp knows that a tcgen05.ld or .st is over."""
+    if w.state[_PENDING, kind].pop(operation, operation) is None:
+        w.actor.acquire(operation.clock)
+        w.cta.cluster.hazards.retire(operation)

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..descriptors import KINDS, Kind, blackwell, instruction_descriptor, k_major, mn_major, uncontained, unpacked
 from ..errors import Fault, UnknownInstructionError
+from ..hazards import Pipe
 from ..machine import LANES, Cta, Warp
 from ..numbers import SMALL, U32, Array, from_bf16, to_tf32
 from ..parser import Address, Instruction, Vec
@@ -78,7 +79,7 @@ def mma(i: Instruction, p: Program) -> Run:
             job = Mma(form, members, [int(x(w)[lane]) for x in words], bool(enable(w)[lane]), off)
             what = f"tcgen05 {kind.name} {job.idesc.m}x{job.idesc.n}x{kind.k}"
             w.cta.cluster.launch.statistics.count_mma(what, 2 * job.idesc.m * job.idesc.n * kind.k)
-            submit(w, members, job)
+            submit(w, int(lane), members, job, job.pipe)
         return None
 
     return run
@@ -132,6 +133,11 @@ class Mma:
                 raise UnknownInstructionError("the emulator does not know A of tensor memory with .ws and M < 128")
         if form.shifts and self.idesc.m == 64:
             raise Fault("tcgen05.mma: .ashift with M = 64")
+
+    @property
+    def pipe(self) -> Pipe:
+        """What MMAs have in common that are carried out in order (PTX ISA, "Pipelined tcgen05 Instructions")."""
+        return "mma", self.form.kind.name, f"{self.idesc.m}x{self.idesc.n}", f"{self.d:#x}"
 
     def __call__(self) -> None:
         b = np.concatenate([self.operand_b(cta) for cta in self.ctas])  # [n, k]

@@ -48,11 +48,17 @@ KERNELS = r"""
 read after write: RACE
     WRITE [[SYNC]] READ
 write after write: RACE
-    WRITE [[SYNC]] @%p2 st.shared.b32 [%r3], %r4;
+    WRITE [[SYNC]] @%p2 st.shared.b32 [%r3], %r0;
+the same value written twice: RACE
+    WRITE @%p2 st.shared.b32 [%r3], %r[[4|0]];
+global, the same value written twice: RACE
+    @%p1 st.global.b32 [%rd3], %r4; @%p2 st.global.b32 [%rd3], %r[[4|0]];
+another value after both of its writers: RACE
+    WRITE @%p1 st.shared.b32 [%r3], %r4; @%p2 st.shared.b32 [%r3], %r4; [[SYNC]] @%p2 st.shared.b32 [%r3], %r0;
 write after read: RACE
     WRITE SYNC @%p1 ld.shared.b32 %r8, [%r3]; [[SYNC]] @%p2 st.shared.b32 [%r3], %r0;
 of a byte among others: RACE
-    @%p1 st.shared.u8 [%r3+3], %r4; SYNC @%p2 st.shared.u8 [%r3+[[2|3]] ], %r4;@%p1 st.shared.u8 [%r3+3], %r4;
+    @%p1 st.shared.u8 [%r3+3], %r4; SYNC @%p2 st.shared.u8 [%r3+[[2|3]] ], %r0;@%p1 st.shared.u8 [%r3+3], %r4;
 named barrier: RACE
     WRITE @%p1 bar.arrive 3, 64; [[@%p2 bar.sync 3, 64;|@%p2 bar.arrive 3, 64;]] READ
 mbarrier not waited for: RACE|never written
