@@ -1,9 +1,9 @@
 """gemm_nvfp4_sm100 as far as a machine without a B200 can tell: it compiles for sm_100a, fits, asks the tensor core for
-the right thing, and its layouts agree with the formulas of the PTX ISA. Only the last test executes it, on a B200.
+the right thing, and its layouts agree with the formulas of the PTX ISA. Only the last test executes it, on a B200;
+tests/ptx_emulator/test_gemm_nvfp4_sm100.py executes its PTX. `sweep_sm100` does both for the whole of SPACE.
 """
 
 import functools
-import itertools
 import json
 import re
 from pathlib import Path
@@ -21,20 +21,27 @@ from fp4suite.problem import GemmProblem
 from kernels_cute import build as cross, gemm_nvfp4_sm100 as kernel
 from kernels_cute.gemm_nvfp4_sm100 import Config
 
+from . import sm100_cases
+
 
 def problem(**changes) -> GemmProblem:
-    return GemmProblem(**{"m": 300, "n": 520, "k": 832, "act": "nvfp4"} | changes)
+    return GemmProblem(**{"m": 7, "n": 576, "k": 64 * 129, "act": "nvfp4"} | changes)
 
 
-EVERY = [Config(**dict(zip(kernel.SPACE, values, strict=True))) for values in itertools.product(*kernel.SPACE.values())]
-CONFIGS = [config for config in EVERY if kernel.supports(problem(), config) is None]
+CONFIGS = [*sm100_cases.by_value(), Config(mma_ctas=2, cluster_m=4, cluster_n=2), Config(cluster_m=2)]
 TILES = list({(c.tile_n, c.mma_ctas): c for c in CONFIGS}.values())  # one config a shape of the MMA
 
 
-def test_space_holds_single_and_paired_ctas_with_and_without_multicast():
-    assert len(EVERY) == 36
-    assert len(CONFIGS) == 30  # without the pairs in clusters of one row
-    assert Config() in CONFIGS
+def test_space_holds_what_the_sets_of_configs_are_to_cover():
+    every, covering = sm100_cases.every(), sm100_cases.covering()
+    assert len(every) == 223
+    assert Config() in every
+    pairs = {(c.tile_n, c.mma_ctas, c.cluster_m, c.cluster_n) for c in every}
+    assert {(c.tile_n, c.mma_ctas, c.cluster_m, c.cluster_n) for c in covering} == pairs
+    for chosen in (covering, CONFIGS):
+        for knob, values in kernel.SPACE.items():
+            assert {getattr(c, knob) for c in chosen} == set(values)
+    assert len(TILES) >= 8
 
 
 # --- what the compiler makes of it ------------------------------------------------------------------------------------
@@ -45,15 +52,15 @@ def built(config: Config, out: str = "bf16", segments: int = 1) -> Built:
     return kernel.build(problem(out=out, segments=segments), config)
 
 
-# each tile shape is compiled for both outputs, the clusters by turns
+# outputs and segments by turns
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_config_fits(config):
-    variants = [("bf16", 1), ("fp32", 3)]
-    for out, segments in variants if config in TILES else variants[CONFIGS.index(config) % 2 :][:1]:
+def test_configs_fit(config):
+    variants = [("bf16", 1), ("fp32", 3), ("nvfp4", 3), ("bf16", 3), ("nvfp4", 1)]
+    for out, segments in {variants[CONFIGS.index(config) % 5], ("bf16", 1)}:
         made = built(config, out, segments)
         found, want = resources(made), kernel.budget(config)
         assert found.spill_bytes == 0
-        assert found.registers <= 128
+        assert found.registers <= 168
         assert made.shared_bytes == want.shared_bytes <= MAX_SHARED_BYTES["sm_100a"]
         assert made.tmem_columns == want.tmem_columns <= TMEM_COLUMNS
         _check_instructions(made.ptx, config)
@@ -121,10 +128,11 @@ def test_shared_memory_descriptors(config):
     """
     version = 1 << 46
     codes = 2 << 61 | version | 1024 // 16 << 32
+    few = 2 << 61 | version if config.tile_n == 8 * config.mma_ctas else codes  # there are no next eight rows
     scales = version | 128 // 16 << 32
     ptx = built(config).ptx
     found = [int(c) for c in re.findall(r"or\.b64\s+%rd\d+, %rd\d+, (\d+);", ptx)]
-    assert sorted(c & ~(0x3FFF << 16) for c in found) == [scales, scales, codes, codes]
+    assert sorted(c & ~(0x3FFF << 16) for c in found) == sorted([scales, scales, codes, few])
     assert {c >> 16 & 0x3FFF for c in found} == {1}  # of no meaning for one atom along k
 
 
@@ -156,6 +164,10 @@ def axes(*sizes: int) -> list[torch.Tensor]:
     """Coordinates along each axis of a grid, each to be broadcast against the others."""
     rank = len(sizes)
     return [torch.arange(n).reshape([n if i == axis else 1 for i in range(rank)]) for axis, n in enumerate(sizes)]
+
+
+def tensor_memory():
+    return cute.make_ptr(cutlass.Float32, 0, cute.AddressSpace.tmem, assumed_align=16)
 
 
 def _numbers(nested) -> list[int]:
@@ -239,31 +251,35 @@ def test_codes_in_shared_memory(config):
 
 @pytest.mark.parametrize("config", TILES, ids=str)
 def test_accumulators_in_tensor_memory(config):
-    """Row r of a CTA's tile in lane r, a column of d in each column, stages side by side."""
+    """Row r of a CTA's tile in lane r, a column of d in each column, two accumulators side by side."""
     gemm = kernel.GemmNvfp4Sm100(config, "bf16", 1)
-    stages = gemm.budget.acc_stages
 
     def found():
-        mma = gemm.tiled_mma()
-        return table(mma.make_fragment_C(cute.append(mma.partition_shape_C(gemm.mma_tile[:2]), stages)).layout)
+        return table(gemm.accumulator(tensor_memory(), gemm.tiled_mma()).layout)
 
-    row, column, _, _, stage = axes(128, config.tile_n, 1, 1, stages)
-    assert torch.equal(traced(found), (row << 16) + column + stage * config.tile_n)
+    row, column, _, _, slot = axes(128, config.tile_n, 1, 1, 2)
+    # with 256 columns the second lies behind the first as far as the scales leave room
+    stride = min(config.tile_n, 512 - 16 - 4 * max(config.tile_n, 128) // 32 - config.tile_n)
+    assert torch.equal(traced(found), (row << 16) + column + slot * stride)
 
 
-@pytest.mark.parametrize("out", ["bf16", "fp32"])
-def test_epilogue_gives_each_thread_a_row(out):
-    """Thread t reads lane t, which its warp may, and all columns of a store in order: `scale` finds alpha by them."""
-    gemm = kernel.GemmNvfp4Sm100(Config(), out, 1)
+@pytest.mark.parametrize(
+    ("config", "out"),
+    [(Config(), "bf16"), (Config(), "fp32"), (Config(), "nvfp4"), (Config(tile_n=16, swap_ab=True), "bf16")],
+    ids=str,
+)
+def test_epilogue_gives_each_thread_a_row(config, out):
+    """Thread t reads lane t, which its warp may, and all columns of a part in order: `scale` finds alpha by them."""
+    gemm = kernel.GemmNvfp4Sm100(config, out, 1)
+    width = gemm.finish.width
 
     def coordinates():
-        address = cute.make_ptr(cutlass.Float32, 0, cute.AddressSpace.tmem, assumed_align=16)
-        copy, _ = gemm.accumulator_copy(gemm.accumulator(address, gemm.tiled_mma()))
-        box = cute.make_identity_tensor((128, gemm.store_n))
+        copy, _ = gemm.finish.accumulator_copy(gemm.accumulator(tensor_memory(), gemm.tiled_mma()), width)
+        box = cute.make_identity_tensor((128, width))
         threads = [copy.get_slice(t).partition_D(box) for t in (0, 1, 37, 127)]
         return [[tuple(part[e]) for e in range(cute.size(part))] for part in threads]
 
-    want = [[(t, column) for column in range(gemm.store_n)] for t in (0, 1, 37, 127)]
+    want = [[(t, column) for column in range(width)] for t in (0, 1, 37, 127)]
     assert traced(coordinates) == want
 
 
@@ -275,15 +291,30 @@ def test_budgets_by_hand():
     one = kernel.budget(Config())
     assert one.stage_bytes == 16384 + 16384 + 2048 + 2048  # a, b, sfa, sfb
     assert one.shared_bytes == barriers + staging + 5 * 36864
-    assert (one.num_stages, one.acc_stages, one.tmem_columns) == (5, 2, 512)  # 2 * 128 + 16 + 16 columns
+    assert (one.num_stages, one.acc_stages, one.overlap) == (5, 2, 0)
+    assert one.tmem_columns == 512  # 2 * 128 + 16 + 16 columns
 
     pair = kernel.budget(Config(tile_n=256, mma_ctas=2, cluster_m=2))
     assert pair.stage_bytes == 16384 + 16384 + 2048 + 4096  # half of b, all of sfb
-    assert (pair.num_stages, pair.acc_stages, pair.tmem_columns) == (5, 1, 512)  # 256 + 16 + 32 columns
+    assert (pair.num_stages, pair.acc_stages, pair.tmem_columns) == (5, 1, 512)
+    assert (pair.acc_stride, pair.overlap) == (208, 48)  # 208 + 256 + 16 + 32 = 512 columns
 
     narrow = kernel.budget(Config(tile_n=64))
     assert narrow.stage_bytes == 16384 + 8192 + 2048 + 2048  # an atom of scales covers 128 rows, whatever the tile
     assert (narrow.num_stages, narrow.acc_stages, narrow.tmem_columns) == (6, 2, 256)  # 2 * 64 + 16 + 16 columns
+
+
+def test_budgets_of_sums_by_hand():
+    few = kernel.budget(Config(tile_n=8, swap_ab=True))
+    assert few.stage_bytes == 16384 + 1024 + 2048 + 2048  # weights, eight tokens, a whole atom of scales for either
+    sums = 8 * (128 + 4) * 4  # rows of d, padded
+    assert few.shared_bytes == 1024 + 5120 + 10 * 21504
+    assert 5120 - 1024 < sums <= 5120
+    assert (few.num_stages, few.tmem_columns) == (10, 64)  # 2 * 8 + 16 + 16 columns
+
+    wide = kernel.budget(Config(split_k=2))
+    assert wide.shared_bytes == 1024 + 128 * (128 + 4) * 4 + 4 * 36864
+    assert wide.num_stages == 4
 
 
 # --- what it takes and what it refuses --------------------------------------------------------------------------------
@@ -293,13 +324,22 @@ def test_budgets_by_hand():
     ("changes", "knobs", "reason"),
     [
         ({"act": "bf16"}, {}, r'act="bf16": .* quantise the activations first'),
-        ({"out": "fp16"}, {}, r'out="fp16" is none of bf16, fp32'),
+        ({"out": "fp16"}, {}, r'out="fp16" is none of bf16, fp32, nvfp4'),
+        ({"out": "nvfp4", "n": 584}, {}, r"n=584 is not a multiple of 64, of which an NVFP4 output is the next k"),
         ({"k": 1056}, {}, r"k=1056 is not a multiple of 64"),
         ({"n": 260}, {}, r"n=260 is not a multiple of 8"),
         ({"segments": 9}, {}, r"segments=9 is not in 1\.\.8"),
-        ({}, {"tile_n": 192}, r"tile_n=192 is none of 64, 128, 256"),
+        ({}, {"tile_n": 192}, r"tile_n=192 is none of 8, 16, 32, 64, 128, 256"),
         ({}, {"cluster_n": 16}, r"cluster_n=16 is none of 1, 2"),
         ({}, {"mma_ctas": 2}, r"cluster_m=1 is not a multiple of mma_ctas=2"),
+        ({}, {"cluster_m": 4, "split_k": 4}, r"4 x 1 x 4 CTAs: a cluster has 8 at most"),
+        ({}, {"tile_n": 32}, r"tile_n=32 without swap_ab: rows of a store have 64 columns"),
+        ({}, {"tile_n": 8, "swap_ab": True, "mma_ctas": 2, "cluster_m": 2}, r"tile_n=8 for a pair of CTAs"),
+        ({}, {"tile_n": 256, "swap_ab": True}, r"tile_n=256 with swap_ab or split_k: .* sums of 128 columns"),
+        ({}, {"tile_n": 256, "split_k": 2}, r"tile_n=256 with swap_ab or split_k"),
+        ({}, {"band": 8, "split_k": 2}, r"band=8 with swap_ab or split_k, which are for few tiles"),
+        ({"m": 17}, {"tile_n": 16, "swap_ab": True}, r"m=17 in tiles of 16: a tile's scales start at a multiple of 32"),
+        ({"k": 768}, {"split_k": 4}, r"k=768 leaves nothing for the last of 4 parts of 256"),
     ],
 )
 def test_refusals(changes, knobs, reason):
@@ -342,19 +382,26 @@ def test_launch_hands_over_addresses_and_sizes(launched):
     [(config, name, segments, arguments)] = launched
     assert (config, name, segments) == (Config(cluster_m=2, cluster_n=2), "bf16", 3)
     *pointers, starts, m, n, k, clusters, _ = arguments
-    want = [a.data, a.sf, b.data, b.sf, out, a.alpha, b.alpha]
+    # operands, output, scales of an NVFP4 output (any here), alphas of a, b and such an output
+    want = [a.data, a.sf, b.data, b.sf, out, a.sf, a.alpha, b.alpha, a.alpha]
     assert [p._pointer for p in pointers] == [t.data_ptr() for t in want]
-    assert [p.dtype for p in pointers] == [
-        cutlass.Float4E2M1FN,
-        cutlass.Float8E4M3FN,
-        cutlass.Float4E2M1FN,
-        cutlass.Float8E4M3FN,
-        cutlass.BFloat16,
-        cutlass.Float32,
-        cutlass.Float32,
-    ]
+    codes, scales, one = cutlass.Float4E2M1FN, cutlass.Float8E4M3FN, cutlass.Float32
+    wanted = [codes, scales, codes, scales, cutlass.BFloat16, cutlass.Uint8, one, one, one]
+    assert [p.dtype for p in pointers] == wanted
     assert [int(s.value) for s in starts] == [0, 200, 208]
     assert [int(x.value) for x in (m, n, k, clusters)] == [5, 520, 832, 148 // 4]
+
+
+def test_launch_exchanges_the_operands_and_names_the_scales_of_the_output(launched):
+    a, b, _ = operands(n=576)
+    out = NVFP4Tensor.empty((5, 576), torch.tensor(0.5), "blocked_128x4")
+    kernel.launch(a, b, None, out, Config(tile_n=8, swap_ab=True, split_k=2, cluster_m=2))
+    [(_, name, _, arguments)] = launched
+    assert name == "nvfp4"
+    *pointers, _, m, n, k, clusters, _ = arguments
+    want = [b.data, b.sf, a.data, a.sf, out.data, out.sf, a.alpha, b.alpha, out.alpha]
+    assert [p._pointer for p in pointers] == [t.data_ptr() for t in want]
+    assert [int(x.value) for x in (m, n, k, clusters)] == [5, 576, 832, 148 // 4]
 
 
 def test_launch_of_no_rows_does_nothing(launched):
@@ -372,15 +419,28 @@ def test_launch_refuses_what_the_kernel_cannot_read(launched):
             kernel.launch(a, b, segments, out, config)
 
     refused(TypeError, "a must be an NVFP4Tensor: .* got Tensor", a=torch.zeros(5, 832, dtype=torch.bfloat16))
-    refused(TypeError, "out must be bfloat16 or float32, got torch.float16", out=out.half())
+    refused(TypeError, "out must be bfloat16, float32 or an NVFP4Tensor, got torch.float16", out=out.half())
     refused(ValueError, "a must have its scales in blocked_128x4, got linear", a=a.with_sf_layout("linear"))
     refused(ValueError, "b must have its scales in blocked_128x4, got linear", b=b.with_sf_layout("linear"))
     refused(ValueError, r"got \[5, 512\]", out=out[:, :512])
-    refused(ValueError, "need a contiguous out", out=torch.empty(520, 5, dtype=torch.bfloat16).T)
+    refused(ValueError, "out must be contiguous", out=torch.empty(520, 5, dtype=torch.bfloat16).T)
     refused(ValueError, "segments .* sum to n=520", segments=(512,))
     refused(ValueError, "a must have one alpha", a=NVFP4Tensor(a.data, a.sf, torch.ones(2), a.sf_layout))
     shifted = torch.empty(a.data.numel() + 8, dtype=torch.uint8)[8:].view(a.data.shape)
     refused(ValueError, "a must start at multiples of 16 bytes", a=NVFP4Tensor(shifted, a.sf, a.alpha, a.sf_layout))
+    assert launched == []
+
+
+def test_launch_refuses_an_output_that_the_kernel_cannot_write(launched):
+    a, b, _ = operands(n=576)
+
+    def refused(match, shape, alpha, sf_layout="blocked_128x4"):
+        with pytest.raises(ValueError, match=match):
+            kernel.launch(a, b, None, NVFP4Tensor.empty(shape, alpha, sf_layout), Config())
+
+    refused(r"need an out \[m, n\], got \[5, 512\]", (5, 512), torch.ones(()))
+    refused("out must have its scales in blocked_128x4, got linear", (5, 576), torch.ones(()), "linear")
+    refused(r"out must have one alpha, got \[2\]", (5, 576), torch.ones(2))
     assert launched == []
 
 
@@ -407,6 +467,8 @@ B200 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (10, 
 def test_numbers(config):
     """Ragged, single-tile and many-wave problems against the FP64 product, and twice the same bits."""
     for changes in ({}, {"m": 1, "n": 64, "k": 64}, {"m": 129, "out": "fp32", "segments": 3}, {"m": 4000, "n": 7168}):
+        if kernel.supports(problem(**changes), config) is not None:
+            continue
         case = testing.case(problem(**changes), "cuda", seed=1)
         case.run(kernel, config)
         case.check()
