@@ -10,8 +10,9 @@ static long enter(long index, const long *arguments) {
 }
 
 #define ENTRY(index, name)                                                                                             \
-    int name(long a, long b, long c, long d, long e, long f, long g, long h, long i, long j) {                         \
-        const long arguments[] = {a, b, c, d, e, f, g, h, i, j};                                                       \
+    int name(long a, long b, long c, long d, long e, long f, long g, long h, long i, long j,                           \
+             long k, long l) {                                                                                         \
+        const long arguments[] = {a, b, c, d, e, f, g, h, i, j, k, l};                                                 \
         return (int)enter(index, arguments);                                                                           \
     }
 

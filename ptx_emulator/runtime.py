@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from . import tensormap
 from .errors import Fault
 from .machine import Dim3
 
@@ -40,6 +43,7 @@ SYMBOLS = (
 PREFIX = "ptx_emulator_"  # of the names that the shared object exports: the real library's are in the same process
 ERROR_UNKNOWN = 999
 MAX_SHARED_BYTES = 232_448
+_ARGUMENTS = 12  # that the shared object hands on
 _CLUSTER_DIMENSION = 4  # cudaLaunchAttributeID
 _DEVICE_ATTRIBUTES = {97: MAX_SHARED_BYTES, 10: 32, 1: 1024, 39: 2048, 8: 49_152, 81: 233_472}
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76
@@ -105,6 +109,8 @@ class Runtime:
                 ctypes.c_void_p.from_address(a[0]).value = len(self.names)
             case "_cudaLibraryLoadData":
                 ctypes.c_void_p.from_address(a[0]).value = 1
+            case "_cuTensorMapEncodeTiled":
+                ctypes.memmove(a[0], _tensor_map(a), tensormap.BYTES)
             case "_cudaGetDevice":
                 ctypes.c_int32.from_address(a[0]).value = 0
             case "_cudaGetDeviceCount":
@@ -139,6 +145,30 @@ class Runtime:
         return _DEVICE_ATTRIBUTES[number]
 
 
+def _tensor_map(a: Sequence[int]) -> bytes:
+    """The map that the driver would encode (CUDA driver API, "cuTensorMapEncodeTiled"). Raises Fault."""
+    kind, rank, interleave, swizzle, fill = (a[n] & 0xFFFFFFFF for n in (1, 2, 8, 9, 11))
+    if not (kind < len(tensormap.DRIVER_ELEMENTS) and swizzle < len(tensormap.DRIVER_SWIZZLES) and 1 <= rank <= 5):
+        raise Fault(f"cuTensorMapEncodeTiled with element type {kind}, rank {rank} and swizzle {swizzle}")
+    raw = tensormap.encode(
+        a[3],
+        tensormap.DRIVER_ELEMENTS[kind],
+        _numbers(ctypes.c_uint64, a[4], rank),
+        _numbers(ctypes.c_uint64, a[5], rank - 1),
+        _numbers(ctypes.c_uint32, a[6], rank),
+        tensormap.DRIVER_SWIZZLES[swizzle],
+        steps=_numbers(ctypes.c_uint32, a[7], rank),
+        interleave=tensormap.INTERLEAVES[interleave],
+        nan=bool(fill),
+    )
+    tensormap.decode(np.frombuffer(raw, np.uint8))
+    return raw
+
+
+def _numbers(kind: Any, address: int, count: int) -> tuple[int, ...]:
+    return tuple((kind * count).from_address(address)) if count else ()
+
+
 def _u32(values: Sequence[int]) -> Dim3:
     x, y, z = (v & 0xFFFFFFFF for v in values)
     return x, y, z
@@ -161,7 +191,7 @@ class _Binding:
     def _call(self, index: int, arguments: Any) -> int:
         if self.runtime is None:
             return ERROR_UNKNOWN
-        return self.runtime.call(index, [arguments[n] & 0xFFFFFFFFFFFFFFFF for n in range(10)])
+        return self.runtime.call(index, [arguments[n] & 0xFFFFFFFFFFFFFFFF for n in range(_ARGUMENTS)])
 
 
 @functools.cache

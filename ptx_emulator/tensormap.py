@@ -189,6 +189,16 @@ INTERLEAVES = (0, 16, 32)
 SPANS = (0, 32, 64, 128)
 ATOMS = ((16, False), (32, False), (32, True), (64, False))  # bytes, halves flipped
 
+# CUDA driver API, "CUtensorMapDataType" and "CUtensorMapSwizzle", by number
+DRIVER_ELEMENTS = (
+    *("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f64", "bf16"),
+    *("f32.ftz", "tf32", "tf32.ftz", "b4x16", "b4x16_p64", "b6x16_p32"),
+)
+DRIVER_SWIZZLES = (
+    *(Swizzle(span) for span in SPANS),
+    *(Swizzle(128, atom, flip) for atom, flip in ATOMS[1:]),
+)
+
 
 def words_of(raw: Array) -> list[int]:
     return [int(x) for x in np.frombuffer(raw.tobytes(), "<u8")]

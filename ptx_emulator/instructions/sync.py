@@ -80,7 +80,10 @@ def _bar(i: Instruction, p: Program) -> Run:
             if barrier.arrived and barrier.expected != expected:
                 raise Fault(f"barrier {number} for {expected} threads, but others came for {barrier.expected}")
             barrier.expected = expected
-            barrier.arrived += LANES if aligned else int(here.sum())
+            barrier.arrived += int(here.sum())
+            if np.argmax(here) == np.argmax(w.alive):
+                # a warp counts as a whole: the lanes that it lacks, or that are over, come with its first one
+                barrier.arrived += LANES - int(w.alive.sum())
             if read:
                 value = read(w) & here
                 barrier.votes += int(value.sum())

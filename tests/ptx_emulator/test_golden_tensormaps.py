@@ -1,6 +1,7 @@
 """Tensor maps that the driver encoded, tensormap.replace and tensor copies of an H100, see golden/record_tensormaps."""
 
 import base64
+import ctypes
 import gzip
 import json
 from typing import Any
@@ -11,15 +12,12 @@ import pytest
 import ptx_emulator
 from ptx_emulator import Fault, tensormap
 from ptx_emulator.memory import Block, GlobalMemory
+from ptx_emulator.runtime import Runtime
 
 from .golden import record_tensormaps as recorder
 
 GOLDEN = json.loads(gzip.decompress(recorder.FILE.read_bytes()))
-# CUtensorMapDataType in the terms of PTX
-ELEMENTS = (
-    *("u8", "u16", "u32", "s32", "u64", "s64", "f16", "f32", "f64", "bf16"),
-    *("f32.ftz", "tf32", "tf32.ftz", "b4x16", "b4x16_p64", "b6x16_p32"),
-)
+U32, U64 = ctypes.c_uint32, ctypes.c_uint64
 MISALIGNED = "CUDA driver answers 715"
 
 
@@ -40,7 +38,7 @@ def test_every_map_decodes_to_its_arguments():
             continue
         count += 1
         t = tensormap.decode(bits(m["raw"]))
-        assert (t.address, t.element.name) == (m["address"], ELEMENTS[m["element_type"]])
+        assert (t.address, t.element.name) == (m["address"], tensormap.DRIVER_ELEMENTS[m["element_type"]])
         assert (list(t.sizes), list(t.strides), list(t.steps)) == (m["sizes"], m["strides"], m["steps"])
         assert (t.swizzle.span, t.interleave, t.nan) == (
             (0, 32, 64, 128)[m["swizzle"]], 16 * m["interleave"], bool(m["fill"]),
@@ -61,7 +59,7 @@ def test_encode_gives_the_driver_s_maps():
             continue
         im2col = m["kind"] == "im2col"
         raw = tensormap.encode(
-            m["address"], ELEMENTS[m["element_type"]], m["sizes"], m["strides"],
+            m["address"], tensormap.DRIVER_ELEMENTS[m["element_type"]], m["sizes"], m["strides"],
             (m["channels"],) if im2col else m["box"], (0, 32, 64, 128)[m["swizzle"]], steps=m["steps"],
             interleave=16 * m["interleave"], nan=bool(m["fill"]),
             im2col=tensormap.Im2col(tuple(m["lower"]), tuple(m["upper"]), m["pixels"]) if im2col else None,
@@ -70,6 +68,39 @@ def test_encode_gives_the_driver_s_maps():
         want[8:10] = 0, 0
         tensormap.PROMOTION.put(want, 0)
         assert tensormap.words_of(np.frombuffer(raw, np.uint8)) == want
+
+
+def driver_call(m: dict[str, Any]) -> bytes:
+    """The map that host code gets for the arguments of a tiled one."""
+    lists = [
+        (kind * max(len(m[key]), 1))(*m[key])
+        for kind, key in ((U64, "sizes"), (U64, "strides"), (U32, "box"), (U32, "steps"))
+    ]
+    raw = ctypes.create_string_buffer(tensormap.BYTES)
+    arguments = [
+        ctypes.addressof(raw), m["element_type"], len(m["sizes"]), m["address"], *map(ctypes.addressof, lists),
+        m["interleave"], m["swizzle"], m["promotion"], m["fill"],
+    ]  # fmt: skip
+    Runtime("sm_90a", lambda *_: None).answer("_cuTensorMapEncodeTiled", arguments)
+    return raw.raw
+
+
+def test_host_code_encodes_what_the_driver_does():
+    count = 0
+    for m in GOLDEN["maps"]:
+        if m["kind"] == "tiled" and not m["code"]:
+            assert tensormap.decode(np.frombuffer(driver_call(m), np.uint8)) == tensormap.decode(bits(m["raw"]))
+            count += 1
+    assert count > 200
+
+
+def test_host_code_is_told_what_is_wrong_with_a_map():
+    m = next(m for m in GOLDEN["maps"] if m["kind"] == "tiled" and not m["code"])
+    with pytest.raises(Fault, match="the address must be a multiple of"):
+        driver_call(m | {"address": m["address"] + 8})
+    for change in ({"element_type": 16}, {"swizzle": 7}, {"sizes": [], "strides": [], "box": [], "steps": []}):
+        with pytest.raises(Fault, match="cuTensorMapEncodeTiled"):
+            driver_call(m | change)
 
 
 def test_tensormap_replace():
@@ -137,7 +168,13 @@ def test_copies_that_a_gpu_refuses(case):
     """Boxes that do not start at a multiple of 16 bytes, reductions that their element type lacks."""
     t = case["map"] | {"address": 1 << 40}
     raw = tensormap.encode(
-        t["address"], ELEMENTS[t["element_type"]], t["sizes"], t["strides"], t["box"], steps=t["steps"], nan=t["fill"]
+        t["address"],
+        tensormap.DRIVER_ELEMENTS[t["element_type"]],
+        t["sizes"],
+        t["strides"],
+        t["box"],
+        steps=t["steps"],
+        nan=t["fill"],
     )
     with pytest.raises(Fault, match=r"multiples of 16 are required|a reduction .* of a tensor of s64"):
         replay(case | {"map": t, "raw": raw.hex()})
