@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ptx_emulator
+from ptx_emulator.hazards import Checks
 from ptx_emulator.statistics import Statistics
 
 LANES = 32
@@ -46,7 +47,7 @@ def run(
     dynamic: int = 0,
     schedule: str = "round",
     seed: int | None = None,
-    races: bool = True,
+    races: Checks = True,
 ) -> Statistics:
     """Run `body` with `out` as its first parameter; `params` declares the further ones."""
     text = module(body, ".param .u64 out" + (", " + params if params else ""), arch, shared, extra)

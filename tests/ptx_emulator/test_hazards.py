@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ptx_emulator import Fault
+from ptx_emulator.hazards import Checks
 from ptx_emulator.machine import SCHEDULES
 
 from . import test_tcgen05
@@ -138,13 +139,16 @@ mbarrier.init for a relaxed cluster barrier: an mbarrier is used
 """
 
 
-def cases() -> dict[str, tuple[str, str]]:
-    text = re.sub(r"\b[A-Z_0-9]+\b", lambda m: WORDS.get(m[0], m[0]), KERNELS)
-    parts = re.findall(r"^(\S[^:]*): (.*)\n((?: .*\n)+)", text, re.M)
+def spelt(text: str, words: dict[str, str]) -> str:
+    return re.sub(r"\b[A-Z_0-9]+\b", lambda m: words.get(m[0], m[0]), text)
+
+
+def cases(kernels: str, words: dict[str, str]) -> dict[str, tuple[str, str]]:
+    parts = re.findall(r"^(\S[^:]*): (.*)\n((?: .*\n)+)", spelt(kernels, words), re.M)
     return {name: (body, why) for name, why, body in parts}
 
 
-CASES = cases()
+CASES = cases(KERNELS, WORDS)
 
 
 def with_and_without(body: str) -> tuple[str, str]:
@@ -187,6 +191,139 @@ def test_both_places_are_named():
 def test_the_checks_can_be_switched_off():
     _, wrong = with_and_without(CASES["bulk store, fenced by the writer"][0])
     launch(wrong, "round", races=False)
+
+
+# --- tensor memory: two warps; SMALL is a 64 x 8 x 16 MMA, whose rows lie in lanes 0-15, 32-47, .. of columns 0-7 ---
+
+TENSOR_SHARED = ".shared .align 1024 .b8 buf[4096]; .shared .align 8 .b8 bar[8]; .shared .align 4 .b8 slot[4];"
+TENSOR_SETUP = """
+mov.u32 %r0, %tid.x; setp.lt.u32 %p1, %r0, 32; not.pred %p2, %p1; setp.eq.u32 %p3, %r0, 0; setp.eq.u32 %p4, %r0, 32;
+mov.b32 %r2, buf; mov.b32 %r4, 0; mov.b32 %r5, 7; mov.b32 %r6, 32; mov.b32 %r7, 1; mov.b32 %r8, 0; mov.pred %p9, 0;
+FILL: shl.b32 %r9, %r0, 4; add.s32 %r9, %r9, %r8; add.s32 %r9, %r9, %r2; st.shared.v4.b32 [%r9], {%r4, %r4, %r4, %r4};
+add.s32 %r8, %r8, 1024; setp.lt.u32 %p7, %r8, 4096; @%p7 bra FILL;
+fence.proxy.async.shared::cta; @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [slot], %r6;
+@%p3 mbarrier.init.shared.b64 [bar], %r7; bar.sync 0; ld.shared.b32 %r10, [slot];
+and.b32 %r11, %r0, 32; shl.b32 %r11, %r11, 16; add.s32 %r11, %r11, %r10; and.b32 %r12, %r2, 16777215;
+shr.u32 %r12, %r12, 4; cvt.u64.u32 %rd10, %r12; add.s64 %rd11, %rd10, OPERAND; mov.pred %p10, -1;
+mov.b32 %r14, NARROW; mov.b32 %r15, WIDE; add.s32 %r16, %r10, 1; mov.u32 %r17, %laneid; setp.eq.u32 %p11, %r17, 1; and.pred %p11, %p11, %p1;
+"""
+TENSOR_WORDS = {
+    **WORDS,
+    # D = A B, and D += A B, of 8 columns from %r10 or %r16 on; of 16 columns
+    "MMA": "tcgen05.mma.cta_group::1.kind::f16 [%r10], %rd11, %rd11, %r14, %p9;",
+    "MORE": "tcgen05.mma.cta_group::1.kind::f16 [%r10], %rd11, %rd11, %r14, %p10;",
+    "WIDER": "tcgen05.mma.cta_group::1.kind::f16 [%r10], %rd11, %rd11, %r15, %p9;",
+    "BESIDE": "tcgen05.mma.cta_group::1.kind::f16 [%r16], %rd11, %rd11, %r14, %p9;",
+    "NARROW": str(1 << 4 | 1 << 7 | 1 << 10 | 8 // 8 << 17 | 64 // 16 << 24),
+    "WIDE": str(1 << 4 | 1 << 7 | 1 << 10 | 16 // 8 << 17 | 64 // 16 << 24),
+    "OPERAND": str(128 >> 4 << 16 | 256 >> 4 << 32 | 1 << 46),
+    "CP": "tcgen05.cp.cta_group::1.128x256b [%r10], %rd11;",
+    "COMMIT": "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [bar];",
+    "WAIT": "mbarrier.try_wait.parity.shared.b64 %p7, [bar], 0;",
+    "AGAIN": "mbarrier.try_wait.parity.shared.b64 %p7, [bar], 1;",
+    "RELAXED": "mbarrier.try_wait.parity.relaxed.cta.shared.b64 %p7, [bar], 0;",
+    "ARRIVE": "mbarrier.arrive.relaxed.cta.shared.b64 _, [bar];",
+    "LD": "tcgen05.ld.sync.aligned.16x64b.x1.b32 {%r13}, [%r11];",
+    "ST": "tcgen05.st.sync.aligned.16x64b.x1.b32 [%r11], {%r5};",
+    "LD_OVER": "tcgen05.wait::ld.sync.aligned;",
+    "ST_OVER": "tcgen05.wait::st.sync.aligned;",
+    "BEFORE": "tcgen05.fence::before_thread_sync;",
+    "AFTER": "tcgen05.fence::after_thread_sync;",
+    "NAMED": "add.s32 %r18, %r13, 1;",
+}
+TENSOR_END = """
+SYNC @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r10, %r6;
+"""
+NO_FENCE = "no tcgen05.fence"
+TENSOR_KERNELS = r"""
+a commit that is waited for: RACE|never written
+    @%p3 MMA @%p3 COMMIT [[WAIT]] LD LD_OVER WAIT
+a commit of the thread that issued: RACE
+    @%p3 MMA @%p[[3|11]] COMMIT WAIT LD LD_OVER
+a relaxed wait for a commit, with a fence: RACE
+    @%p3 MMA @%p3 COMMIT RELAXED [[AFTER]] LD LD_OVER WAIT
+a store before a load: RACE
+    ST [[ST_OVER]] LD LD_OVER ST_OVER
+a store before an mma of another warp: RACE
+    ST [[ST_OVER]] SYNC @%p3 MMA @%p3 COMMIT WAIT ST_OVER
+a wait for the other kind: RACE
+    ST tcgen05.wait::[[st|ld]].sync.aligned; SYNC @%p3 MMA @%p3 COMMIT WAIT ST_OVER
+two stores: RACE
+    ST [[ST_OVER]] ST ST_OVER
+a load before an mma of another warp: RACE
+    ST ST_OVER LD [[LD_OVER]] SYNC @%p3 MMA @%p3 COMMIT WAIT LD_OVER
+a load before a store: RACE
+    ST ST_OVER LD [[LD_OVER]] ST LD_OVER ST_OVER
+a load before a store, its register named: RACE
+    ST ST_OVER LD [[NAMED]] ST LD_OVER ST_OVER
+a load of another warp before dealloc: RACE
+    ST ST_OVER LD [[LD_OVER]] SYNC
+an mma before a store: RACE
+    @%p3 MMA @%p3 COMMIT [[WAIT]] ST ST_OVER WAIT
+mmas of one accumulator: RACE
+    @%p3 MMA @%p3 [[MORE|WIDER]] @%p3 COMMIT WAIT
+mmas of accumulators that overlap: RACE
+    @%p3 MMA [[@%p3 COMMIT WAIT SYNC]] @%p3 BESIDE @%p3 COMMIT [[AGAIN|WAIT]]
+mmas of one accumulator, two threads: RACE
+    @%p3 MMA BEFORE SYNC [[AFTER]] @%p4 MORE @%p4 COMMIT WAIT SYNC @%p3 COMMIT AGAIN
+cp, then an mma of one thread: RACE
+    @%p3 CP @%p[[3|4]] MMA @%p3 COMMIT WAIT
+cp, then an mma of another thread, announced: RACE
+    @%p3 CP [[BEFORE]] SYNC AFTER @%p4 MMA @%p4 COMMIT WAIT SYNC @%p3 COMMIT AGAIN
+cp, then an mma of another thread, heard of: RACE
+    @%p3 CP BEFORE SYNC [[AFTER]] @%p4 MMA @%p4 COMMIT WAIT SYNC @%p3 COMMIT AGAIN
+cp, then an mma of another thread, relaxed: RACE
+    @%p3 CP BEFORE @%p3 ARRIVE RELAXED [[AFTER]] @%p4 MMA @%p4 COMMIT AGAIN SYNC @%p3 COMMIT WAIT
+cp before a load: RACE|never written
+    @%p3 CP [[@%p3 COMMIT WAIT]] SYNC LD LD_OVER [[|@%p3 COMMIT WAIT]]
+a store, announced to a relaxed wait: RACE
+    @%p1 ST @%p1 ST_OVER [[@%p1 BEFORE]] @%p3 ARRIVE RELAXED AFTER @%p4 MMA @%p4 COMMIT AGAIN
+a store, heard of by a relaxed wait: RACE
+    @%p1 ST @%p1 ST_OVER @%p1 BEFORE @%p3 ARRIVE RELAXED [[AFTER]] @%p4 MMA @%p4 COMMIT AGAIN
+"""
+# refused by the letter of the ISA alone
+STRICT_KERNELS = r"""
+a load is not over because its register was named: RACE
+    ST ST_OVER LD NAMED [[LD_OVER]] BEFORE SYNC AFTER @%p3 MMA @%p3 COMMIT WAIT LD_OVER
+a store, announced to another thread: NO_FENCE
+    ST ST_OVER [[BEFORE]] SYNC AFTER @%p3 MMA @%p3 COMMIT WAIT
+a store, heard of by another thread: NO_FENCE
+    ST ST_OVER BEFORE SYNC [[AFTER]] @%p3 MMA @%p3 COMMIT WAIT
+an accumulator, loaded by another thread: NO_FENCE
+    @%p3 MMA @%p3 COMMIT WAIT [[AFTER]] LD LD_OVER
+"""
+
+
+TENSOR_WORDS |= {"RACE": RACE, "NO_FENCE": NO_FENCE}
+TENSOR_CASES = cases(TENSOR_KERNELS, TENSOR_WORDS)
+STRICT_CASES = cases(STRICT_KERNELS, TENSOR_WORDS)
+
+
+def tensor_launch(body: str, schedule: str, races: Checks = True) -> None:
+    text = spelt(TENSOR_SETUP, TENSOR_WORDS) + body + spelt(TENSOR_END, TENSOR_WORDS)
+    run(text, np.zeros(16, np.uint32), shared=TENSOR_SHARED, block=64, schedule=schedule, races=races)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", TENSOR_CASES)
+def test_tensor_memory(name, schedule):
+    body, why = TENSOR_CASES[name]
+    right, wrong = with_and_without(body)
+    tensor_launch(right, schedule)
+    with pytest.raises(Fault, match=why) as caught:
+        tensor_launch(wrong, schedule)
+    assert "PTX line" in str(caught.value)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", STRICT_CASES)
+def test_what_only_the_letter_of_the_isa_refuses(name, schedule):
+    body, why = STRICT_CASES[name]
+    right, wrong = with_and_without(body)
+    tensor_launch(right, schedule, "strict")
+    tensor_launch(wrong, schedule)
+    with pytest.raises(Fault, match=why):
+        tensor_launch(wrong, schedule, "strict")
 
 
 # --- tensor cores: the kernel of test_tcgen05, with one line less ---
