@@ -6,7 +6,8 @@ VENV := .venv
 PY ?= $(VENV)/bin/python
 JOBS ?= auto
 OP ?= all
-LAYERS ?= demo
+LAYERS ?= $(if $(PEERS),pro flash,demo)
+PEERS ?=
 ARGS ?=
 CUTLASS ?=
 
@@ -34,8 +35,8 @@ demo: $(SETUP)  ## a small DeepSeek-V4 from checkpoint to tokens: make, tune, lo
 tune: $(SETUP)  ## search tile shapes for LAYERS=pro|flash|demo|PATH and OP=name|all, store the winners in results/tables
 	$(PY) -m tuner tune --layers-of $(LAYERS) --op $(OP) $(ARGS)
 
-bench: $(SETUP)  ## time OP=name|all on LAYERS, print the rows and store them in results/bench
-	$(PY) -m tuner bench --layers-of $(LAYERS) --op $(OP) $(ARGS)
+bench: $(SETUP)  ## time OP=name|all on LAYERS, store rows in results/bench; OP=gemm_nvfp4 PEERS=1: against other libraries
+	$(PY) -m tuner bench --layers-of $(LAYERS) --op $(OP) $(if $(PEERS),--peers) $(ARGS)
 
 report: $(SETUP)  ## draw plots and tables from the stored rows
 	$(PY) -m tuner report $(ARGS)

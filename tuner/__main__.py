@@ -13,7 +13,8 @@ from typing import Any
 
 from fp4suite import arch as archs
 from fp4suite.errors import UnsupportedError
-from fp4suite.problem import PROBLEMS
+from fp4suite.layouts import ORDERS
+from fp4suite.problem import PROBLEMS, GemmProblem
 
 from . import provenance, worker
 
@@ -104,6 +105,8 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
 def _bench(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any]]:
     from . import bench, targets
 
+    if args.peers is not None:
+        return _bench_peers(args)
     chosen = targets.targets(args.arch, args.device)
     ops = targets.check_ops(args.op)
     configs = targets.load_configs(args.layers_of or ["pro"])
@@ -113,6 +116,47 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, An
     )
     print(bench.render(rows))
     return 0, {"files": [str(p) for p in paths], "rows": rows}
+
+
+def _bench_peers(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    from . import bench_peers, peers, peers_plot, peers_rows, targets
+    from .bench_cells import OWN
+
+    if args.op != [GemmProblem.op]:
+        raise ValueError(f"--peers is about {GemmProblem.op}: say --op {GemmProblem.op}")
+    options = bench_peers.Options(
+        m=args.m or bench_peers.DEFAULT_M,
+        peers=peers.check_names([] if args.peers == "all" else args.peers.split(",")),
+        layers=args.layers.split(",") if args.layers else (),
+        order=args.order,
+        tp=args.tp,
+        seconds=args.seconds,
+        jobs=args.jobs or _cores(),
+        seed=args.seed,
+        resume=args.resume,
+        quiet=args.quiet,
+    )
+    (target,) = targets.targets(args.arch or "sm_90a", args.device)
+    out = args.out or provenance.results_dir() / "bench"
+    configs = targets.load_configs(args.layers_of or ["pro", "flash"])
+    outcome = bench_peers.run(target, configs, out, options)
+    if not outcome.rows:
+        raise ValueError("nothing was timed: no cell of these layers has a kernel here, or the time was too short")
+    print(peers_rows.render(outcome.rows, outcome.absent))
+    plots = peers_plot.draw(outcome.rows, out.parent / "plots")
+    print(f"rows in {outcome.path}, plots: {', '.join(map(str, plots))}")
+    if outcome.left:
+        print(f"{outcome.left} cells were not reached in the time given; with --resume the same command goes on")
+    failed = [r["problem"] for r in outcome.rows if r[f"{OWN}_us"] is None]
+    for problem in failed:
+        print(f"ours failed: {problem}", file=sys.stderr)
+    document = {
+        "files": [str(outcome.path), *map(str, plots)],
+        "absent": outcome.absent,
+        "left": outcome.left,
+        "rows": outcome.rows,
+    }
+    return (1 if failed else 0), document
 
 
 def _report(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any]]:
@@ -180,6 +224,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--op", action="append", metavar="NAME", help="an op, or all (default)")
     bench.add_argument("--rounds", type=_positive, default=30, help="timings a row (default 30)")
     bench.add_argument("--out", type=Path, help="folder for rows (default results/bench)")
+    beside = bench.add_argument_group("peers", f"{GemmProblem.op} against other libraries, on a GPU")
+    beside.add_argument("--peers", nargs="?", const="all", metavar="NAME,...", help="all that are installed, or these")
+    beside.add_argument("--layers", metavar="NAME,...", help="only shapes of these layers: q_b, pro.o_b (default all)")
+    beside.add_argument(
+        "--order", choices=ORDERS, help="how our weights lie in memory (default: prepared, if it can be)"
+    )
+    beside.add_argument("--seconds", type=float, default=420.0, help="time for the run (default 420)")
+    beside.add_argument("--jobs", type=_positive, help="processes that compile peers ahead (default: the cores)")
+    beside.add_argument("--resume", action="store_true", help="keep the cells that this commit has already timed")
 
     report = command("report", _report, "Tables and plots from the rows of earlier benchmarks.")
     report.add_argument("--results", type=Path, help="folder with bench/ (default results)")

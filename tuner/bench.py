@@ -6,6 +6,7 @@ A row replaces the earlier row of the same problem.
 """
 
 import csv
+import io
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -141,13 +142,25 @@ def store(path: Path, rows: Sequence[Row]) -> None:
     kept = {tuple(r[k] for k in KEY): r for r in load(path)} if path.exists() else {}
     for row in rows:
         kept[tuple(str(row[k]) for k in KEY)] = row
+    write_csv(path, COLUMNS, [row for _, row in sorted(kept.items())])
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a CSV file at once."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({c: row[c] for c in columns})
+    replace_file(path, text.getvalue().encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write aside, then rename, so that nobody finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, aside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(fd, "w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for _, row in sorted(kept.items()):
-            writer.writerow({c: row[c] for c in COLUMNS})
+    with os.fdopen(fd, "wb") as f:
+        f.write(content)
     os.chmod(aside, 0o644)
     os.replace(aside, path)
 

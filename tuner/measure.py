@@ -13,7 +13,7 @@
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,31 +46,79 @@ class Timed:
     launches: int
 
 
-class Bench:
-    """One problem on one CUDA device, with its operands."""
+class Timer:
+    """Times contenders on one CUDA device. Their launches take turns over `items`, sets of operands of `item_bytes`."""
 
-    def __init__(self, problem: Problem, device: torch.device | str, seed: int = 0) -> None:
-        self.problem = problem
-        self.device = torch.device(device)
-        if self.device.type != "cuda":
-            raise ValueError(f"measuring needs a CUDA device, got {self.device}")
-        if str(self.device) == "cuda":
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        torch.cuda.set_device(self.device)
-        l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
-        sets = -(-COLD_L2_TIMES * l2 // problem.bytes)
-        sets = max(2, min(sets, MAX_SETS, max(2, MAX_SET_BYTES // problem.bytes)))
-        self.cases: list[Case] = [testing.case(problem, self.device, seed + i) for i in range(sets)]
-        self.rotates = sets * problem.bytes >= 2 * l2
+    def __init__(
+        self, items: Sequence[Any], item_bytes: int, launch_us: float, device: torch.device | str, seed: int = 0
+    ) -> None:
+        """launch_us: about what a launch takes, to choose how many a graph gets."""
+        self.device = cuda_device(device)
+        l2 = l2_bytes(self.device)
+        self.items = items
+        self.rotates = len(items) * item_bytes >= 2 * l2
         self._flush = None if self.rotates else torch.zeros(COLD_L2_TIMES * l2 // 4, device=self.device)
         self._sink = torch.zeros((), device=self.device)
         self._stream = torch.cuda.Stream(self.device)
         self._rng = random.Random(seed)
         self._idle: deque[float] = deque(maxlen=31)
-        rough = 1.0 + problem.bytes / ROUGH_BYTES_PER_US + problem.flops / ROUGH_FLOP_PER_US
-        passes = 1 if self._flush is not None else max(1, round(GRAPH_US / rough / sets))
-        self._order = [i for _ in range(passes) for i in range(sets)][:MAX_LAUNCHES]
-        self._empty = self._capture("empty", None)
+        passes = 1 if self._flush is not None else max(1, round(GRAPH_US / launch_us / len(items)))
+        self._order = [i for _ in range(passes) for i in range(len(items))][:MAX_LAUNCHES]
+        self._empty = self.capture("empty", None)
+
+    def capture(self, label: str, launch: Callable[[Any], object] | None) -> Timed:
+        """A graph of `launch(item)` over all items, as often as makes it long enough to time."""
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            self._pass(launch)
+        graph.replay()
+        torch.cuda.synchronize(self.device)
+        return Timed(label, graph.replay, len(self._order))
+
+    def rounds(self, timed: list[Timed], rounds: int) -> NDArray[np.float64]:
+        """Microseconds a launch, [rounds, len(timed)]."""
+        everyone = [*timed, self._empty]
+        for t in everyone:
+            t.replay()  # clocks up, code loaded
+        out = np.empty((rounds, len(everyone)))
+        for r in range(rounds):
+            for i in self._rng.sample(range(len(everyone)), len(everyone)):
+                out[r, i] = self._replay_us(everyone[i])
+        self._idle.extend(out[:, -1])  # what a graph costs without launches hardly changes: many rounds tell it best
+        launches = np.array([t.launches for t in timed], float)
+        return np.asarray((out[:, :-1] - np.median(self._idle)) / launches)
+
+    def _pass(self, launch: Callable[[Any], object] | None) -> None:
+        """Something to begin with, that leaves L2 cold where operands are small; then the launches."""
+        if self._flush is not None:
+            torch.sum(self._flush, dim=0, out=self._sink)
+        else:
+            self._sink.zero_()
+        if launch is not None:
+            for i in self._order:
+                launch(self.items[i])
+
+    def _replay_us(self, timed: Timed) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(SPIN_CYCLES)
+        start.record()
+        timed.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+
+class Bench(Timer):
+    """One problem on one CUDA device, with its operands."""
+
+    def __init__(self, problem: Problem, device: torch.device | str, seed: int = 0) -> None:
+        self.problem = problem
+        device = cuda_device(device)
+        self.cases: list[Case] = [
+            testing.case(problem, device, seed + i) for i in range(sets_for(problem.bytes, l2_bytes(device)))
+        ]
+        super().__init__(self.cases, problem.bytes, rough_us(problem), device, seed)
 
     def record(self, kernel: str, config: Any, *, check: bool = True) -> Timed:
         """Run `kernel` on the operands, compare with the reference, and capture it.
@@ -85,7 +133,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
             if check:
                 case.check()
-        timed = self._capture(f"{kernel} {config}", lambda case: case.launch(module, config))
+        timed = self.capture(f"{kernel} {config}", lambda case: case.launch(module, config))
         if check:
             self._check_replay(timed)
         return timed
@@ -101,39 +149,7 @@ class Bench:
         name = baselines.name(self.problem)
         if name == baselines.EAGER:
             return Timed(name, lambda: self._pass(function), len(self._order))
-        return self._capture(name, function)
-
-    def rounds(self, timed: list[Timed], rounds: int) -> NDArray[np.float64]:
-        """Microseconds a launch, [rounds, len(timed)]."""
-        everyone = [*timed, self._empty]
-        for t in everyone:
-            t.replay()  # clocks up, code loaded
-        out = np.empty((rounds, len(everyone)))
-        for r in range(rounds):
-            for i in self._rng.sample(range(len(everyone)), len(everyone)):
-                out[r, i] = self._replay_us(everyone[i])
-        self._idle.extend(out[:, -1])  # what a graph costs without launches hardly changes: many rounds tell it best
-        launches = np.array([t.launches for t in timed], float)
-        return np.asarray((out[:, :-1] - np.median(self._idle)) / launches)
-
-    def _capture(self, label: str, launch: Callable[[Case], object] | None) -> Timed:
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            self._pass(launch)
-        graph.replay()
-        torch.cuda.synchronize(self.device)
-        return Timed(label, graph.replay, len(self._order))
-
-    def _pass(self, launch: Callable[[Case], object] | None) -> None:
-        """Something to begin with, that leaves L2 cold where operands are small; then the launches."""
-        if self._flush is not None:
-            torch.sum(self._flush, dim=0, out=self._sink)
-        else:
-            self._sink.zero_()
-        if launch is not None:
-            for i in self._order:
-                launch(self.cases[i])
+        return self.capture(name, function)
 
     def _check_replay(self, timed: Timed) -> None:
         """What the graph writes is right too: outputs poisoned, replayed, compared."""
@@ -145,14 +161,30 @@ class Bench:
         for case in self.cases[:CHECKED_SETS]:
             case.check()
 
-    def _replay_us(self, timed: Timed) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(SPIN_CYCLES)
-        start.record()
-        timed.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
+
+def cuda_device(device: torch.device | str) -> torch.device:
+    """The device with its index, made the current one. Raises ValueError unless it is a CUDA device."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        raise ValueError(f"measuring needs a CUDA device, got {device}")
+    if str(device) == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    return device
+
+
+def l2_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def sets_for(nbytes: int, l2: int) -> int:
+    """How many sets of operands of `nbytes` each to rotate through."""
+    return max(2, min(-(-COLD_L2_TIMES * l2 // nbytes), MAX_SETS, max(2, MAX_SET_BYTES // nbytes)))
+
+
+def rough_us(problem: Problem) -> float:
+    """About what a launch takes, never less than a microsecond."""
+    return 1.0 + problem.bytes / ROUGH_BYTES_PER_US + problem.flops / ROUGH_FLOP_PER_US
 
 
 def read_bandwidth(device: torch.device | str, nbytes: int = 1 << 30) -> float:

@@ -55,6 +55,11 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
+def now() -> str:
+    """The time in UTC to the second, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
 def results_dir() -> Path:
     """results/ of the checkout, else of the working directory."""
     return (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "results"

@@ -1,23 +1,33 @@
 """`report`: a summary and plots, drawn from the rows of benchmarks and from nothing else."""
 
 import io
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from . import bench
+from . import bench, peers_plot, peers_rows
 
 MOST_LINES = 8  # shapes in one plot: more cannot be told apart
 
 
 def write(rows_dir: Path, plots_dir: Path) -> tuple[str, list[Path]]:
     """Text of the summary, and the plots written. Raises ValueError if there are no rows."""
-    import pandas as pd
-
     files = sorted(rows_dir.rglob("*.csv"))
     if not files:
         raise ValueError(f"no rows under {rows_dir}; run bench first")
+    beside = [path for path in files if path.stem.endswith(peers_rows.SUFFIX)]
+    text, plots = _without_peers([path for path in files if path not in beside], plots_dir)
+    for path in beside:
+        rows = peers_rows.load(path)
+        text.append(f"{rows[0]['device']}, {rows[0]['op']} against its peers\n{peers_rows.summary(rows)}")
+        plots += peers_plot.draw(rows, plots_dir)
+    return "\n\n".join(text), plots
+
+
+def _without_peers(files: list[Path], plots_dir: Path) -> tuple[list[str], list[Path]]:
+    import pandas as pd
+
+    if not files:
+        return [], []
     frame = pd.DataFrame([row for path in files for row in bench.load(path)])
     for column in ("median_us", "p20_us", "p80_us", "tflop_per_s", "gb_per_s", "share_of_roof", "baseline_us", "calls"):
         frame[column] = pd.to_numeric(frame[column])
@@ -32,7 +42,7 @@ def write(rows_dir: Path, plots_dir: Path) -> tuple[str, list[Path]]:
         _plot(group, plots_dir / f"{device}{'' if measured else '-predicted'}-{op}.svg")
         for (device, measured, op), group in frame.groupby(["device", "measured", "op"])
     ]
-    return "\n\n".join(text), plots
+    return text, plots
 
 
 def _summary(rows: Any, device: str, measured: bool) -> str:
@@ -91,13 +101,8 @@ def _plot(rows: Any, path: Path) -> Path:
     axes.grid(True, lw=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
-    drawn = io.StringIO()
+    drawn = io.BytesIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
     plt.close(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, aside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(fd, "w") as f:
-        f.write(drawn.getvalue())
-    os.chmod(aside, 0o644)
-    os.replace(aside, path)
+    bench.replace_file(path, drawn.getvalue())
     return path

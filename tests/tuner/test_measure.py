@@ -64,7 +64,7 @@ def test_twice_the_work_takes_about_twice_as_long():
 
 
 def test_nothing_takes_next_to_nothing(small):
-    timed = small._capture("empty again", lambda case: None)
+    timed = small.capture("empty again", lambda case: None)
     assert abs(float(np.median(small.rounds([timed], 30)))) < 1.0
 
 
