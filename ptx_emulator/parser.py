@@ -5,6 +5,8 @@ against the semantics here: an opcode is kept as its dotted parts, an operand as
 
 A call of a function that the module defines becomes the function's body, in a scope of its own; the variables that
 pass its parameters become local ones. brx.idx becomes a comparison and a branch for every label of its list.
+A system call (PTX Writer's Guide to Interoperability, "System Calls") gets a body here that ends in an instruction of
+its own, see `instructions.system`.
 """
 
 import bisect
@@ -173,6 +175,22 @@ _FUNCTION = re.compile(
 _CALL = re.compile(rf"(?:\((?P<results>[^)]*)\)\s*,)?\s*(?P<name>{_IDENT})\s*(?:,\s*\((?P<params>[^)]*)\))?\s*$")
 _FORMAL = re.compile(rf"\.(reg|param)\b.*\.(\w+)\s+({_IDENT})[^.]*$", re.S)
 _TARGETS = re.compile(r"\.branchtargets\s+([^;]*);")
+_SYSTEM_CALLS = {
+    "vprintf": """
+        .func (.param .b32 status) vprintf(.param .b64 format, .param .b64 valist)
+        {
+        .reg .b32 n; .reg .b64 f; .reg .b64 v;
+        ld.param.b64 f, [format]; ld.param.b64 v, [valist]; vprintf n, f, v; st.param.b32 [status], n; ret;
+        }""",
+    "__assertfail": """
+        .func __assertfail(.param .b64 message, .param .b64 file, .param .b32 line, .param .b64 function,
+                           .param .b64 width)
+        {
+        .reg .b64 m; .reg .b64 f; .reg .b32 l; .reg .b64 g;
+        ld.param.b64 m, [message]; ld.param.b64 f, [file]; ld.param.b32 l, [line]; ld.param.b64 g, [function];
+        assertfail m, f, l, g; ret;
+        }""",
+}
 _MAX_CALLS = 16  # inside of one another; more is recursion
 _LABEL = re.compile(rf"({_IDENT})\s*:(?!:)")
 _GUARD = re.compile(rf"@(!?)({_IDENT})\s+")
@@ -214,11 +232,20 @@ class _Parser:
         self.files: dict[int, str] = {}
         self.calls: list[str] = []  # functions that the parser is inside of
         self.functions: dict[str, _Function] = {}
-        for m in _FUNCTION.finditer(self.text):
+        self.find_functions(0)
+        self.end = len(self.text)
+        self.text += "".join(
+            body for name, body in _SYSTEM_CALLS.items() if name in self.functions and self.functions[name].at < 0
+        )
+        self.find_functions(self.end)
+        self.call_line = 0  # of the call whose function the parser is inside of
+        self.source: tuple[str, int] | None = None
+
+    def find_functions(self, start: int) -> None:
+        for m in _FUNCTION.finditer(self.text, start):
             if m["end"] == "{" or m["name"] not in self.functions:
                 at = m.start("end") if m["end"] == "{" else -1
                 self.functions[m["name"]] = _Function(_items(m["results"]), _items(m["params"]), at)
-        self.source: tuple[str, int] | None = None
 
     def line(self, at: int) -> int:
         return bisect.bisect_right(self.starts, at)
@@ -393,7 +420,7 @@ class _Parser:
             elif self.text[self.at] == ".":
                 self.declare(self.until(";"), scope, kernel)
             else:
-                line = self.line(self.at)
+                line = self.line(self.at) if self.at < self.end else self.call_line
                 text = " ".join(self.until(";").split())
                 opcode = re.split(r"[. ]", _GUARD.sub("", text), maxsplit=1)[0]
                 if opcode == "call":
@@ -433,8 +460,8 @@ class _Parser:
         skip = self.skip(guard, kernel, line, text)
         inside, bridge = _Scope(None), _Scope(scope)
         inside.names |= self.outside
-        before = self.at, self.source
-        self.at = function.at
+        before = self.at, self.source, self.call_line
+        self.at, self.call_line = function.at, line
         self.calls.append(found["name"])
         pairs = [*zip(function.results, results, strict=True), *zip(function.params, params, strict=True)]
         copies = [self.bind(n, *pair, bridge, inside, kernel) for n, pair in enumerate(pairs)]
@@ -452,7 +479,7 @@ class _Parser:
         for i in skip:
             i.target = len(kernel.code)
         self.calls.pop()
-        self.at, self.source = before
+        self.at, self.source, self.call_line = before
 
     def bind(self, n: int, formal: str, actual: str, bridge: _Scope, inside: _Scope, kernel: Kernel) -> tuple[str, str]:
         """Make a formal parameter known to the callee; the instructions that copy to and from another actual one."""

@@ -90,6 +90,7 @@ class _Share:
     statistics: Statistics
     written: list[tuple[Array, Array]]
     read: Array
+    printed: list[str]
     fault: BaseException | None
 
 
@@ -192,7 +193,7 @@ def _work(launch: "Launch", places: Sequence["Dim3"], sender: Any) -> None:
         launch.run_clusters(places)
     except BaseException as e:  # goes to the parent, whatever it is
         fault = e
-    sender.send(_Share(launch.statistics, marks.written(), marks.read(), fault))
+    sender.send(_Share(launch.statistics, marks.written(), marks.read(), launch.printed, fault))
 
 
 def _check_apart(launch: "Launch", parts: Sequence[Sequence["Dim3"]], shares: Sequence[_Share]) -> None:
@@ -220,3 +221,4 @@ def _apply(launch: "Launch", share: _Share) -> None:
         block = launch.memory.find(low, high - low, write=True)
         block.data[_inside(runs - block.base)] = data
     launch.statistics.add(share.statistics)
+    launch.printed += share.printed

@@ -1,6 +1,6 @@
 """One module a family of instructions; importing it registers the decoders."""
 
-from . import arithmetic, asynchronous, convert, data, launch, matrix, sync, tcgen05, tma, warp, wgmma
+from . import arithmetic, asynchronous, convert, data, launch, matrix, sync, system, tcgen05, tma, warp, wgmma
 
 __all__ = [
     "arithmetic",
@@ -10,6 +10,7 @@ __all__ = [
     "launch",
     "matrix",
     "sync",
+    "system",
     "tcgen05",
     "tma",
     "warp",

@@ -146,6 +146,15 @@ def bytes_at(w: Warp, address: int, size: int, fence: int | None = None) -> Arra
     return w.cta.cluster.launch.memory.bytes(address, size, fence=fence)
 
 
+def thread_bytes(w: Warp, lane: int, address: int, size: int) -> bytes:
+    """What one thread reads at a generic address, byte by byte."""
+    if address >> WINDOW_SHIFT == LOCAL_WINDOW >> WINDOW_SHIFT:
+        start = int(_local_offsets(w, np.array([address + size - 1], U64), 1)[0]) + 1 - size
+        return bytes(_local(w)[lane, start : start + size])
+    (found,) = load(w, "generic", np.arange(address, address + size, dtype=U64), 1, 1)
+    return bytes(found)
+
+
 def expand(values: Array, mask: Mask) -> Array:
     """Values of the active lanes -> [32]."""
     if mask is None:

@@ -5,10 +5,11 @@ import sys
 import time
 from pathlib import Path
 
-from . import ampere, attention, blockwise, gemm, grouped, hopper, norms
+from . import ampere, attention, blockwise, elementwise, epilogues, gemm, grouped, hopper, norms, tutorials
 from .harness import SCHEDULES, Outcome, peak_mib, run_case
 
-CASES = (*gemm.CASES, *grouped.CASES, *blockwise.CASES, *attention.CASES, *hopper.CASES, *ampere.CASES, *norms.CASES)
+_FAMILIES = gemm, grouped, blockwise, epilogues, attention, hopper, ampere, norms, elementwise, tutorials
+CASES = tuple(case for family in _FAMILIES for case in family.CASES)
 
 
 def main() -> int:

@@ -77,6 +77,43 @@ def flash_attention(
     return Prepared(lambda: compiled(*tensors, scale, STREAM), outputs, (q_t, k_t, v_t))
 
 
+def hstu_attention(
+    module: ModuleType,
+    gen: torch.Generator,
+    q: tuple[int, int, int, int],
+    keys: int,
+    block: tuple[int, int] = (64, 64),
+    io: str = "bf16",
+    causal: bool = False,
+    fast: bool = False,
+    swizzle: bool = False,
+) -> Prepared:
+    """o = mask(silu(q k^T + bias)) v, where silu(s) = s / (1 + exp(-s)); q: (batch, length, heads, head size).
+    fast: the sigmoid by way of tanh.approx, of a relative error of 2^-11 (PTX ISA, "tanh"). swizzle: blocks of the grid
+    in an order for the cache.
+    """
+    (batch, queries, heads, size), f = q, FORMATS[io]
+    q_t, k_t, v_t = (f.random((batch, s, heads, size), gen) for s in (queries, keys, keys))
+    bias, o_t = f.random((batch, heads, queries, keys), gen), blank(q_t.shape, f)
+    kernel = module.HSTUAttentionForwardAmpere(
+        f.type, batch, queries, keys, heads, size, *block, 128, fast, swizzle, causal
+    )
+    tensors = [cute_tensor(t, f, divisible=128 // f.bits) for t in (q_t, k_t, v_t, o_t, bias)]
+    compiled = cute.compile(kernel, *tensors, STREAM)
+    wide_q, wide_k, wide_v = (x.double() for x in (q_t, k_t, v_t))
+    scores = torch.einsum("bqhd,bkhd->bhqk", wide_q, wide_k) + bias.double()
+    weights = torch.nn.functional.silu(scores)
+    # a weight is rounded to the type of v; tanh.approx is as wrong for large scores as for small ones
+    wrong = weights.abs() * 2.0**-f.digits + scores.abs() * (2.0**-12 if fast else 2.0**-20) + f.step / 2
+    if causal:
+        weights, wrong = weights.tril(), wrong.tril()
+    want = torch.einsum("bhqk,bkhd->bqhd", weights, wide_v)
+    error = torch.einsum("bhqk,bkhd->bqhd", wrong + weights.abs() * 2.0**-18, wide_v.abs())
+    return Prepared(
+        lambda: compiled(*tensors, STREAM), [Near("o", o_t, want, rounded(error, want, f))], (q_t, k_t, v_t, bias)
+    )
+
+
 def _cases(example: str, prepare: Any, *configs: dict[str, Any]) -> list[Case]:
     return [Case(f"cute.ampere.kernel.{example}", prepare, config, "sm_90a") for config in configs]
 
@@ -97,5 +134,12 @@ CASES = [
         {"q": (1, 100, 2, 64), "keys": 150},
         {"q": (1, 128, 1, 128), "keys": 128, "io": "bf16", "causal": True},
         {"q": (2, 64, 1, 64), "keys": 200, "block": (128, 64)},
+    ),
+    *_cases(
+        "attention.hstu_attention",
+        hstu_attention,
+        {"q": (1, 100, 2, 64), "keys": 136},
+        {"q": (1, 128, 1, 128), "keys": 128, "io": "fp16", "causal": True, "fast": True},
+        {"q": (2, 64, 1, 40), "keys": 200, "block": (128, 64), "fast": True, "swizzle": True},
     ),
 ]

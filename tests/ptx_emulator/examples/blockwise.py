@@ -10,7 +10,7 @@ from cutlass import cute
 from cutlass.cute.runtime import from_dlpack
 
 from .harness import Case, Prepared
-from .operands import FORMATS, Matrix, cute_tensor, empty, expected, matrix, product
+from .operands import FORMATS, Expected, Matrix, cute_tensor, empty, expected, matrix, product
 
 STREAM = driver.CUstream(0)
 FEW = 2  # clusters that run at once
@@ -106,6 +106,17 @@ def masked(
     return Prepared(lambda: compiled(*tensors, STREAM), [output], (*operands, counts))
 
 
+def _narrow(
+    name: str, batch: int, m: int, k: int, block: int, mma: str, gen: torch.Generator, major: str = "k"
+) -> tuple[Matrix, Matrix | None, torch.Tensor]:
+    """A in a narrow type, a factor for every row and `block` of K (0: none), and what both stand for."""
+    a = matrix(name, batch, m, k, gen, major)
+    if not block:
+        return a, None, a.values
+    factors = matrix(mma, batch, m, k // block, gen, "mn")
+    return a, factors, a.values * factors.values.repeat_interleave(block, 2)
+
+
 def converted(
     module: ModuleType,
     gen: torch.Generator,
@@ -118,17 +129,23 @@ def converted(
     c: str = "bf16",
     majors: str = "kkn",
     tma_store: bool = True,
+    block: int = 0,
 ) -> Prepared:
-    """A narrow A becomes B's type on its way to the tensor core."""
+    """A narrow A, and with `block` its factors, become B's type on their way to the tensor core."""
     m, n, k, batch = mnkl
-    a = matrix(a_type, batch, m, k, gen, "k" if majors[0] == "k" else "mn")
+    a, factors, wide = _narrow(a_type, batch, m, k, block, b_type, gen, "k" if majors[0] == "k" else "mn")
     b = matrix(b_type, batch, n, k, gen, "k" if majors[1] == "k" else "mn")
     d = empty(c, batch, m, n, majors[2])
-    tensors = [a.tensor(), None, b.tensor(), d.tensor(divisible=16)]
-    gemm = module.MixedInputGemmKernel(0, 0, cutlass.Float32, two, tile, cluster, tma_store, False)
+    tensors = [a.tensor(), factors and factors.tensor(), b.tensor(), d.tensor(divisible=16)]
+    gemm = module.MixedInputGemmKernel(min(block, 1), block, cutlass.Float32, two, tile, cluster, tma_store, False)
     compiled = cute.compile(gemm, *tensors, FEW, STREAM)
-    output = expected(d, *product(a.values, b.values), steps=k // 16 + 4)
-    return Prepared(lambda: compiled(*tensors, STREAM), [output], (a, b))
+    return Prepared(lambda: compiled(*tensors, STREAM), [_converted(d, wide, b, bool(block))], (a, factors, b))
+
+
+def _converted(d: Matrix, wide: torch.Tensor, b: Matrix, rounds: bool) -> Expected:
+    """rounds: A with its factors is rounded to B's type before it is multiplied."""
+    steps = b.values.shape[2] // 16 + 4 + (2.0 ** (24 - b.format.digits) if rounds else 0)
+    return expected(d, *product(wide, b.values), steps=steps)
 
 
 def converted_groups(
@@ -143,17 +160,23 @@ def converted_groups(
     a_type: str = "int8",
     b_type: str = "bf16",
     c: str = "bf16",
+    c_major: str = "m",
+    block: int = 0,
 ) -> Prepared:
     """columns: of B, for every group; the groups lie beside each other. One A a group."""
-    a, b = matrix(a_type, len(columns), m, k, gen), matrix(b_type, 1, sum(columns), k, gen)
-    d = empty(c, 1, m, sum(columns), "m")
+    a, factors, wide = _narrow(a_type, len(columns), m, k, block, b_type, gen)
+    b, d = matrix(b_type, 1, sum(columns), k, gen), empty(c, 1, m, sum(columns), c_major)
     ends = torch.tensor((0, *columns)).cumsum(0).to(torch.int32)
-    tensors = [a.tensor(), None, b.tensor(), from_dlpack(ends), d.tensor(divisible=16)]
-    gemm = module.GroupedMixedInputGemmKernel(0, 0, cutlass.Float32, two, tile, cluster, len(columns), False)
+    tensors = [a.tensor(), factors and factors.tensor(), b.tensor(), from_dlpack(ends), d.tensor(divisible=16)]
+    afterwards = hasattr(module, "GroupedMixedInputGemmAccScaleKernel")
+    kernel = getattr(module, f"GroupedMixedInputGemm{'AccScale' if afterwards else ''}Kernel")
+    gemm = kernel(min(block, 1), block, cutlass.Float32, two, tile, cluster, len(columns), False)
     compiled = cute.compile(gemm, *tensors, FEW, STREAM)
-    parts = [product(a.values[g : g + 1], x) for g, x in enumerate(b.values.split(columns, 1))]
+    parts = [product(wide[g : g + 1], x) for g, x in enumerate(b.values.split(columns, 1))]
     want, bound = (torch.cat(x, 2) for x in zip(*parts, strict=True))
-    return Prepared(lambda: compiled(*tensors, STREAM), [expected(d, want, bound, steps=k // 16 + 4)], (a, b, ends))
+    rounding = 2.0 ** (24 - b.format.digits) if block and not afterwards else 0
+    output = expected(d, want, bound, steps=k // 16 + 4 + rounding)
+    return Prepared(lambda: compiled(*tensors, STREAM), [output], (a, factors, b, ends))
 
 
 def _cases(example: str, prepare: Any, *configs: dict[str, Any]) -> list[Case]:
@@ -162,6 +185,9 @@ def _cases(example: str, prepare: Any, *configs: dict[str, Any]) -> list[Case]:
 
 _ONE: dict[str, Any] = {"tile": (128, 128), "cluster": (1, 1), "two": False}
 _TWO: dict[str, Any] = {"tile": (256, 128), "cluster": (2, 1), "two": True}
+_ROOT: dict[str, Any] = {"cluster": (1, 1), "two": False}
+_PAIR: dict[str, Any] = {"cluster": (2, 1), "two": True}
+_INT4: dict[str, Any] = {"a_type": "int4"}
 
 CASES = [
     *_cases(
@@ -174,15 +200,38 @@ CASES = [
         "blockwise_gemm.contiguous_grouped_gemm", contiguous, {"rows": (128, 256, 128), "n": 128, "k": 384, **_ONE}
     ),
     *_cases("blockwise_gemm.masked_grouped_gemm", masked, {"rows": (16, 256, 1), "m": 256, "n": 128, "k": 384, **_ONE}),
+    # no unsigned A: the DSL converts bytes of 128 and more as negative numbers
     *_cases(
         "mixed_input_gemm.mixed_input_gemm",
         converted,
         {"mnkl": (256, 256, 256, 1), "tile": (128, 128, 64), "cluster": (1, 1), "two": False},
         {"mnkl": (256, 256, 512, 1), "tile": (256, 128, 64), "cluster": (2, 1), "two": True, "majors": "mnm"},
+        {"mnkl": (256, 128, 256, 2), "tile": (128, 128, 128), "cluster": (1, 1), "two": False, **_INT4, "block": 128},
+        {"mnkl": (256, 256, 512, 1), "tile": (256, 128, 128), "cluster": (2, 1), "two": True, **_INT4, "block": 256},
+        {
+            "mnkl": (256, 128, 512, 1),
+            "tile": (128, 64, 64),
+            "cluster": (1, 2),
+            "two": False,
+            **_INT4,
+            "block": 128,
+            "majors": "mkn",
+            "b_type": "fp16",
+            "tma_store": False,
+        },
     ),
     *_cases(
         "mixed_input_gemm.grouped_mixed_input_gemm",
         converted_groups,
         {"columns": (64, 128, 64), "m": 256, "k": 256, "tile": (128, 64, 64), "cluster": (1, 1), "two": False},
+        {"columns": (64, 0, 64), "m": 256, "k": 512, "tile": (128, 64, 128), **_ROOT, **_INT4, "block": 256},
+        {"columns": (72, 136), "m": 512, "k": 256, "tile": (256, 64, 128), **_PAIR, **_INT4, "block": 128},
+    ),
+    *_cases(
+        "mixed_input_gemm.grouped_mixed_input_gemm_acc_scale",
+        converted_groups,
+        {"columns": (64, 0, 72), "m": 256, "k": 512, "tile": (128, 64, 128), **_ROOT, **_INT4, "block": 256},
+        {"columns": (32, 24), "m": 512, "k": 512, "tile": (256, 16, 128), **_PAIR, **_INT4, "block": 128},
+        {"columns": (8, 8), "m": 128, "k": 512, "tile": (128, 8, 256), **_ROOT, **_INT4, "block": 256},
     ),
 ]

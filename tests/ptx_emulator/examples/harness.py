@@ -62,9 +62,10 @@ def _short(value: Any) -> str:
 def import_example(cutlass: Path, name: str) -> ModuleType:
     """Raises FileNotFoundError where the checkout has no such example."""
     root = cutlass / FOLDER
-    if not (root / (name.replace(".", "/") + ".py")).is_file():
-        raise FileNotFoundError(f"{cutlass} has no {FOLDER / name.replace('.', '/')}.py")
-    for path in (root, root / "cute"):
+    file = root / (name.replace(".", "/") + ".py")
+    if not file.is_file():
+        raise FileNotFoundError(f"{cutlass} has no {file.relative_to(cutlass)}")
+    for path in (root, root / "cute", file.parent):
         if str(path) not in sys.path:
             sys.path.append(str(path))
     return importlib.import_module(name)

@@ -20,7 +20,7 @@ from fp4suite.layouts import to_blocked_128x4
 class Format:
     """dtype: what torch decodes; None for formats of less than a byte, without infinities and NaN. digits: of the
     significand, with the leading one. step: distance of the smallest values. most: largest value drawn. exponent: bits
-    of it, where there is no dtype."""
+    of it, where there is no dtype; none: an integer with a sign."""
 
     name: str
     cutlass: str
@@ -43,6 +43,8 @@ class Format:
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (one a byte) or numbers of `dtype` -> FP64."""
+        if self.dtype is None and not self.exponent:
+            return (codes.double() + (1 << self.bits - 1)) % (1 << self.bits) - (1 << self.bits - 1)
         if self.dtype is None:
             mantissa, bias = self.digits - 1, (1 << self.exponent - 1) - 1
             power, fraction = codes >> mantissa & (1 << self.exponent) - 1, codes & (1 << mantissa) - 1
@@ -59,9 +61,9 @@ class Format:
             drawn = torch.randn(shape, generator=gen).to(self.dtype)
             # the tensor core reads no more of TF32 than its digits
             return (drawn.view(torch.int32) & -(1 << 13)).view(torch.float32) if self.name == "tf32" else drawn
-        if self.dtype in (torch.int8, torch.uint8):
-            low, high = (-128, 128) if self.dtype == torch.int8 else (0, 256)
-            return torch.randint(low, high, shape, generator=gen).to(self.dtype)
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            every = torch.iinfo(self.dtype)
+            return torch.randint(every.min, every.max + 1, shape, generator=gen).to(self.dtype)
         if self.dtype is None:
             return torch.randint(0, 1 << self.bits, shape, generator=gen, dtype=torch.uint8)
         every = torch.arange(256, dtype=torch.uint8).view(self.dtype)
@@ -86,6 +88,7 @@ FORMATS = {
         Format("bf16", "BFloat16", torch.bfloat16, 8, 2.0**-133),
         Format("fp32", "Float32", torch.float32, 24, 2.0**-149),
         Format("tf32", "TFloat32", torch.float32, 11, 2.0**-139),
+        Format("int4", "Int4", None, 4, 1),
         Format("int8", "Int8", torch.int8, 8, 1),
         Format("uint8", "Uint8", torch.uint8, 8, 1),
         Format("int32", "Int32", torch.int32, 32, 1),
@@ -145,6 +148,7 @@ def cute_tensor(t: Tensor, format: Format, align: int = 16, divisible: int = 0) 
     lead = max((d for d in range(t.ndim) if t.stride(d) == 1), key=lambda d: t.shape[d])
     if format.dtype is None:
         made = from_dlpack(t, assumed_align=align)
+        made.element_type = format.type
     else:
         made = from_dlpack(t.view(torch.uint8) if t.element_size() == 1 else t, assumed_align=align)
         made.element_type = format.type
