@@ -10,13 +10,14 @@ reads tensor maps. Writes of what is there already do not race with the write th
 An actor knows of each other one how far it has seen it: a vector clock, once for plain causality and once for each kind
 of fence, that is for what lies before such a fence. Each place remembers its last writer and its readers since.
 
-Tensor memory. Operations of one thread are in order only where the ISA makes them a pipeline ("Pipelined tcgen05
-Instructions"); tcgen05.wait and, through a commit, an mbarrier say that they are over. Between threads order comes from
+Tensor memory. Operations are in order where the ISA makes them a pipeline ("Pipelined tcgen05 Instructions");
+tcgen05.wait and, through a commit, an mbarrier say that those of a thread are over. Between threads order comes from
 release and acquire once they are over, or from tcgen05.fence::before_thread_sync and ::after_thread_sync, which do with
-relaxed synchronisation and, in a pipeline, with operations that are still under way. Two things go beyond the ISA's
-text, because NVIDIA's own kernels rest on them: a tcgen05.cp comes after the MMAs of its thread, and a tcgen05.ld is
-over once one of its registers is named. `strict` takes the second back and wants tcgen05.fence on both sides of every
-synchronisation between tcgen05 operations of different threads.
+relaxed synchronisation and, in a pipeline, with operations that are still under way. NVIDIA's own kernels rest on more
+than the ISA says: on any mma, cp or shift coming after those that its thread has issued, and on a tcgen05.ld being over
+once somebody works with one of its registers. `strict` grants only the first, and of MMAs with different accumulators
+not that; and it wants tcgen05.fence on both sides of every synchronisation between tcgen05 operations of different
+threads, acquire and release or not.
 
 The lanes of a warp count as ordered among themselves, so exchanges within a warp that lack bar.warp.sync are not found.
 Clusters run one after another: races between clusters are not looked for.
@@ -191,13 +192,11 @@ class Actor:
 Pipe = tuple[str, ...]  # ("cp",), ("shift",), or of an MMA with what must be the same: accumulator, shape and kind
 
 
-def in_pipeline(first: Pipe, then: Pipe, one_thread: bool) -> bool:
-    """Whether these tcgen05 operations are carried out in the order of issue."""
+def in_pipeline(first: Pipe, then: Pipe) -> bool:
+    """Whether these tcgen05 operations are carried out in the order of issue, by the ISA."""
     if then[0] == "mma":
         return first[0] in ("cp", "shift") or first == then
-    if then[0] == "shift":
-        return first[0] in ("mma", "shift")
-    return first[0] == "shift" or one_thread
+    return (first[0], then[0]) in (("mma", "shift"), ("shift", "cp"))
 
 
 class _Site:
@@ -328,7 +327,7 @@ class Hazards:
             return True
         site = self.sites[event]
         assert site is not None
-        piped = site.pipe and actor.pipe and in_pipeline(site.pipe, actor.pipe, one_thread=False)
+        piped = site.pipe and actor.pipe and in_pipeline(site.pipe, actor.pipe)
         return bool(piped) and self.ordered(event, actor, ISSUE)
 
     def missing(self, event: int, actor: Actor, tensor: bool) -> str:

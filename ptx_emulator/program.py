@@ -7,6 +7,7 @@ that faults when it is reached.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -150,15 +151,31 @@ class Program:
         return _raises(why)
 
     def before_use(self, registers: Sequence[Operand], use: Use) -> None:
-        """Have `use` called whenever an instruction that names one of these registers is about to run."""
-        for register in registers:
-            if isinstance(register, Reg):
-                self._uses.setdefault(register.index, []).append(use)
+        """Have `use` called whenever an instruction that works with one of these registers is about to run. A move does
+        not: the hardware may have none, and works with what was moved.
+        """
+        left, reached = list(_named(registers)), set()
+        while left:
+            index = left.pop()
+            if index not in reached:
+                reached.add(index)
+                left += self._moves.get(index, ())
+                self._uses.setdefault(index, []).append(use)
+
+    @cached_property
+    def _moves(self) -> dict[int, set[int]]:
+        """Registers to which others are moved."""
+        found: dict[int, set[int]] = {}
+        for i in self.kernel.code:
+            if i.op[0] == "mov":
+                for source in _named(i.operands[1:]):
+                    found.setdefault(source, set()).update(_named(i.operands[:1]))
+        return found
 
     def _with_uses(self, i: Instruction, step: Step) -> Step:
         uses = tuple(dict.fromkeys(use for index in _named(i.operands) for use in self._uses.get(index, ())))
         kind, run, guard, negated, target = step
-        if not uses or kind != PLAIN:
+        if not uses or kind != PLAIN or i.op[0] == "mov":
             return step
 
         def used(w: Warp, m: Mask) -> str | None:

@@ -167,7 +167,7 @@ def submit(w: Warp, lane: int, members: list[Cta], work: Callable[[], None], pip
     """Work of these CTAs' tensor cores that a thread issues; `touches` unless it leaves tensor memory alone."""
     hazards, queue = w.cta.cluster.hazards, ("tcgen05", len(members), w.cta.rank)
     issued = _issued(w).setdefault(lane, {})
-    before = [x for x in issued.values() if x.pipe is not None and in_pipeline(x.pipe, pipe, one_thread=True)]
+    before = [x for p, x in issued.items() if pipe[0] != "mma" or not hazards.strict or in_pipeline(p, pipe)]
     chain = (*queue, w.index, lane, pipe)
     operation = issued[pipe] = hazards.operation(f"tcgen05.{pipe[0]}", chain, after=before, pipe=pipe)
     if not touches:

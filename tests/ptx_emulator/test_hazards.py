@@ -260,11 +260,7 @@ a load of another warp before dealloc: RACE
     ST ST_OVER LD [[LD_OVER]] SYNC
 an mma before a store: RACE
     @%p3 MMA @%p3 COMMIT [[WAIT]] ST ST_OVER WAIT
-mmas of one accumulator: RACE
-    @%p3 MMA @%p3 [[MORE|WIDER]] @%p3 COMMIT WAIT
-mmas of accumulators that overlap: RACE
-    @%p3 MMA [[@%p3 COMMIT WAIT SYNC]] @%p3 BESIDE @%p3 COMMIT [[AGAIN|WAIT]]
-mmas of one accumulator, two threads: RACE
+mmas of one accumulator, of two threads: RACE
     @%p3 MMA BEFORE SYNC [[AFTER]] @%p4 MORE @%p4 COMMIT WAIT SYNC @%p3 COMMIT AGAIN
 cp, then an mma of one thread: RACE
     @%p3 CP @%p[[3|4]] MMA @%p3 COMMIT WAIT
@@ -274,6 +270,8 @@ cp, then an mma of another thread, heard of: RACE
     @%p3 CP BEFORE SYNC [[AFTER]] @%p4 MMA @%p4 COMMIT WAIT SYNC @%p3 COMMIT AGAIN
 cp, then an mma of another thread, relaxed: RACE
     @%p3 CP BEFORE @%p3 ARRIVE RELAXED [[AFTER]] @%p4 MMA @%p4 COMMIT AGAIN SYNC @%p3 COMMIT WAIT
+mmas of two accumulators, of two threads: RACE
+    @%p3 MMA BEFORE SYNC AFTER @%p4 [[MORE|BESIDE]] @%p4 COMMIT WAIT SYNC @%p3 COMMIT AGAIN
 cp before a load: RACE|never written
     @%p3 CP [[@%p3 COMMIT WAIT]] SYNC LD LD_OVER [[|@%p3 COMMIT WAIT]]
 a store, announced to a relaxed wait: RACE
@@ -283,6 +281,10 @@ a store, heard of by a relaxed wait: RACE
 """
 # refused by the letter of the ISA alone
 STRICT_KERNELS = r"""
+mmas of one accumulator: RACE
+    @%p3 MMA @%p3 [[MORE|WIDER]] @%p3 COMMIT WAIT
+mmas of accumulators that overlap: RACE
+    @%p3 MMA [[@%p3 COMMIT WAIT AFTER SYNC]] @%p3 BESIDE @%p3 COMMIT [[AGAIN|WAIT]]
 a load is not over because its register was named: RACE
     ST ST_OVER LD NAMED [[LD_OVER]] BEFORE SYNC AFTER @%p3 MMA @%p3 COMMIT WAIT LD_OVER
 a store, announced to another thread: NO_FENCE
