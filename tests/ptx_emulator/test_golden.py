@@ -13,7 +13,7 @@ from ptx_emulator import instructions, program
 from .golden import replay, store
 from .golden.catalogue import CASES, Case
 
-# of sm_100 and later; tensor map replacement has a record of its own
+# of sm_100 and later; system calls; tensor map replacement has a record of its own
 ELSEWHERE = {"tcgen05", "clusterlaunchcontrol", "tensormap", "vprintf", "assertfail"}
 GROUP = 40  # cases a test
 
