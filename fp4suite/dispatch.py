@@ -16,15 +16,18 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from . import arch as archs, env, registry, table
 from .errors import TableError, UnsupportedError
-from .problem import Problem
+from .formats import WeightLayout
+from .problem import GemmProblem, Problem
 
 log = logging.getLogger(__name__)
+
+_TOKENS = (1, 8, 64, 512, 4096)  # what `weight_layout` asks kernels for: decode to prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,43 @@ def choose(op: str, problem: Problem | None, device: torch.device | str) -> Choi
 def choose_for(op: str, problem: Problem | None, target: Target) -> Choice:
     """`choose` for a device that need not be here; overrides do not count."""
     return _choose(op, problem, target, _user_table, env.table_path())
+
+
+def weight_layout(
+    n: int, k: int, device: torch.device | str, *, act: Literal["bf16", "nvfp4"] = "bf16", segments: int = 1
+) -> WeightLayout:
+    """How a weight [n, k] had best lie for `gemm_nvfp4` on `device`, under activations in `act`.
+
+    The layout that kernels of the device's architecture read, a prepared order before rows, and only one in which every
+    number of tokens has a kernel. Rows and linear scales where there is none, and on the CPU.
+    """
+    target = _target.get() or target_of(device)
+    rows = registry.kernels(GemmProblem.op, target.arch)
+    if target.emulated:
+        rows = [row for row in rows if row.emulated]
+    layouts = list(dict.fromkeys(registry.weight_layout(registry.load(row.name)) for row in rows))
+    for layout in sorted(layouts, key=lambda layout: layout.order == "rows"):
+        problems = [
+            GemmProblem(m=m, n=n, k=k, act=act, out=out, segments=segments, order=layout.order)
+            for m in _TOKENS
+            for out in ("bf16", "fp32")
+        ]
+        if layout.refuses(n, k) is None and all(_is_supported(p, target) for p in problems):
+            return layout
+    return WeightLayout()
+
+
+def is_supported(problem: Problem, device: torch.device | str) -> bool:
+    """Whether there is something that runs `problem` on `device`; overrides do not count."""
+    return _is_supported(problem, _target.get() or target_of(device))
+
+
+def _is_supported(problem: Problem, target: Target) -> bool:
+    try:
+        choose_for(problem.op, problem, target)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def target_of(device: torch.device | str) -> Target:

@@ -30,6 +30,18 @@ IndexFormat = Literal["fp32", "bf16", "fp8", "mxfp4"]
 
 
 @dataclass(frozen=True, slots=True)
+class WeightLayout:
+    """How a weight lies in memory: which kernels can read it, not what it means."""
+
+    order: Order = "rows"
+    sf_layout: SfLayout = "linear"
+
+    def refuses(self, n: int, k: int) -> str | None:
+        """Why a weight [n, k] cannot lie so, or None if it can."""
+        return None if self.order == "rows" else layouts.refuse_fragments_sm90(n, k)
+
+
+@dataclass(frozen=True, slots=True)
 class NVFP4Tensor:
     """A row-major [..., m, k] array in NVFP4.
 
@@ -134,6 +146,31 @@ class NVFP4Tensor:
             return self
         return replace(self, data=_copy(self.data), sf=_copy(self.sf)).reorder_(order)
 
+    @property
+    def layout(self) -> WeightLayout:
+        return WeightLayout(self.order, self.sf_layout)
+
+    def lay_out_(self, layout: WeightLayout) -> "NVFP4Tensor":
+        """The same values in another layout, in place: `reorder_`, or scales that move within their memory.
+
+        Blocked scales that need padding (m not a multiple of 128, k not of 64) take new memory; codes never do. `self`
+        must not be read any more. Raises ValueError, with nothing changed, for a layout that cannot be.
+        """
+        if layout == self.layout:
+            return self
+        if layout.order != "rows" and layout.sf_layout != "linear":
+            raise ValueError(f'the order "{layout.order}" has linear scales, got {layout.sf_layout}')
+        if why := layout.refuses(self.shape[-2], self.shape[-1]):
+            raise ValueError(why)
+        if layout.order != self.order and not (self.data.is_contiguous() and self.sf.is_contiguous()):
+            raise ValueError("data and sf must be contiguous to be reordered in place")
+        t, (m, k) = self.reorder_("rows") if layout.order == "rows" else self, self.shape[-2:]
+        if t.sf_layout != layout.sf_layout:
+            blocked = layout.sf_layout == "blocked_128x4"
+            sf = layouts.to_blocked_128x4_(t.sf) if blocked else layouts.from_blocked_128x4_(t.sf, m, k // BLOCK)
+            t = NVFP4Tensor(t.data, sf, t.alpha, layout.sf_layout)
+        return t.reorder_(layout.order)
+
     def reorder_(self, order: Order) -> "NVFP4Tensor":
         """`with_order` in place: the tensor to go on with. `self`, over the same memory, must not be read any more.
 
@@ -147,6 +184,8 @@ class NVFP4Tensor:
             layouts.from_fragments_sm90_(self.data, self.sf)
         else:
             layouts.to_fragments_sm90_(self.data, self.sf)
+        if self.data.is_cuda:  # kernels may read weights before earlier work on their stream has ended
+            torch.cuda.current_stream(self.data.device).synchronize()
         return done
 
 

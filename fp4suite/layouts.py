@@ -40,7 +40,7 @@ ORDERS: tuple[Order, ...] = (ROWS_ORDER, FRAGMENTS_SM90)
 
 ROWS, COLS = 128, 4  # one atom of the blocked layout: 512 bytes
 TILE = 64  # rows, and columns of K, of a tile of "fragments_sm90"
-SCRATCH_BYTES = 1 << 22  # of codes that are reordered at once, in whole blocks of 64 rows; scratch is five times that
+SCRATCH_BYTES = 1 << 20  # that are reordered at once, in whole blocks of rows; scratch is five times that at most
 
 # Where bits 0 .. 3 (mantissa, two of exponent, sign) of the first code of each pair lie in a word of "fragments_sm90";
 # those of the second lie 16 bits on, modulo 32.
@@ -82,6 +82,35 @@ def from_blocked_128x4(flat: Tensor, m: int, ks: int) -> Tensor:
     return linear.contiguous().view(flat.dtype)
 
 
+def to_blocked_128x4_(sf: Tensor) -> Tensor:
+    """`to_blocked_128x4` in the memory of contiguous sf, whole rows of atoms at a time; a copy where padding is needed.
+
+    Returns the blocked form: of the same memory if m is a multiple of 128 and ks of 4.
+    """
+    *lead, m, ks = sf.shape
+    if m % ROWS or ks % COLS or not sf.is_contiguous():
+        return to_blocked_128x4(sf)
+    for some in _row_blocks(sf, ROWS * ks):
+        some.copy_(to_blocked_128x4(some.view(-1, ROWS, ks)).view(some.shape))
+    return sf.view(*lead, m * ks)
+
+
+def from_blocked_128x4_(flat: Tensor, m: int, ks: int) -> Tensor:
+    """Undoes `to_blocked_128x4_`, in place where that was. Raises ValueError for another size than theirs."""
+    if m % ROWS or ks % COLS or not flat.is_contiguous() or flat.shape[-1] != m * ks:
+        return from_blocked_128x4(flat, m, ks)
+    for some in _row_blocks(flat, ROWS * ks):
+        some.copy_(from_blocked_128x4(some, ROWS, ks).view(some.shape))
+    return flat.view(*flat.shape[:-1], m, ks)
+
+
+def _row_blocks(t: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Bytes of a contiguous tensor as [blocks, size], a few blocks at a time (`SCRATCH_BYTES`)."""
+    if not t.numel():
+        return ()
+    return t.view(torch.uint8).view(-1, size).split(max(1, SCRATCH_BYTES // size))
+
+
 def refuse_fragments_sm90(n: int, k: int) -> str | None:
     """Why a weight [n, k] cannot lie in the order "fragments_sm90", or None if it can."""
     if n % TILE or k % TILE:
@@ -113,12 +142,9 @@ def _reorder_(data: Tensor, sf: Tensor, codes: Callable[[Tensor], Tensor], scale
         )
     if not (data.is_contiguous() and sf.is_contiguous()):
         raise ValueError("data and sf must be contiguous to be reordered in place")
-    if not data.numel():
-        return
-    blocks = max(1, SCRATCH_BYTES // (TILE * half))
-    for part, move in ((data, codes), (sf.view(torch.uint8), scales)):
-        for some in part.view(-1, TILE, part.shape[-1]).split(blocks):
-            some.copy_(move(some).view(some.shape))
+    for part, move in ((data, codes), (sf, scales)):
+        for some in _row_blocks(part, TILE * part.shape[-1]):
+            some.copy_(move(some.view(-1, TILE, part.shape[-1])).view(some.shape))
 
 
 def _codes_to_fragments(blocks: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .formats import WeightLayout
+
 REFERENCE = "reference"  # the kernel name under which fp4suite.reference can be asked for
 
 
@@ -60,6 +62,11 @@ def find(name: str) -> Kernel:
 def load(name: str) -> ModuleType:
     """Import the module of a kernel."""
     return importlib.import_module(find(name).module)
+
+
+def weight_layout(module: ModuleType) -> WeightLayout:
+    """The layout of weights that a GEMM's module reads: its SF_LAYOUT, and its WEIGHT_ORDER if it is not rows."""
+    return WeightLayout(getattr(module, "WEIGHT_ORDER", "rows"), module.SF_LAYOUT)
 
 
 @functools.cache

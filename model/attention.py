@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.wq_b = build.linear("wq_b", heads * head_dim, config.q_lora_rank)
         self.wkv = build.linear("wkv", head_dim, d)
         self.kv_norm = build.vector(head_dim)
-        self.wo_a = build.linear("wo_a", groups * rank, heads // groups * head_dim)  # one [rank, k] matrix a group
+        self.wo_a = build.weight("wo_a", (groups * rank, heads // groups * head_dim))  # one [rank, k] matrix a group
         self.wo_b = build.linear("wo_b", d, groups * rank)
         self.attn_sink = build.fp32(heads)
         if self.ratio:
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         tokens, weight = len(o), self.wo_a.weight
         o = o.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, tokens, k]
         if isinstance(weight, NVFP4Tensor):
-            weight = weight.with_sf_layout("linear")
+            weight = weight.with_order("rows").with_sf_layout("linear")
             data, sf = (t.unflatten(0, (groups, rank)) for t in (weight.data, weight.sf))
             offsets = torch.arange(groups + 1, dtype=torch.int32, device=o.device) * tokens
             z = ops.grouped_gemm_nvfp4(o.flatten(0, 1), NVFP4Tensor(data, sf, weight.alpha), offsets, out_dtype=o.dtype)

@@ -6,14 +6,15 @@ into the container that ops take, and takes one apart.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp4suite import ops
-from fp4suite.formats import BLOCK, FP8_BLOCK, FP8BlockTensor, NVFP4Tensor
+from fp4suite import dispatch, ops
+from fp4suite.formats import BLOCK, FP8_BLOCK, FP8BlockTensor, NVFP4Tensor, WeightLayout
+from fp4suite.layouts import Order
 from fp4suite.reference.native import dequant_fp8_block
 
 Format = Literal["bf16", "fp32", "nvfp4", "fp8"]
@@ -35,6 +36,7 @@ class Weight(nn.Module):
     data: Tensor
     sf: Tensor | None
     alpha: Tensor | None
+    order: Order  # of an NVFP4 weight in memory
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class Weight(nn.Module):
             return data
         if alpha is None:
             return FP8BlockTensor(data, sf)
-        return NVFP4Tensor(data, sf, alpha, "linear" if sf.ndim == data.ndim else "blocked_128x4")
+        return NVFP4Tensor(data, sf, alpha, "linear" if sf.ndim == data.ndim else "blocked_128x4", self.order)
 
     @weight.setter
     def weight(self, value: AnyWeight) -> None:
@@ -91,15 +93,42 @@ class Weight(nn.Module):
             raise TypeError(f"a plain weight must be of a float type of 2 bytes or more, got {value.dtype}")
         for name in self.PARTS:
             self.register_buffer(name, parts.get(name))
+        self.order = value.order if isinstance(value, NVFP4Tensor) else "rows"
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """The weight as one [n, k] tensor in dtype (exact from FP8); not for NVFP4, whose ops read it packed."""
+        weight = self.weight
+        if isinstance(weight, NVFP4Tensor):
+            raise TypeError("an NVFP4 weight is not unpacked outside the ops")
+        return dequant_fp8_block(weight, dtype) if isinstance(weight, FP8BlockTensor) else weight.to(dtype)
 
     def extra_repr(self) -> str:
         weight = self.weight
         kind = str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else type(weight).__name__
-        return f"{list(self.shape)}, {kind}"
+        return f"{list(self.shape)}, {kind}" + (f", {self.order}" if self.order != "rows" else "")
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._expect_rows("written to")
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._expect_rows("read from")
+        super()._load_from_state_dict(*args)
+
+    def _expect_rows(self, what: str) -> None:
+        """A state dict holds tensors only: nothing in it says in which order their bytes are."""
+        if self.order != "rows":
+            raise ValueError(
+                f'a weight in the order "{self.order}" is not {what} a state dict: '
+                'first put a copy by rows in its place (weight.with_order("rows"))'
+            )
 
 
 class Linear(Weight):
-    """y [..., n] = x [..., k] Wᵀ. Under act "nvfp4", the input of an NVFP4 weight is quantised on the way (W4A4)."""
+    """y [..., n] = x [..., k] Wᵀ. Under act "nvfp4", the input of an NVFP4 weight is quantised on the way (W4A4).
+
+    The one reader of `ops.gemm_nvfp4`'s weights, so the one that can have them in the layout of a device's kernels.
+    """
 
     def __init__(
         self,
@@ -114,24 +143,29 @@ class Linear(Weight):
         super().__init__((n, k), format, segments=segments, device=device)
         self.act = act
 
+    def lay_out(self, layout: WeightLayout | None, device: torch.device | str) -> None:
+        """Give an NVFP4 weight this layout where its shape allows it, in place; None: what kernels on `device` read."""
+        weight, (n, k) = self.weight, self.shape
+        if not isinstance(weight, NVFP4Tensor):
+            return
+        if layout is None:
+            act: Literal["bf16", "nvfp4"] = "nvfp4" if self.act == "nvfp4" else "bf16"
+            layout = dispatch.weight_layout(n, k, device, act=act, segments=max(1, weight.alpha.numel()))
+        if layout.refuses(n, k) is None:
+            self.weight = weight.lay_out_(layout)
+
     def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """out_dtype: of y, summed in FP32 and rounded once; x's by default."""
         weight, out_dtype = self.weight, out_dtype or x.dtype
         rows = x.flatten(0, -2)
         if isinstance(weight, NVFP4Tensor):
-            a = ops.quantize_nvfp4(rows) if self.act == "nvfp4" else rows
+            # one kernel reads both operands' scales: x's get the layout that the weight was given for it
+            a = ops.quantize_nvfp4(rows, sf_layout=weight.sf_layout) if self.act == "nvfp4" else rows
             segments = self.segments if weight.alpha.ndim else None
             y = ops.gemm_nvfp4(a, weight, segments=segments, out_dtype=out_dtype)
         else:
             y = matmul(rows, self.plain(x.dtype), out_dtype)
         return y.unflatten(0, x.shape[:-1])
-
-    def plain(self, dtype: torch.dtype) -> Tensor:
-        """The weight as one [n, k] tensor in dtype (exact from FP8); not for NVFP4, whose ops read it packed."""
-        weight = self.weight
-        if isinstance(weight, NVFP4Tensor):
-            raise TypeError("an NVFP4 weight is not unpacked outside the ops")
-        return dequant_fp8_block(weight, dtype) if isinstance(weight, FP8BlockTensor) else weight.to(dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ def encode(param: Param, storage: Storage, w: Tensor, *, alpha: Tensor | None = 
 
 
 def nvfp4_tensors(t: NVFP4Tensor) -> dict[str, Tensor]:
-    """The stored tensors of one NVFP4 matrix."""
+    """The stored tensors of one NVFP4 matrix, by rows and with linear scales whatever its layout."""
+    t = t.with_order("rows").with_sf_layout("linear")
     return {
         ".weight": t.data,
         ".weight_scale": t.sf,

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from fp4suite import arch
+from fp4suite.formats import WeightLayout
 
 from ..config import ModelConfig
-from ..linear import ActFormat
+from ..linear import ActFormat, Linear
 from ..transformer import Transformer
 from .files import CheckpointError
 from .read import Checkpoint, Weights
@@ -24,6 +25,7 @@ def load(
     act_dtype: torch.dtype | None = None,
     act_format: ActFormat | None = None,
     drafts: str | Path | Checkpoint | None = None,
+    layout: WeightLayout | None = None,
     progress: bool | None = None,
 ) -> Transformer:
     """The model with the weights of a checkpoint, on `device`.
@@ -34,6 +36,8 @@ def load(
     act_format  "nvfp4" quantises what goes into NVFP4 linears (W4A4), "float" does not (W4A16); by default what the
                 device's tensor cores take: NVFP4 on sm_100a, BF16 elsewhere
     drafts      another checkpoint to take the draft blocks (MTP) from, for one that has none
+    layout      of dense NVFP4 weights whose shape allows it; by default what the device's kernels read. A weight is laid
+                out in place as soon as it is whole, so that no second copy is ever held
     progress    a progress bar; None shows one on a terminal
 
     Without draft blocks in the files, a config is taken as one without them. Raises CheckpointError (a ValueError) for
@@ -67,6 +71,7 @@ def load(
             device="meta",
         )
     _expect_weights(checkpoint, model, formats.keys())
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     for source, prefix in sources:
         for name, weight in source.weights(device, weights=weights, only=prefix, progress=progress):
             try:
@@ -74,6 +79,8 @@ def load(
             except (ValueError, TypeError) as error:
                 wanted = "a weight that fits the model"
                 raise CheckpointError(source.directory, name, wanted=wanted, got=str(error)) from None
+            if name in linears:
+                linears[name].lay_out(layout, device)
     return model
 
 

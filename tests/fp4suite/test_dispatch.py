@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,8 @@ import torch
 
 import fp4suite
 from fp4suite import TableError, UnsupportedError, dispatch, ops, registry, table
-from fp4suite.dispatch import Target, choose, choose_for, on_target, override, recording, use_table
+from fp4suite.dispatch import Target, choose, choose_for, on_target, override, recording, use_table, weight_layout
+from fp4suite.formats import WeightLayout
 from fp4suite.problem import GemmProblem, QuantizeProblem, complete
 
 H100 = Target("sm_90a", "nvidia-h100-80gb-hbm3")
@@ -222,6 +224,42 @@ def test_entries_of_what_this_version_does_not_know_are_left_alone() -> None:
     assert complete("no_such_op", {"m": 1}) == {"m": 1}
     dims = {"m": 8, "n": 256, "k": 512, "colour": "red"}
     assert complete("gemm_nvfp4", dims) == GemmProblem(m=8, n=256, k=512).dims() | {"colour": "red"}
+
+
+def _reading(name: str, layout: WeightLayout, refuse: Callable[[GemmProblem], bool] = lambda p: False) -> ModuleType:
+    """A fake kernel of this layout, beside those of the fixture."""
+    module = _fake_kernel(name)
+    module.SF_LAYOUT, module.WEIGHT_ORDER = layout.sf_layout, layout.order
+    module.supports = lambda p, c: "no" if p.order != layout.order or refuse(p) else None
+    return module
+
+
+FRAGMENTS, BLOCKED = WeightLayout(order="fragments_sm90"), WeightLayout(sf_layout="blocked_128x4")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "want"),
+    [
+        ([], WeightLayout()),
+        ([(BLOCKED, lambda p: False)], BLOCKED),
+        ([(WeightLayout(), lambda p: False), (FRAGMENTS, lambda p: False)], FRAGMENTS),
+        ([(WeightLayout(), lambda p: False), (FRAGMENTS, lambda p: p.m > 64)], WeightLayout()),
+        ([(FRAGMENTS, lambda p: p.m > 64), (FRAGMENTS, lambda p: p.m <= 64)], FRAGMENTS),
+        ([(BLOCKED, lambda p: p.act == "bf16"), (FRAGMENTS, lambda p: p.out == "fp32")], WeightLayout()),
+        ([(BLOCKED, lambda p: False), (FRAGMENTS, lambda p: p.segments != 3)], FRAGMENTS),
+    ],
+)
+def test_weights_lie_as_some_kernel_reads_them_for_any_m(fakes, kernels, want, monkeypatch) -> None:
+    rows = []
+    for i, (layout, refuse) in enumerate(kernels):
+        monkeypatch.setitem(sys.modules, f"fakes.k{i}", _reading(f"k{i}", layout, refuse))
+        rows.append(registry.Kernel("gemm_nvfp4", f"k{i}", f"fakes.k{i}", ("sm_90a",)))
+    monkeypatch.setattr(registry, "KERNELS", rows)
+    with on_target("sm_90a", H100.device):
+        assert weight_layout(256, 512, "cpu", segments=3) == want
+        small = weight_layout(256, 80, "cpu", segments=3)  # no whole tiles of 64
+        assert small.order == "rows"
+    assert weight_layout(256, 512, "cpu") == WeightLayout()
 
 
 def test_merge_replaces_and_keeps(fakes: Path) -> None:

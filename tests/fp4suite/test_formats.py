@@ -1,5 +1,6 @@
 """Formats against ml_dtypes: every pair of codes under every finite scale, every rounding; and what is refused."""
 
+import itertools
 from dataclasses import replace
 
 import ml_dtypes
@@ -8,7 +9,16 @@ import pytest
 import torch
 
 from fp4suite import reference
-from fp4suite.formats import FP8BlockTensor, IndexCache, MXFP4Tensor, NVFP4Tensor, PagedCache, index_layout, kv_layout
+from fp4suite.formats import (
+    FP8BlockTensor,
+    IndexCache,
+    MXFP4Tensor,
+    NVFP4Tensor,
+    PagedCache,
+    WeightLayout,
+    index_layout,
+    kv_layout,
+)
 from fp4suite.reference import e2m1
 
 E2M1 = ml_dtypes.float4_e2m1fn
@@ -160,6 +170,47 @@ def test_order_is_another_way_to_lie_in_memory(shape):
     back = inside.reorder_("rows")
     assert back.order == "rows"
     assert same_bytes(back, kept)
+
+
+LAYOUTS = (WeightLayout(), WeightLayout(sf_layout="blocked_128x4"), WeightLayout(order="fragments_sm90"))
+
+
+@pytest.mark.parametrize("shape", [(128, 192), (2, 64, 64)])
+def test_every_layout_from_every_other(shape):
+    """In place but for blocked scales of 64 rows, which are padded."""
+    rows = random_nvfp4(*shape)
+    want = {layout: rows.with_order(layout.order).with_sf_layout(layout.sf_layout) for layout in LAYOUTS}
+    for start, end in itertools.product(LAYOUTS, LAYOUTS):
+        t = rows.with_order(start.order).with_sf_layout(start.sf_layout)
+        t = NVFP4Tensor(t.data.clone(), t.sf.clone(), t.alpha, t.sf_layout, t.order)
+        assert t.layout == start
+        made = t.lay_out_(end)
+        assert made.layout == end
+        assert same_bytes(made, want[end])
+        assert made.data.data_ptr() == t.data.data_ptr()
+        padded = shape[-2] % 128 and "blocked_128x4" in (start.sf_layout, end.sf_layout) and start != end
+        assert (made.sf.data_ptr() == t.sf.data_ptr()) != padded
+        assert start != end or made is t
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_layout_that_cannot_be_changes_nothing(blocked):
+    t = random_nvfp4(128, 96)
+    t = t.with_sf_layout("blocked_128x4") if blocked else t
+    before = NVFP4Tensor(t.data.clone(), t.sf.clone(), t.alpha, t.sf_layout)
+    fragments = WeightLayout(order="fragments_sm90")
+    assert fragments.refuses(128, 96) == 'the order "fragments_sm90" is of tiles of 64 x 64, got n=128, k=96'
+    with pytest.raises(ValueError, match="tiles of 64 x 64"):
+        t.lay_out_(fragments)
+    with pytest.raises(ValueError, match="has linear scales, got blocked_128x4"):
+        t.lay_out_(WeightLayout("fragments_sm90", "blocked_128x4"))
+    assert same_bytes(t, before)
+    fits = random_nvfp4(128, 64).with_sf_layout(t.sf_layout)
+    strided = replace(fits, data=fits.data.T.contiguous().T)
+    scales = fits.sf.clone()
+    with pytest.raises(ValueError, match="must be contiguous to be reordered in place"):
+        strided.lay_out_(fragments)
+    assert torch.equal(strided.sf.view(torch.uint8), scales.view(torch.uint8))
 
 
 def test_order_of_strided_parts():
