@@ -10,7 +10,12 @@ Importing touches no GPU, compiles nothing and reads no table.
 """
 
 from . import arch as arch, ops as ops, reference as reference
-from .dispatch import override as override, recording as recording, use_table as use_table
+from .dispatch import (
+    override as override,
+    recording as recording,
+    use_table as use_table,
+    weight_layout as weight_layout,
+)
 from .errors import TableError as TableError, UnsupportedError as UnsupportedError
 from .formats import (
     FP8BlockTensor as FP8BlockTensor,
@@ -18,6 +23,7 @@ from .formats import (
     MXFP4Tensor as MXFP4Tensor,
     NVFP4Tensor as NVFP4Tensor,
     PagedCache as PagedCache,
+    WeightLayout as WeightLayout,
 )
 from .warmup import warmup as warmup
 
