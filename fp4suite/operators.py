@@ -188,6 +188,30 @@ def _gemm_w4a4(
     return _gemm(as_nvfp4(a, a_sf, a_alpha, a_layout), as_nvfp4(data, sf, alpha, sf_layout, order), segments, dtype)
 
 
+def _gemm_w4a4_quantize(
+    a: Tensor, a_sf: Tensor, a_alpha: Tensor, a_layout: str,
+    data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, order: str, segments: list[int],
+    out_alpha: Tensor, out_layout: SfLayout,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """In the GEMM's kernel where there is one that quantises, else from its FP32 output: the same bytes."""
+    x, w = as_nvfp4(a, a_sf, a_alpha, a_layout), as_nvfp4(data, sf, alpha, sf_layout, order)
+    (m, k), n = x.shape, w.shape[0]
+    problem = GemmProblem(m=m, n=n, k=k, act="nvfp4", out="nvfp4", segments=len(segments) or 1, order=w.order)
+    if not dispatch.is_supported(problem, a.device):
+        return _quantize_nvfp4(_gemm(x, w, segments, torch.float32), out_alpha, out_layout, "absmax")
+    choice = dispatch.choose("gemm_nvfp4", problem, a.device)
+    runs = tuple(segments) if segments else None
+    if choice.is_reference:
+        out = reference.gemm_nvfp4(x, w, segments=runs, out_alpha=out_alpha, out_sf_layout=out_layout)
+    else:
+        own = choice.module.SF_LAYOUT
+        out = NVFP4Tensor.empty((m, n), out_alpha, own)
+        with _on(a.device):
+            choice.module.launch(x.with_sf_layout(own), w.with_sf_layout(own), runs, out, choice.config)
+        out = out.with_sf_layout(out_layout)
+    return out.data.contiguous(), out.sf.view(torch.uint8).contiguous()
+
+
 def _grouped(
     a: Tensor, a_sf: Tensor | None, a_alpha: Tensor | None,
     data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, order: str,
@@ -387,6 +411,14 @@ _register(
     _gemm_w4a4,
     lambda a, a_sf, a_alpha, a_layout, b, b_sf, b_alpha, b_layout, b_order, segments, dtype: a.new_empty(
         (a.shape[0], b.shape[0]), dtype=dtype
+    ),
+)
+_register(
+    f"gemm_w4a4_quantize(Tensor a, Tensor a_sf, Tensor a_alpha, str a_layout, {_B}, int[] segments, Tensor alpha, "
+    "str sf_layout) -> (Tensor, Tensor)",
+    _gemm_w4a4_quantize,
+    lambda a, a_sf, a_alpha, a_layout, b, b_sf, b_alpha, b_layout, b_order, segments, alpha, sf_layout: _packed(
+        a.shape[0], b.shape[0], a, sf_layout
     ),
 )
 for _schema, _impl, _fake in (

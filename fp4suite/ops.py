@@ -7,7 +7,7 @@ device value on the host unless the reference was asked for by an override.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -129,18 +129,46 @@ def swiglu_quantize(
 # --- GEMMs and experts -----------------------------------------------------------------------------------------------
 
 
+@overload
+def gemm_nvfp4(
+    a: Tensor | NVFP4Tensor,
+    b: NVFP4Tensor,
+    *,
+    segments: Sequence[int] | None = ...,
+    out_dtype: torch.dtype = ...,
+    out_alpha: None = ...,
+    out_sf_layout: SfLayout = ...,
+) -> Tensor: ...
+
+
+@overload
+def gemm_nvfp4(
+    a: Tensor | NVFP4Tensor,
+    b: NVFP4Tensor,
+    *,
+    segments: Sequence[int] | None = ...,
+    out_dtype: torch.dtype = ...,
+    out_alpha: Tensor,
+    out_sf_layout: SfLayout = ...,
+) -> NVFP4Tensor: ...
+
+
 def gemm_nvfp4(
     a: Tensor | NVFP4Tensor,
     b: NVFP4Tensor,
     *,
     segments: Sequence[int] | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    """a [..., k] @ b [n, k].T -> [..., n] in out_dtype (bfloat16 or float32).
+    out_alpha: Tensor | None = None,
+    out_sf_layout: SfLayout = "linear",
+) -> Tensor | NVFP4Tensor:
+    """a [..., k] @ b [n, k].T -> [..., n] in out_dtype (bfloat16 or float32), or in NVFP4 under `out_alpha`.
 
     a: a float tensor (W4A16; bfloat16 on a GPU) or an NVFP4Tensor [m, k] with one alpha (W4A4). b.alpha is one number,
     or one for each of `segments`, runs of output columns that sum to n. Sums in FP32, alpha in FP32, rounded once.
     b's order says which kernels can run: UnsupportedError on a GPU where none reads it.
+    out_alpha: float32 [], the global scale of an NVFP4 result, n a multiple of 16. It is quantised by rule "absmax"
+    from FP32 sums times alpha, not rounded in between, in the kernel where one can; `out_dtype` then counts nothing.
     """
     if b.data.ndim != 2:
         raise ValueError(f"b must be one [n, k] matrix, got {list(b.shape)}; stacked experts go to grouped_gemm_nvfp4")
@@ -152,14 +180,26 @@ def gemm_nvfp4(
         raise ValueError(f"a and b must share a device, got {a.device} and {b.device}")
     runs = list(segments) if segments is not None and len(segments) > 1 else []
     b_sf, b_alpha = b.sf.view(torch.uint8), b.alpha.reshape(-1) if runs else b.alpha.reshape(())
+    left = None
     if isinstance(a, NVFP4Tensor):
         if a.data.ndim != 2 or a.alpha.ndim:
             raise ValueError(f"an NVFP4 a must be [m, k] with alpha [], got {list(a.shape)} with {list(a.alpha.shape)}")
         _expect_rows(a, "a")
         left = a.data, a.sf.view(torch.uint8), a.alpha, a.sf_layout
-        return _ops.gemm_w4a4(*left, b.data, b_sf, b_alpha, b.sf_layout, b.order, runs, out_dtype)
-    dtype_name(a, "a")
-    return _ops.gemm_w4a16(a, b.data, b_sf, b_alpha, b.sf_layout, b.order, runs, out_dtype)
+    else:
+        dtype_name(a, "a")
+    right = b.data, b_sf, b_alpha, b.sf_layout, b.order, runs
+    if out_alpha is None:
+        return _ops.gemm_w4a16(a, *right, out_dtype) if left is None else _ops.gemm_w4a4(*left, *right, out_dtype)
+    if n % BLOCK:
+        raise ValueError(f"an NVFP4 result needs n in multiples of {BLOCK}, got {n}")
+    _check_alpha(out_alpha, a, scalar=True)
+    if left is None:
+        whole = _rows(_ops.gemm_w4a16(a, *right, torch.float32))
+        data, sf = _ops.quantize_nvfp4(whole, out_alpha, out_sf_layout, "absmax")
+    else:
+        data, sf = _ops.gemm_w4a4_quantize(*left, *right, out_alpha, out_sf_layout)
+    return _unflatten(data, sf, out_alpha, out_sf_layout, torch.Size(a.shape[:-1]))
 
 
 def grouped_gemm_nvfp4(
@@ -402,7 +442,7 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
 # --- containers and tensors -------------------------------------------------------------------------------------------
 
 
-def _check_alpha(alpha: Tensor, x: Tensor, *, scalar: bool = False) -> None:
+def _check_alpha(alpha: Tensor, x: Tensor | NVFP4Tensor, *, scalar: bool = False) -> None:
     if alpha.dtype != torch.float32:
         raise TypeError(f"alpha must be float32, got {alpha.dtype}")
     if alpha.device != x.device:

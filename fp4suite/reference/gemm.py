@@ -2,12 +2,37 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from ..formats import NVFP4Tensor
-from .quant import scaled_codes
+from ..formats import NVFP4Tensor, SfLayout
+from .quant import quantize_nvfp4, scaled_codes
+
+
+@overload
+def gemm_nvfp4(
+    a: Tensor | NVFP4Tensor,
+    b: NVFP4Tensor,
+    *,
+    segments: Sequence[int] | None = ...,
+    out_dtype: torch.dtype = ...,
+    out_alpha: None = ...,
+    out_sf_layout: SfLayout = ...,
+) -> Tensor: ...
+
+
+@overload
+def gemm_nvfp4(
+    a: Tensor | NVFP4Tensor,
+    b: NVFP4Tensor,
+    *,
+    segments: Sequence[int] | None = ...,
+    out_dtype: torch.dtype = ...,
+    out_alpha: Tensor,
+    out_sf_layout: SfLayout = ...,
+) -> NVFP4Tensor: ...
 
 
 def gemm_nvfp4(
@@ -16,11 +41,14 @@ def gemm_nvfp4(
     *,
     segments: Sequence[int] | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
+    out_alpha: Tensor | None = None,
+    out_sf_layout: SfLayout = "linear",
+) -> Tensor | NVFP4Tensor:
     """a [..., k] @ b [n, k].T -> [..., n].
 
     a: a float tensor (W4A16) or an NVFP4Tensor with one alpha (W4A4). b.alpha is one number, or one for each of
     `segments`, which are runs of output columns that sum to n. d = (sum of a * code * sf) * alpha, rounded once.
+    out_alpha: float32 [], makes d NVFP4 under this global scale, rule "absmax", from FP32: `out_dtype` counts nothing.
     """
     n = b.shape[-2]
     x = scaled_codes(a) if isinstance(a, NVFP4Tensor) else a.float()
@@ -28,6 +56,8 @@ def gemm_nvfp4(
     alpha = column_alpha(b.alpha, n, segments)
     if isinstance(a, NVFP4Tensor):
         alpha = alpha * a.alpha
+    if out_alpha is not None:
+        return quantize_nvfp4(out * alpha, alpha=out_alpha, sf_layout=out_sf_layout)
     return (out * alpha).to(out_dtype)
 
 

@@ -154,6 +154,35 @@ def test_ops_that_read_rows_say_so() -> None:
             call()
 
 
+@pytest.mark.parametrize("act", ["w4a16", "w4a4"])
+@pytest.mark.parametrize("sf_layout", ["linear", "blocked_128x4"])
+def test_gemm_with_a_quantized_result(act: str, sf_layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes of quantising the FP32 result; opcheck and one graph."""
+    a, b = g(5, 64, dtype=torch.bfloat16), weight(48, 64, alpha=2)
+    left = reference.quantize_nvfp4(a) if act == "w4a4" else a
+    options = {"segments": (16, 32), "out_alpha": torch.tensor(0.01), "out_sf_layout": sf_layout}
+    whole = reference.gemm_nvfp4(left, b, segments=(16, 32), out_dtype=torch.float32)
+    want = reference.quantize_nvfp4(whole, alpha=options["out_alpha"], sf_layout=sf_layout)
+    calls: list[tuple[str, tuple]] = []
+    monkeypatch.setattr(ops, "_ops", Recorder(calls))
+    assert_same(ops.gemm_nvfp4(left, b, **options), want)
+    assert_same(reference.gemm_nvfp4(left, b, **options), want)
+    for operator, args in calls:
+        torch.library.opcheck(getattr(torch.ops.fp4suite, operator).default, args, test_utils=OPCHECKS)
+    monkeypatch.undo()
+    compiled = torch.compile(lambda: ops.gemm_nvfp4(left, b, **options), fullgraph=True, backend="aot_eager")
+    assert_same(compiled(), want)
+    torch._dynamo.reset()
+
+
+def test_gemm_refuses_a_quantized_result_that_cannot_be() -> None:
+    a, alpha = g(5, 64, dtype=torch.bfloat16), torch.tensor(0.01)
+    with pytest.raises(ValueError, match="n in multiples of 16, got 40"):
+        ops.gemm_nvfp4(a, weight(40, 64), out_alpha=alpha)
+    with pytest.raises(ValueError, match=r"alpha must be one number \[\], got \[2\]"):
+        ops.gemm_nvfp4(a, weight(48, 64), out_alpha=alpha.expand(2))
+
+
 @pytest.mark.parametrize("shape", [(0, 64), (0, 3, 64)])
 def test_empty_batches(shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape, dtype=torch.bfloat16)

@@ -79,7 +79,7 @@ def awkward(config: Config, number: int) -> GemmProblem:
         n = rows + 9 * unit
     else:
         m, n = rows + 37, columns + 3 * unit
-    return GemmProblem(m=m, n=n, k=64 * (4 * max(3, c.split_k) + 1), act="nvfp4", out=out, segments=segments)
+    return GemmProblem(m=m, n=n, k=64 * (4 * max(2, c.split_k) + 1), act="nvfp4", out=out, segments=segments)
 
 
 def case(problem: GemmProblem, seed: int) -> testing.Case:
