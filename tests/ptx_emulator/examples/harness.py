@@ -1,6 +1,8 @@
 """Cases, the import of an example from a checkout, and one case run under every schedule asked for."""
 
+import ast
 import importlib
+import re
 import resource
 import sys
 import time
@@ -39,13 +41,17 @@ class Prepared:
 @dataclass(frozen=True)
 class Case:
     """example: dotted path below `examples/python/CuTeDSL`. prepare(module, generator, **config) compiles it.
-    device: further arguments of `emulate`."""
+    device: further arguments of `emulate`. refused: of an example at fault, what the checks for races must say (a
+    pattern); it then runs once more without them and must be right, but for the schedules that show its fault."""
 
     example: str
     prepare: Callable[..., Prepared]
     config: dict[str, Any] = field(default_factory=dict)
     arch: str = "sm_100a"
     device: dict[str, Any] = field(default_factory=dict)
+    refused: str = ""
+    shown: Sequence[str] = ()
+    script: bool = False  # one that runs when it is imported: only what it defines is
 
     @property
     def name(self) -> str:
@@ -59,8 +65,9 @@ def _short(value: Any) -> str:
     return "x".join(map(_short, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
-def import_example(cutlass: Path, name: str) -> ModuleType:
-    """Raises FileNotFoundError where the checkout has no such example."""
+def import_example(cutlass: Path, name: str, script: bool = False) -> ModuleType:
+    """script: without the statements between its definitions. Raises FileNotFoundError where the checkout has no such
+    example."""
     root = cutlass / FOLDER
     file = root / (name.replace(".", "/") + ".py")
     if not file.is_file():
@@ -68,7 +75,16 @@ def import_example(cutlass: Path, name: str) -> ModuleType:
     for path in (root, root / "cute", file.parent):
         if str(path) not in sys.path:
             sys.path.append(str(path))
-    return importlib.import_module(name)
+    return _definitions(file, name) if script else importlib.import_module(name)
+
+
+def _definitions(file: Path, name: str) -> ModuleType:
+    tree = ast.parse(file.read_text(), str(file))
+    tree.body = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))]
+    module = sys.modules[name] = ModuleType(name)
+    module.__file__ = str(file)
+    exec(compile(tree, str(file), "exec"), vars(module))
+    return module
 
 
 @dataclass(frozen=True)
@@ -88,24 +104,37 @@ class Outcome:
 
 def run_case(cutlass: Path, case: Case, schedules: Sequence[str], report: Callable[[Outcome], None]) -> bool:
     """Compile once, run under every schedule; whether all were right. The seconds leave compilation out."""
-    module = import_example(cutlass, case.example)
+    module = import_example(cutlass, case.example, case.script)
     with emulate(case.arch, **case.device):
         prepared = case.prepare(module, torch.Generator().manual_seed(1), **case.config)
     good = True
     for name in schedules:
-        for output in prepared.outputs:
-            output.reset()
+        device = {**SCHEDULES[name], **case.device}
         start = time.perf_counter()
-        with emulate(case.arch, **SCHEDULES[name], **case.device) as device:
-            try:
-                prepared.run()
-                problem = next(filter(None, (o.mismatch() for o in prepared.outputs)), None)
-            except Exception as e:  # the other cases still run; a note says at which PTX line the emulator failed
-                problem = "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", ())])
-        seconds = time.perf_counter() - start
-        report(Outcome(case, name, problem, seconds, sum(s.total for s in device.launches)))
+        problem, executed = _attempt(case.arch, prepared, device)
+        if case.refused:
+            if problem is None or not re.search(case.refused, problem):
+                problem = f"it must be refused for {case.refused!r}, but: {problem}"
+            else:
+                problem, executed = _attempt(case.arch, prepared, {**device, "races": False})
+                if name in case.shown:
+                    problem = None if problem else "it must be wrong without the checks"
+        report(Outcome(case, name, problem, time.perf_counter() - start, executed))
         good &= problem is None
     return good
+
+
+def _attempt(arch: str, prepared: Prepared, device: dict[str, Any]) -> tuple[str | None, int]:
+    """What goes wrong, or None, and the instructions carried out."""
+    for output in prepared.outputs:
+        output.reset()
+    with emulate(arch, **device) as emulated:
+        try:
+            prepared.run()
+            problem = next(filter(None, (o.mismatch() for o in prepared.outputs)), None)
+        except Exception as e:  # the other cases still run; a note says at which PTX line the emulator failed
+            problem = "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", ())])
+    return problem, sum(s.total for s in emulated.launches)
 
 
 def peak_mib() -> float:
