@@ -12,6 +12,7 @@ from fp4suite import testing
 from fp4suite.problem import GemmProblem
 from kernels_cute import gemm_nvfp4_sm90 as sm90, gemm_nvfp4_sm100 as sm100
 from ptx_emulator import Fault, emulate
+from ptx_emulator.hazards import Checks
 from ptx_emulator.machine import SCHEDULES
 
 PROBLEM = GemmProblem(m=300, n=264, k=64 * 25, act="nvfp4")
@@ -77,10 +78,21 @@ FAULTS = {
 }  # fmt: skip
 
 # name: (pattern, replacement, which, what the refusal says)
+LOADED = r"tensor memory .* is written, with no order after it was read by tcgen05\.ld"
+UNFENCED = r"tensor memory .* is read, with no order after it was written by tcgen05\.mma.*no tcgen05\.fence"
 HAZARDS = {
     "staging not fenced for its store": (r"fence\.proxy\.async\.shared::cta;", "", 0, "no proxy fence"),
     "mbarriers not fenced for the cluster": (r"fence\.mbarrier_init\.release\.cluster;", "", -1, "an mbarrier is used"),
     "end before the last store has read": (r"cp\.async\.bulk\.wait_group\.read \t0;", "", 0, "its shared memory gone"),
+    "accumulator given back while it is loaded": (r"tcgen05\.wait::ld\.sync\.aligned;", "", 0, LOADED),
+}
+
+# every tcgen05.fence of the kernel. Its arrivals release and its waits acquire, which the ISA lets pass for order among
+# tcgen05 operations too, so that these are faults by the letter of "strict" alone.
+FENCES = {
+    "mma not fenced from the loads before": (r"tcgen05\.fence::after_thread_sync;", "", 0, LOADED),
+    "load not fenced from the mmas before": (r"tcgen05\.fence::after_thread_sync;", "", 1, UNFENCED),
+    "loads not fenced from the mmas behind": (r"tcgen05\.fence::before_thread_sync;", "", 0, LOADED),
 }
 
 SM90_PROBLEM = GemmProblem(m=70, n=136, k=64 * 7, act="bf16")
@@ -131,10 +143,10 @@ def mutated(ptx: str, pattern: str, replacement: str, which: int) -> str:
     return ptx
 
 
-def run(arch: str, schedule: str, rewrite=None) -> None:
+def run(arch: str, schedule: str, rewrite=None, races: Checks = True) -> None:
     kernel, problem, config = KERNELS[arch]
     case = testing.case(problem, "cpu", 4)
-    with emulate(arch, schedule=schedule, rewrite=rewrite):
+    with emulate(arch, schedule=schedule, rewrite=rewrite, races=races):
         case.run(kernel, config)
     case.check()
 
@@ -178,3 +190,17 @@ def test_fault_is_caught(arch, name, pattern, replacement, which):
 def test_hazard_is_refused_under_every_schedule(arch, name, pattern, replacement, which, says, schedule):
     with pytest.raises(Fault, match=f"(?s){says}"):
         run(arch, schedule, lambda ptx: mutated(ptx, pattern, replacement, which))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("pattern", "replacement", "which", "says"), FENCES.values(), ids=list(FENCES))
+def test_every_tcgen05_fence_is_wanted_by_the_letter(pattern, replacement, which, says, schedule):
+    with pytest.raises(Fault, match=f"(?s){says}"):
+        run("sm_100a", schedule, lambda ptx: mutated(ptx, pattern, replacement, which), "strict")
+
+
+def test_the_fences_are_all_there_are():
+    seen: list[str] = []
+    run("sm_100a", "round", lambda ptx: seen.append(ptx) or ptx, "strict")
+    assert sum(ptx.count("tcgen05.fence::") for ptx in seen) == len(FENCES)
+    assert sum(ptx.count("tcgen05.wait::") for ptx in seen) == 1
