@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from fp4suite import NVFP4Tensor, UnsupportedError, arch, ops, override, reference, registry, warmup
+from fp4suite import (
+    NVFP4Tensor,
+    UnsupportedError,
+    WeightLayout,
+    arch,
+    ops,
+    override,
+    reference,
+    registry,
+    warmup,
+    weight_layout,
+)
 from fp4suite.formats import BLOCK
 from fp4suite.problem import GemmProblem, QuantizeProblem
 from fp4suite.testing import assert_gemm_close, random_activations, random_nvfp4
@@ -69,17 +80,35 @@ def _decoded(t: torch.Tensor | NVFP4Tensor) -> torch.Tensor:
     return reference.dequant_nvfp4(one, torch.float64) * (t.alpha.double() if t.alpha.ndim == 0 else 1.0)
 
 
+@pytest.mark.parametrize("shape", [(320, 1024), (3, 128, 192)])
+@pytest.mark.parametrize("layout", [WeightLayout("fragments_sm90"), WeightLayout(sf_layout="blocked_128x4")])
+def test_layouts_give_the_cpus_bytes(layout: WeightLayout, shape: tuple[int, ...], device: torch.device) -> None:
+    gen = torch.Generator(device=device).manual_seed(7)
+    rows = random_nvfp4(torch.Size(shape[:-1]).numel(), shape[-1], gen, adversarial=True)
+    t = NVFP4Tensor(rows.data.view(*shape[:-1], -1), rows.sf.view(*shape[:-1], -1), rows.alpha)
+    before = NVFP4Tensor(t.data.cpu().clone(), t.sf.cpu().clone(), t.alpha.cpu())
+    made = t.lay_out_(layout)
+    assert made.data.data_ptr() == t.data.data_ptr()
+    assert_same(made.to("cpu"), before.with_order(layout.order).with_sf_layout(layout.sf_layout))
+    assert_same(made.lay_out_(WeightLayout()).to("cpu"), before)
+
+
 @pytest.mark.parametrize("m", [0, 1, 37])
 @pytest.mark.parametrize("act", ["bf16", "nvfp4"])
-def test_gemm(act: str, m: int, device: torch.device) -> None:
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_gemm(laid_out: bool, act: str, m: int, device: torch.device) -> None:
     a, b, segments, alpha = _gemm_operands(act, device, m)
+    exact = _decoded(b)
+    if laid_out:
+        b = b.lay_out_(weight_layout(*b.shape, device, act=act, segments=2))
+        assert act == "nvfp4" or arch.current() != "sm_90a" or b.order == "fragments_sm90"
     if arch.current() == "sm_100a" and act == "bf16":
         with pytest.raises(UnsupportedError, match="quantise the activations"):
             ops.gemm_nvfp4(a, b, segments=segments)
         return
     for dtype in (torch.bfloat16, torch.float32):
         got = ops.gemm_nvfp4(a, b, segments=segments, out_dtype=dtype)
-        assert_gemm_close(got, _decoded(a), _decoded(b), alpha)
+        assert_gemm_close(got, _decoded(a), exact, alpha)
 
 
 def test_gemm_of_transposed_and_batched_activations(device: torch.device) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fp4suite import arch, dispatch, registry
 from fp4suite.errors import UnsupportedError
-from fp4suite.formats import NVFP4Tensor
+from fp4suite.formats import NVFP4Tensor, WeightLayout
 from model.checkpoint import Checkpoint, load, make_checkpoint
 from model.checkpoint.load import default_act_format
 from model.checkpoint.read import Weight
@@ -19,6 +19,7 @@ from model.runtime import ops_without_kernel, reference_where_no_kernel, timed_g
 
 pytestmark = pytest.mark.gpu
 
+PREFERRED = {"sm_90a": WeightLayout(order="fragments_sm90"), "sm_100a": WeightLayout(sf_layout="blocked_128x4")}
 TOKENS = [0, *range(5, 165)]  # past one entry of each kind of compressor
 
 
@@ -49,6 +50,20 @@ def test_weights_arrive_as_on_the_cpu(family: str, weights: str, checkpoints: Pa
             assert ours.dtype == theirs.dtype
             same = torch.equal(ours.reshape(-1).view(torch.uint8), theirs.cpu().reshape(-1).view(torch.uint8))
             assert same, name
+
+
+def test_weights_lie_as_the_devices_kernels_read_them(checkpoints: Path, device: torch.device) -> None:
+    """Laid out on the GPU as they arrive; undone, they are the CPU's."""
+    here = dict(Checkpoint(checkpoints / "modelopt").weights("cpu"))
+    model = load(None, checkpoints / "modelopt", device, progress=False)
+    layouts = set()
+    for name, weight in model.weights():
+        if isinstance(weight, NVFP4Tensor):
+            layouts.add(weight.layout)
+            ours, theirs = parts(here[name]), parts(weight.with_order("rows").with_sf_layout("linear").to("cpu"))
+            for x, y in zip(ours, theirs, strict=True):
+                assert torch.equal(x.view(torch.uint8), y.view(torch.uint8)), name
+    assert layouts == {WeightLayout(), PREFERRED[arch.of(device)]}
 
 
 def test_without_the_override_a_missing_kernel_is_an_error(checkpoints: Path, device: torch.device) -> None:
