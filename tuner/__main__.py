@@ -76,6 +76,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
         storage=(args.storage or results / "studies" / "journal.log") if measured else None,
         out=args.out or results / "tables",
         quiet=args.quiet,
+        order=args.order,
     )
     report = tune.run(chosen, options)
     print(tune.render(report, SHOWN))
@@ -112,7 +113,16 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, An
     configs = targets.load_configs(args.layers_of or ["pro"])
     out = args.out or provenance.results_dir() / "bench"
     paths, rows = bench.run(
-        chosen, configs, ops, args.m, args.tp, out, rounds=args.rounds, seed=args.seed, quiet=args.quiet
+        chosen,
+        configs,
+        ops,
+        args.m,
+        args.tp,
+        out,
+        rounds=args.rounds,
+        seed=args.seed,
+        quiet=args.quiet,
+        order=args.order,
     )
     print(bench.render(rows))
     return 0, {"files": [str(p) for p in paths], "rows": rows}
@@ -202,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--m", type=_ints, metavar="1,16,...", help="numbers of tokens")
         sub.add_argument("--tp", type=int, default=1, help="tensor parallel ranks (default 1)")
+        sub.add_argument("--order", choices=ORDERS, help="of a GEMM's weights (default: as a loader lays them out)")
         sub.add_argument("--arch", choices=archs.GPU_ARCHS, help="one architecture; predicted unless its GPU is here")
         sub.add_argument("--device", metavar="cuda:N", help="the GPU to measure on (default cuda:0 if there is one)")
         sub.add_argument("--seed", type=int, default=0)
@@ -227,9 +238,6 @@ def _parser() -> argparse.ArgumentParser:
     beside = bench.add_argument_group("peers", f"{GemmProblem.op} against other libraries, on a GPU")
     beside.add_argument("--peers", nargs="?", const="all", metavar="NAME,...", help="all that are installed, or these")
     beside.add_argument("--layers", metavar="NAME,...", help="only shapes of these layers: q_b, pro.o_b (default all)")
-    beside.add_argument(
-        "--order", choices=ORDERS, help="how our weights lie in memory (default: prepared, if it can be)"
-    )
     beside.add_argument("--seconds", type=float, default=420.0, help="time for the run (default 420)")
     beside.add_argument("--jobs", type=_positive, help="processes that compile peers ahead (default: the cores)")
     beside.add_argument("--resume", action="store_true", help="keep the cells that this commit has already timed")

@@ -16,12 +16,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fp4suite import dispatch, shapes
+from fp4suite import dispatch
 from fp4suite.errors import UnsupportedError
+from fp4suite.layouts import Order
 from fp4suite.problem import GemmProblem, Problem
 
 from . import baselines, cost_model, measure, provenance, stats
-from .targets import Target
+from .targets import Target, problems
 
 DEFAULT_M = (1, 16, 64, 256, 2048, 8192)
 KEY = ("op", "problem")
@@ -83,6 +84,7 @@ def run(
     rounds: int,
     seed: int,
     quiet: bool,
+    order: Order | None = None,
 ) -> tuple[list[Path], list[Row]]:
     """Time (or predict) every problem on every target; returns the files written and the new rows."""
     paths: list[Path] = []
@@ -90,9 +92,10 @@ def run(
     for target in targets:
         roofs = _roofs(target)
         for op in ops:
-            found = _problems(configs, op, target.arch, m or DEFAULT_M, tp)
+            found = problems(configs, op, target, m or DEFAULT_M, tp, order)
             mine = []
-            for problem, layers, calls in tqdm(found, desc=f"{target.device} {op}", unit="row", disable=quiet or None):
+            bar = tqdm(found.items(), desc=f"{target.device} {op}", unit="row", disable=quiet or None)
+            for problem, (layers, calls) in bar:
                 try:
                     choice = dispatch.choose_for(op, problem, dispatch.Target(target.arch, target.device))
                 except UnsupportedError:
@@ -174,17 +177,6 @@ def load(path: Path) -> list[dict[str, str]]:
                 f"{path}: columns {reader.fieldnames}, wanted {list(COLUMNS)}; remove the file and benchmark again"
             )
         return list(reader)
-
-
-def _problems(
-    configs: Mapping[str, Mapping[str, Any]], op: str, arch: str, m: Sequence[int], tp: int
-) -> list[tuple[Problem, list[str], int]]:
-    joined: dict[Problem, tuple[list[str], int]] = {}
-    for model, config in configs.items():
-        for p in shapes.problems(config, op, arch=arch, m=m, tp=tp):
-            names, calls = joined.get(p.problem, ([], 0))
-            joined[p.problem] = (names + [f"{model}.{name}" for name in p.layers], calls + p.count)
-    return [(problem, names, calls) for problem, (names, calls) in joined.items()]
 
 
 def _roofs(target: Target) -> Roofs:

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from fp4suite import problem as problems, registry, testing
-from fp4suite.formats import BLOCK, NVFP4Tensor, SfLayout
-from fp4suite.layouts import Order
+from fp4suite.formats import BLOCK, NVFP4Tensor, WeightLayout
 from fp4suite.problem import GemmProblem, nvfp4_bytes
 from fp4suite.reference.quant import scaled_codes
 
@@ -53,7 +52,7 @@ class Shape:
             self.weights.append(NVFP4Tensor(codes.view(n, -1), sf.view(n, -1).view(torch.float8_e4m3fn), one))
         self.read_variant: tuple[int, int] | None = None  # the fastest of bench_kernels.READS, once known
         self._layers: dict[str, list[Layer]] = {}
-        self._own: dict[tuple[str, str], list[NVFP4Tensor]] = {}
+        self._own: dict[WeightLayout, list[NVFP4Tensor]] = {}
         self._decoded: dict[int, Tensor] = {}
 
     def layers(self, peer: peers.Peer) -> list[Layer]:
@@ -63,17 +62,15 @@ class Shape:
         return self._layers[peer.name]
 
     def own(self, module: Any) -> list[NVFP4Tensor]:
-        """The weights in the orders that a kernel of ours reads."""
-        order: Order = getattr(module, "WEIGHT_ORDER", "rows")
-        sf_layout: SfLayout = module.SF_LAYOUT
-        if (order, sf_layout) not in self._own:
+        """The weights as a kernel of ours reads them."""
+        layout = registry.weight_layout(module)
+        if layout not in self._own:
             alpha = self.weights[0].alpha
             if len(self.segments) > 1:
                 alpha = alpha.repeat(len(self.segments))
-            self._own[order, sf_layout] = [
-                NVFP4Tensor(w.data, w.sf, alpha).with_order(order).with_sf_layout(sf_layout) for w in self.weights
-            ]
-        return self._own[order, sf_layout]
+            plain = [NVFP4Tensor(w.data, w.sf, alpha) for w in self.weights]
+            self._own[layout] = [w.with_order(layout.order).with_sf_layout(layout.sf_layout) for w in plain]
+        return self._own[layout]
 
     def decoded(self, copy: int) -> Tensor:
         """FP64 [n, k], without alpha."""
@@ -215,7 +212,6 @@ def open_cell(dims: dict[str, int | str], seed: int) -> str:
     global _cell
     assert _shape is not None, "open_shape comes first"
     _cell = None
-    _free()
     problem = problems.from_dims(GemmProblem.op, dims)
     assert isinstance(problem, GemmProblem)
     _cell = Cell(_shape, problem, seed)

@@ -17,9 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from fp4suite import dispatch, layouts, registry, shapes
+from fp4suite import dispatch
 from fp4suite.errors import UnsupportedError
 from fp4suite.layouts import Order
 from fp4suite.problem import GemmProblem, nvfp4_bytes
@@ -29,24 +30,27 @@ from .bench import Roofs, Row
 from .bench_cells import OWN, READ
 from .peers import PEERS
 from .peers_rows import ROOFS, SUFFIX
-from .targets import Target
+from .targets import Target, problems
 
 DEFAULT_M = (1, 4, 16, 32, 64, 128, 256, 512, 2048, 8192)
 SECONDS = 420.0
 LEAST_ROUNDS, MOST_ROUNDS = 9, 41
 MOST_CELL_S = 3.0  # of timing; a cell of long launches may take longer for its least rounds
-RECORD_S, TIMES_S = 300.0, 120.0  # after which a contender counts as hanging
+RECORD_S, TIMES_S = 180.0, 120.0  # after which a contender counts as hanging
 
 
 @dataclass(frozen=True, slots=True)
-class LayerShape:
-    """A weight [n, k] and the layers that have one like it; `dims` are those of its problems but m."""
+class Cell:
+    """A weight shape at one m: the layers that have it, and what of ours runs it."""
 
     layers: tuple[str, ...]
-    problem: GemmProblem  # at m = 1
+    problem: GemmProblem
+    choice: dispatch.Choice
 
-    def at(self, m: int) -> GemmProblem:
-        return dataclasses.replace(self.problem, m=m)
+    @property
+    def shape(self) -> GemmProblem:
+        """Everything but m."""
+        return dataclasses.replace(self.problem, m=1)
 
     @property
     def packed(self) -> int:
@@ -55,10 +59,12 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class Options:
+    """peers: names that are asked for. layers: "q_b" or "pro.q_b", none for all. order: see `targets.problems`."""
+
     m: Sequence[int]
     peers: Sequence[str]
-    layers: Sequence[str] = ()  # "q_b" or "pro.q_b"; none: all
-    order: Order | None = None  # of our weights; None: what a kernel of this architecture prefers
+    layers: Sequence[str] = ()
+    order: Order | None = None
     tp: int = 1
     seconds: float = SECONDS
     jobs: int = 1
@@ -90,130 +96,161 @@ def run(
     if target.cuda is None:
         raise ValueError(f"--peers measures on a GPU; for {target.arch} there is none here")
     began = time.monotonic()
-    order = options.order or preferred_order(target.arch)
-    cells = [
-        (shape, m) for shape in shapes_of(configs, target.arch, options.tp, options.layers, order) for m in options.m
-    ]
-    path = out / target.device / f"{GemmProblem.op}{SUFFIX}.csv"
-    outcome = Outcome(path, absent={name: why for name in options.peers if (why := PEERS[name].missing())})
-    present = [name for name in options.peers if name not in outcome.absent]
-    for name in PEERS:
-        if name not in options.peers:
-            outcome.absent[name] = "not asked for"
-    for name in options.peers:
-        peer = PEERS[name]
-        state = outcome.absent.get(name) or f"version {peer.version()}{', ' + peer.note if peer.note else ''}"
-        say(f"peer {name}: {state}")
-    say(f"our weights lie in the order {order!r}; {len(cells)} cells, about {options.seconds:.0f} s")
-    done = {row["problem"]: row for row in peers_rows.read(path)} if options.resume and path.exists() else {}
-    beginning = provenance.now()
+    outcome = Outcome(out / target.device / f"{GemmProblem.op}{SUFFIX}.csv", absent=_absent(options.peers, say))
+    todo = cells(target, configs, options, say)
+    if options.resume and outcome.path.exists():
+        kept = {row["problem"]: row for row in peers_rows.load(outcome.path) if row["commit"] == provenance.commit()}
+        outcome.rows = [kept[str(c.problem)] for c in todo if str(c.problem) in kept]
+        todo = [c for c in todo if str(c.problem) not in kept]
+    say(f"{len(todo)} cells to time, {len(outcome.rows)} kept, in about {options.seconds:.0f} s")
     child = start()
     try:
         facts = Roofs(**child.call(backend.roofs, target.cuda, timeout=RECORD_S), copy=0.0)
-        choices = {}
-        for shape, m in cells:
-            try:
-                choices[shape, m] = dispatch.choose_for(
-                    GemmProblem.op, shape.at(m), dispatch.Target(target.arch, target.device)
-                )
-            except UnsupportedError as e:
-                say(f"no kernel: {e}")
-        todo = []
-        for cell in cells:
-            row = done.get(str(cell[0].at(cell[1])))
-            if row is not None and row["commit"] == provenance.commit():
-                outcome.rows.append(peers_rows.typed(row))
-            elif cell in choices:
-                todo.append(cell)
-        _compile_ahead(child, backend, target.cuda, todo, choices, present, options, say)
+        present = [name for name in options.peers if name not in outcome.absent]
+        _compile_ahead(child, backend, target.cuda, todo, present, options, say)
         say(f"compiled after {time.monotonic() - began:.0f} s")
-        bar = tqdm(todo, unit="cell", disable=options.quiet or None)
-        measuring = _Measuring(child, backend, target.cuda, options.seed)
-        spent = 0.0  # outside of timing, so far
-        for number, (shape, m) in enumerate(bar):
-            bar.set_description(f"{shape.layers[0]} m={m}")
-            remaining = began + options.seconds - time.monotonic()
-            if remaining <= 0 and number:
-                outcome.left = len(todo) - number
+        measuring = _Measuring(child, backend, target.cuda, [*present, *ROOFS], options.seed)
+        beginning, overhead = provenance.now(), 0.0  # overhead: seconds outside of timing, so far
+        for number, cell in enumerate(tqdm(todo, unit="cell", disable=options.quiet or None)):
+            now, left = time.monotonic(), len(todo) - number
+            if number and now > began + options.seconds:
+                outcome.left = left
                 break
-            share = remaining / (len(todo) - number) - (spent / number if number else 0.5)
-            before = time.monotonic()
-            timed, times, cold = measuring.cell(
-                shape, m, choices[shape, m], [*present, *ROOFS], min(share, MOST_CELL_S)
-            )
-            spent += time.monotonic() - before - max(0.0, min(share, MOST_CELL_S))
-            row = _row(target, shape, m, choices[shape, m], timed, times, cold, facts, outcome.absent) | {
-                "run": beginning
-            }
+            share = (began + options.seconds - now) / left - overhead / max(number, 1)
+            seconds = min(max(share, 0.0), MOST_CELL_S)
+            timed = measuring.cell(cell, seconds)
+            overhead += time.monotonic() - now - seconds
+            row = _row(target, cell, timed, facts, outcome.absent) | {"run": beginning}
             outcome.rows.append(row)
-            peers_rows.store(path, [row])
+            peers_rows.store(outcome.path, [row])
     finally:
         child.close()
     return outcome
 
 
+def cells(
+    target: Target, configs: Mapping[str, Mapping[str, Any]], options: Options, say: Callable[[str], None]
+) -> list[Cell]:
+    """The largest weights first, each at all m. What has no kernel is said.
+
+    Raises ValueError for a layer that no model has, and for an architecture whose GEMM does not take BF16 activations.
+    """
+    found: list[Cell] = []
+    known: set[str] = set()
+    for problem, (layers, _) in problems(configs, GemmProblem.op, target, options.m, options.tp, options.order).items():
+        assert isinstance(problem, GemmProblem)
+        if problem.act != "bf16":
+            raise ValueError(f"--peers compares BF16 activations; on {target.arch} the GEMM takes {problem.act}")
+        names = {part for name in layers for part in (name, name.partition(".")[2])}
+        known |= names
+        if options.layers and not names & set(options.layers):
+            continue
+        try:
+            choice = dispatch.choose_for(GemmProblem.op, problem, dispatch.Target(target.arch, target.device))
+        except UnsupportedError as e:
+            say(f"no kernel: {e}")
+        else:
+            found.append(Cell(tuple(layers), problem, choice))
+    for layer in options.layers:
+        if layer not in known:
+            raise ValueError(f"--layers must be of {', '.join(sorted(known))}, got {layer!r}")
+    return sorted(found, key=lambda c: (-c.packed, c.layers, c.problem.m))
+
+
+def _absent(asked: Sequence[str], say: Callable[[str], None]) -> dict[str, str]:
+    """Peers that will not be timed, and why; says of each peer what it is."""
+    absent = {}
+    for name, peer in PEERS.items():
+        why = peer.missing() if name in asked else "not asked for"
+        if why is not None:
+            absent[name] = why
+        say(f"peer {name}: {why or f'version {peer.version()}'}{f' ({peer.note})' if peer.note and not why else ''}")
+    return absent
+
+
+@dataclass(slots=True)
+class Timed:
+    """Of a cell: errors of what was timed, why others were not, samples, and how operands were kept out of L2."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    samples: dict[str, stats.Samples] = field(default_factory=dict)
+    cold: str = ""
+
+
 class _Measuring:
-    """The measuring process, which a contender may take down: it is then started again without that contender."""
+    """The measuring process. A contender that ends it is left out of that shape, after the second time of all."""
 
-    def __init__(self, child: Any, backend: ModuleType, device: str, seed: int) -> None:
+    def __init__(self, child: Any, backend: ModuleType, device: str, names: Sequence[str], seed: int) -> None:
+        """names: contenders beside ours."""
         self._child, self._backend, self._device, self._seed = child, backend, device, seed
-        self._shape: LayerShape | None = None
-        self._broken: dict[tuple[LayerShape, str], str] = {}  # what ended the process on this shape
+        self._names = (OWN, *names)
+        self._shape: GemmProblem | None = None
+        self._broken: dict[str, dict[GemmProblem, str]] = {name: {} for name in self._names}  # shape -> what happened
 
-    def cell(
-        self, shape: LayerShape, m: int, choice: dispatch.Choice, names: Sequence[str], seconds: float
-    ) -> tuple[dict[str, float | str], dict[str, stats.Samples], str]:
-        """Per contender its error, or why it was not timed; samples of those that were; how operands are kept cold."""
-        import numpy as np
-
+    def cell(self, cell: Cell, seconds: float) -> Timed:
+        """Check and capture each contender, then time those that are right."""
         while True:
-            timed: dict[str, float | str] = {}
+            timed = Timed()
             try:
-                cold = self._open(shape, m)
+                self._open(cell, timed)
             except (worker.WorkerDied, worker.RemoteError) as e:
                 self._restart()
-                return dict.fromkeys((OWN, *names), f"operands could not be made: {_line(e)}"), {}, ""
-            for name in (OWN, *names):
-                timed[name] = self._broken.get((shape, name)) or self._record(shape, name, choice)
-                if self._shape is None:
-                    break  # the process is gone, and what it had recorded
+                timed.failed = dict.fromkeys(self._names, f"operands could not be made: {_line(e)}")
+                return timed
+            if not all(self._record(name, cell, timed) for name in self._names):
+                continue  # the process is gone, and what it had recorded
+            try:
+                samples = self._child.call(
+                    self._backend.times, list(timed.errors), seconds, LEAST_ROUNDS, MOST_ROUNDS, timeout=TIMES_S
+                )
+            except (worker.WorkerDied, worker.RemoteError) as e:
+                self._restart()
+                timed.failed |= dict.fromkeys(timed.errors, f"failed while all were timed: {_line(e)}")
+                timed.errors = {}
             else:
-                right = [name for name, found in timed.items() if isinstance(found, float)]
-                try:
-                    samples = self._child.call(
-                        self._backend.times, right, seconds, LEAST_ROUNDS, MOST_ROUNDS, timeout=TIMES_S
-                    )
-                except (worker.WorkerDied, worker.RemoteError) as e:
-                    self._restart()
-                    why = f"failed while all were timed: {_line(e)}"
-                    return {name: why if name in right else found for name, found in timed.items()}, {}, cold
-                return timed, dict(zip(right, np.array(samples).T, strict=True)), cold
+                timed.samples = dict(zip(timed.errors, np.array(samples).T, strict=True))
+            return timed
 
-    def _open(self, shape: LayerShape, m: int) -> str:
-        p = shape.problem
-        if self._shape != shape:
+    def _open(self, cell: Cell, timed: Timed) -> None:
+        p = cell.problem
+        if self._shape != cell.shape:
             self._child.call(self._backend.open_shape, p.n, p.k, p.segments, self._device, self._seed, timeout=RECORD_S)
-            self._shape = shape
-        return str(self._child.call(self._backend.open_cell, shape.at(m).dims(), self._seed, timeout=RECORD_S))
+            self._shape = cell.shape
+        timed.cold = self._child.call(self._backend.open_cell, p.dims(), self._seed, timeout=RECORD_S)
 
-    def _record(self, shape: LayerShape, name: str, choice: dispatch.Choice) -> float | str:
+    def _record(self, name: str, cell: Cell, timed: Timed) -> bool:
+        """Whether the process is still there; what came of it goes into `timed`."""
+        broken = self._broken[name]
+        if cell.shape in broken or (name != OWN and len(broken) > 1):
+            timed.failed[name] = broken.get(cell.shape) or f"left out, as before: {next(iter(broken.values()))}"
+            return True
         try:
             if name == OWN:
-                knobs = dataclasses.asdict(choice.config)
-                return float(self._child.call(self._backend.record_own, choice.kernel, knobs, timeout=RECORD_S))
-            return float(self._child.call(self._backend.record, name, timeout=RECORD_S))
+                knobs = dataclasses.asdict(cell.choice.config)
+                error = self._child.call(self._backend.record_own, cell.choice.kernel, knobs, timeout=RECORD_S)
+            else:
+                error = self._child.call(self._backend.record, name, timeout=RECORD_S)
+            timed.errors[name] = error
+            return True
         except worker.WorkerDied as e:
-            self._broken[shape, name] = f"{e.reason}: {_line(e)}"
-            self._restart()
-            return self._broken[shape, name]
+            why = f"{e.reason}: {_line(e)}"
         except worker.RemoteError as e:
             why = f"wrong: {_line(e)}" if e.kind == "AssertionError" else f"{e.kind}: {_line(e)}"
+            if self._is_sound():
+                timed.failed[name] = why
+                return True
+        broken[cell.shape] = why
+        self._restart()
+        return False
+
+    def _is_sound(self) -> bool:
+        """Whether the device can still be used, as it cannot after an illegal access."""
         try:
             self._child.call(self._backend.sound, timeout=TIMES_S)
         except (worker.WorkerDied, worker.RemoteError):
-            self._broken[shape, name] = why
-            self._restart()
-        return why
+            return False
+        return True
 
     def _restart(self) -> None:
         self._child.close()
@@ -224,121 +261,66 @@ def _compile_ahead(
     child: Any,
     backend: ModuleType,
     device: str,
-    todo: Sequence[tuple[LayerShape, int]],
-    choices: Mapping[tuple[LayerShape, int], dispatch.Choice],
+    todo: Sequence[Cell],
     present: Sequence[str],
     options: Options,
     say: Callable[[str], None],
 ) -> None:
-    """Peers into their caches on disk, many processes at once; ours in the measuring process meanwhile."""
-    ms: dict[LayerShape, list[int]] = {}
-    for shape, m in todo:
-        ms.setdefault(shape, []).append(m)
+    """Peers into their caches on disk, many processes at once; ours in the measuring process meanwhile.
+
+    What fails here fails in its cell too, which is where it counts.
+    """
+    ms: dict[tuple[int, int], set[int]] = {}
+    for c in todo:
+        ms.setdefault((c.problem.n, c.problem.k), set()).add(c.problem.m)
     compiling = [PEERS[name] for name in present if PEERS[name].compiles]
-    jobs = [(p, shape) for shape in ms for p in compiling]
+    calls = [(backend.warm_peer, (p.name, n, k, sorted(m), device)) for (n, k), m in ms.items() for p in compiling]
     environment = {k: v for p in compiling for k, v in p.environment.items()}
 
-    def warm_peers() -> list[str]:
-        calls = [
-            (backend.warm_peer, (p.name, shape.problem.n, shape.problem.k, ms[shape], device)) for p, shape in jobs
-        ]
-        failed = []
+    def warm_peers() -> None:
         for index, found in worker.run_all(calls, min(options.jobs, len(calls)), RECORD_S, environment):
             if isinstance(found, Exception):
-                p, shape = jobs[index]
-                failed.append(f"compiling {p.name} for {shape.problem}: {_line(found)}")
-        return failed
+                name, n, k, *_ = calls[index][1]
+                say(f"compiling {name} for {n} x {k}: {_line(found)}")
 
     with ThreadPoolExecutor(1) as pool:
-        warming = pool.submit(warm_peers) if jobs else None
-        seen = set()
-        for shape, m in tqdm(todo, desc="compiling", unit="cell", disable=options.quiet or None):
-            choice = choices[shape, m]
-            what = (choice.kernel, choice.config, shape)
-            if what in seen:
+        warming = pool.submit(warm_peers) if calls else None
+        done = set()
+        for c in tqdm(todo, desc="compiling", unit="cell", disable=options.quiet or None):
+            what = (c.choice.kernel, c.choice.config, c.shape)
+            if what in done:
                 continue
-            seen.add(what)
+            done.add(what)
+            knobs = dataclasses.asdict(c.choice.config)
             try:
-                child.call(
-                    backend.warm_own,
-                    shape.at(m).dims(),
-                    choice.kernel,
-                    dataclasses.asdict(choice.config),
-                    timeout=RECORD_S,
-                )
+                child.call(backend.warm_own, c.problem.dims(), c.choice.kernel, knobs, timeout=RECORD_S)
             except (worker.WorkerDied, worker.RemoteError) as e:
-                say(f"compiling {choice.kernel} for {shape.at(m)}: {_line(e)}")  # its cell says so again
-        for line in warming.result() if warming is not None else ():
-            say(line)
+                say(f"compiling {c.choice.kernel} for {c.problem}: {_line(e)}")
+        if warming is not None:
+            warming.result()
 
 
-def preferred_order(arch: str) -> Order:
-    """The order of weights for which this architecture has a kernel: a prepared one before "rows"."""
-    found = {getattr(registry.load(row.name), "WEIGHT_ORDER", "rows") for row in registry.kernels(GemmProblem.op, arch)}
-    return next((order for order in layouts.ORDERS if order != "rows" and order in found), "rows")
-
-
-def shapes_of(
-    configs: Mapping[str, Mapping[str, Any]], arch: str, tp: int, layers: Sequence[str], order: Order
-) -> list[LayerShape]:
-    """Each weight shape of the models once, the largest first.
-
-    layers: only shapes of these layers ("q_b", "pro.q_b"). A shape that cannot have the order keeps "rows". Raises
-    ValueError for a layer that no model has, and for an architecture whose GEMM does not take BF16 activations.
-    """
-    joined: dict[GemmProblem, list[str]] = {}
-    for model, config in configs.items():
-        for p in shapes.problems(config, GemmProblem.op, arch=arch, m=(1,), tp=tp):
-            assert isinstance(p.problem, GemmProblem)
-            joined.setdefault(p.problem, []).extend(f"{model}.{name}" for name in p.layers)
-    known = {name for names in joined.values() for name in names}
-    for layer in layers:
-        if layer not in known and layer not in {name.partition(".")[2] for name in known}:
-            raise ValueError(
-                f"--layers must be of {', '.join(sorted(known))}, with or without the model, got {layer!r}"
-            )
-    found = []
-    for problem, names in joined.items():
-        if problem.act != "bf16":
-            raise ValueError(f"--peers compares BF16 activations; on {arch} the GEMM takes {problem.act}")
-        if layers and not any(name in layers or name.partition(".")[2] in layers for name in names):
-            continue
-        fits = order == "rows" or layouts.refuse_fragments_sm90(problem.n, problem.k) is None
-        found.append(LayerShape(tuple(names), dataclasses.replace(problem, order=order if fits else "rows")))
-    return sorted(found, key=lambda s: (-s.packed, s.layers))
-
-
-def _row(
-    target: Target,
-    shape: LayerShape,
-    m: int,
-    choice: dispatch.Choice,
-    found: Mapping[str, float | str],
-    times: Mapping[str, stats.Samples],
-    cold: str,
-    roofs: Roofs,
-    absent: Mapping[str, str],
-) -> Row:
-    problem = shape.at(m)
+def _row(target: Target, cell: Cell, timed: Timed, roofs: Roofs, absent: Mapping[str, str]) -> Row:
+    problem, choice = cell.problem, cell.choice
     us: dict[str, float | None] = dict.fromkeys((OWN, *PEERS, *ROOFS))
     row: Row = dict.fromkeys(peers_rows.columns())
-    for name, samples in times.items():
+    for name, samples in timed.samples.items():
         s = stats.summary(samples)
         us[name] = s.median_us
         row |= {f"{name}_p20_us": round(s.p20_us, 3), f"{name}_p80_us": round(s.p80_us, 3)}
     own, best = us[OWN], peers_rows.best_peer(us)
     roof, roof_us = roofs.of(problem)
-    notes = dict(absent) | {name: why for name, why in found.items() if isinstance(why, str)}
+    notes = dict(absent) | timed.failed
     versions = {name: PEERS[name].version() for name in PEERS if us[name] is not None and name != "cublas_bf16"}
     read = us[READ]
     return row | {
         "op": problem.op,
         "problem": str(problem),
-        "layers": " ".join(shape.layers),
-        "m": m,
+        "layers": " ".join(cell.layers),
+        "m": problem.m,
         "n": problem.n,
         "k": problem.k,
-        "packed_bytes": shape.packed,
+        "packed_bytes": cell.packed,
         "kernel": choice.kernel,
         "config": " ".join(f"{k}={v}" for k, v in dataclasses.asdict(choice.config).items()),
         "reason": choice.reason,
@@ -346,10 +328,10 @@ def _row(
         "ratio": _quotient(us[best] if best else None, own),
         "share_of_read": _quotient(read, own),
         **{f"{name}_us": None if t is None else round(t, 3) for name, t in us.items()},
-        **{f"{name}_error": e for name in (OWN, *PEERS) if isinstance(e := found.get(name), float)},
+        **{f"{name}_error": timed.errors[name] for name in (OWN, *PEERS) if name in timed.errors},
         "notes": "; ".join(f"{name}: {why}" for name, why in notes.items()),
-        "rounds": len(next(iter(times.values()), ())),
-        "cold": cold,
+        "rounds": len(next(iter(timed.samples.values()), ())),
+        "cold": timed.cold,
         "roof": roof,
         "share_of_roof": _quotient(roof_us, own),
         "arch": target.arch,

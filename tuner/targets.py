@@ -1,15 +1,17 @@
 """What a command is about: the devices, the models' configs and the ops, as named on the command line."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
-from fp4suite import arch as archs
-from fp4suite.problem import PROBLEMS
+from fp4suite import arch as archs, dispatch, shapes
+from fp4suite.formats import WeightLayout
+from fp4suite.layouts import Order
+from fp4suite.problem import PROBLEMS, GemmProblem, Problem
 
 from . import measure, worker
 
@@ -67,6 +69,39 @@ def load_configs(names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
         except msgspec.DecodeError as e:
             raise ValueError(f"{path}: not a config.json ({e})") from e
     return found
+
+
+def problems(
+    configs: Mapping[str, Mapping[str, Any]],
+    op: str,
+    target: Target,
+    m: Sequence[int],
+    tp: int,
+    order: Order | None = None,
+) -> dict[Problem, tuple[list[str], int]]:
+    """Each problem of an op once, with the layers ("pro.q_b") of all models that have it and the calls of a pass each.
+
+    Weights of a GEMM lie in `order` if they can; by default as a loader lays them out (`dispatch.weight_layout`).
+    """
+    joined: dict[Problem, tuple[list[str], int]] = {}
+    for model, config in configs.items():
+        for p in shapes.problems(config, op, arch=target.arch, m=m, tp=tp):
+            problem = _laid_out(p.problem, target, order)
+            names, calls = joined.get(problem, ([], 0))
+            joined[problem] = (names + [f"{model}.{name}" for name in p.layers], calls + p.count)
+    return joined
+
+
+def _laid_out(problem: Problem, target: Target, order: Order | None) -> Problem:
+    if not isinstance(problem, GemmProblem):
+        return problem
+    n, k = problem.n, problem.k
+    if order is None:
+        with dispatch.on_target(target.arch, target.device):
+            order = dispatch.weight_layout(n, k, "cpu", act=problem.act, segments=problem.segments).order
+    elif WeightLayout(order).refuses(n, k):
+        order = "rows"
+    return replace(problem, order=order)
 
 
 def check_ops(names: Sequence[str] | None) -> tuple[str, ...]:

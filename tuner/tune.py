@@ -24,9 +24,10 @@ import optuna
 from tabulate import tabulate
 from tqdm import tqdm
 
-from fp4suite import registry, shapes, table
+from fp4suite import registry, table
 from fp4suite.built import Resources
-from fp4suite.problem import GemmProblem
+from fp4suite.layouts import Order
+from fp4suite.problem import GemmProblem, Problem
 from fp4suite.table import Entry
 
 from . import builds, cost_model, provenance, space, stats, worker
@@ -35,7 +36,7 @@ from .evaluate import DefaultFailed, Measured, Predicted, build_of
 from .rejection import Rejected
 from .search import Search, Task, open_storage
 from .space import Candidate, Space
-from .targets import Target
+from .targets import Target, problems
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class Options:
     storage: str | Path | None
     out: Path
     quiet: bool = False
+    order: Order | None = None  # of a GEMM's weights; None: as a loader lays them out
 
 
 @dataclass(slots=True)
@@ -127,12 +129,9 @@ def run(chosen: Sequence[Target], options: Options) -> Report:
 
 def _tasks(target: Target, options: Options, report: Report) -> list[Task]:
     """One task a problem, whichever and however many of the models have it."""
-    found: dict[Any, tuple[list[str], int]] = {}
-    for model, config in options.configs.items():
-        for op in options.ops:
-            for p in shapes.problems(config, op, arch=target.arch, m=options.m, tp=options.tp):
-                names, count = found.get(p.problem, ([], 0))
-                found[p.problem] = (names + [f"{model}.{name}" for name in p.layers], count + p.count)
+    found: dict[Problem, tuple[list[str], int]] = {}
+    for op in options.ops:
+        found |= problems(options.configs, op, target, options.m, options.tp, options.order)
     tasks = []
     for problem, (names, count) in found.items():
         try:

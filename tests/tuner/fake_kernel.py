@@ -18,6 +18,7 @@ class Config:
     fault: str = "none"
 
 
+SF_LAYOUT = "linear"
 SPACE = {
     "tile_m": (16, 32, 64, 128),
     "tile_n": (32, 64, 128, 256),

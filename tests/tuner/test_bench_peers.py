@@ -225,18 +225,33 @@ def test_plots_and_report_come_from_the_rows(install, tmp_path):
     assert "1.250x" in text
 
 
-def test_layers_and_orders(install):
-    shapes = bench_peers.shapes_of({"mini": CONFIG}, "sm_90a", 1, (), "fragments_sm90")
-    assert [s.packed for s in shapes] == sorted((s.packed for s in shapes), reverse=True)
-    assert {s.problem.order for s in shapes if s.problem.n % 64} == {"rows"}
-    assert bench_peers.preferred_order("sm_90a") == "fragments_sm90"
-    for name in ("mini.indexer_weights", "indexer_weights"):
-        (one,) = bench_peers.shapes_of({"mini": CONFIG}, "sm_90a", 1, (name,), "rows")
-        assert (one.layers, one.problem.n, one.problem.k) == (("mini.indexer_weights",), 1, 128)
-    with pytest.raises(ValueError, match=r"--layers must be of mini\.csa_compressor"):
-        bench_peers.shapes_of({"mini": CONFIG}, "sm_90a", 1, ("q_c",), "rows")
+def cells(said=None, **options):
+    options = {"m": (1, 4), "peers": ()} | options
+    say = (said if said is not None else []).append
+    return bench_peers.cells(TARGET, {"mini": CONFIG}, bench_peers.Options(**options), say)
+
+
+def test_cells_are_sorted_and_chosen_by_layer():
+    found = cells()
+    assert [c.packed for c in found] == sorted((c.packed for c in found), reverse=True)
+    assert [c.problem.m for c in found[:4]] == [1, 4, 1, 4]
+    for name in ("mini.q_a", "q_a"):
+        assert {c.layers for c in cells(layers=(name,))} == {("mini.q_a", "mini.kv", "mini.o_a")}
+    with pytest.raises(ValueError, match=r"--layers must be of csa_compressor, .*mini\.q_a"):
+        cells(layers=("q_c",))
+
+
+def test_weights_lie_as_a_loader_lays_them_out():
+    """What cannot lie in the kernel's order lies in rows, for which there is no kernel here: that is said."""
+    said = []
+    assert {c.problem.order for c in cells(said)} == {"fragments_sm90"}
+    assert any(line.startswith("no kernel: gemm_nvfp4 (m=1 n=1 k=128") for line in said)
+    assert cells(order="rows") == []
+
+
+def test_other_architectures_take_no_bf16_activations():
     with pytest.raises(ValueError, match="takes nvfp4"):
-        bench_peers.shapes_of({"mini": CONFIG}, "sm_100a", 1, (), "rows")
+        bench_peers.cells(Target("sm_100a", "b", "cpu"), {"mini": CONFIG}, bench_peers.Options((1,), ()), print)
 
 
 def test_the_command_line_says_what_it_needs(capsys):

@@ -12,7 +12,7 @@ import time
 import msgspec
 import pytest
 
-from fp4suite import dispatch, registry, table
+from fp4suite import dispatch, registry, shapes, table
 from fp4suite.built import Resources
 from fp4suite.problem import GemmProblem
 from tuner import builds, evaluate, targets, tune
@@ -241,7 +241,7 @@ def measured(capsys, config, tmp_path, *more):
 
 
 def test_measured_winners_beat_the_default_and_state_their_regret(gpu, config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tune.shapes, "linears", lambda c, tp=1: [tune.shapes.Linear(name="q_a", n=512, k=512, count=1)])
+    monkeypatch.setattr(shapes, "linears", lambda c, tp=1: [shapes.Linear(name="q_a", n=512, k=512, count=1)])
     code, document = measured(capsys, config, tmp_path, "--m", "1,64", "--trials", 60)
     assert code == 0
     assert document["measured"]
@@ -264,7 +264,7 @@ def test_measured_winners_beat_the_default_and_state_their_regret(gpu, config, t
 
 
 def test_where_nothing_is_faster_the_default_stays(gpu, config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tune.shapes, "linears", lambda c, tp=1: [tune.shapes.Linear(name="q_a", n=512, k=512, count=1)])
+    monkeypatch.setattr(shapes, "linears", lambda c, tp=1: [shapes.Linear(name="q_a", n=512, k=512, count=1)])
     monkeypatch.setattr(
         fake_kernel,
         "SPACE",
@@ -300,7 +300,7 @@ def test_several_gpus_get_a_worker_each_and_a_last_run_to_finish(gpu, config, tm
             return 0
 
     monkeypatch.setattr(tune, "Popen", Child)
-    monkeypatch.setattr(tune.shapes, "linears", lambda c, tp=1: [tune.shapes.Linear(name="q", n=512, k=512, count=1)])
+    monkeypatch.setattr(shapes, "linears", lambda c, tp=1: [shapes.Linear(name="q", n=512, k=512, count=1)])
     code, document = measured(capsys, config, tmp_path, "--m", "1", "--trials", 4, "--devices", "0,1")
     assert code == 0
     assert document["problems"] == 1
