@@ -39,6 +39,7 @@ KERNELS: list[Kernel] = [
     Kernel("dequant_nvfp4", "triton_dequant_nvfp4", "kernels_triton.dequant_nvfp4", _BOTH),
     Kernel("rmsnorm_quantize", "triton_rmsnorm_quantize", "kernels_triton.rmsnorm_quantize", _BOTH),
     Kernel("swiglu_quantize", "triton_swiglu_quantize", "kernels_triton.swiglu_quantize", _BOTH),
+    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_wgmma", "kernels_cute.gemm_nvfp4_sm90_wgmma", ("sm_90a",)),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_skinny", "kernels_cute.gemm_nvfp4_sm90_skinny", ("sm_90a",)),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90", "kernels_cute.gemm_nvfp4_sm90", ("sm_90a",)),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm100", "kernels_cute.gemm_nvfp4_sm100", ("sm_100a",)),

@@ -34,7 +34,17 @@ from fp4suite.formats import NVFP4Tensor, SfLayout
 from fp4suite.problem import GemmProblem
 
 from . import build as cross
-from .nvfp4 import SCALE_BIAS, check_packed, check_rows, decode_pairs, prmt, scale_pairs, segment_ends_of
+from .nvfp4 import (
+    SCALE_BIAS,
+    asked,
+    check_packed,
+    decode_pairs,
+    prmt,
+    row_stride,
+    scale_pairs,
+    small_operands,
+    start,
+)
 
 ARCH = "sm_90a"
 SF_LAYOUT: SfLayout = "linear"  # the order of block scales that it reads
@@ -380,7 +390,6 @@ class GemmNvfp4Sm90:
 # --- host -------------------------------------------------------------------------------------------------------------
 
 _GMEM = cute.AddressSpace.gmem
-_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def _operands(
@@ -414,21 +423,10 @@ def launch(
     a: BF16 with rows 16 bytes aligned and adjacent elements, or NVFP4Tensor with one alpha; b.alpha: one number, or one
     a segment of columns; out: BF16 or FP32 with adjacent columns. Scales are linear. Raises ValueError or TypeError.
     """
-    (m, k), n = a.shape, b.shape[0]
-    if out.dtype not in _DTYPES:
-        raise TypeError(f"out must be bfloat16 or float32, got {out.dtype}")
-    ends = segment_ends_of(b.alpha, segments, n)
-    act = "nvfp4" if isinstance(a, NVFP4Tensor) else "bf16"
-    variant = Variant(act=act, out=_DTYPES[out.dtype], segments=len(ends))
-    out_name, count = variant.out, variant.segments
-    problem = GemmProblem(m=m, n=n, k=k, act=act, out=out_name, segments=count, order=b.order)  # type: ignore[arg-type]
-    if reason := supports(problem, config):
-        raise ValueError(reason)
-    if b.shape[1] != k or tuple(out.shape) != (m, n):
-        raise ValueError(f"a [{m}, {k}], b {list(b.shape)} and out {list(out.shape)} do not make [m, k] @ [n, k].T")
-    if out.stride(1) != 1:
-        raise ValueError(f"columns of out must be adjacent, got strides {list(out.stride())}")
+    problem, ends = asked(a, b, segments, out)
+    variant = _variant(problem, config)
     check_packed(b, "b", SF_LAYOUT)
+    m, n, k = problem.m, problem.n, problem.k
     pointers_b = (b.data.data_ptr(), b.sf.data_ptr(), b.alpha.data_ptr())
     if isinstance(a, NVFP4Tensor):
         check_packed(a, "a", SF_LAYOUT)
@@ -436,19 +434,11 @@ def launch(
             raise ValueError(f"a has one alpha, got {list(a.alpha.shape)}")
         pointers_a, a_stride = (a.data.data_ptr(), a.sf.data_ptr(), a.alpha.data_ptr()), k
     else:
-        a_stride = a.stride(0) if m > 1 else k  # the stride of a single row may be anything
-        check_rows(a, a_stride)
-        pointers_a = (a.data_ptr(), *pointers_b[1:])  # of which the kernel reads the first
+        pointers_a, a_stride = (a.data_ptr(), *pointers_b[1:]), row_stride(a)  # of which the kernel reads the first
     if m == 0:
         return
-    sizes = (m, n, k, a_stride, out.stride(0))
-    arguments = _operands(variant, (*pointers_a, *pointers_b, out.data_ptr()), sizes, ends)
-    if out.is_cuda:
-        with torch.cuda.device(out.device):
-            stream = cuda.CUstream(torch.cuda.current_stream().cuda_stream)
-            compiled(config, variant)(*arguments, stream)
-    else:  # CPU tensors, where an emulator stands in for the CUDA runtime
-        compiled(config, variant)(*arguments, cuda.CUstream(0))
+    arguments = _operands(variant, (*pointers_a, *pointers_b, out.data_ptr()), (m, n, k, a_stride, out.stride(0)), ends)
+    start(compiled(config, variant), arguments, out.device)
 
 
 def warm(problem: GemmProblem, config: Config) -> None:
@@ -457,12 +447,8 @@ def warm(problem: GemmProblem, config: Config) -> None:
     if not torch.cuda.is_available():
         compiled(config, variant)
         return
-    n, k = 8 * variant.segments, config.tile_k
-    b = NVFP4Tensor.empty((n, k), torch.ones(variant.segments, device="cuda"))
-    one = torch.ones((), device="cuda")
-    a = NVFP4Tensor.empty((1, k), one) if variant.act == "nvfp4" else b.data.new_empty((1, k), dtype=torch.bfloat16)
-    out = b.data.new_empty((1, n), dtype=next(t for t, name in _DTYPES.items() if name == variant.out))
-    launch(a, b, (8,) * variant.segments, out, config)
+    a, b, out = small_operands(problem, 8, config.tile_k)
+    launch(a, b, (8,) * problem.segments, out, config)
 
 
 def build_key(problem: GemmProblem, config: Config) -> tuple[Any, ...]:

@@ -33,7 +33,17 @@ from fp4suite.formats import NVFP4Tensor, SfLayout
 from fp4suite.problem import GemmProblem
 
 from . import build as cross
-from .nvfp4 import SCALE_BIAS, check_packed, check_rows, decode_pairs, prmt, scale_pairs, segment_ends_of
+from .nvfp4 import (
+    SCALE_BIAS,
+    asked,
+    check_packed,
+    decode_pairs,
+    prmt,
+    row_stride,
+    scale_pairs,
+    small_operands,
+    start,
+)
 
 ARCH = "sm_90a"
 SF_LAYOUT: SfLayout = "linear"  # the order of block scales that it reads
@@ -406,7 +416,6 @@ class GemmNvfp4Sm90Skinny:
 # --- host -------------------------------------------------------------------------------------------------------------
 
 _GMEM = cute.AddressSpace.gmem
-_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def _operands(
@@ -439,31 +448,16 @@ def launch(
     a: BF16 with rows 16 bytes aligned and adjacent elements; b.alpha: one number, or one a segment of columns; out:
     BF16 or FP32 with adjacent columns. Scales are linear. Raises ValueError or TypeError.
     """
-    if isinstance(a, NVFP4Tensor):
-        raise TypeError("a must be bfloat16: this kernel takes no NVFP4 activations")
-    (m, k), n = a.shape, b.shape[0]
-    if out.dtype not in _DTYPES:
-        raise TypeError(f"out must be bfloat16 or float32, got {out.dtype}")
-    ends = segment_ends_of(b.alpha, segments, n)
-    problem = GemmProblem(m=m, n=n, k=k, act="bf16", out=_DTYPES[out.dtype], segments=len(ends), order=b.order)
+    problem, ends = asked(a, b, segments, out)
     variant = _variant(problem, config)
-    if b.shape[1] != k or tuple(out.shape) != (m, n):
-        raise ValueError(f"a [{m}, {k}], b {list(b.shape)} and out {list(out.shape)} do not make [m, k] @ [n, k].T")
-    if out.stride(1) != 1:
-        raise ValueError(f"columns of out must be adjacent, got strides {list(out.stride())}")
     check_packed(b, "b", SF_LAYOUT)
-    a_stride = a.stride(0) if m > 1 else k  # the stride of a single row may be anything
-    check_rows(a, a_stride)
+    assert isinstance(a, Tensor)  # `supports` has refused another
+    stride, m = row_stride(a), problem.m
     if m == 0:
         return
     pointers = (a.data_ptr(), b.data.data_ptr(), b.sf.data_ptr(), b.alpha.data_ptr(), out.data_ptr())
-    arguments = _operands(variant, pointers, (m, n, k, a_stride, out.stride(0)), ends)
-    if out.is_cuda:
-        with torch.cuda.device(out.device):
-            stream = cuda.CUstream(torch.cuda.current_stream().cuda_stream)
-            compiled(config, variant)(*arguments, stream)
-    else:  # CPU tensors, where an emulator stands in for the CUDA runtime
-        compiled(config, variant)(*arguments, cuda.CUstream(0))
+    arguments = _operands(variant, pointers, (m, problem.n, problem.k, stride, out.stride(0)), ends)
+    start(compiled(config, variant), arguments, out.device)
 
 
 def warm(problem: GemmProblem, config: Config) -> None:
@@ -472,11 +466,8 @@ def warm(problem: GemmProblem, config: Config) -> None:
     if not torch.cuda.is_available():
         compiled(config, variant)
         return
-    n = 8 * variant.segments
-    b = NVFP4Tensor.empty((n, problem.k), torch.ones(variant.segments, device="cuda"))
-    a = b.data.new_empty((1, problem.k), dtype=torch.bfloat16)
-    out = b.data.new_empty((1, n), dtype=next(t for t, name in _DTYPES.items() if name == variant.out))
-    launch(a, b, (8,) * variant.segments, out, config)
+    a, b, out = small_operands(problem, 8, problem.k)
+    launch(a, b, (8,) * problem.segments, out, config)
 
 
 def build_key(problem: GemmProblem, config: Config) -> tuple[Any, ...]:

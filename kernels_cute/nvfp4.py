@@ -1,14 +1,19 @@
-"""What the NVFP4 kernels for Hopper share: decoding to BF16 in registers, and checks of their operands."""
+"""What the NVFP4 GEMMs for Hopper share: decoding to BF16 in registers, checks of their operands, launches."""
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
+import cuda.bindings.driver as cuda
+import torch
 from cutlass import Float32, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
-from torch import Tensor, bfloat16
+from torch import Tensor
 
 from fp4suite.formats import NVFP4Tensor, SfLayout
 from fp4suite.layouts import Order
+from fp4suite.problem import GemmProblem
 
 SCALE_BIAS = 118  # decoded numbers are their value times 2 ** (SCALE_BIAS - 126)
 
@@ -76,6 +81,25 @@ def decode_pairs(codes, scale):
 
 # --- host -------------------------------------------------------------------------------------------------------------
 
+OUT_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+OUT_DTYPES = {name: dtype for dtype, name in OUT_NAMES.items()}
+
+
+def asked(
+    a: Tensor | NVFP4Tensor, b: NVFP4Tensor, segments: tuple[int, ...] | None, out: Tensor
+) -> tuple[GemmProblem, tuple[int, ...]]:
+    """The problem of a launch, and the column after each segment. Raises for operands that do not belong together."""
+    (m, k), n = a.shape, b.shape[0]
+    if out.dtype not in OUT_NAMES:
+        raise TypeError(f"out must be bfloat16 or float32, got {out.dtype}")
+    if b.shape[1] != k or tuple(out.shape) != (m, n):
+        raise ValueError(f"a [{m}, {k}], b {list(b.shape)} and out {list(out.shape)} do not make [m, k] @ [n, k].T")
+    if out.stride(1) != 1:
+        raise ValueError(f"columns of out must be adjacent, got strides {list(out.stride())}")
+    ends, act = segment_ends_of(b.alpha, segments, n), "nvfp4" if isinstance(a, NVFP4Tensor) else "bf16"
+    out_name = OUT_NAMES[out.dtype]
+    return GemmProblem(m=m, n=n, k=k, act=act, out=out_name, segments=len(ends), order=b.order), ends  # type: ignore[arg-type]
+
 
 def segment_ends_of(alpha: Tensor, segments: tuple[int, ...] | None, n: int) -> tuple[int, ...]:
     """The column after each segment."""
@@ -87,14 +111,17 @@ def segment_ends_of(alpha: Tensor, segments: tuple[int, ...] | None, n: int) -> 
     return tuple(itertools.accumulate(segments))
 
 
-def check_rows(a: Tensor, stride: int) -> None:
-    if a.dtype != bfloat16:
+def row_stride(a: Tensor) -> int:
+    """Of BF16 activations, in elements. Raises for rows that cannot be read in pieces of 16 bytes."""
+    stride = a.stride(0) if a.shape[0] > 1 else a.shape[1]  # that of a single row may be anything
+    if a.dtype != torch.bfloat16:
         raise TypeError(f"a must be bfloat16 or an NVFP4Tensor, got {a.dtype}")
     if a.stride(1) != 1 or stride % 8 or a.data_ptr() % 16:
         raise ValueError(
             "rows of a must be adjacent elements that start at multiples of 16 bytes, "
             f"got strides {list(a.stride())} from {a.data_ptr() % 16} bytes past one on"
         )
+    return stride
 
 
 def check_packed(t: NVFP4Tensor, name: str, sf_layout: SfLayout, order: Order = "rows") -> None:
@@ -106,3 +133,22 @@ def check_packed(t: NVFP4Tensor, name: str, sf_layout: SfLayout, order: Order = 
         raise ValueError(f"{name}.data and {name}.sf must be contiguous")
     if t.data.data_ptr() % 16 or t.sf.data_ptr() % 4:
         raise ValueError(f"{name}.data must start at a multiple of 16 bytes and {name}.sf at one of 4")
+
+
+def start(function: Any, arguments: tuple[Any, ...], device: torch.device) -> None:
+    """Call a compiled function on the current stream of `device`."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            function(*arguments, cuda.CUstream(torch.cuda.current_stream().cuda_stream))
+    else:  # CPU tensors, where an emulator stands in for the CUDA runtime
+        function(*arguments, cuda.CUstream(0))
+
+
+def small_operands(problem: GemmProblem, n: int, k: int) -> tuple[Tensor | NVFP4Tensor, NVFP4Tensor, Tensor]:
+    """a, b and out of one row, n columns a segment and this k, on the GPU and of any content, to warm up with."""
+    segments = problem.segments
+    alpha = torch.ones(segments, device="cuda") if segments > 1 else torch.ones((), device="cuda")
+    b = replace(NVFP4Tensor.empty((n * segments, k), alpha), order=problem.order)
+    one = torch.ones((), device="cuda")
+    a = NVFP4Tensor.empty((1, k), one) if problem.act == "nvfp4" else alpha.new_empty((1, k), dtype=torch.bfloat16)
+    return a, b, alpha.new_empty((1, n * segments), dtype=OUT_DTYPES[problem.out])

@@ -1,0 +1,821 @@
+"""NVFP4 GEMM for Hopper with prepared weights: d[m, n] = a[m, k] @ b[n, k].T, a in BF16 (W4A16), out in BF16 or FP32.
+
+Bound: reading the packed weights up to some 64 rows of a, the BF16 tensor cores above. sm_90 has no FP4 MMA, so codes
+are decoded to BF16 in registers, which is exact: E2M1 x E4M3 has at most six significant bits.
+
+The product is computed as d.T = b @ a.T with WGMMA: 64 weight rows, from registers, by tile_m tokens, from shared
+memory. b lies in memory in the order "fragments_sm90" of `fp4suite.layouts`: what a thread needs of 64 rows x 64 of K
+is one run of 16 bytes of codes and one of 8 bytes of scales, and tiles that follow each other along K are neighbours.
+
+    load       one warp: bulk copies of codes and scales, TMA for the tokens, `stages` steps of K ahead, into the next
+               tile and, for the weights, before the kernel before this one has ended (see `launch`)
+    multiply   warpgroups: decode one step of 64 rows x 64 of K while WGMMA works on the one before
+    share      CTAs of a cluster, side by side along n, receive the same tokens by multicast
+    sums       of a tile are kept by one warpgroup, which stores them by TMA, or are spread over `groups_k` warpgroups
+               and `split` CTAs of a cluster, and added through shared memory in a fixed order
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import cuda.bindings.driver as cuda
+import cutlass
+import torch
+from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
+from cutlass._mlir.dialects import llvm
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.runtime import make_fake_stream, make_ptr
+from cutlass.cutlass_dsl import T, dsl_user_op
+from cutlass.memory import SmemAllocator
+from cutlass.utils import HardwareInfo, hopper_helpers
+from torch import Tensor
+
+from fp4suite.built import MAX_SHARED_BYTES, Built
+from fp4suite.formats import NVFP4Tensor, SfLayout
+from fp4suite.layouts import Order
+from fp4suite.problem import GemmProblem
+
+from . import build as cross
+from .nvfp4 import SCALE_BIAS, asked, check_packed, mul_bf16x2, prmt, row_stride, small_operands, start
+
+ARCH = "sm_90a"
+SF_LAYOUT: SfLayout = "linear"
+WEIGHT_ORDER: Order = "fragments_sm90"
+TILE = 64  # rows and elements of K of one tile of b
+CODE_BYTES, SCALE_BYTES = 2048, 256  # of a tile
+WARPGROUP = 128
+BAND = 8  # tiles of tokens that are walked over for one tile of weights
+BARRIER_BYTES = 1024
+CTA_BYTES = 1024  # of shared memory that the hardware keeps for each CTA
+MAX_STAGES = 16
+REGISTERS = 65536  # of an SM
+WIDE = (24, 232, 240)  # registers of a thread that loads, and of one that keeps many sums: with one warpgroup, with two
+STORE_ROWS = 64  # tokens of one store of d
+SM_COUNT = 132  # of an H100; what a launch on CPU tensors assumes
+UNBIAS = 2.0 ** (126 - SCALE_BIAS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """tile_m: tokens. groups_n: warpgroups side by side, each with `strips` times 64 weight rows; groups_k: warpgroups
+    that take steps of K in turn. tile_k: elements of K a step, `stages` steps in flight (0: as many as fit). share,
+    split: CTAs of a cluster side by side along n, and along K. blocks: CTAs that share an SM.
+    """
+
+    tile_m: int = 64
+    groups_n: int = 2
+    groups_k: int = 1
+    strips: int = 1
+    tile_k: int = 128
+    stages: int = 0
+    share: int = 1
+    split: int = 1
+    blocks: int = 1
+
+    @property
+    def tile_n(self) -> int:
+        return TILE * self.groups_n * self.strips
+
+    @property
+    def groups(self) -> int:
+        return self.groups_n * self.groups_k
+
+    @property
+    def wide(self) -> bool:
+        """Whether the sums take so many registers that the loading warps give theirs away."""
+        return self.tile_m * self.strips > 128
+
+    @property
+    def threads(self) -> int:
+        return WARPGROUP * self.groups + (WARPGROUP if self.wide else 32)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the sums of a tile are spread."""
+        return self.groups_k > 1 or self.split > 1
+
+    @property
+    def paired(self) -> int:
+        """Steps that are multiplied in one pass: two decoded operands take turns."""
+        return 2 if self.tile_k * self.strips == TILE else 1
+
+
+SPACE = {
+    "tile_m": (8, 16, 32, 64, 128, 192, 256),
+    "groups_n": (1, 2, 3, 4),
+    "groups_k": (1, 2, 4),
+    "strips": (1, 2),
+    "tile_k": (64, 128, 256),
+    "share": (1, 2, 4),
+    "split": (1, 2, 3, 4, 8),
+    "blocks": (1, 2),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """What, beside the config, a compiled kernel is made for. m, n and k stay open."""
+
+    out: str
+    segments: int
+
+
+CUTE_OUT = {"bf16": BFloat16, "fp32": Float32}
+
+
+def stage_bytes(config: Config) -> int:
+    """What one step of K takes of shared memory."""
+    weights = config.tile_n // TILE * (config.tile_k // TILE) * (CODE_BYTES + SCALE_BYTES)
+    return weights + config.tile_m * config.tile_k * 2
+
+
+def _pitch(config: Config) -> int:
+    """Numbers between two tokens' sums: eight lanes of four tokens touch every bank once."""
+    return config.tile_n + 4
+
+
+def _store_bytes(config: Config, out: str) -> int:
+    """Shared memory through which the sums of a tile leave."""
+    if config.reduces:
+        return config.groups_k * config.tile_m * _pitch(config) * 4
+    return config.groups_n * 2 * min(config.tile_m, STORE_ROWS) * TILE * CUTE_OUT[out].width // 8
+
+
+def stages_of(config: Config, out: str) -> int:
+    """Steps in flight: as configured, or as many as fit."""
+    if config.stages:
+        return config.stages
+    room = (MAX_SHARED_BYTES[ARCH] + CTA_BYTES) // config.blocks - CTA_BYTES - BARRIER_BYTES
+    store = _store_bytes(config, out)
+    if config.split > 1:  # one tile a cluster: its sums lie where the stages were
+        return min(room // stage_bytes(config), MAX_STAGES) if store <= room else 0
+    return max(0, min((room - store) // stage_bytes(config), MAX_STAGES))
+
+
+def shared_bytes(config: Config, out: str) -> int:
+    """Shared memory of one CTA, as the kernel allocates it."""
+    stages, store = stages_of(config, out) * stage_bytes(config), _store_bytes(config, out)
+    return BARRIER_BYTES + (max(stages, store) if config.split > 1 else stages + store)
+
+
+def supports(problem: GemmProblem, config: Config) -> str | None:
+    """Why this problem cannot run with this config, or None if it can."""
+    if problem.act != "bf16":
+        return f"activations in {problem.act}: this kernel takes bf16"
+    if problem.out not in CUTE_OUT:
+        return f"output in {problem.out}: this kernel writes bf16 or fp32"
+    if problem.order != WEIGHT_ORDER:
+        return f"weights in the order {problem.order}: this kernel reads {WEIGHT_ORDER}"
+    for knob, values in SPACE.items():
+        if getattr(config, knob) not in values:
+            return f"{knob}={getattr(config, knob)} is none of {', '.join(map(str, values))}"
+    step = config.tile_k * config.paired
+    if problem.n % TILE or problem.k % step:
+        return f"n={problem.n}, k={problem.k}: n must be a multiple of {TILE}, k of {step}"
+    if config.tile_m * config.strips > 256:
+        return f"{config.tile_m} tokens by {config.strips} strips: sums do not fit the registers"
+    if config.groups > (2 if config.wide else 4):
+        return f"{config.groups} warpgroups with sums of {config.tile_m} x {config.strips}: too many threads"
+    stages = stages_of(config, problem.out)
+    if stages <= config.groups_k * config.paired:
+        return f"{stages} stages: {config.groups_k} warpgroups hold {config.paired} each while they wait for the next"
+    if config.share * config.split > 8:
+        return f"share={config.share}, split={config.split}: a cluster has 8 CTAs at most"
+    if config.share > 1 and config.tile_m % (8 * config.share):
+        return f"tile_m={config.tile_m} is not shared by {config.share} CTAs in parts of 8 tokens"
+    steps = problem.k // step
+    if steps - (config.split - 1) * -(-steps // config.split) < config.groups_k:
+        return f"k={problem.k} leaves too little for the last of {config.split} parts of {config.groups_k} warpgroups"
+    at_launch = REGISTERS // (config.blocks * config.threads)  # a thread
+    if config.wide:
+        fits = config.groups * WIDE[1] + WIDE[0] <= REGISTERS // WARPGROUP // config.blocks
+        fits = fits and at_launch >= config.tile_m // 2 + 30  # ptxas wants to see room for one MMA
+    else:
+        fits = at_launch >= 64 + config.tile_m * config.strips // 2
+    if not fits:
+        return f"blocks={config.blocks}: the registers do not hold the sums of so many CTAs"
+    need = shared_bytes(config, problem.out)
+    if stages > BARRIER_BYTES // 16 or config.blocks * (need + CTA_BYTES) > MAX_SHARED_BYTES[ARCH] + CTA_BYTES:
+        return f"{config.blocks} CTAs need {need} bytes of shared memory each, {ARCH} has {MAX_SHARED_BYTES[ARCH]}"
+    return None
+
+
+# --- instructions -----------------------------------------------------------------------------------------------------
+
+
+@dsl_user_op
+def bulk_load(to: Int32, source: Int64, size: Int32, barrier: Int32, *, loc=None, ip=None):
+    """`size` bytes to shared memory, counted by `barrier`."""
+    args = [x.ir_value(loc=loc, ip=ip) for x in (to, source, size, barrier)]
+    asm = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
+    llvm.inline_asm(None, args, asm, "r,l,r,r", has_side_effects=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def load_peer4(address: Int32, rank: Int32, *, loc=None, ip=None):
+    """Four numbers in the shared memory of a CTA of the cluster, at this CTA's address of them."""
+    asm = "{ .reg .b32 r; mapa.shared::cluster.u32 r, $4, $5; ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [r]; }"
+    args = [x.ir_value(loc=loc, ip=ip) for x in (address, rank)]
+    kind = llvm.StructType.get_literal([T.f32()] * 4)
+    got = llvm.inline_asm(kind, args, asm, "=f,=f,=f,=f,r,r", has_side_effects=True, loc=loc, ip=ip)
+    return [Float32(llvm.extractvalue(T.f32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
+@dsl_user_op
+def load4(address: Int32, *, loc=None, ip=None):
+    """Four numbers in shared memory."""
+    kind = llvm.StructType.get_literal([T.f32()] * 4)
+    args = [address.ir_value(loc=loc, ip=ip)]
+    asm = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];"
+    got = llvm.inline_asm(kind, args, asm, "=f,=f,=f,=f,r", has_side_effects=True, loc=loc, ip=ip)
+    return [Float32(llvm.extractvalue(T.f32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
+@dsl_user_op
+def rotate_right(x: Uint32, by: int, *, loc=None, ip=None) -> Uint32:
+    args = [x.ir_value(loc=loc, ip=ip)]
+    return Uint32(llvm.inline_asm(T.i32(), args, f"shf.r.wrap.b32 $0, $1, $1, {by};", "=r,r", loc=loc, ip=ip))
+
+
+MAGNITUDE = 0x81C081C0  # where a pair of codes lies in two BF16 numbers: value times 2 ** -126
+
+
+def decode_word(word, scales):
+    """Eight codes of a word of `fragments_sm90` -> four registers of operand A. scales: of row g and of row g + 8."""
+    mask = Uint32(MAGNITUDE)
+    images = (
+        word & mask,
+        rotate_right(word, 3) & mask,
+        rotate_right(word, 6) & mask,
+        (word & Uint32(0x001B001B)) * Uint32((1 << 3) + (1 << 8) + (1 << 14)) & mask,
+    )
+    return [mul_bf16x2(image, scales[p % 2]) for p, image in enumerate(images)]
+
+
+def scale_pairs4(word):
+    """Four E4M3 scales -> each times 2 ** SCALE_BIAS as a pair of equal BF16 numbers, exactly.
+
+    Four bits further left a scale's bits are those of the BF16 number times 2 ** -120, subnormal where it is.
+    """
+    even, odd = (word << Uint32(4)) & Uint32(0x07F007F0), (word >> Uint32(4)) & Uint32(0x07F007F0)
+    up, rest = Uint32(0x7F007F00), Uint32(0x77007700)  # 2 ** 127 and 2 ** 111
+    even, odd = (mul_bf16x2(mul_bf16x2(x, up), rest) for x in (even, odd))
+    return prmt(even, even, 0x1010), prmt(odd, odd, 0x1010), prmt(even, even, 0x3232), prmt(odd, odd, 0x3232)
+
+
+@dsl_user_op
+def store_transposed(address: Int32, words, *, loc=None, ip=None):
+    """Two or four 8 x 8 matrices of 16-bit numbers to shared memory, a lane's pair of a row as a pair of a column."""
+    names = ", ".join(f"${i + 1}" for i in range(len(words)))
+    asm = f"stmatrix.sync.aligned.m8n8.x{len(words)}.trans.shared.b16 [$0], {{{names}}};"
+    args = [x.ir_value(loc=loc, ip=ip) for x in (address, *words)]
+    llvm.inline_asm(None, args, asm, "r" + ",r" * len(words), has_side_effects=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def pack_bf16(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint32:
+    """Two numbers rounded to BF16, in a word."""
+    args = [high.ir_value(loc=loc, ip=ip), low.ir_value(loc=loc, ip=ip)]
+    return Uint32(llvm.inline_asm(T.i32(), args, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", loc=loc, ip=ip))
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+
+class GemmNvfp4Sm90Wgmma:
+    """Clusters walk over tiles of d. a and b are the problem's: b, the weights, is the MMA's operand A."""
+
+    def __init__(self, config: Config, variant: Variant):
+        self.config, self.variant = config, variant
+        self.out = CUTE_OUT[variant.out]
+        self.stages = stages_of(config, variant.out)
+        self.atoms = config.tile_k // TILE
+        self.blocks_n = config.groups_n * config.strips  # tiles of 64 weight rows
+        self.chunk = min(config.tile_m, STORE_ROWS)  # tokens of one store
+        self.columns = 128 * 8 // self.out.width  # and weight rows
+        self.halves = TILE // self.columns
+
+    @cute.jit
+    def __call__(
+        self,
+        a: cute.Pointer,
+        b: cute.Pointer,
+        sfb: cute.Pointer,
+        alpha_b: cute.Pointer,
+        d: cute.Pointer,
+        m: Int32,
+        n: Int32,
+        k: Int32,
+        a_stride: Int64,
+        d_stride: Int64,
+        segment_ends: tuple[Int32, ...],
+        max_clusters: Int32,
+        stream: cuda.CUstream,
+    ):
+        """Strides count elements. segment_ends: the column after each segment. max_clusters: that run at a time."""
+        c = self.config
+        k = cute.assume(k, divby=TILE)
+        mA = cute.make_tensor(a, cute.make_layout((m, k), stride=(cute.assume(a_stride, divby=8), 1)))
+        mAlpha = cute.make_tensor(alpha_b, cute.make_layout(self.variant.segments))
+        mD = cute.make_tensor(d, cute.make_layout((m, n), stride=(cute.assume(d_stride, divby=8), 1)))
+        if cutlass.const_expr(c.share > 1):
+            op = cpasync.CopyBulkTensorTileG2SMulticastOp()
+        else:
+            op = cpasync.CopyBulkTensorTileG2SOp()
+        tma = cpasync.make_tiled_tma_atom(op, mA, self.tokens_layout(), (c.tile_m, c.tile_k), num_multicast=c.share)
+        store = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(), mD, self.store_layout(), (self.chunk, self.columns)
+        )
+        m_tiles, n_groups = cute.ceil_div(m, c.tile_m), cute.ceil_div(n, c.tile_n * c.share)
+        clusters = m_tiles * n_groups
+        if cutlass.const_expr(c.split == 1):
+            clusters = cutlass.min(clusters, max_clusters)
+        self.kernel(tma, store, b, sfb, mAlpha, mD, m_tiles, n_groups, k, segment_ends).launch(
+            grid=(c.share, c.split, clusters),
+            block=(c.threads, 1, 1),
+            cluster=(c.share, c.split, 1),
+            stream=stream,
+            min_blocks_per_mp=c.blocks,
+            preferred_smem_carveout=100,  # percent
+            use_pdl=True,
+        )
+
+    def tokens_layout(self):
+        """Shared [tile_m, tile_k, stages], rows of 128 bytes in the 128-byte swizzle."""
+        c = self.config
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+        return cute.tile_to_shape(atom, (c.tile_m, c.tile_k, self.stages), order=(0, 1, 2))
+
+    def store_layout(self):
+        """Shared [tokens, weight rows, buffers] of d, rows of 128 bytes in the 128-byte swizzle."""
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.out)
+        buffers = self.config.groups_n * 2 * self.halves
+        return cute.tile_to_shape(atom, (self.chunk, self.columns, buffers), order=(0, 1, 2))
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma: Any,
+        store: Any,
+        b: cute.Pointer,
+        sfb: cute.Pointer,
+        mAlpha: cute.Tensor,
+        mD: cute.Tensor,
+        m_tiles: Int32,
+        n_groups: Int32,
+        k: Int32,
+        segment_ends: tuple[Int32, ...],
+    ):
+        c = self.config
+        tidx, _, _ = cute.arch.thread_idx()
+        _, part, _ = cute.arch.block_idx()
+        warp = cute.arch.make_warp_uniform(tidx // 32)
+        passes = k // (c.tile_k * c.paired)  # over K, of a whole tile
+        per_part = (passes + c.split - 1) // c.split
+        first = part * per_part
+        count = cutlass.min(per_part, passes - first)
+        first *= c.paired
+
+        smem = SmemAllocator()
+        barriers = smem.allocate_tensor(Int64, cute.make_layout(BARRIER_BYTES // 8), byte_alignment=1024)
+        full, empty = barriers.iterator, barriers.iterator + self.stages
+        layout = self.tokens_layout()
+        sA = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        staging = None
+        if cutlass.const_expr(not c.reduces):
+            layout = self.store_layout()
+            staging = smem.allocate_tensor(self.out, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        weights = self.stages * self.blocks_n * self.atoms
+        sCodes = smem.allocate_tensor(Uint32, cute.make_layout(weights * CODE_BYTES // 4), byte_alignment=128)
+        sScales = smem.allocate_tensor(Uint32, cute.make_layout(weights * SCALE_BYTES // 4), byte_alignment=128)
+        numbers = c.groups_k * c.tile_m * _pitch(c)
+        sums = None
+        if cutlass.const_expr(c.split > 1):
+            extra = shared_bytes(c, self.variant.out) - BARRIER_BYTES - self.stages * stage_bytes(c)
+            if cutlass.const_expr(extra > 0):
+                smem.allocate_tensor(Uint32, cute.make_layout(extra // 4), byte_alignment=16)
+            start = Int32(barriers.iterator.toint()) + BARRIER_BYTES
+            pointer = cute.make_ptr(Float32, start, cute.AddressSpace.smem, assumed_align=16)
+            sums = cute.make_tensor(pointer, cute.make_layout(numbers))
+        elif cutlass.const_expr(c.groups_k > 1):
+            sums = smem.allocate_tensor(Float32, cute.make_layout(numbers), byte_alignment=16)
+
+        if warp == 0:
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(self.stages):
+                    cute.arch.mbarrier_init(full + i, 1)
+                    cute.arch.mbarrier_init(empty + i, 4 * c.groups_n * c.share)
+        cute.arch.mbarrier_init_fence()
+        self.meet(c.share > 1)  # nobody may signal a barrier that is not there yet
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if warp >= 4 * c.groups:
+            if cutlass.const_expr(c.wide):
+                cute.arch.setmaxregister_decrease(WIDE[0])
+            if warp == 4 * c.groups:
+                tiles = (m_tiles, n_groups)
+                self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, tiles, first, count * c.paired)
+            if cutlass.const_expr(c.split > 1):
+                self.meet(True)
+        else:
+            if cutlass.const_expr(c.wide):
+                cute.arch.setmaxregister_increase(WIDE[c.groups])
+            ring = (sA, sCodes, sScales, full, empty)
+            self.multiply(ring, store, staging, sums, mAlpha, mD, segment_ends, (m_tiles, n_groups), count, tidx)
+        if cutlass.const_expr(c.split * c.share > 1):
+            self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
+
+    @cute.jit
+    def meet(self, cluster: cutlass.Constexpr):
+        if cutlass.const_expr(cluster):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+
+    def place(self, tile, tiles):
+        """Of a cluster's tile: which tokens, and which weight rows of this CTA. Tokens come first, in bands."""
+        m_tiles, n_groups = tiles
+        x, _, _ = cute.arch.block_idx()
+        band, within = tile // (BAND * n_groups), tile % (BAND * n_groups)
+        width = cutlass.min(m_tiles - band * BAND, BAND)
+        return band * BAND + within % width, within // width * self.config.share + x
+
+    @cute.jit
+    def load(self, tma, b, sfb, n, k, sA, sCodes, sScales, full, empty, tiles, first, count):
+        """Fill the stages: the tokens of this CTA (or its share of the cluster's), its codes and its scales."""
+        c = self.config
+        x, part, tile = cute.arch.block_idx()
+        _, _, clusters = cute.arch.grid_dim()
+        gA = cute.flat_divide(tma.tma_tensor, (c.tile_m, c.tile_k))
+        tAs, tAg = cpasync.tma_partition(
+            tma.atom, x, cute.make_layout(c.share), cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2)
+        )
+        mask = cutlass.Int16(((1 << c.share) - 1) << (part * c.share)) if c.share > 1 else None
+        weights = (b.toint(), sfb.toint(), n // TILE, k // TILE)
+        into = (Int32(sCodes.iterator.toint()), Int32(sScales.iterator.toint()))
+
+        # weights do not depend on the kernel before this one
+        m_tile, n_tile = self.place(tile, tiles)
+        early = cutlass.min(count, self.stages)
+        for i in cutlass.range(early, unroll=1):
+            self.load_weights(weights, into, n_tile, first + i, i, full + i)
+        cute.arch.griddepcontrol_wait()
+        for i in cutlass.range(early, unroll=1):
+            cute.copy(tma.atom, tAg[None, m_tile, first + i], tAs[None, i], tma_bar_ptr=full + i, mcast_mask=mask)
+        index = early
+        start = early
+        while tile < tiles[0] * tiles[1]:
+            m_tile, n_tile = self.place(tile, tiles)
+            for i in cutlass.range(start, count, unroll=1):
+                stage = index % self.stages
+                if index >= self.stages:
+                    cute.arch.mbarrier_wait(empty + stage, (index // self.stages - 1) % 2)
+                bar = full + stage
+                self.load_weights(weights, into, n_tile, first + i, stage, bar)
+                cute.copy(tma.atom, tAg[None, m_tile, first + i], tAs[None, stage], tma_bar_ptr=bar, mcast_mask=mask)
+                index += 1
+            start = Int32(0)
+            tile += clusters
+
+    @cute.jit
+    def load_weights(self, weights, into, n_tile, step, stage, bar):
+        """Codes and scales of one step; the barrier is told what the stage will hold."""
+        c, (b, sfb, row_tiles, k_tiles) = self.config, weights
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(bar, stage_bytes(c))
+            for r in cutlass.range_constexpr(self.blocks_n):
+                row = cutlass.min(n_tile * self.blocks_n + r, row_tiles - 1)
+                at = Int64(row) * Int64(k_tiles) + Int64(step * self.atoms)
+                to = (stage * self.blocks_n + r) * self.atoms
+                for start, target, size in ((b, into[0], CODE_BYTES), (sfb, into[1], SCALE_BYTES)):
+                    bulk_load(target + to * size, start + at * size, Int32(self.atoms * size), Int32(bar.toint()))
+
+    @cute.jit
+    def multiply(self, ring, store, staging, sums, mAlpha, mD, segment_ends, tiles, count, tidx):
+        """Sums of this CTA's tiles (or of its part of K of one), and their way out."""
+        c, (sA, _, _, full, empty) = self.config, ring
+        tiled_mma = hopper_helpers.make_trivial_tiled_mma(
+            BFloat16,
+            BFloat16,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+            Float32,
+            (c.groups_n, 1, 1),
+            (64, c.tile_m),
+            a_source=warpgroup.OperandSource.RMEM,
+        )
+        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        group = cute.arch.make_warp_uniform(tidx // WARPGROUP)
+        group_n, group_k = group % c.groups_n, group // c.groups_n
+        thread = tidx % WARPGROUP
+        lane = thread % 32
+        tCrA = tiled_mma.make_fragment_B(tiled_mma.get_slice(group_n * WARPGROUP).partition_B(sA))
+        rows = TILE * c.groups_n
+        acc = [cute.make_rmem_tensor(tiled_mma.partition_shape_C((rows, c.tile_m)), Float32) for _ in range(c.strips)]
+        frag = [cute.make_rmem_tensor(tiled_mma.partition_shape_A((rows, TILE)), BFloat16) for _ in range(2)]
+
+        units = self.atoms * c.strips  # of a step: 64 rows x 64 of K
+        _, _, tile = cute.arch.block_idx()
+        _, _, clusters = cute.arch.grid_dim()
+        base = Int32(0)
+        while tile < tiles[0] * tiles[1]:
+            for sum in acc:
+                sum.fill(0.0)
+            index = base + group_k * c.paired
+            self.wait(full, index)
+            self.decode(ring, index % self.stages, group_n, 0, thread, frag[0])
+            for i in cutlass.range(group_k, count, c.groups_k, unroll=1):
+                for u in cutlass.range_constexpr(units * c.paired):
+                    index = base + i * c.paired + u // units
+                    kk, strip = u % units // c.strips, u % c.strips
+                    warpgroup.fence()
+                    for s in cutlass.range_constexpr(TILE // 16):
+                        cute.gemm(
+                            tiled_mma,
+                            acc[strip],
+                            frag[u % 2][None, None, s],
+                            tCrA[None, None, kk * (TILE // 16) + s, index % self.stages],
+                            acc[strip],
+                        )
+                    warpgroup.commit_group()
+                    warpgroup.wait_group(1)
+                    if cutlass.const_expr(u == 0):
+                        if i > group_k:
+                            self.release(empty, index - (c.groups_k - 1) * c.paired - 1, lane)
+                    elif cutlass.const_expr(u % units == 0):
+                        self.release(empty, index - 1, lane)
+                    if cutlass.const_expr(u + 1 < units * c.paired):
+                        if cutlass.const_expr((u + 1) % units == 0):
+                            self.wait(full, index + 1)
+                        after = (index + (u + 1) // units - u // units) % self.stages
+                        self.decode(ring, after, group_n, (u + 1) % units, thread, frag[(u + 1) % 2])
+                    elif i + c.groups_k < count:
+                        after = base + (i + c.groups_k) * c.paired
+                        self.wait(full, after)
+                        self.decode(ring, after % self.stages, group_n, 0, thread, frag[0])
+            warpgroup.wait_group(0)
+            last = group_k + (count - 1 - group_k) // c.groups_k * c.groups_k
+            self.release(empty, base + last * c.paired + c.paired - 1, lane)
+            base += count * c.paired
+
+            m_tile, n_tile = self.place(tile, tiles)
+            if cutlass.const_expr(c.reduces):
+                self.put(acc, sums, group_n, group_k, thread)
+                self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
+            else:
+                self.store(acc, store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread)
+            tile += clusters
+        if cutlass.const_expr(not c.reduces):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
+
+    @cute.jit
+    def wait(self, full, index):
+        cute.arch.mbarrier_wait(full + index % self.stages, index // self.stages % 2)
+
+    @cute.jit
+    def release(self, empty, index, lane):
+        """This warp is done with a stage: tell the CTAs that write to it."""
+        barrier = empty + index % self.stages
+        if lane < self.config.share:
+            if cutlass.const_expr(self.config.share > 1):
+                _, part, _ = cute.arch.block_idx()
+                cute.arch.mbarrier_arrive(barrier, lane + part * self.config.share)
+            else:
+                cute.arch.mbarrier_arrive(barrier)
+
+    @cute.jit
+    def decode(self, ring, stage, group_n, unit: cutlass.Constexpr, thread, frag):
+        """This thread's part of 64 weight rows x 64 of K, in registers."""
+        c, (_, sCodes, sScales, _, _) = self.config, ring
+        kk, strip = unit // c.strips, unit % c.strips
+        tile = stage * (self.blocks_n * self.atoms) + (strip * c.groups_n + group_n) * self.atoms + kk
+        codes, scales = cute.make_rmem_tensor(4, Uint32), cute.make_rmem_tensor(2, Uint32)
+        at = tile * (CODE_BYTES // 4) + thread * 4
+        cute.autovec_copy(cute.make_tensor(sCodes.iterator + cute.assume(at, divby=4), cute.make_layout(4)), codes)
+        at = tile * (SCALE_BYTES // 4) + thread // 4 * 2
+        cute.autovec_copy(cute.make_tensor(sScales.iterator + cute.assume(at, divby=2), cute.make_layout(2)), scales)
+        pairs = [scale_pairs4(scales[h]) for h in range(2)]
+        words = cute.recast_tensor(frag, Uint32)
+        for s in cutlass.range_constexpr(4):
+            decoded = decode_word(codes[s], (pairs[0][s], pairs[1][s]))
+            for p in cutlass.range_constexpr(4):
+                words[4 * s + p] = decoded[p]
+
+    def scaled(self, acc, alphas, eights):
+        """Of each of these groups of eight tokens, this thread's two of row g, then of row g + 8, times alpha."""
+        # a power of two first: exact, and alpha brings the only rounding before the output's
+        return [
+            [acc[4 * eight + 2 * r + i] * Float32(UNBIAS) * alphas[r] for i in range(2)]
+            for eight in eights
+            for r in range(2)
+        ]
+
+    def factor(self, mAlpha, segment_ends, column):
+        """alpha of a column of d."""
+        segment = Int32(0)
+        for end in segment_ends[:-1]:
+            segment += Int32(column >= end)
+        return mAlpha[segment]
+
+    @cute.jit
+    def store(self, acc, store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread):
+        """d = sum * alpha, rounded once: 64 weight rows by 64 tokens of a warpgroup to shared memory, then by TMA."""
+        c = self.config
+        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        g, q = lane // 4, lane % 4
+        gD = cute.flat_divide(store.tma_tensor, (self.chunk, self.columns))
+        tDs, tDg = cpasync.tma_partition(
+            store.atom, 0, cute.make_layout(1), cute.group_modes(staging, 0, 2), cute.group_modes(gD, 0, 2)
+        )
+        buffer_bytes = self.chunk * 128
+        start = Int32(staging.iterator.toint())
+        chunks = c.tile_m // self.chunk
+        odd = c.strips * chunks % 2
+        for strip in cutlass.range_constexpr(c.strips):
+            block = n_tile * self.blocks_n + strip * c.groups_n + group_n
+            row = cutlass.min(block * TILE, segment_ends[-1] - TILE) + 16 * warp + g
+            alphas = [self.factor(mAlpha, segment_ends, row + 8 * r) for r in range(2)]
+            for chunk in cutlass.range_constexpr(chunks):
+                turn = (strip * chunks + chunk) % 2
+                buffer = (group_n * 2 + turn) * self.halves
+                if warp == 0:  # the store before the last has left its buffer: of an odd number, the last one
+                    cute.arch.cp_async_bulk_wait_group(1 - odd * int(strip + chunk == 0), read=True)
+                cute.arch.barrier(barrier_id=1 + group_n, number_of_threads=WARPGROUP)
+                first = chunk * self.chunk // 8
+                if cutlass.const_expr(self.variant.out == "bf16"):
+                    wide = min(2, self.chunk // 8)  # groups of eight tokens in one instruction
+                    row8, matrix = lane % 8, lane // 8 % (2 * wide)
+                    at = start + buffer * buffer_bytes + (8 * (matrix // 2) + row8) * 128
+                    at += ((2 * warp + matrix % 2) ^ row8) * 16
+                    for j in cutlass.range_constexpr(0, self.chunk // 8, wide):
+                        pairs = self.scaled(acc[strip], alphas, range(first + j, first + j + wide))
+                        store_transposed(at + j * 1024, [pack_bf16(*pair) for pair in pairs])
+                else:
+                    half = buffer + warp // 2
+                    for j in cutlass.range_constexpr(self.chunk // 8):
+                        pairs = self.scaled(acc[strip], alphas, (first + j,))
+                        for r in cutlass.range_constexpr(2):
+                            for i in cutlass.range_constexpr(2):
+                                staging[8 * j + 2 * q + i, 16 * (warp % 2) + 8 * r + g, half] = pairs[r][i]
+                cute.arch.fence_proxy("async.shared", space="cta")
+                cute.arch.barrier(barrier_id=1 + group_n, number_of_threads=WARPGROUP)
+                if warp == 0:
+                    for h in cutlass.range_constexpr(self.halves):
+                        to = (m_tile * chunks + chunk, block * self.halves + h)
+                        cute.copy(store.atom, tDs[None, buffer + h], tDg[None, *to])
+                    cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def put(self, acc, sums, group_n, group_k, thread):
+        """A warpgroup's sums, to [groups_k][tile_m][tile_n]."""
+        c = self.config
+        lane, warp = thread % 32, thread // 32
+        # stages or sums are free once all warps are done with them
+        cute.arch.barrier(barrier_id=1, number_of_threads=WARPGROUP * c.groups)
+        for strip in cutlass.range_constexpr(c.strips):
+            row = (strip * c.groups_n + group_n) * TILE + 16 * warp + lane // 4
+            at = (group_k * c.tile_m + lane % 4 * 2) * _pitch(c) + row
+            for eight in cutlass.range_constexpr(c.tile_m // 8):
+                for e in cutlass.range_constexpr(4):
+                    sums[at + (8 * eight + e % 2) * _pitch(c) + 8 * (e // 2)] = acc[strip][4 * eight + e]
+        if cutlass.const_expr(c.split > 1):
+            self.meet(True)
+        else:
+            cute.arch.barrier(barrier_id=1, number_of_threads=WARPGROUP * c.groups)
+
+    @cute.jit
+    def reduce(self, sums, mAlpha, mD, segment_ends, m0, n0, tidx):
+        """Add the parts in their order, each CTA for its share of the tile; d = sum * alpha, rounded once."""
+        c = self.config
+        m, n = mD.shape
+        x, part, _ = cute.arch.block_idx()
+        pieces = c.tile_n // 4
+        valid = cutlass.min(m - m0, c.tile_m) * pieces
+        share = (valid + c.split - 1) // c.split
+        threads = WARPGROUP * c.groups
+        batch = max(1, 8 // (c.split * c.groups_k)) if c.tile_m >= 64 else 1  # pieces whose loads are on their way
+        start = Int32(sums.iterator.toint())
+        done = cute.make_rmem_tensor(4, self.out)
+        for i in cutlass.range(0, share, threads * batch, unroll=1):
+            got = []
+            for j in cutlass.range_constexpr(batch):
+                index = cutlass.min(part * share + i + j * threads + tidx, valid - 1)
+                at = start + 4 * (index // pieces * _pitch(c) + index % pieces * 4)
+                quads = []
+                for rank in cutlass.range_constexpr(c.split):
+                    for g in cutlass.range_constexpr(c.groups_k):
+                        where = at + 4 * g * c.tile_m * _pitch(c)
+                        quads.append(load4(where) if c.split == 1 else load_peer4(where, Int32(rank) * c.share + x))
+                got.append(quads)
+            for j in cutlass.range_constexpr(batch):
+                mine = i + j * threads + tidx
+                index = part * share + mine
+                token, column = index // pieces, index % pieces * 4
+                if mine < share and index < valid and n0 + column < n:
+                    for e in cutlass.range_constexpr(4):
+                        total = got[j][0][e]
+                        for quad in got[j][1:]:
+                            total = total + quad[e]
+                        alpha = self.factor(mAlpha, segment_ends, n0 + column + e)
+                        done[e] = self.out(total * Float32(UNBIAS) * alpha)
+                    target = cute.local_tile(mD, (1, 4), (m0 + token, (n0 + column) // 4))
+                    cute.autovec_copy(done, target[0, None])
+
+
+# --- host -------------------------------------------------------------------------------------------------------------
+
+_GMEM = cute.AddressSpace.gmem
+
+
+def _operands(
+    variant: Variant, pointers: tuple[int, ...], sizes: tuple[int, ...], ends: tuple[int, ...]
+) -> tuple[Any, ...]:
+    """All arguments of `GemmNvfp4Sm90Wgmma.__call__` but the stream. pointers: a, b, sfb, alpha_b, d."""
+    out = CUTE_OUT[variant.out]
+    kinds = ((BFloat16, 16), (Uint32, 16), (Uint32, 16), (Float32, 4), (out, 16))
+    made = (make_ptr(kind, p, _GMEM, assumed_align=align) for p, (kind, align) in zip(pointers, kinds, strict=True))
+    m, n, k, a_stride, d_stride, max_clusters = sizes
+    ends = tuple(Int32(e) for e in ends)
+    return (*made, Int32(m), Int32(n), Int32(k), Int64(a_stride), Int64(d_stride), ends, Int32(max_clusters))
+
+
+def _fake_operands(variant: Variant) -> tuple[Any, ...]:
+    """Operands to compile with: types and alignments are fixed by them, addresses and sizes are not."""
+    return (*_operands(variant, (16,) * 5, (1, TILE, TILE, TILE, TILE, 1), (8,) * variant.segments), make_fake_stream())
+
+
+@functools.cache
+def _max_clusters(device: int | None, config: Config) -> int:
+    """Clusters that run at a time; device None: on an H100 that is not here."""
+    size = config.share * config.split
+    if device is None:
+        return SM_COUNT * config.blocks // size
+    return HardwareInfo(device).get_max_active_clusters(size) * config.blocks
+
+
+@functools.cache
+def compiled(config: Config, variant: Variant) -> Any:
+    """The compiled host function, for every m, n and k."""
+    return cute.compile(GemmNvfp4Sm90Wgmma(config, variant), *_fake_operands(variant), options=cross.options(ARCH))
+
+
+def launch(
+    a: Tensor | NVFP4Tensor, b: NVFP4Tensor, segments: tuple[int, ...] | None, out: Tensor, config: Config
+) -> None:
+    """out[m, n] = a[m, k] @ b[n, k].T * alpha on the current stream.
+
+    a: BF16 with rows 16 bytes aligned and adjacent elements; b: in the order "fragments_sm90", b.alpha one number, or
+    one a segment of columns; out: BF16 or FP32 with rows 16 bytes aligned. Raises ValueError or TypeError.
+
+    Codes and scales of b are read before earlier work on the stream has ended (programmatic dependent launch): what
+    writes them must have ended before, as after `NVFP4Tensor.with_order`, which waits. a, alpha and out may be in use.
+    """
+    problem, ends = asked(a, b, segments, out)
+    variant = _variant(problem, config)
+    check_packed(b, "b", SF_LAYOUT, WEIGHT_ORDER)
+    if b.sf.data_ptr() % 16:
+        raise ValueError("b.sf must start at a multiple of 16 bytes")
+    if out.stride(0) * out.element_size() % 16 or out.data_ptr() % 16:
+        raise ValueError(
+            f"rows of out must start at multiples of 16 bytes, got strides {list(out.stride())} from "
+            f"{out.data_ptr() % 16} bytes past one on"
+        )
+    assert isinstance(a, Tensor)  # `supports` has refused another
+    stride, m = row_stride(a), problem.m
+    if m == 0:
+        return
+    pointers = (a.data_ptr(), b.data.data_ptr(), b.sf.data_ptr(), b.alpha.data_ptr(), out.data_ptr())
+    clusters = _max_clusters(out.device.index if out.is_cuda else None, config)
+    arguments = _operands(variant, pointers, (m, problem.n, problem.k, stride, out.stride(0), clusters), ends)
+    start(compiled(config, variant), arguments, out.device)
+
+
+def warm(problem: GemmProblem, config: Config) -> None:
+    """Compile for `problem` and, where there is a GPU, launch once: later launches may be captured in a graph."""
+    variant = _variant(problem, config)
+    if not torch.cuda.is_available():
+        compiled(config, variant)
+        return
+    a, b, out = small_operands(problem, TILE, problem.k)
+    launch(a, b, (TILE,) * problem.segments, out, config)
+
+
+def build_key(problem: GemmProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on: its sizes are read at launch."""
+    return problem.out, problem.segments
+
+
+def build(problem: GemmProblem, config: Config, arch: str = ARCH) -> Built:
+    """Compile for `problem` without a GPU. Raises ValueError for another architecture or what `supports` refuses."""
+    if arch != ARCH:
+        raise ValueError(f"this kernel is for {ARCH}, got {arch!r}")
+    variant = _variant(problem, config)
+    return cross.build(GemmNvfp4Sm90Wgmma(config, variant), *_fake_operands(variant), arch=arch)
+
+
+def _variant(problem: GemmProblem, config: Config) -> Variant:
+    if reason := supports(problem, config):
+        raise ValueError(reason)
+    return Variant(out=problem.out, segments=problem.segments)
