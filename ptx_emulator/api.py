@@ -51,14 +51,16 @@ class Loaded:
         seed: int | None = None,
         races: Checks = True,
         processes: int = 1,
+        cooperative: bool = False,
         memory: GlobalMemory | None = None,
     ) -> Statistics:
         """Run a kernel; arrays among `args` are passed by address and written in place.
 
         args: contiguous arrays, numpy scalars, ints and floats (as wide as the parameter), or raw bytes.
         shared: bytes of dynamic shared memory. schedule and seed: see `machine`. races: look for data races, True or
-        "strict", see `hazards`. processes: over how many the clusters are spread, see `processes`. memory: arrays that
-        the kernel reaches through pointers in memory must be known to it already.
+        "strict", see `hazards`. processes: over how many the clusters are spread, see `processes`. cooperative: all
+        clusters run at once. memory: arrays that the kernel reaches through pointers in memory must be known to it
+        already.
 
         Raises Fault for what the kernel does wrong, ValueError or TypeError for arguments that do not fit.
         """
@@ -81,6 +83,7 @@ class Loaded:
             schedule=schedule,
             seed=seed,
             races=races,
+            cooperative=cooperative,
         )
         return launch.run(processes)
 

@@ -9,6 +9,7 @@ for whatever is compiled inside.
 import contextlib
 import ctypes
 import gc
+import math
 import re
 import sys
 import tempfile
@@ -22,7 +23,15 @@ from .hazards import Checks
 from .machine import SCHEDULES, Dim3, Launch
 from .memory import GlobalMemory
 from .numbers import Array
-from .runtime import PREFIX, SM_COUNTS, SYMBOLS, Runtime, binding
+from .runtime import (
+    COOPERATIVE_LAUNCH_TOO_LARGE,
+    PREFIX,
+    SM_COUNTS,
+    SYMBOLS,
+    Runtime,
+    binding,
+    resident_ctas,
+)
 from .statistics import Statistics
 
 ARCHS = ("sm_90a", "sm_100a")
@@ -74,7 +83,9 @@ class Device:
         finally:
             bound.runtime = before
 
-    def _launch(self, name: str, grid: Dim3, block: Dim3, cluster: Dim3, shared: int, params: int) -> None:
+    def _launch(
+        self, name: str, grid: Dim3, block: Dim3, cluster: Dim3, shared: int, params: int, cooperative: bool
+    ) -> int:
         assert self._kernels is not None
         program = self._kernels.program(name)
         memory = GlobalMemory(self._arrays)
@@ -93,9 +104,14 @@ class Device:
             schedule=self.schedule,
             seed=self.seed,
             races=self.races,
+            cooperative=cooperative,
         )
         launch.statistics.registers = self._registers.get(name)
+        room = resident_ctas(launch.threads, launch.shared_bytes, self._registers.get(name, 0))
+        if cooperative and math.prod(grid) > room * self.runtime.multiprocessors:
+            return COOPERATIVE_LAUNCH_TOO_LARGE
         self.launches.append(launch.run(self.processes))
+        return 0
 
     def _arrays(self) -> list[tuple[int, int, str]]:
         """Memory that a kernel may touch: what live CPU tensors hold, and what was allowed."""
@@ -163,7 +179,7 @@ def _renamed(module: Any) -> Any:
         return ir.Module.parse(text)
 
 
-def _no_launch(*args: Any) -> None:
+def _no_launch(*args: Any) -> int:
     raise Fault("a kernel was launched while its library was being loaded")
 
 

@@ -20,7 +20,7 @@ not that; and it wants tcgen05.fence on both sides of every synchronisation betw
 threads, acquire and release or not.
 
 The lanes of a warp count as ordered among themselves, so exchanges within a warp that lack bar.warp.sync are not found.
-Clusters run one after another: races between clusters are not looked for.
+Clusters run one after another, and races between them are not looked for, but in a cooperative launch.
 """
 
 from collections.abc import Callable, Iterable
@@ -215,7 +215,7 @@ class _Site:
 
 
 class Hazards:
-    """The actors and events of one cluster. current: whose access it is."""
+    """The actors and events of the clusters that run together. current: whose access it is."""
 
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
@@ -228,8 +228,8 @@ class Hazards:
         self._merged: dict[tuple[int, int, bool], int] = {}
         self._chains: dict[Any, Actor] = {}
         self._idle: list[tuple[int, int]] = []  # actor and last time of operations that are over
-        self._locations: dict[tuple[str, int], Clock] = {}
-        self._foreign: dict[tuple[int, int], tuple[int, Cta]] = {}  # what others do to a CTA's shared memory
+        self._locations: dict[Any, Clock] = {}
+        self._foreign: dict[tuple[Cta, int], tuple[int, Cta]] = {}  # what others do to a CTA's shared memory
 
     # --- actors ---
 
@@ -258,6 +258,7 @@ class Hazards:
         by = self.current
         assert by is not None
         if chain is not None:
+            chain = by.warp.cta.cluster, chain
             before = self._chains.get(chain)
             index = before.index if before is not None else self._actor()
             clock = by.clock.copy()
@@ -360,7 +361,8 @@ class Hazards:
 
     def location(self, space: str, address: int) -> Clock:
         """What strong writes of an address have released."""
-        key = (space, address)
+        assert self.current is not None
+        key = (space, address, self.current.warp.cta.cluster if space == "shared" else None)
         found = self._locations.get(key)
         if found is None:
             found = self._locations[key] = Clock()
@@ -371,7 +373,7 @@ class Hazards:
     def foreign(self, cta: "Cta", event: int) -> None:
         site = self.sites[event]
         assert site is not None
-        self._foreign[cta.rank, site.actor] = (event, cta)
+        self._foreign[cta, site.actor] = (event, cta)
 
     def check_exits(self) -> None:
         """Raises Fault for accesses of a CTA's shared memory that its exit does not come after."""

@@ -199,11 +199,8 @@ class Cta:
 class Cluster:
     """CTAs that may see each other's shared memory, and the asynchronous work they have under way."""
 
-    def __init__(self, launch: "Launch", index: Dim3):
-        self.launch, self.index = launch, index
-        self.hazards: Hazards = Hazards(launch.races == "strict")
-        if launch.races:
-            launch.memory.watch(self.hazards)
+    def __init__(self, launch: "Launch", index: Dim3, hazards: Hazards):
+        self.launch, self.index, self.hazards = launch, index, hazards
         cx, cy, cz = launch.cluster
         self.ctas: list[Cta] = []
         for z in range(cz):
@@ -214,6 +211,7 @@ class Cluster:
         self.queues: dict[Any, deque[Callable[[], None]]] = {}
         self.arrived: dict[Any, int] = {}
         self.state: dict[str, Any] = {}
+        self.running = [w for cta in self.ctas for w in cta.warps]
 
     def submit(self, queue: Any, work: Callable[[], None], operation: Actor | None = None) -> Actor:
         """Asynchronous work, done after what was submitted to the same queue before. `operation` is who does it."""
@@ -244,26 +242,24 @@ class Cluster:
                 del self.queues[key]
         return bool(keys)
 
-    def run(self) -> None:
-        launch = self.launch
-        warps = [w for cta in self.ctas for w in cta.warps]
-        while warps:
-            progressed = False
-            if launch.random is not None:
-                launch.random.shuffle(warps)
-            for warp in warps:
-                budget = SLICE if launch.random is None else launch.random.choice((1, 5, 50, 500))
-                progressed |= warp.run(budget)
-            if not (progressed and launch.schedule == "late"):
-                progressed |= self.work()
-            if not progressed:
-                raise DeadlockError(self.deadlock(warps))
-            warps = [w for w in warps if w.fragments]
+    def step(self) -> bool:
+        """Every warp has its turn, and the asynchronous work; whether anything was done."""
+        launch, warps, progressed = self.launch, self.running, False
+        if launch.random is not None:
+            launch.random.shuffle(warps)
+        for warp in warps:
+            budget = SLICE if launch.random is None else launch.random.choice((1, 5, 50, 500))
+            progressed |= warp.run(budget)
+        if not (progressed and launch.schedule == "late"):
+            progressed |= self.work()
+        self.running = [w for w in warps if w.fragments]
+        return progressed
+
+    def finish(self) -> None:
         while self.work():  # what nobody waited for still happens
             pass
         for cta in self.ctas:
-            launch.program.finish(cta)
-        self.hazards.check_exits()
+            self.launch.program.finish(cta)
 
     def release(self) -> None:
         """Undo the cycles of references: memory goes back now, not when the garbage collector comes by."""
@@ -274,9 +270,9 @@ class Cluster:
             vars(cta).clear()
         vars(self).clear()
 
-    def deadlock(self, warps: Sequence[Warp]) -> str:
+    def deadlock(self) -> str:
         lines = [f"deadlock in cluster {self.index} of {self.launch.program.kernel.name}: every warp waits"]
-        for w in sorted(warps, key=lambda w: (w.cta.rank, w.index)):
+        for w in sorted(self.running, key=lambda w: (w.cta.rank, w.index)):
             for f in w.fragments:
                 lines.append(w.describe(f.pc, f.mask, f"- {f.waiting}"))
         return "\n".join(lines)
@@ -298,6 +294,7 @@ class Launch:
         schedule: str = "round",
         seed: int | None = None,
         races: Checks = True,
+        cooperative: bool = False,
     ):
         kernel = program.kernel
         if schedule not in SCHEDULES:
@@ -310,7 +307,7 @@ class Launch:
             raise ValueError(f"{kernel.name} requires clusters of {kernel.required_cluster} CTAs, got {cluster}")
         if any(g % c for g, c in zip(grid, cluster, strict=True)):
             raise ValueError(f"grid {grid} is not a whole number of clusters {cluster}")
-        self.program, self.memory, self.races = program, memory, races
+        self.program, self.memory, self.races, self.cooperative = program, memory, races, cooperative
         self.grid, self.block, self.cluster = grid, block, cluster
         self.threads = block[0] * block[1] * block[2]
         if not 1 <= self.threads <= 1024:
@@ -364,21 +361,39 @@ class Launch:
         self.waiting = deque(places)
         with np.errstate(all="ignore"):
             while self.waiting:
-                place = self.waiting.popleft()
-                if self.seed is not None:
-                    self.random = random.Random(f"{self.seed} {place}")
-                cluster = Cluster(self, place)
-                cluster.run()
-                for cta in cluster.ctas:
-                    stats.bytes["shared load"] += cta.shared.loaded
-                    stats.bytes["shared store"] += cta.shared.stored
-                    tally.add(cta)
-                cluster.release()
+                # one after another, unless all must be there at once
+                together = [self.waiting.popleft() for _ in range(len(self.waiting) if self.cooperative else 1)]
+                for cluster in self._run_together(together):
+                    for cta in cluster.ctas:
+                        stats.bytes["shared load"] += cta.shared.loaded
+                        stats.bytes["shared store"] += cta.shared.stored
+                        tally.add(cta)
+                    cluster.release()
         self.memory.unwatch()
         tally.into(stats)
         self.banks.finish()
         stats.bytes["global load"] += self.memory.loaded - before[0]
         stats.bytes["global store"] += self.memory.stored - before[1]
+
+    def _run_together(self, places: Sequence[Dim3]) -> list[Cluster]:
+        """Clusters whose warps run in turn, and what they do to global memory is checked against each other."""
+        if self.seed is not None:
+            self.random = random.Random(f"{self.seed} {places[0]}")
+        hazards = Hazards(self.races == "strict")
+        if self.races:
+            self.memory.watch(hazards)
+        clusters = [Cluster(self, place, hazards) for place in places]
+        running = clusters
+        while running:
+            progressed = [cluster.step() for cluster in running]
+            if not any(progressed):
+                raise DeadlockError("\n".join(cluster.deadlock() for cluster in running))
+            for cluster in running:
+                if not cluster.running:
+                    cluster.finish()
+            running = [cluster for cluster in running if cluster.running]
+        hazards.check_exits()
+        return clusters
 
 
 def _ranges(numbers: Array) -> str:

@@ -102,6 +102,8 @@ def run(launch: "Launch", count: int) -> None:
     """
     if sys.platform == "win32":
         raise ValueError(f"several processes need fork, which this system lacks: {_ONE}")
+    if launch.cooperative:
+        raise ValueError(f"{launch.program.kernel.name}: clusters of a cooperative launch run at once: {_ONE}")
     if (i := ordered(launch.program.kernel)) is not None:
         raise ValueError(
             f"{launch.program.kernel.name}, PTX line {i.line}: {i.text}: clusters may communicate through global "

@@ -41,10 +41,10 @@ SYMBOLS = (
 )
 
 PREFIX = "ptx_emulator_"  # of the names that the shared object exports: the real library's are in the same process
-ERROR_UNKNOWN = 999
+COOPERATIVE_LAUNCH_TOO_LARGE, ERROR_UNKNOWN = 720, 999  # cudaError_t
 MAX_SHARED_BYTES = 232_448
 _ARGUMENTS = 12  # that the shared object hands on
-_CLUSTER_DIMENSION = 4  # cudaLaunchAttributeID
+_COOPERATIVE, _CLUSTER_DIMENSION = 2, 4  # cudaLaunchAttributeID
 _DEVICE_ATTRIBUTES = {97: MAX_SHARED_BYTES, 10: 32, 1: 1024, 39: 2048, 8: 49_152, 81: 233_472}
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76
 SM_COUNTS = {"sm_90a": 132, "sm_100a": 148}
@@ -69,8 +69,17 @@ class _Attribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_int32), ("pad", ctypes.c_uint32), ("value", ctypes.c_uint32 * 16))
 
 
-# name, grid, block, cluster, shared bytes, address of the array of pointers to parameters
-LaunchHandler = Callable[[str, Dim3, Dim3, Dim3, int, int], None]
+# name, grid, block, cluster, shared bytes, address of the array of pointers to parameters, whether it is cooperative;
+# returns a cudaError_t
+LaunchHandler = Callable[[str, Dim3, Dim3, Dim3, int, int, bool], int]
+
+
+def resident_ctas(threads: int, shared: int, registers: int) -> int:
+    """How many CTAs fit on one SM (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+    registers: of a thread."""
+    warps = -(-threads // 32)
+    most = min(64 // warps, 32, _DEVICE_ATTRIBUTES[81] // (shared + 1024))
+    return min(most, 65_536 // (warps * 32 * -(-registers // 8) * 8)) if registers else most
 
 
 class Runtime:
@@ -93,17 +102,20 @@ class Runtime:
         match name:
             case "_cudaLaunchKernelEx":
                 config = _Config.from_address(a[0])
-                cluster: Dim3 = (1, 1, 1)
+                cluster, cooperative = (1, 1, 1), False
                 for n in range(config.count):
                     attribute = _Attribute.from_address(config.attributes + n * ctypes.sizeof(_Attribute))
                     if attribute.id == _CLUSTER_DIMENSION:
                         x, y, z = attribute.value[:3]
                         cluster = (x, y, z)
+                    elif attribute.id == _COOPERATIVE:
+                        cooperative = bool(attribute.value[0])
                 (gx, gy, gz), (bx, by, bz) = config.grid, config.block
-                self.launch(self.names[a[1] - 1], (gx, gy, gz), (bx, by, bz), cluster, config.shared, a[2])
+                name = self.names[a[1] - 1]
+                return self.launch(name, (gx, gy, gz), (bx, by, bz), cluster, config.shared, a[2], cooperative)
             case "_cudaLaunchKernel":
                 grid, block = _u32(a[1:4]), _u32(a[4:7])
-                self.launch(self.names[a[0] - 1], grid, block, (1, 1, 1), a[8], a[7])
+                return self.launch(self.names[a[0] - 1], grid, block, (1, 1, 1), a[8], a[7], False)
             case "_cudaLibraryGetKernel":
                 self.names.append(ctypes.string_at(a[2]).decode())
                 ctypes.c_void_p.from_address(a[0]).value = len(self.names)

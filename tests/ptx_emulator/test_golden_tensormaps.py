@@ -81,7 +81,7 @@ def driver_call(m: dict[str, Any]) -> bytes:
         ctypes.addressof(raw), m["element_type"], len(m["sizes"]), m["address"], *map(ctypes.addressof, lists),
         m["interleave"], m["swizzle"], m["promotion"], m["fill"],
     ]  # fmt: skip
-    Runtime("sm_90a", lambda *_: None).answer("_cuTensorMapEncodeTiled", arguments)
+    Runtime("sm_90a", lambda *_: 0).answer("_cuTensorMapEncodeTiled", arguments)
     return raw.raw
 
 

@@ -1,11 +1,12 @@
 """Cluster launch control, dependent grids, registers of a warp (PTX ISA, "clusterlaunchcontrol.try_cancel",
-"griddepcontrol", "setmaxnreg")."""
+"griddepcontrol", "setmaxnreg"), cooperative launches (CUDA C++ Programming Guide, "Grid Synchronization")."""
 
 import numpy as np
 import pytest
 
 import ptx_emulator
 from ptx_emulator import DeadlockError, Fault, UnknownInstructionError
+from ptx_emulator.runtime import resident_ctas
 
 from .ptx import module, run
 
@@ -152,3 +153,85 @@ def test_warps_of_a_group_may_keep_different_numbers():
     END:
     """
     run(text, np.zeros(1, np.uint32), block=128)
+
+
+# every CTA writes its number, waits for all of the grid, and reads that of the next one
+GRID = """
+.reg .u64 %count, %next;
+mov.u32 %r0, %ctaid.x; mov.u32 %r1, %nctaid.x; mov.u32 %r2, %tid.x; setp.eq.u32 %p1, %r2, 0; @!%p1 bra END;
+mul.wide.u32 %rd1, %r0, 4; add.s64 %rd2, %rd63, %rd1; add.s64 %rd2, %rd2, 4;
+add.u32 %r3, %r0, 1; st.global.u32 [%rd2], %r3;
+ARRIVE
+WAIT: ACQUIRE setp.lt.u32 %p2, %r5, %r1; @%p2 bra WAIT;
+rem.u32 %r6, %r3, %r1; mul.wide.u32 %rd3, %r6, 4; add.s64 %rd3, %rd63, %rd3; ld.global.u32 %r7, [%rd3+4];
+mul.wide.u32 %rd4, %r1, 4; add.s64 %rd4, %rd2, %rd4; st.global.u32 [%rd4], %r7;
+END:
+"""
+ARRIVE = "atom.global.add.release.gpu.u32 %r4, [%rd63], 1;"
+ACQUIRE = "ld.global.acquire.gpu.u32 %r5, [%rd63];"
+
+
+def cooperate(body: str, schedule: str = "round", ctas: int = 6, **kw) -> np.ndarray:
+    out = np.zeros(1 + 2 * ctas, np.uint32)
+    text = module(body)
+    ptx_emulator.load(text).launch(
+        "k", grid=(ctas,), block=(64,), args=[out], schedule=schedule, cooperative=True, **kw
+    )
+    return out[1 + ctas :]
+
+
+@pytest.mark.parametrize("schedule", ["eager", "round", "late"])
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_all_of_a_cooperative_grid_runs_at_once(schedule, cluster):
+    body = GRID.replace("ARRIVE", ARRIVE).replace("ACQUIRE", ACQUIRE)
+    for seed in (None, 1):
+        assert cooperate(body, schedule, seed=seed, cluster=(cluster,)).tolist() == [2, 3, 4, 5, 6, 1]
+
+
+@pytest.mark.parametrize(
+    ("arrive", "acquire"),
+    [
+        (ARRIVE, "ld.global.relaxed.gpu.u32 %r5, [%rd63];"),
+        ("atom.global.add.relaxed.gpu.u32 %r4, [%rd63], 1;", ACQUIRE),
+    ],
+)
+def test_races_between_the_ctas_of_a_cooperative_grid_are_found(arrive, acquire):
+    body = GRID.replace("ARRIVE", arrive).replace("ACQUIRE", acquire)
+    with pytest.raises(
+        Fault, match=r"data race: byte \d+ of out .* is read, with no order after it was written by CTA"
+    ):
+        cooperate(body)
+    assert cooperate(body, races=False).tolist() == [2, 3, 4, 5, 6, 1]
+
+
+def test_clusters_of_a_cooperative_grid_have_their_own_shared_memory():
+    # arrivals at a barrier of shared memory release to the own CTA only, and operations that are chained stay apart
+    body = """
+    .shared .align 8 .b8 bar[8]; .shared .align 16 .b8 data[16];
+    mov.u32 %r0, %ctaid.x; mov.u32 %r2, %tid.x; setp.eq.u32 %p1, %r2, 0;
+    @%p1 mbarrier.init.shared::cta.b64 [bar], 64; bar.sync 0;
+    @%p1 st.shared.u32 [data], %r0; mbarrier.arrive.shared::cta.b64 _, [bar];
+    WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p3, [bar], 0; @!%p3 bra WAIT;
+    ld.shared.u32 %r3, [data]; mul.wide.u32 %rd1, %r0, 4; add.s64 %rd1, %rd63, %rd1; setp.eq.u32 %p2, %r2, 40;
+    @%p2 st.global.u32 [%rd1+28], %r3;
+    """
+    assert cooperate(body).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_deadlock_names_the_warps_of_all_clusters():
+    body = "mov.u32 %r2, %tid.x; setp.lt.u32 %p1, %r2, 32; @%p1 bar.sync 1, 64;"
+    with pytest.raises(DeadlockError, match=r"(?s)cluster \(0, 0, 0\).*cluster \(1, 0, 0\)"):
+        cooperate(body, ctas=2)
+
+
+def test_a_cooperative_grid_runs_in_one_process():
+    with pytest.raises(ValueError, match="clusters of a cooperative launch run at once"):
+        cooperate("", processes=2)
+
+
+@pytest.mark.parametrize(
+    ("threads", "shared", "registers", "want"),
+    [(1024, 0, 32, 2), (1024, 0, 40, 1), (128, 0, 0, 16), (32, 0, 0, 32), (128, 100_000, 0, 2), (384, 227_000, 168, 1)],
+)
+def test_how_many_ctas_an_sm_takes(threads, shared, registers, want):
+    assert resident_ctas(threads, shared, registers) == want

@@ -15,7 +15,7 @@ import cutlass
 import torch
 from cuda.bindings import driver, runtime
 from cutlass import cute
-from cutlass.cute.runtime import from_dlpack, make_fake_compact_tensor, make_fake_stream
+from cutlass.cute.runtime import from_dlpack, make_fake_compact_tensor, make_fake_stream, make_ptr
 
 from .attention import Near
 from .gemm import tutorial_fp16
@@ -107,7 +107,7 @@ def votes(module: ModuleType, gen: torch.Generator, inline: bool) -> Prepared:
 
 @dataclass
 class _Printed:
-    """Lines of what the kernels print."""
+    """What the kernels print, without empty lines."""
 
     want: Sequence[str]
     got: Sequence[str] = ()
@@ -121,7 +121,7 @@ class _Printed:
     def capture(self, call: Callable[[], Any]) -> None:
         with contextlib.redirect_stdout(io.StringIO()) as text:
             call()
-        self.got = text.getvalue().splitlines()
+        self.got = [line for line in text.getvalue().splitlines() if line]
 
 
 def allocator(module: ModuleType, gen: torch.Generator) -> Prepared:
@@ -171,6 +171,27 @@ def shared_sizes(module: ModuleType, gen: torch.Generator) -> Prepared:
     size = 264 + 56 + 512 + 512 + 1024
     printed = _Printed(["Running kernel_no_smem", "Running kernel_static", f"Kernel launch smem size: {size}"])
     return Prepared(lambda: printed.capture(compiled), [printed], ())
+
+
+def cooperative(module: ModuleType, gen: torch.Generator) -> Prepared:
+    """Ten barriers of the whole grid, each of which turns the top bit of a word that else is zero at the end; a grid
+    that the device has no room for is refused."""
+    word = torch.zeros(1, dtype=torch.int32)
+    pointer = make_ptr(cutlass.Uint32, word.data_ptr(), cute.AddressSpace.gmem, assumed_align=4)
+    too_large = cute.compile(module.xfail_run_cooperative_kernel, pointer)
+    fits = cute.compile(module.run_cooperative_kernel, pointer)
+    lines = (f"All threads arrived at barrier for the {n}th iteration" for n in range(10))
+    printed = _Printed([*lines, "cudaErrorCooperativeLaunchTooLarge"])
+
+    def run() -> None:
+        word.zero_()
+        printed.capture(lambda: fits(pointer))
+        try:
+            too_large(pointer)
+        except module.DSLCudaRuntimeError as e:
+            printed.got = [*printed.got, runtime.cudaError_t(e.error_code).name]
+
+    return Prepared(run, [_exactly(word, torch.zeros(1)), printed], ())
 
 
 def dependent(module: ModuleType, gen: torch.Generator, m: int, n: int, pdl: bool) -> Prepared:
@@ -242,6 +263,7 @@ CASES = [
     *_tutorials("inline_ptx", votes, {"inline": True}, {"inline": False}),
     Case("dsl_tutorials.smem_allocator", allocator, device={"rewrite": _initialised}),
     *_tutorials("dynamic_smem_size", shared_sizes, {}),
+    *_tutorials("cooperative_launch", cooperative, {}),
     *_tutorials("programmatic_dependent_launch", dependent, {"m": 20, "n": 136, "pdl": True}),
     *_tutorials(
         "launch_completion_and_programmatic_events",
