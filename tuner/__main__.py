@@ -153,7 +153,7 @@ def _bench_peers(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if not outcome.rows:
         raise ValueError("nothing was timed: no cell of these layers has a kernel here, or the time was too short")
     print(peers_rows.render(outcome.rows, outcome.absent))
-    plots = peers_plot.draw(outcome.rows, out.parent / "plots")
+    plots = peers_plot.draw(peers_rows.load(outcome.path), out.parent / "plots")
     print(f"rows in {outcome.path}, plots: {', '.join(map(str, plots))}")
     if outcome.left:
         print(f"{outcome.left} cells were not reached in the time given; with --resume the same command goes on")

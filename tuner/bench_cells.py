@@ -115,13 +115,13 @@ class Cell:
         from . import bench_kernels
 
         words = [flat.view(torch.int32) for flat in self.shape.packed]
-        sums = torch.empty(words[0].numel() // min(b for b, _ in bench_kernels.READS) + 1, dtype=torch.int32)
-        sums = sums.to(self.shape.device)
-        self._kept.append(sums)
+        most = torch.empty(words[0].numel() // min(b for b, _ in bench_kernels.READS) + 1, dtype=torch.int32)
+        most = most.to(self.shape.device)
+        self._kept.append(most)
 
         def variant(block: int, warps: int) -> Timed:
-            bench_kernels.read(words[0], sums, block, warps)
-            return self.timer.capture(READ, lambda i: bench_kernels.read(words[i], sums, block, warps))
+            bench_kernels.read(words[0], most, block, warps)
+            return self.timer.capture(READ, lambda i: bench_kernels.read(words[i], most, block, warps))
 
         if self.shape.read_variant is None:
             tried = [variant(*v) for v in bench_kernels.READS]

@@ -8,10 +8,10 @@ READS = ((1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (16384, 8))  # w
 
 
 @triton.jit
-def _read(x_ptr, sums_ptr, N, BLOCK: tl.constexpr):
+def _read(x_ptr, most_ptr, N, BLOCK: tl.constexpr):
     words = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + words, mask=words < N, other=0)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(x, axis=0))
+    tl.store(most_ptr + tl.program_id(0), tl.max(x, axis=0))
 
 
 @triton.jit
@@ -19,9 +19,9 @@ def _empty():
     pass
 
 
-def read(x: Tensor, sums: Tensor, block: int, num_warps: int) -> None:
-    """Read the int32 words of x once; the sum of each block goes to sums, so that no load can be left out."""
-    _read[(triton.cdiv(x.numel(), block),)](x, sums, x.numel(), BLOCK=block, num_warps=num_warps)
+def read(x: Tensor, most: Tensor, block: int, num_warps: int) -> None:
+    """Read the int32 words of x once; the largest of each block goes to `most`, so that no load can be left out."""
+    _read[(triton.cdiv(x.numel(), block),)](x, most, x.numel(), BLOCK=block, num_warps=num_warps)
 
 
 def empty() -> None:

@@ -18,7 +18,8 @@ def write(rows_dir: Path, plots_dir: Path) -> tuple[str, list[Path]]:
     text, plots = _without_peers([path for path in files if path not in beside], plots_dir)
     for path in beside:
         rows = peers_rows.load(path)
-        text.append(f"{rows[0]['device']}, {rows[0]['op']} against its peers\n{peers_rows.summary(rows)}")
+        runs = ", ".join(sorted({r["run"] for r in rows}))
+        text.append(f"{rows[0]['device']}, {rows[0]['op']} beside its peers, timed {runs}\n{peers_rows.summary(rows)}")
         plots += peers_plot.draw(rows, plots_dir)
     return "\n\n".join(text), plots
 

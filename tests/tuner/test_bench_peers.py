@@ -183,6 +183,27 @@ def test_a_crash_costs_one_contender_not_the_run(install, tmp_path):
     assert all("fake: crash: the process ended with exit code 7" in r["notes"] for r in outcome.rows)
 
 
+def test_a_peer_that_ends_the_process_twice_is_left_out(install, tmp_path):
+    install()
+    died = []
+
+    class Dying(Inline):
+        def call(self, function, *args, timeout):
+            if function is fake_cells.record and args == ("fake",):
+                died.append(bench_cells._shape.n)
+                bench_cells._shape = bench_cells._cell = None
+                raise worker.WorkerDied("timeout", "no answer within 9 s")
+            return super().call(function, *args, timeout=timeout)
+
+    outcome = bench(tmp_path, start=Dying, m=(1,), layers=())
+    assert len(died) == 2
+    assert len(outcome.rows) == 5
+    notes = ["fake: timeout: no answer within 9 s" in r["notes"] for r in outcome.rows]
+    assert notes == [True, True, False, False, False]
+    assert all("fake: left out, as before: timeout" in r["notes"] for r in outcome.rows[2:])
+    assert all(r["ratio"] == 2.0 for r in outcome.rows)
+
+
 def test_a_run_that_was_cut_goes_on(install, tmp_path, monkeypatch):
     install()
     outcome = bench(tmp_path, seconds=0.0)
@@ -221,7 +242,7 @@ def test_plots_and_report_come_from_the_rows(install, tmp_path):
     text, plots = report.write(tmp_path / "bench", tmp_path / "plots")
     assert plots == [path]
     assert path.read_bytes() == first
-    assert "some-gpu, gemm_nvfp4 against its peers" in text
+    assert f"some-gpu, gemm_nvfp4 beside its peers, timed {outcome.rows[0]['run']}\n" in text
     assert "1.250x" in text
 
 
@@ -264,13 +285,16 @@ def test_the_command_line_says_what_it_needs(capsys):
 
 
 def test_the_bare_read_reads_every_word():
-    """Under Triton's interpreter: the sums of all blocks are the sum of all words."""
+    """Under Triton's interpreter: whichever word is the largest, it is found."""
     from tuner import bench_kernels
 
-    x = torch.randint(-(2**20), 2**20, (5000,), dtype=torch.int32)
-    sums = torch.zeros(5, dtype=torch.int32)
-    bench_kernels.read(x, sums, 1024, 4)
-    assert int(sums.sum()) == int(x.sum())
+    most = torch.empty(5, dtype=torch.int32)
+    for place in (0, 1023, 1024, 4095, 4999):
+        x = torch.randint(-(2**31), 2**30, (5000,), dtype=torch.int32)
+        x[place] = 2**31 - 1
+        bench_kernels.read(x, most, 1024, 4)
+        assert int(most[place // 1024]) == 2**31 - 1
+        assert [int(v) for v in most] == [int(b.max()) for b in x.split(1024)]
     bench_kernels.empty()
 
 
