@@ -112,6 +112,30 @@ def read_mn_major(shared: SharedMemory, d: MatrixDescriptor, rows: int, columns:
     return shared.gather(mn_major(d, rows, columns, element)).reshape(rows, columns * element)
 
 
+# --- zero-column mask descriptor of tcgen05.mma.ws ---
+
+
+def zero_columns(word: int, n: int, shares: int) -> tuple[Array, int]:
+    """PTX ISA, "Zero-Column Mask Descriptor": which columns of B count as zero, [n], and how far the first lies from
+    where B's descriptor points. Spans of columns that are used and that are zero take turns, in each share of N from a
+    place of its own on. (Of the two lengths the table says the contrary of its examples; CUTLASS agrees with these.)
+    """
+    first, start = [word >> 32 + i & 1 for i in range(shares)], [word >> 8 * i & 255 for i in range(shares)]
+    zeros, used, shift = (word >> 40 & 255) + 1, (word >> 48 & 255) + 1, word >> 56 & 63
+    if word >> 36 & 7 or word >> 62:
+        raise Fault(f"zero-column mask descriptor {word:#x}: reserved bits are set")
+    if shift > (16 if shares == 4 else 32):
+        raise Fault(f"zero-column mask descriptor {word:#x}: a shift of {shift} with M = {128 // shares}")
+    if not word >> 39 & 1:
+        return np.zeros(n, bool), shift
+    at = np.arange(n // shares)
+    parts = []
+    for begins_zero, skipped in zip(first, start, strict=True):
+        place = (at + skipped) % (zeros + used)
+        parts.append(place < zeros if begins_zero else place >= used)
+    return np.concatenate(parts), shift
+
+
 # --- elements of 4 and 6 bits among those of 8 (PTX ISA, "Packing formats of elements in Tensor and Shared memory") ---
 #
 # Shared memory: sixteen packed elements, then padding up to 16 bytes, which nobody reads. Tensor memory: an element a

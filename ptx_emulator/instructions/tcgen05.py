@@ -202,6 +202,9 @@ def _dealloc(i: Instruction, p: Program) -> Run:
             raise Fault(f"tcgen05.dealloc of {columns} columns from {first:#x}; allocated are {memory.allocated}")
         if under_way(w.cta):
             raise Fault("tcgen05.dealloc while tensor core work is under way")
+        for kind in ("ld", "st"):  # of this thread: "Synchronous instructions" are in order with them
+            for operation in pending(w, kind):
+                waited(w, kind, operation)
         if (waits := _together(w, members, "tcgen05.dealloc", (first, columns))) is not None:
             return waits
         for cta in members:

@@ -19,7 +19,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..descriptors import KINDS, Kind, blackwell, instruction_descriptor, k_major, mn_major, uncontained, unpacked
+from ..descriptors import (
+    KINDS,
+    Kind,
+    blackwell,
+    instruction_descriptor,
+    k_major,
+    mn_major,
+    uncontained,
+    unpacked,
+    zero_columns,
+)
 from ..errors import Fault, UnknownInstructionError
 from ..hazards import Pipe
 from ..machine import LANES, Cta, Warp
@@ -73,10 +83,9 @@ def mma(i: Instruction, p: Program) -> Run:
     def run(w: Warp, m: Mask) -> str | None:
         members = group(w, ctas, "tcgen05.mma")
         for lane in np.flatnonzero(_ALL if m is None else m):
-            if mask is not None and int(mask(w)[lane]):
-                raise UnknownInstructionError("the emulator does not know zero-column masks of tcgen05.mma.ws")
             off = np.array([x(w)[lane] for x in disabled] or [0] * 4 * ctas, U32)
-            job = Mma(form, members, [int(x(w)[lane]) for x in words], bool(enable(w)[lane]), off)
+            columns = int(mask(w)[lane]) if mask is not None else 0
+            job = Mma(form, members, [int(x(w)[lane]) for x in words], bool(enable(w)[lane]), off, columns)
             what = f"tcgen05 {kind.name} {job.idesc.m}x{job.idesc.n}x{kind.k}"
             w.cta.cluster.launch.statistics.count_mma(what, 2 * job.idesc.m * job.idesc.n * kind.k)
             submit(w, int(lane), members, job, job.pipe)
@@ -112,15 +121,17 @@ def data_path(m: int, ctas: int, stationary: bool, first: int) -> Array:
 
 class Mma:
     """One MMA with its operands as they were at issue: addresses or descriptors of D, A and B, the instruction
-    descriptor, addresses of the scales. disabled: words of lanes of D that stay as they are, of all CTAs.
+    descriptor, addresses of the scales. disabled: words of lanes of D that stay as they are, of all CTAs. columns: a
+    zero-column mask descriptor.
     """
 
-    def __init__(self, form: Form, ctas: list[Cta], words: list[int], keep: bool, disabled: Array):
+    def __init__(self, form: Form, ctas: list[Cta], words: list[int], keep: bool, disabled: Array, columns: int):
         self.form, self.ctas, self.keep = form, ctas, keep
         self.d, self.a, self.b, idesc, *self.scales = words
         self.idesc = instruction_descriptor(form.kind, idesc, form.ctas, form.stationary, form.vector)
         first = self.d >> 16
         self.lanes = data_path(self.idesc.m, form.ctas, form.stationary, first)
+        self.zeroed, self.shift = zero_columns(columns, self.idesc.n, len(self.lanes))
         # bit 0 of the first word is lane 0 of the first CTA
         bits = np.unpackbits(disabled.view(np.uint8), bitorder="little")
         self.enabled = bits.reshape(len(ctas), ROWS) == 0
@@ -141,6 +152,7 @@ class Mma:
 
     def __call__(self) -> None:
         b = np.concatenate([self.operand_b(cta) for cta in self.ctas])  # [n, k]
+        b[self.zeroed] = 0
         share = self.idesc.n // len(self.lanes)
         for cta, enabled in zip(self.ctas, self.enabled, strict=True):
             memory = tensor_memory(cta)
@@ -197,12 +209,15 @@ class Mma:
         return -values if self.idesc.a_negated else values
 
     def operand_b(self, cta: Cta) -> Array:
-        values = self.fetch(cta, self.b, self.idesc.n // len(self.ctas), self.idesc.b_major, self.idesc.b)
+        rows = self.shift + self.idesc.n // len(self.ctas)
+        values = self.fetch(cta, self.b, rows, self.idesc.b_major, self.idesc.b)[self.shift :]
         return -values if self.idesc.b_negated else values
 
     def fetch(self, cta: Cta, word: int, rows: int, mn: bool, element: str) -> Array:
         """[rows, k] of shared memory."""
         descriptor, kind = blackwell(word), self.form.kind
+        if mn and rows % 16:
+            raise UnknownInstructionError("the emulator does not know MN-major operands from a shifted column on")
         if mn and (descriptor.atom == 32) != (kind.bits == 32):
             raise Fault(
                 f"shared memory descriptor {word:#x}: 128-byte swizzle with 32-byte atomicity is for "

@@ -389,7 +389,8 @@ WHOLE = idesc(128, 32, "s8", "s8", "s32")
         ("f16", GOOD, {"qualifiers": ".ashift"}, r"does not know .*ashift"),
         ("f16", GOOD, {"after": ", 16"}, "operands after enable-input-d"),
         ("e4m3", SMALL, {"after": ", 1"}, "operands after enable-input-d"),
-        ("f16", idesc(64, 64, "f16", "f16"), {"op": "mma.ws", "after": ", 549755813888"}, "zero-column masks"),
+        ("f16", idesc(64, 64, "f16", "f16"), {"op": "mma.ws", "after": f", {1 << 36}"}, "reserved bits are set"),
+        ("f16", idesc(64, 64, "f16", "f16"), {"op": "mma.ws", "after": f", {33 << 56}"}, "a shift of 33 with M = 64"),
         ("f16", idesc(128, 16, "f16", "f16", transpose_a=1), {"layouts": ("128b_atom32", "32b")}, "atomicity is"),
         ("tf32", idesc(128, 16, "tf32", "tf32", transpose_a=1), {"layouts": ("128b", "128b")}, "32-byte atomicity is"),
         ("f16", GOOD, {"layouts": ("128b_atom32", "128b")}, "K-major operands swizzled with 32-byte atomicity"),
@@ -399,6 +400,44 @@ def test_refused(element, word, kw, message):
     a, b = matrix(element, 128), matrix(element, 64)
     with pytest.raises(Fault, match=message):
         launch(a, b, word, KINDS[element][0], **kw)
+
+
+def zero_mask(start=(), first=(), zeros=0, used=0, shift=0, on=1) -> int:
+    """ "Zero-Column Mask descriptor layout"; zeros and used are the fields."""
+    word = on << 39 | zeros << 40 | used << 48 | shift << 56
+    for i, (s, f) in enumerate(zip(start, first, strict=True)):
+        word |= s << 8 * i | f << 32 + i
+    return word
+
+
+# the ISA's examples: M, fields, and each sub-mask as it prints it, the last column first
+MASKS = [
+    (128, {"zeros": 4, "used": 3, "on": 0}, ["0"]),
+    (128, {"start": [0], "first": [0], "zeros": 2, "used": 3}, ["1110000" * 2]),
+    (64, {"start": [0, 0], "first": [1, 0], "zeros": 2, "used": 3}, ["1110000" * 2 + "111", "0000111" * 2 + "0000"]),
+    (
+        32,
+        {"start": [0, 1, 2, 1], "first": [1, 1, 0, 0], "zeros": 2, "used": 3, "shift": 2},
+        ["00001110000111", "0000111000011", "111000011100", "1110000111000"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("m", "fields", "printed"), MASKS)
+def test_zero_column_masks(m, fields, printed):
+    n, shift = 128, fields.get("shift", 0)
+    share = n // len(printed)
+    mask = np.zeros(n, bool)
+    for part, text in enumerate(printed):
+        bits = [int(x) for x in reversed(text)]
+        while len(bits) < share:  # the period is that of the example
+            bits.append(bits[-7] if len(bits) >= 7 else 0)
+        mask[part * share : (part + 1) * share] = bits[:share]
+    a, b = matrix("f16", m), matrix("f16", n + 16)
+    used = np.where(mask[:, None], 0, b[shift : n + shift])
+    got = launch(a, b, idesc(m, n, "f16", "f16"), "kind::f16", layouts=("128b", "32b"), op="mma.ws",
+                 after=f", {zero_mask(**fields)}")  # fmt: skip
+    np.testing.assert_array_equal(got, spread(f32(exact(a, used)), blank(A + 8), m, ws=True))
 
 
 def test_the_odd_cta_does_not_issue():
