@@ -106,7 +106,7 @@ def votes(module: ModuleType, gen: torch.Generator, inline: bool) -> Prepared:
 
 
 @dataclass
-class _Printed:
+class Printed:
     """What the kernels print, without empty lines."""
 
     want: Sequence[str]
@@ -137,7 +137,7 @@ def allocator(module: ModuleType, gen: torch.Generator) -> Prepared:
         return [f"{head} = ", f"  ( {', '.join(numbers)} )"]
 
     start = 1024  # of what the allocator gives away, behind the system's own kilobyte
-    printed = _Printed(
+    printed = Printed(
         [
             *(f"struct_in_smem.a[0] = {x:f}" for x in (0, 2)),
             f"struct_in_smem.b.ptr = raw_ptr(0x{start + 256:016x}: i64, smem, align<128>)",
@@ -169,7 +169,7 @@ def shared_sizes(module: ModuleType, gen: torch.Generator) -> Prepared:
     compiled = cute.compile(launch)
     # 264 bytes of the structure, 512 at a multiple of 64, 512, 1024
     size = 264 + 56 + 512 + 512 + 1024
-    printed = _Printed(["Running kernel_no_smem", "Running kernel_static", f"Kernel launch smem size: {size}"])
+    printed = Printed(["Running kernel_no_smem", "Running kernel_static", f"Kernel launch smem size: {size}"])
     return Prepared(lambda: printed.capture(compiled), [printed], ())
 
 
@@ -181,7 +181,7 @@ def cooperative(module: ModuleType, gen: torch.Generator) -> Prepared:
     too_large = cute.compile(module.xfail_run_cooperative_kernel, pointer)
     fits = cute.compile(module.run_cooperative_kernel, pointer)
     lines = (f"All threads arrived at barrier for the {n}th iteration" for n in range(10))
-    printed = _Printed([*lines, "cudaErrorCooperativeLaunchTooLarge"])
+    printed = Printed([*lines, "cudaErrorCooperativeLaunchTooLarge"])
 
     def run() -> None:
         word.zero_()
