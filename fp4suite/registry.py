@@ -72,9 +72,10 @@ def weight_layout(module: ModuleType) -> WeightLayout:
 
 @functools.cache
 def source_hash(name: str) -> str:
-    """SHA-256 (12 hex digits) of the kernel's source file and of its package's shared files.
+    """SHA-256 (12 hex digits) of the kernel's source file, of its parts and of its package's shared files.
 
-    A file is shared if it is no kernel's module, so that a change of a helper is seen in every kernel that may use it.
+    `<kernel>_*.py` is a part of the kernel. What is no kernel's and no part of another one is shared, so that a change
+    of a helper is seen in every kernel that may use it.
     """
     module = find(name).module
     spec = importlib.util.find_spec(module)
@@ -82,12 +83,18 @@ def source_hash(name: str) -> str:
         raise ModuleNotFoundError(f"kernel {name} names the module {module}, which is not installed")
     own = Path(spec.origin)
     prefix = module.rpartition(".")[0]
-    kernel_files = {k.module.rpartition(".")[2] + ".py" for k in KERNELS if k.module.rpartition(".")[0] == prefix}
-    shared = sorted(p for p in own.parent.glob("*.py") if p.name not in kernel_files)
+    kernels = {k.module.rpartition(".")[2] for k in KERNELS if k.module.rpartition(".")[0] == prefix}
+    files = sorted(own.parent.glob("*.py"))
+    shared = [p for p in files if p.stem not in kernels and _counts_for(own.stem, p.stem, kernels)]
     digest = hashlib.sha256()
     for path in (own, *shared):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def _counts_for(kernel: str, stem: str, kernels: set[str]) -> bool:
+    owners = {k for k in kernels if stem.startswith(f"{k}_")}
+    return not owners or kernel in owners
 
 
 def make_config(module: ModuleType, knobs: dict[str, Any]) -> Any:

@@ -2,6 +2,8 @@
 
     us = launch + norm(dram, waves * (latency + norm(load, mma, alu)))
 
+    of a persistent kernel, whose next tile is on its way before this one is done: latency + waves * norm(...)
+
 dram: all unique bytes at the bandwidth of device memory. Per wave of CTAs: load, what one CTA reads through L2 at the
 rate that its own loads in flight sustain (Little's law) or its share of L2's; mma, on the padded tile; alu, for
 decoding and quantising. The norm is a sharp one (p = 6) in place of a maximum: overlap is never perfect, and a plateau
@@ -39,13 +41,17 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
 }
 MSE_INSTRUCTIONS = 60  # more, for the rule that tries several scales
 SM90_TILE_US = 0.5  # decode, barrier, MMA of one tile of K; measured on an H100 at m=1: 20 us for 32, 29 us for 56
+SM100_EPILOGUE_INSTRUCTIONS = {"bf16": 1.5, "fp32": 1.9, "nvfp4": 5.7}  # a number of d: counted in SASS, one alpha
 SKINNY_INSTRUCTIONS = 3.4  # a weight, everything counted: 218 in its SASS for 64 weights of a lane
 DECODE_INSTRUCTIONS = 1.5  # NVFP4 -> BF16 by bit arithmetic, four elements a word; estimate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """dram, l2: GB/s. mma_tflops: dense, by activation format. latency_us: of a load from device memory, under load."""
+    """dram, l2: GB/s. mma_tflops: dense, by activation format. latency_us: of a load from device memory, under load.
+
+    l2_bytes: what L2 keeps.
+    """
 
     sms: int
     clock_ghz: float
@@ -54,6 +60,7 @@ class Machine:
     mma_tflops: dict[str, float]
     launch_us: float
     latency_us: float
+    l2_bytes: float
     registers: int = 65_536  # per SM, here and below: CUDA programming guide, compute capabilities
     threads: int = 2_048
     shared_bytes: int = 233_472  # 228 KiB, of which each CTA takes 1 KiB for the system
@@ -81,6 +88,7 @@ MACHINES = {
         mma_tflops={"bf16": 800, "nvfp4": 800},
         launch_us=0.98,
         latency_us=0.8,
+        l2_bytes=50e6,
     ),
     # dram: published NVFP4 quantiser on B200 (6.7 of 8 TB/s). mma: published cuBLAS NVFP4, 8192 cubed. l2: H100's, by
     # SMs and clock. launch and latency: H100's. Estimates all, until one is measured
@@ -92,6 +100,7 @@ MACHINES = {
         mma_tflops={"bf16": 2000, "nvfp4": 5400},
         launch_us=0.98,
         latency_us=0.8,
+        l2_bytes=126e6,
     ),
 }
 
@@ -102,7 +111,9 @@ class Work:
 
     Per CTA: threads; bytes loaded and stored, its share of a multicast; bytes of loads in flight; bytes ingested by its
     SM, multicast or not; MMA flops of the padded tile; ALU instructions. act: format of the MMA's activations. ramps:
-    how often a CTA waits with nothing in flight. serial_us: steps of a CTA that wait for each other.
+    how often a CTA waits with nothing in flight. serial_us: steps of a CTA that wait for each other. persistent: one
+    CTA an SM takes tile after tile (of which `ctas` is the number). unshared_bytes: what all waves read from memory if
+    L2 kept nothing from one to the next.
     """
 
     ctas: int
@@ -115,6 +126,8 @@ class Work:
     act: str = "bf16"
     ramps: int = 1
     serial_us: float = 0.0
+    persistent: bool = False
+    unshared_bytes: float = 0.0
 
 
 def predict_us(problem: Problem, config: Any, arch: str, resources: Resources | None = None) -> float:
@@ -126,15 +139,20 @@ def predict_us(problem: Problem, config: Any, arch: str, resources: Resources | 
         raise ValueError(f"arch must be one of {', '.join(MACHINES)}, got {arch!r}")
     machine = MACHINES[arch]
     w = work(problem, config, arch, resources)
-    resident = min(occupancy(w.threads, resources, machine), math.ceil(w.ctas / machine.sms))
+    room = 1 if w.persistent else occupancy(w.threads, resources, machine)
+    resident = min(room, math.ceil(w.ctas / machine.sms))
     active = min(w.ctas, resident * machine.sms)
     rate = min(w.in_flight / machine.latency_us, machine.l2 * 1e3 / active)  # bytes a microsecond, of one CTA
     load = max(w.cta_bytes / rate, w.ingested * resident / machine.ingest_per_us)
     mma = w.cta_flops * resident * machine.sms / (machine.mma_tflops[w.act] * 1e6)
     alu = w.cta_instructions * resident / machine.alu_per_us
-    wave = w.ramps * machine.latency_us + _norm(load, mma, alu, w.serial_us)
+    wave, ramp = _norm(load, mma, alu, w.serial_us), w.ramps * machine.latency_us
     waves = math.ceil(w.ctas / (resident * machine.sms))
-    return machine.launch_us + _norm(problem.bytes / (machine.dram * 1e3) + machine.latency_us, waves * wave)
+    busy = ramp + waves * wave if w.persistent else waves * (ramp + wave)
+    # what does not fit into L2 is read again in every wave
+    again = max(0.0, w.unshared_bytes - problem.bytes) * max(0.0, 1 - machine.l2_bytes / problem.bytes)
+    dram = (problem.bytes + again) / (machine.dram * 1e3)
+    return machine.launch_us + _norm(dram + machine.latency_us, busy)
 
 
 def roof_us(problem: Problem, arch: str, act: str = "bf16") -> float:
@@ -184,6 +202,8 @@ def _gemm(problem: GemmProblem, config: Any, arch: str, resources: Resources | N
     p = problem
     if hasattr(config, "warps_k"):
         return _skinny(problem, config)
+    if hasattr(config, "mma_ctas"):
+        return _block_scaled(problem, config, MACHINES[arch])
     tile_m, tile_n = getattr(config, "tile_m", 128), config.tile_n
     tile_k, split = getattr(config, "tile_k", 256), getattr(config, "split_k", 1)
     cluster_m, cluster_n = getattr(config, "cluster_m", 1), getattr(config, "cluster_n", 1)
@@ -196,7 +216,7 @@ def _gemm(problem: GemmProblem, config: Any, arch: str, resources: Resources | N
     loaded = (
         rows * a_bytes / cluster_n + columns * NVFP4_BYTES / cluster_m
     ) * k  # multicast shares a tile in a cluster
-    stored = rows * columns * ELEMENT_BYTES[p.out]
+    stored = rows * columns * _out_bytes(p)
     stage = (tile_m * a_bytes + tile_n * NVFP4_BYTES) * tile_k
     stages = getattr(config, "num_stages", None)
     if stages is None:  # the kernel takes what shared memory holds
@@ -208,13 +228,61 @@ def _gemm(problem: GemmProblem, config: Any, arch: str, resources: Resources | N
         threads=2 * tile_n if arch == "sm_90a" else 192,  # a warpgroup for each 64 rows of weights; six warps
         cta_bytes=loaded + stored,
         in_flight=min((stages - 1) * (rows * a_bytes + columns * NVFP4_BYTES) * tile_k, loaded),
-        ingested=(rows * a_bytes + columns * NVFP4_BYTES / getattr(config, "mma_ctas", 1)) * k,  # a pair halves b
+        ingested=(rows * a_bytes + columns * NVFP4_BYTES) * k,
         cta_flops=2.0 * tile_m * tile_n * k,
         cta_instructions=decoded * DECODE_INSTRUCTIONS,
         act=p.act,
         ramps=2 if split > 1 else 1,  # the reduction waits for the others
         serial_us=k / tile_k * SM90_TILE_US if arch == "sm_90a" else 0.0,
     )
+
+
+def _block_scaled(p: GemmProblem, config: Any, machine: Machine) -> Work:
+    """NVFP4 on both sides, codes and scales as they are; rows and columns are the MMA's, weights either of them."""
+    c, tile_m, tile_k = config, 128, 256
+    sides = (p.n, p.m) if c.swap_ab else (p.m, p.n)
+    tiles = [
+        math.ceil(size / (tile * cluster)) * cluster
+        for size, tile, cluster in zip(sides, (tile_m, c.tile_n), (c.cluster_m, c.cluster_n), strict=True)
+    ]
+    ctas = tiles[0] * tiles[1] * c.split_k
+    k = math.ceil(p.k / (tile_k * c.split_k)) * tile_k
+    rows, columns = min(tile_m, sides[0]), min(c.tile_n, sides[1])
+    # scales come as atoms of 128 rows, whatever there is of them
+    a_row, b_row = 0.5 + 128 / rows / 16, 0.5 + max(128, columns) / columns / 16
+    outputs = rows * columns / c.split_k
+    # an SM reads 128 bytes a clock of its shared memory, for all rows of a and its share of b: 128 x 128 x 64 keeps up
+    mma_columns = max(c.tile_n, 64 + c.tile_n / (2 * c.mma_ctas))
+    stages = max(2, int(machine.shared_bytes * 0.85 / ((tile_m + c.tile_n / c.mma_ctas) * NVFP4_BYTES * tile_k)))
+    loaded = (rows * a_row / c.cluster_n + columns * b_row / c.cluster_m) * k
+    return Work(
+        ctas=ctas,
+        threads=192,
+        cta_bytes=loaded + outputs * _out_bytes(p),
+        in_flight=min((stages - 1) * (rows * a_row + columns * b_row) * tile_k, loaded),
+        ingested=(rows * a_row + columns * b_row / c.mma_ctas) * k,  # a pair halves b
+        cta_flops=2.0 * tile_m * mma_columns * k,
+        cta_instructions=outputs * SM100_EPILOGUE_INSTRUCTIONS[p.out],
+        act=p.act,
+        ramps=2 if c.split_k > 1 else 1,  # the reduction waits for the others
+        persistent=True,
+        unshared_bytes=_unshared(p, config, tiles, machine),
+    )
+
+
+def _unshared(p: GemmProblem, config: Any, tiles: list[int], machine: Machine) -> float:
+    """Bytes that all waves of `_block_scaled` read, each row of an operand once a wave, and what they store."""
+    c = config
+    wave = min(machine.sms // c.split_k, tiles[0] * tiles[1])
+    high = min(tiles[0], c.band * c.cluster_m) if c.band else tiles[0]
+    rows, columns = min(wave, high), math.ceil(wave / high)
+    waves = tiles[0] * tiles[1] / wave
+    return waves * (rows * 128 + columns * c.tile_n) * p.k * NVFP4_BYTES + p.m * p.n * _out_bytes(p)
+
+
+def _out_bytes(p: GemmProblem) -> float:
+    """A number of d with its share of a block scale."""
+    return NVFP4_BYTES if p.out == "nvfp4" else ELEMENT_BYTES[p.out]
 
 
 def _skinny(p: GemmProblem, config: Any) -> Work:
@@ -227,7 +295,7 @@ def _skinny(p: GemmProblem, config: Any) -> Work:
     return Work(
         ctas=math.ceil(p.n / config.tile_n) * config.split * math.ceil(p.m / config.tile_m),
         threads=config.threads,
-        cta_bytes=weights + tokens * k * 2 + config.tile_n * tokens * ELEMENT_BYTES[p.out] / config.split,
+        cta_bytes=weights + tokens * k * 2 + config.tile_n * tokens * _out_bytes(p) / config.split,
         in_flight=min(config.threads * config.depth * 36.0, weights),  # two 16-byte and two 2-byte loads a step
         cta_flops=2.0 * 8 * math.ceil(config.tile_m / 8) * config.tile_n * k,
         cta_instructions=config.tile_n * k * SKINNY_INSTRUCTIONS,

@@ -45,7 +45,7 @@ def run_point(config: Config, number: int) -> tuple[str | None, int]:
     """What is wrong with the numbers, and the MMAs that were executed."""
     case = cases.case(cases.awkward(config, number), seed=number)
     kernel._sm_count = lambda device: 2 * config.cluster_m * config.cluster_n * config.split_k  # two clusters
-    with emulate(kernel.ARCH, schedule=SCHEDULES[number % len(SCHEDULES)]) as device:
+    with emulate(kernel.ARCH, schedule=SCHEDULES[number % len(SCHEDULES)], races="strict") as device:
         case.run(kernel, config)
     try:
         case.check()

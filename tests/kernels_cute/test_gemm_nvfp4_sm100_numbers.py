@@ -42,7 +42,7 @@ def _two_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_value_of_every_knob(config: Config) -> None:
     number = BY_VALUE.index(config)
     case = sm100_cases.case(sm100_cases.awkward(config, number), seed=number)
-    with emulate("sm_100a", schedule=SCHEDULES[number % len(SCHEDULES)]) as device:
+    with emulate("sm_100a", schedule=SCHEDULES[number % len(SCHEDULES)], races="strict") as device:
         case.run(kernel, config)
     case.check()
     assert device.launches[-1].tensor_columns == kernel.budget(config).tmem_columns

@@ -31,6 +31,17 @@ class Gemm:
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockScaled:
+    tile_n: int = 128
+    mma_ctas: int = 1
+    cluster_m: int = 1
+    cluster_n: int = 1
+    swap_ab: bool = False
+    split_k: int = 1
+    band: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Rows:
     block_m: int = 4
     block_k: int = 1024
@@ -66,6 +77,43 @@ def test_a_larger_weight_never_takes_less_time(arch, dim):
         for size in (512, 1024, 2048, 4096, 8192, 16384)
     ]
     assert times == sorted(times)
+
+
+def w4a4(config=None, **sizes):
+    """Microseconds of the block-scaled kernel."""
+    problem = GemmProblem(**{"m": 8192, "n": 7168, "k": 7168, "act": "nvfp4"} | sizes)
+    return predict_us(problem, config or BlockScaled(), "sm_100a")
+
+
+def test_block_scaled_weights_as_rows_and_parts_of_k_help_with_few_tokens():
+    few = {"m": 8, "n": 1536}
+    swapped = BlockScaled(tile_n=8, swap_ab=True)
+    assert w4a4(swapped, **few) < w4a4(**few)
+    assert w4a4(dataclasses.replace(swapped, split_k=8), **few) < w4a4(swapped, **few)
+    many = {"m": 8192, "n": 8192}
+    assert w4a4(BlockScaled(tile_n=32, swap_ab=True), **many) > w4a4(**many)
+
+
+def test_block_scaled_pairs_read_less_and_wide_tiles_more_at_once():
+    problem = GemmProblem(m=8192, n=7168, k=7168, act="nvfp4")
+    one, pair = (cost_model.work(problem, BlockScaled(tile_n=256, mma_ctas=n, cluster_m=2), "sm_100a") for n in (1, 2))
+    assert pair.ingested < one.ingested
+    assert w4a4(BlockScaled(tile_n=256)) < w4a4(BlockScaled(tile_n=64))
+
+
+def test_block_scaled_bands_count_where_l2_does_not_hold_the_operands():
+    large, small = {"m": 65536, "k": 16384}, {"m": 2048, "k": 1024}
+    square, rows = BlockScaled(band=8), BlockScaled()
+    assert w4a4(square, **large) < w4a4(rows, **large)
+    assert w4a4(square, **small) == pytest.approx(w4a4(rows, **small), rel=1e-6)
+
+
+def test_block_scaled_nvfp4_output_stores_less():
+    problem = GemmProblem(m=8192, n=7168, k=512, act="nvfp4")
+    whole, packed = (dataclasses.replace(problem, out=out) for out in ("fp32", "nvfp4"))
+    stored = [cost_model.work(p, BlockScaled(), "sm_100a").cta_bytes for p in (packed, whole)]
+    assert stored[0] < stored[1]
+    assert packed.bytes < whole.bytes
 
 
 def test_every_problem_has_a_model():
