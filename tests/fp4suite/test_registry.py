@@ -1,5 +1,7 @@
 """What a kernel's source hash depends on."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from fp4suite import registry
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A package of two kernels, one of which has a part, and a file that both share."""
     folder = tmp_path / "hashed_kernels"
     folder.mkdir()
@@ -20,6 +22,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     registry.source_hash.cache_clear()
     yield folder
     registry.source_hash.cache_clear()
+    sys.modules.pop("hashed_kernels")
 
 
 @pytest.mark.parametrize(
