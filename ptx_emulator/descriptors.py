@@ -211,19 +211,22 @@ class InstructionDescriptor:
     a_scale: int = 0
     b_scale: int = 0
     ue8m0: bool = False
+    selector: int = 0
 
 
-def instruction_descriptor(kind: Kind, word: int, ctas: int, stationary: bool, vector: int) -> InstructionDescriptor:
-    """stationary: of .ws; vector: elements of a scale. Raises Fault for what "Matrix Shape", "Transpose and Negate
-    operations" and "Valid combinations of scale_vectorsize" do not allow.
+def instruction_descriptor(
+    kind: Kind, word: int, ctas: int, stationary: bool, vector: int, sparse: bool = False
+) -> InstructionDescriptor:
+    """stationary: of .ws; vector: elements of a scale; sparse: of .sp. Raises Fault for what "Matrix Shape", "Transpose
+    and Negate operations" and "Valid combinations of scale_vectorsize" do not allow.
     """
 
     def refuse(why: str) -> None:
         raise Fault(f"instruction descriptor {word:#x} of kind::{kind.name}: {why}")
 
-    if word >> 2 & 1:
-        refuse("says sparse, the instruction is dense")
-    reserved = 0b0011 | 1 << 6
+    if bool(word >> 2 & 1) != sparse:
+        refuse("says sparse, the instruction is dense" if word >> 2 & 1 else "says dense, the instruction is sparse")
+    reserved = (0 if sparse else 0b0011) | 1 << 6
     if kind.scaled:
         # bit 12 is reserved for the FP4 kinds, but CuTe DSL's own builder sets it (E2M1 as 5, of three bits)
         reserved |= 0b1000 | 7 << 24 | (0 if kind.bits == 4 else 1 << 31)
@@ -255,6 +258,7 @@ def instruction_descriptor(kind: Kind, word: int, ctas: int, stationary: bool, v
         a_scale=word >> 29 & 3 if kind.scaled else 0,
         b_scale=word >> 4 & 3 if kind.scaled else 0,
         ue8m0=bool(word >> 23 & 1),
+        selector=word & 3,
     )
     if kind.name == "f16" and d == "f16" and (found.a, found.b) != ("f16", "f16"):
         refuse("D in FP16 needs A and B in FP16")

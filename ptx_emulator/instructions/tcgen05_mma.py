@@ -10,6 +10,10 @@ Scale factors ("Scale Factor A ID", "Scale Factor B ID"): row r of A or B is in 
 four bytes are scales along K. Every sub-partition holds them all, but of B only those of its own share of N (which the
 ISA does not say; NVIDIA's example of a pair with M = 128 places them so). tcgen05.cp with .warpx4 puts them there.
 
+Metadata of a sparse A (the figures of "Sparsity selector", as CUTLASS has them) are 4 bits for four elements of a row,
+or for two in kind::tf32. Kinds of 8 bits have those of row r in two columns of lane r, the others in one column: of 16
+rows, r and r + 8 share the word of lane r, which is of the first half of K, and of lane r + 8.
+
 Products of elements and scales are exact, a sum over the K of one instruction is taken in FP64 and added to D with one
 rounding to FP32 or FP16. The hardware keeps fewer bits while it adds (the ISA leaves it open). Integers are exact.
 Collector buffers are hints: operands are read again every time.
@@ -50,21 +54,32 @@ class Form:
     ctas: int
     vector: int
     stationary: bool
+    sparse: bool
     from_tensor: bool
     shifts: bool
     scale_d: int
 
+    @property
+    def k(self) -> int:
+        return 2 * self.kind.k if self.sparse else self.kind.k
+
+    @property
+    def what(self) -> str:
+        return f"{self.kind.name}.sp" if self.sparse else self.kind.name
+
 
 def mma(i: Instruction, p: Program) -> Run:
-    if "sp" in i.op:
-        raise unknown(i, "sparse A")
     name = next(x for x in i.op if x.startswith("kind:")).removeprefix("kind:")
     if name not in KINDS:
         raise unknown(i)
     kind, ctas, stationary = KINDS[name], pair_of(i), "ws" in i.op
     if kind.scaled != ("block_scale" in i.op) or (stationary and (kind.scaled or ctas == 2)):
         raise unknown(i)
-    d, a, b, idesc, *rest = i.operands
+    sparse = "sp" in i.op
+    if sparse and (stationary or kind.scaled or "ashift" in i.op):
+        raise unknown(i, "sparse A with .ws, .ashift or scales")
+    d, a, b, *rest = i.operands
+    metadata, idesc = rest.pop(0) if sparse else None, rest.pop(0)
     from_tensor, shifts = isinstance(a, Address), "ashift" in i.op
     if shifts and (not from_tensor or kind.scaled or {"collector:a:use", "collector:a:fill"} & set(i.op)):
         raise unknown(i, ".ashift")
@@ -78,7 +93,9 @@ def mma(i: Instruction, p: Program) -> Run:
     scale_d = constant(rest.pop(0)) if rest else 0
     if rest or scale_d not in range(16) or (scale_d and name not in ("f16", "tf32")):
         raise unknown(i, "operands after enable-input-d")
-    form = Form(kind, ctas, _vector(i, kind) if kind.scaled else 0, stationary, from_tensor, shifts, scale_d)
+    words += [p.address(metadata)] if metadata is not None else []
+    vector = _vector(i, kind) if kind.scaled else 0
+    form = Form(kind, ctas, vector, stationary, sparse, from_tensor, shifts, scale_d)
 
     def run(w: Warp, m: Mask) -> str | None:
         members = group(w, ctas, "tcgen05.mma")
@@ -86,8 +103,8 @@ def mma(i: Instruction, p: Program) -> Run:
             off = np.array([x(w)[lane] for x in disabled] or [0] * 4 * ctas, U32)
             columns = int(mask(w)[lane]) if mask is not None else 0
             job = Mma(form, members, [int(x(w)[lane]) for x in words], bool(enable(w)[lane]), off, columns)
-            what = f"tcgen05 {kind.name} {job.idesc.m}x{job.idesc.n}x{kind.k}"
-            w.cta.cluster.launch.statistics.count_mma(what, 2 * job.idesc.m * job.idesc.n * kind.k)
+            what = f"tcgen05 {form.what} {job.idesc.m}x{job.idesc.n}x{form.k}"
+            w.cta.cluster.launch.statistics.count_mma(what, 2 * job.idesc.m * job.idesc.n * form.k)
             submit(w, int(lane), members, job, job.pipe)
         return None
 
@@ -121,16 +138,19 @@ def data_path(m: int, ctas: int, stationary: bool, first: int) -> Array:
 
 class Mma:
     """One MMA with its operands as they were at issue: addresses or descriptors of D, A and B, the instruction
-    descriptor, addresses of the scales. disabled: words of lanes of D that stay as they are, of all CTAs. columns: a
-    zero-column mask descriptor.
+    descriptor, addresses of the scales or of the metadata. disabled: words of lanes of D that stay as they are, of all
+    CTAs. columns: a zero-column mask descriptor.
     """
 
     def __init__(self, form: Form, ctas: list[Cta], words: list[int], keep: bool, disabled: Array, columns: int):
         self.form, self.ctas, self.keep = form, ctas, keep
-        self.d, self.a, self.b, idesc, *self.scales = words
-        self.idesc = instruction_descriptor(form.kind, idesc, form.ctas, form.stationary, form.vector)
+        self.d, self.a, self.b, idesc, *rest = words
+        self.scales = [] if form.sparse else rest
+        self.idesc = instruction_descriptor(form.kind, idesc, form.ctas, form.stationary, form.vector, form.sparse)
         first = self.d >> 16
         self.lanes = data_path(self.idesc.m, form.ctas, form.stationary, first)
+        if form.sparse:
+            self.metadata = self.metadata_column(*rest)
         self.zeroed, self.shift = zero_columns(columns, self.idesc.n, len(self.lanes))
         # bit 0 of the first word is lane 0 of the first CTA
         bits = np.unpackbits(disabled.view(np.uint8), bitorder="little")
@@ -148,7 +168,7 @@ class Mma:
     @property
     def pipe(self) -> Pipe:
         """What MMAs have in common that are carried out in order (PTX ISA, "Pipelined tcgen05 Instructions")."""
-        return "mma", self.form.kind.name, f"{self.idesc.m}x{self.idesc.n}", f"{self.d:#x}"
+        return "mma", self.form.what, f"{self.idesc.m}x{self.idesc.n}", f"{self.d:#x}"
 
     def __call__(self) -> None:
         b = np.concatenate([self.operand_b(cta) for cta in self.ctas])  # [n, k]
@@ -158,7 +178,9 @@ class Mma:
             memory = tensor_memory(cta)
             a = None if self.form.from_tensor else self.shared_a(cta)
             for part, lanes in enumerate(self.lanes):
-                left = self.tensor_a(memory, lanes) if a is None else a  # [rows, k]
+                left = self.tensor_a(memory, lanes) if a is None else a  # [rows, k], half of it where sparse
+                if self.form.sparse:
+                    left = expanded(left, self.indices(memory), pairs=self.form.kind.bits == 32)
                 right = b[part * share : (part + 1) * share]
                 if self.scales:
                     everywhere = np.arange(ROWS)
@@ -205,19 +227,17 @@ class Mma:
         return -values if self.idesc.a_negated else values
 
     def shared_a(self, cta: Cta) -> Array:
-        values = self.fetch(cta, self.a, self.lanes.shape[1], self.idesc.a_major, self.idesc.a)
+        values = self.fetch(cta, self.a, self.lanes.shape[1], self.idesc.a_major, self.idesc.a, self.form.kind.k)
         return -values if self.idesc.a_negated else values
 
     def operand_b(self, cta: Cta) -> Array:
         rows = self.shift + self.idesc.n // len(self.ctas)
-        values = self.fetch(cta, self.b, rows, self.idesc.b_major, self.idesc.b)[self.shift :]
+        values = self.fetch(cta, self.b, rows, self.idesc.b_major, self.idesc.b, self.form.k)[self.shift :]
         return -values if self.idesc.b_negated else values
 
-    def fetch(self, cta: Cta, word: int, rows: int, mn: bool, element: str) -> Array:
+    def fetch(self, cta: Cta, word: int, rows: int, mn: bool, element: str, k: int) -> Array:
         """[rows, k] of shared memory."""
         descriptor, kind = blackwell(word), self.form.kind
-        if mn and rows % 16:
-            raise UnknownInstructionError("the emulator does not know MN-major operands from a shifted column on")
         if mn and (descriptor.atom == 32) != (kind.bits == 32):
             raise Fault(
                 f"shared memory descriptor {word:#x}: 128-byte swizzle with 32-byte atomicity is for "
@@ -225,20 +245,52 @@ class Mma:
             )
         narrow = kind.bits == 8 and _bits(element) < 8
         if not mn:
-            index = k_major(descriptor, rows, K_BYTES)
+            index = k_major(descriptor, rows, K_BYTES * k // kind.k)
             if narrow:
                 raw = unpacked(cta.shared, index.reshape(rows, -1, 16), _bits(element)).reshape(rows, -1)
             else:
                 raw = cta.shared.gather(index)
         else:
-            index = mn_major(descriptor, rows, kind.k, kind.bits // 8)
+            index = mn_major(descriptor, rows, k, kind.bits // 8)
+            if narrow and rows % 16:
+                raise UnknownInstructionError("the emulator does not know narrow MN-major operands with a shift")
             if narrow:  # sixteen rows of a k in a chunk
-                chunks = index.reshape(rows // 16, 16, kind.k).transpose(0, 2, 1)
+                chunks = index.reshape(rows // 16, 16, k).transpose(0, 2, 1)
                 codes = unpacked(cta.shared, chunks, _bits(element))
-                raw = codes.transpose(0, 2, 1).reshape(rows, kind.k)
+                raw = codes.transpose(0, 2, 1).reshape(rows, k)
             else:
                 raw = cta.shared.gather(index).reshape(rows, -1)
         return _values(kind, element, np.ascontiguousarray(raw))
+
+    # --- sparse A ---
+
+    def metadata_column(self, address: int) -> int:
+        """The sparsity selector takes the even or the odd column of two."""
+        lane, column, selector = address >> 16, address & 0xFFFF, self.idesc.selector
+        if lane or self.lanes.shape != (1, ROWS):
+            raise UnknownInstructionError(
+                f"the emulator does not know sparse A of {self.lanes.shape[1]} rows in a CTA, metadata in lane {lane}"
+            )
+        if self.form.kind.bits == 8:
+            if selector:
+                raise Fault(f"tcgen05.mma.sp: sparsity selector {selector} with kind::{self.form.kind.name}")
+            return column
+        if selector > 1 or column % 2:
+            raise UnknownInstructionError(
+                f"the emulator does not know sparse A with selector {selector} of metadata in column {column}"
+            )
+        return column + selector
+
+    def indices(self, memory: TensorMemory) -> Array:
+        """Indices of 4 bits, [rows, k / 4], or k / 2 where pairs are sparse."""
+        count = 2 if self.form.kind.bits == 8 else 1
+        words = memory.read(slice(0, ROWS), self.metadata, count, "metadata of tcgen05.mma.sp")
+        codes = np.stack([words >> U32(shift) & U32(15) for shift in range(0, 32, 4)], -1)  # [lanes, columns, 8]
+        if count == 2:
+            return codes.reshape(ROWS, -1)
+        # of 16 rows, lanes 0-7 hold the first half of K and lanes 8-15 the second: rows 0-7 in their lower half
+        groups = codes.reshape(ROWS // 16, 2, 8, 2, 4)  # group, half of K, lane, half of the rows, index
+        return groups.transpose(0, 3, 2, 1, 4).reshape(ROWS, -1)
 
     def factors(self, memory: TensorMemory, which: int, rows: int, lanes: Array) -> Array:
         """Scales of A (0) or B (1) for every k, [rows, k]. lanes: of the sub-partitions that hold them."""
@@ -251,6 +303,23 @@ class Mma:
             raise Fault(f"{what}: a scale has its top bit set, but UE4M3 has no sign")
         values = SMALL["ue8m0" if self.idesc.ue8m0 else "e4m3"].decode(codes).astype(np.float64)
         return np.repeat(values, self.form.vector, axis=1)
+
+
+def expanded(values: Array, indices: Array, pairs: bool) -> Array:
+    """PTX ISA, "Sparse Matrices": the elements that are there among zeros, two of four, or one of two."""
+    rows = np.arange(len(values))[:, None]
+    places: dict[int, tuple[int, ...]] = {0b0100: (0,), 0b1110: (1,)}
+    if not pairs:
+        places = {index: (index & 3, index >> 2) for index in (4, 8, 12, 9, 13, 6, 14)}
+    strange = ~np.isin(indices, list(places))
+    if strange.any():
+        raise Fault(f"tcgen05.mma.sp: {int(indices[strange][0]):#06b} in the metadata means nothing")
+    each = len(next(iter(places.values())))
+    table = np.array([places.get(index, (0,) * each) for index in range(16)])
+    at = table[indices] + 2 * each * np.arange(indices.shape[1])[:, None]  # [rows, chunks, each]
+    out = np.zeros((len(values), 2 * values.shape[1]))
+    out[rows, at.reshape(len(values), -1)] = values
+    return out
 
 
 def _scale_words(memory: TensorMemory, address: int, rows: int, lanes: Array, what: str) -> Array:

@@ -99,6 +99,7 @@ def launch(
     again: str = "",
     a_tensor: bool = False,
     gap: int = 0,
+    meta: str = "",
     **kw,
 ):
     """a [m, k], b [n, k] into shared memory, one MMA of them (or of an A of tensor memory); tensor memory after."""
@@ -118,7 +119,8 @@ def launch(
     )
     lines.append(f"mov.pred %p6, {int(accumulate)}; {before}")
     left = "[%r22]" if a_tensor else "%rd20"
-    text = f"@%p5 tcgen05.{op}.cta_group::{ctas}.{kind}{qualifiers} [%r21], {left}, %rd21, %r20, {disabled}%p6{after};"
+    operands = f"[%r21], {left}, %rd21, {meta}%r20, {disabled}%p6{after}"
+    text = f"@%p5 tcgen05.{op}.cta_group::{ctas}.{kind}{qualifiers} {operands};"
     tensor = blank(A + 8, ctas) if tensor is None else tensor
     return execute("\n".join([*lines, text, again]), tensor, np.stack(images_), **kw)
 
@@ -468,7 +470,107 @@ def test_refused_shared_memory_descriptors(bits, message):
                 np.zeros((1, 16384), np.uint8))  # fmt: skip
 
 
-def test_sparse_mma_is_not_known():
+# --- sparse A ---
+
+META = 128  # column of the metadata
+
+
+def metadata(indices: np.ndarray, narrow: bool) -> np.ndarray:
+    """Indices of 4 bits, [128, 8 or 16] -> words [128, columns], as CUTLASS lays them out (its `tmem_e_frg`):
+
+    FP16, TF32   row m0 + 8 m1 + 16 m2 (m0 of 8, m1 of 2), half h of K: lane m0 + 8 h + 16 m2, bits 16 m1 on
+    8 bits       row m: lane m, 8 indices a column
+    """
+    out = np.zeros((128, indices.shape[1] // 8), np.uint32)
+    for row in range(128):
+        for j, index in enumerate(map(int, indices[row])):
+            if narrow:
+                out[row, j // 8] |= np.uint32(index << 4 * (j % 8))
+            else:
+                lane = row % 8 + 8 * (j // 4) + 16 * (row // 16)
+                out[lane, 0] |= np.uint32(index << 4 * (j % 4) + 16 * (row // 8 % 2))
+    return out
+
+
+def sparse(element: str, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Elements that are there, [rows, k], all of them with the zeros, [rows, 2 k], and the indices."""
+    kept = matrix(element, rows)
+    k = kept.shape[1]
+    if element == "tf32":
+        choices, width = {0b0100: (0,), 0b1110: (1,)}, 2
+    else:
+        pairs = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 1), (2, 3))
+        choices, width = {first | second << 2: (first, second) for first, second in pairs}, 4
+    indices = rng.choice(list(choices), (rows, 2 * k // width))
+    full = np.zeros((rows, 2 * k), kept.dtype)
+    for row in range(rows):
+        for chunk, index in enumerate(map(int, indices[row])):
+            for j, place_ in enumerate(choices[index]):
+                full[row, width * chunk + place_] = kept[row, width // 2 * chunk + j]
+    return kept, full, indices
+
+
+def launch_sparse(element, kept, b, indices, word, *, ctas=1, selector=0, column=META, a_tensor=False, flag=1 << 2):
+    narrow = KINDS[element][2] in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.uint8, np.int8)
+    tensor = blank(A + 8, ctas)
+    for cta in range(ctas):
+        words = metadata(indices[128 * cta : 128 * cta + 128], narrow)
+        tensor[cta, :, META + selector : META + selector + words.shape[1]] = words
+        if a_tensor:
+            rows = np.ascontiguousarray(kept[128 * cta : 128 * cta + 128]).view(np.uint32)
+            tensor[cta, :, A : A + rows.shape[1]] = rows
+    before = f"add.s32 %r23, %r10, {column};"
+    return tensor, launch(kept, b, word | flag | selector, KINDS[element][0], ctas=ctas, tensor=tensor, op="mma.sp",
+                          layouts=("128b", "64b"), before=before, a_tensor=a_tensor, meta="[%r23], ")  # fmt: skip
+
+
+@pytest.mark.parametrize(("element", "ctas", "selector", "a_tensor"), [
+    ("f16", 1, 0, False),
+    ("bf16", 2, 1, False),
+    ("f16", 1, 1, True),
+    ("tf32", 1, 0, False),
+    ("tf32", 2, 1, False),
+    ("e4m3", 1, 0, False),
+    ("e5m2", 2, 0, True),
+    ("s8", 1, 0, False),
+])  # fmt: skip
+def test_sparse_a(element, ctas, selector, a_tensor):
+    """ "Sparse Matrices": the zeros of A are not in memory, and the metadata says where they belong."""
+    m, n = 128 * ctas, 32
+    kept, full, indices = sparse(element, m)
+    b = np.concatenate([matrix(element, n), matrix(element, n)], 1)
+    word = idesc(m, n, element, element, "s32" if element == "s8" else "f32")
+    tensor, got = launch_sparse(element, kept, b, indices, word, ctas=ctas, selector=selector, a_tensor=a_tensor)
+    product = exact(full, b)
+    want = product.astype(np.int64).astype(np.int32).view(np.uint32) if element == "s8" else f32(product)
+    np.testing.assert_array_equal(got, spread(want, tensor, m))
+
+
+@pytest.mark.parametrize(
+    ("element", "m", "change", "message"),
+    [
+        ("f16", 128, {"index": 5}, "0b0101 in the metadata means nothing"),
+        ("tf32", 128, {"index": 8}, "0b1000 in the metadata means nothing"),
+        ("e4m3", 128, {"selector": 1}, "sparsity selector 1 with kind::f8f6f4"),
+        ("f16", 128, {"selector": 2}, "does not know sparse A with selector 2"),
+        ("f16", 128, {"column": META + 1}, "of metadata in column 129"),
+        ("f16", 64, {}, "does not know sparse A of 64 rows"),
+        ("f16", 128, {"flag": 0}, "says dense, the instruction is sparse"),
+    ],
+)
+def test_refused_sparse(element, m, change, message):
+    kept, _, indices = sparse(element, 128)
+    index = change.pop("index", None)
+    if index is not None:
+        indices[77, 3] = index
+    b = np.concatenate([matrix(element, 32), matrix(element, 32)], 1)
+    with pytest.raises(Fault, match=message):
+        launch_sparse(element, kept, b, indices, idesc(m, 32, element, element), **change)
+
+
+@pytest.mark.parametrize("form", ["mma.ws.sp.cta_group::1.kind::f16", "mma.sp.cta_group::1.kind::mxf4.block_scale"])
+def test_sparse_forms_that_are_not_known(form):
     text = f"mov.b32 %r20, {GOOD}; mov.pred %p6, 0;"
-    with pytest.raises(Fault, match=r"does not know tcgen05\.mma\.sp.*sparse A"):
-        execute(text + "@%p5 tcgen05.mma.sp.cta_group::1.kind::f16 [%r10], %rd40, %rd40, [%r10], %r20, %p6;", blank(8))
+    scales = " [%r10], [%r10]," if "scale" in form else ""
+    with pytest.raises(Fault, match=r"does not know tcgen05\.mma.*sparse A"):
+        execute(text + f"@%p5 tcgen05.{form} [%r10], %rd40, %rd40, [%r10], %r20,{scales} %p6;", blank(8))
