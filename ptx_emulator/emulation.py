@@ -36,6 +36,7 @@ from .statistics import Statistics
 
 ARCHS = ("sm_90a", "sm_100a")
 _TWIN = "_ptx_emulator_twin"
+_NO_KERNELS = ".version 8.8\n.target {}\n.address_size 64\n"  # of a function that is host code alone
 _active: list["Device"] = []
 # DLPack: where a capsule of this name holds its DLDeviceType, in DLManagedTensor and DLManagedTensorVersioned
 _DLPACK_DEVICE = {b"dltensor": 8, b"dltensor_versioned": 40}
@@ -62,7 +63,7 @@ class Device:
 
     def call(self, function: Any, exe_args: list[Any]) -> Any:
         """Run a compiled function. Raises what the emulator raised."""
-        ptx = getattr(function, "__ptx__", None)
+        ptx = getattr(function, "__ptx__", None) if function.has_gpu_module else _NO_KERNELS.format(self.arch)
         if not ptx:
             raise Fault(
                 f"{function.function_name} was compiled without keeping its PTX: compile it inside of emulate(), "
@@ -137,7 +138,7 @@ class _Twin:
         from cutlass.cutlass_dsl.cuda_jit_executor import CudaDialectJitModule
 
         self.kernels = load(ptx)
-        cubin = getattr(function, "__cubin__", None)
+        cubin = getattr(function, "__cubin__", None) if function.has_gpu_module else None
         self.registers = registers(cubin) if cubin else {}
         if self.kernels.arch != arch:
             raise Fault(f"{function.function_name} was compiled for {self.kernels.arch}, but {arch} is emulated")

@@ -150,7 +150,7 @@ class GlobalMemory:
             view = block.views[size]
             return [view[index + j] for j in range(count)]
         rows = np.stack([self.bytes(int(a), size * count) for a in address]).view(UINT[size])
-        return [rows[:, j] for j in range(count)]
+        return [np.ascontiguousarray(rows[:, j]) for j in range(count)]
 
     def store(self, address: Array, size: int, values: Sequence[Array]) -> None:
         self.stored += len(address) * size * len(values)

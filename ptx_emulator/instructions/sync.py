@@ -72,33 +72,33 @@ def _bar(i: Instruction, p: Program) -> Run:
             raise Fault(f"barrier {number} is not one of 0..15")
         barrier = w.cta.barriers.setdefault(number, NamedBarrier())
         here = w.alive if m is None else m
-        key = ("bar", number, int(np.argmax(here)))
-        if key not in w.state:
+        # by lane: the generation that it waits for the end of, or -1; fragments that wait may become one
+        waited = w.state.setdefault(("bar", number), np.full(LANES, -1))
+        come = here & (waited < 0)
+        if come.any():
             expected = int(count(w)[int(np.argmax(here))]) if count else 0
             if expected % LANES:
                 raise Fault(f"barrier {number} for {expected} threads, which is not a multiple of {LANES}")
             if barrier.arrived and barrier.expected != expected:
                 raise Fault(f"barrier {number} for {expected} threads, but others came for {barrier.expected}")
             barrier.expected = expected
-            barrier.arrived += int(here.sum())
-            if np.argmax(here) == np.argmax(w.alive):
+            barrier.arrived += int(come.sum())
+            if come[np.argmax(w.alive)]:
                 # a warp counts as a whole: the lanes that it lacks, or that are over, come with its first one
                 barrier.arrived += LANES - int(w.alive.sum())
             if read:
-                value = read(w) & here
-                barrier.votes += int(value.sum())
-                barrier.voters += int(here.sum())
+                barrier.votes += int((read(w) & come).sum())
+                barrier.voters += int(come.sum())
             if action != "arrive":
-                w.state[key] = barrier.generation
+                waited[come] = barrier.generation
             w.actor.release(barrier.gathered)
-            _complete(w.cta, number, barrier)
-            if action == "arrive":
-                return None
         _complete(w.cta, number, barrier)
-        if barrier.generation == w.state[key]:
+        if action == "arrive":
+            return None
+        if (waited[here] == barrier.generation).any():
             wanted = barrier.expected or "all"
             return f"waits at barrier {number}, {barrier.arrived} of {wanted} threads are there"
-        del w.state[key]
+        waited[here] = -1
         w.actor.acquire(barrier.released)
         if write:
             votes, voters = barrier.result

@@ -161,3 +161,18 @@ def test_a_cluster_gives_its_memory_back_when_it_ends(races):
         assert alive() == before
     finally:
         gc.enable()
+
+
+def test_vectors_of_lanes_in_several_arrays_are_numbers_like_any():
+    """A load whose lanes are looked up one by one, and arithmetic on halves of what it loaded."""
+    first, second = (np.arange(n, n + 64, dtype=np.float16) for n in (0, 100))
+    out = np.zeros(64, np.float16)
+    body = """
+    mov.u32 %r0, %tid.x; and.b32 %r1, %r0, 1; setp.eq.u32 %p0, %r1, 0; shr.u32 %r1, %r0, 1; mul.wide.u32 %rd0, %r1, 8;
+    ld.param.u64 %rd1, [first]; ld.param.u64 %rd2, [second]; selp.b64 %rd1, %rd1, %rd2, %p0; add.u64 %rd1, %rd1, %rd0;
+    ld.global.v2.b32 {%r2, %r3}, [%rd1]; add.f16x2 %r2, %r2, %r3;
+    mul.wide.u32 %rd0, %r0, 4; add.u64 %rd0, %rd0, %rd63; st.global.b32 [%rd0], %r2;
+    """
+    run(body, out, first, second, params=".param .u64 first, .param .u64 second")
+    pairs = np.stack([first.reshape(16, 2, 2), second.reshape(16, 2, 2)], 1).sum(2)
+    np.testing.assert_array_equal(out, pairs.reshape(-1))

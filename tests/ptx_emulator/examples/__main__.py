@@ -5,10 +5,26 @@ import sys
 import time
 from pathlib import Path
 
-from . import ampere, attention, blockwise, elementwise, epilogues, gemm, grouped, hopper, mamba, norms, tutorials
+from . import (
+    ampere,
+    attention,
+    blockwise,
+    elementwise,
+    epilogues,
+    gemm,
+    grouped,
+    hopper,
+    mamba,
+    norms,
+    primitives,
+    tutorials,
+)
 from .harness import SCHEDULES, Outcome, peak_mib, run_case
 
-_FAMILIES = gemm, grouped, blockwise, epilogues, attention, mamba, hopper, ampere, norms, elementwise, tutorials
+_FAMILIES = (
+    *(gemm, grouped, blockwise, epilogues, attention, mamba, hopper, ampere, norms, elementwise, tutorials),
+    primitives,
+)
 CASES = tuple(case for family in _FAMILIES for case in family.CASES)
 
 

@@ -80,7 +80,8 @@ def import_example(cutlass: Path, name: str, script: bool = False) -> ModuleType
 
 def _definitions(file: Path, name: str) -> ModuleType:
     tree = ast.parse(file.read_text(), str(file))
-    tree.body = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))]
+    kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    tree.body = [n for n in tree.body if isinstance(n, kept) or isinstance(getattr(n, "value", None), ast.Constant)]
     module = sys.modules[name] = ModuleType(name)
     module.__file__ = str(file)
     exec(compile(tree, str(file), "exec"), vars(module))
