@@ -3,6 +3,7 @@
 `python -m tests.kernels_cute.sweep_sm100` runs many more configs.
 """
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,7 @@ from fp4suite.problem import GemmProblem
 from fp4suite.reference.quant import global_scale, scaled_codes
 from kernels_cute import gemm_nvfp4_sm100 as kernel
 from kernels_cute.gemm_nvfp4_sm100 import Config
-from ptx_emulator import emulate
+from ptx_emulator import Fault, emulate
 from ptx_emulator.machine import SCHEDULES
 
 from . import sm100_cases
@@ -167,3 +168,61 @@ def test_op_quantizes_the_fp32_output_where_no_kernel_does() -> None:
     assert len(device.launches) == 2
     testing.assert_same_bytes(got.data, want.data, "data")
     testing.assert_same_bytes(got.sf, want.sf, "sf")
+
+
+REG = r"%r\d+"
+WAIT = rf"mbarrier\.try_wait\.parity\.shared\.b64 P1, \[{REG}\], {REG}, 10000000;"
+NO_WAIT = "setp.eq.u32 P1, 0, 0;"
+RING = Config(tile_n=256)
+
+# name: (config, pattern, replacement): of what only parts of K, or accumulators that overlap, need
+FAULTS = {
+    "sums read before they are there": (
+        SUMMED,
+        rf"{WAIT}([^;]*;[^;]*;[^;]*\}}\s*//[^;]*fence\.acq_rel)",
+        rf"{NO_WAIT}\1",
+    ),
+    "sums of a part told before all have written": (
+        SUMMED,
+        r"bar\.sync \t1, 128;(\s*@%p\d+ bra[^;]*;\s*mov[^;]*;\s*mov[^;]*;\s*mbarrier\.arrive\.release\.cluster)",
+        r"\1",
+    ),
+    "sums overwritten while others read": (SUMMED, rf"(xor\.b32 \t{REG}, {REG}, 1;[^@]*?){WAIT}", rf"\1{NO_WAIT}"),
+    "end while others read": (SUMMED, rf"{WAIT}([^;]*;[^;]*;[^;]*\}}[^;]*;\s*tcgen05\.relinquish)", rf"{NO_WAIT}\1"),
+    "one part told only": (SUMMED, r"mbarrier\.arrive\.release\.cluster\.shared::cluster\.b64 _, [^;]*;", ""),
+    "accumulator given back before what is shared was read": (
+        RING,
+        rf"setp\.eq(\.b32 \t%p\d+, {REG}, 0;\n\tadd\.s32 \t{REG}, {REG}, 4;)",
+        r"setp.ne\1",
+    ),
+    "second accumulator not where it is read": (RING, rf"(mad\.lo\.s32 \t{REG}, {REG}), 208,", r"\1, 0,"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_deliberate_faults_are_caught(name: str) -> None:
+    """By a refusal or wrong numbers, under one of the schedules."""
+    config, pattern, replacement = FAULTS[name]
+
+    def rewrite(ptx: str) -> str:
+        mutated, count = re.subn(pattern, replacement, ptx, count=1)
+        assert count == 1, "the kernel no longer has this line"
+        return mutated
+
+    if config is SUMMED:
+        problem = GemmProblem(m=13, n=136, k=64 * 13, act="nvfp4")
+    else:
+        problem = GemmProblem(m=100, n=1200, k=64 * 9, act="nvfp4")
+    case = testing.case(problem, "cpu", 3)
+    for schedule in ("late", "round", "eager"):
+        try:
+            with emulate("sm_100a", schedule=schedule, rewrite=rewrite):
+                case.run(kernel, config)
+            case.check()
+        except Fault:
+            return
+        except AssertionError as e:
+            if "out of bound" not in str(e):
+                raise
+            return
+    pytest.fail("right results under every schedule")
