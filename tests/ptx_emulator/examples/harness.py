@@ -1,7 +1,9 @@
 """Cases, the import of an example from a checkout, and one case run under every schedule asked for."""
 
 import ast
+import contextlib
 import importlib
+import io
 import re
 import resource
 import sys
@@ -106,7 +108,7 @@ class Outcome:
 def run_case(cutlass: Path, case: Case, schedules: Sequence[str], report: Callable[[Outcome], None]) -> bool:
     """Compile once, run under every schedule; whether all were right. The seconds leave compilation out."""
     module = import_example(cutlass, case.example, case.script)
-    with emulate(case.arch, **case.device):
+    with emulate(case.arch, **case.device), _silence():
         prepared = case.prepare(module, torch.Generator().manual_seed(1), **case.config)
     good = True
     for name in schedules:
@@ -129,13 +131,18 @@ def _attempt(arch: str, prepared: Prepared, device: dict[str, Any]) -> tuple[str
     """What goes wrong, or None, and the instructions carried out."""
     for output in prepared.outputs:
         output.reset()
-    with emulate(arch, **device) as emulated:
+    with emulate(arch, **device) as emulated, _silence():
         try:
             prepared.run()
             problem = next(filter(None, (o.mismatch() for o in prepared.outputs)), None)
         except Exception as e:  # the other cases still run; a note says at which PTX line the emulator failed
             problem = "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", ())])
     return problem, sum(s.total for s in emulated.launches)
+
+
+def _silence() -> contextlib.AbstractContextManager[Any]:
+    """Nothing of what the examples print while they are compiled."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def peak_mib() -> float:

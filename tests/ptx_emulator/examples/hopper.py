@@ -70,6 +70,29 @@ def fp8_two_accumulators(
     )
 
 
+def fp8_gelu(
+    module: ModuleType,
+    gen: torch.Generator,
+    mnkl: tuple[int, int, int, int],
+    tile: tuple[int, int],
+    cluster: tuple[int, int] = (1, 1),
+    c: str = "fp16",
+    kind: str = "erf",
+    clusters: int = 2,
+) -> Prepared:
+    """d = gelu(scale a b^T); kind "poly11": the normal distribution as a polynomial, which is off by 2^-12."""
+    m, n, k, batch = mnkl
+    a, b, d = matrix("e4m3", batch, m, k, gen), matrix("e4m3", batch, n, k, gen), empty(c, batch, m, n)
+    gemm = module.HopperFP8GeluPersistentGemmKernel(FORMATS["fp32"].type, tile, cluster, 1, True)
+    tensors, scale = (a.tensor(), b.tensor(), d.tensor()), 0.0625
+    compiled = cute.compile(gemm, *tensors, scale, True, clusters, STREAM, getattr(module, f"{kind}_gelu"))
+    inner, bound = (scale * x for x in product(a.values, b.values))
+    want, steps = torch.nn.functional.gelu(inner), _steps(k, "e4m3")
+    # the slope of gelu is 1.13 at most
+    bound = 1.13 * bound + (inner.abs() * 2.0**-12 * 2.0**24 / steps if kind == "poly11" else 0)
+    return Prepared(lambda: compiled(*tensors, scale, STREAM), [expected(d, want, bound, steps=steps)], (a, b))
+
+
 def _steps(k: int, name: str) -> float:
     """wgmma keeps 13 bits behind the point of the largest product or sum when it adds products of FP8."""
     return (k // 8 + 4) * (2.0**10 if name in ("e4m3", "e5m2") else 1)
@@ -148,5 +171,12 @@ CASES = [
         fp8_two_accumulators,
         {"mnkl": (136, 200, 640, 1), "tile": (128, 128)},
         {"mnkl": (256, 264, 512, 2), "tile": (64, 128), "cluster": (2, 1), "c": "bf16", "interval": 8, "clusters": 1},
+    ),
+    *_cases(
+        "dense_gemm.dense_gemm_fp8_gelu_persistent",
+        fp8_gelu,
+        {"mnkl": (136, 200, 256, 1), "tile": (64, 128)},
+        {"mnkl": (256, 272, 384, 1), "tile": (128, 256), "cluster": (2, 1), "kind": "poly11", "clusters": 1},
+        {"mnkl": (128, 136, 128, 2), "tile": (64, 64), "c": "bf16"},
     ),
 ]
