@@ -105,6 +105,40 @@ def test_cubin_holds_the_block_scaled_mma(config, suffix):
     assert "UTCCP" in text
 
 
+@pytest.mark.parametrize(
+    "config",
+    [Config(), Config(tile_n=256, mma_ctas=2, cluster_m=2), Config(tile_n=8, swap_ab=True, split_k=8)],
+    ids=str,
+)
+def test_main_loop_issues_without_waiting(config):
+    """One wait a stage, for its data; from the first copy of scales to the last MMA nothing that waits, loads or jumps.
+
+    Fewer instructions than the tensor core's clocks for the stage: 4 MMAs of 128 x tile_n x 64, 16,384 products a
+    clock, or, with few columns, the time to read 128 rows of a from shared memory, 128 bytes a clock.
+    """
+    body = _loop_around_mmas(sass(built(config)))
+    opcodes = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for text in body]
+    assert sum(o.startswith("SYNCS") for o in opcodes) == 1
+    assert sum(o.startswith("BRA") for o in opcodes) == 2  # to wait longer, and back to the start
+    first = next(i for i, o in enumerate(opcodes) if o.startswith("UTCCP"))
+    last = max(i for i, o in enumerate(opcodes) if o.startswith("UTCOMMA"))
+    allowed = ("UTCCP", "UTCOMMA", "UIADD3", "UMOV", "UISETP", "ULOP3", "USEL", "ULEA", "USHF")
+    assert not [o for o in opcodes[first:last] if not o.startswith(allowed)]
+    assert len(body) < 4 * max(128 * config.tile_n * 64 // 16384, 128 * 32 // 128)
+
+
+def _loop_around_mmas(text: str) -> list[str]:
+    """The innermost loop that holds the block-scaled MMAs, an instruction an item."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", text)
+    addresses = [int(address, 16) for address, _ in lines]
+    mmas = [i for i, (_, code) in enumerate(lines) if "UTCOMMA" in code]
+    for i in range(mmas[-1], len(lines)):
+        jump = re.search(r"BRA\S*.* 0x([0-9a-f]+)$", lines[i][1])
+        if jump and int(jump[1], 16) <= addresses[mmas[0]]:
+            return [code for _, code in lines[addresses.index(int(jump[1], 16)) : i + 1]]
+    raise AssertionError("no loop around the MMAs")
+
+
 @pytest.mark.parametrize("config", TILES, ids=str)
 def test_instruction_descriptor(config):
     """PTX ISA, instruction descriptor of kind::mxf4nvf4: E2M1 both, K-major, UE4M3, k = 64, dense.
