@@ -40,10 +40,12 @@ from ..machine import LANES, Cta, Warp
 from ..numbers import SMALL, U32, Array, from_bf16, to_tf32
 from ..parser import Address, Instruction, Vec
 from ..program import Mask, Program, Run, constant, unknown
+from ..sparsity import ORDERED, expanded, nibbles
 from .tcgen05_memory import PARTITION, ROWS, TensorMemory, contiguous, group, pair_of, submit, tensor_memory
 
 _ALL = np.ones(LANES, bool)
-K_BYTES = 32  # of every operand's row in one instruction
+K_BYTES = 32  # of every operand's row in one instruction, of B twice as much where A is sparse
+_INDICES = (*ORDERED, 0b0110)  # of "Sparse Matrices" that mean something
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ class Mma:
             for part, lanes in enumerate(self.lanes):
                 left = self.tensor_a(memory, lanes) if a is None else a  # [rows, k], half of it where sparse
                 if self.form.sparse:
-                    left = expanded(left, self.indices(memory), pairs=self.form.kind.bits == 32)
+                    left = expanded(left, self.indices(memory), self.form.kind.bits == 32, _INDICES)
                 right = b[part * share : (part + 1) * share]
                 if self.scales:
                     everywhere = np.arange(ROWS)
@@ -285,7 +287,7 @@ class Mma:
         """Indices of 4 bits, [rows, k / 4], or k / 2 where pairs are sparse."""
         count = 2 if self.form.kind.bits == 8 else 1
         words = memory.read(slice(0, ROWS), self.metadata, count, "metadata of tcgen05.mma.sp")
-        codes = np.stack([words >> U32(shift) & U32(15) for shift in range(0, 32, 4)], -1)  # [lanes, columns, 8]
+        codes = nibbles(words)  # [lanes, columns, 8]
         if count == 2:
             return codes.reshape(ROWS, -1)
         # of 16 rows, lanes 0-7 hold the first half of K and lanes 8-15 the second: rows 0-7 in their lower half
@@ -303,23 +305,6 @@ class Mma:
             raise Fault(f"{what}: a scale has its top bit set, but UE4M3 has no sign")
         values = SMALL["ue8m0" if self.idesc.ue8m0 else "e4m3"].decode(codes).astype(np.float64)
         return np.repeat(values, self.form.vector, axis=1)
-
-
-def expanded(values: Array, indices: Array, pairs: bool) -> Array:
-    """PTX ISA, "Sparse Matrices": the elements that are there among zeros, two of four, or one of two."""
-    rows = np.arange(len(values))[:, None]
-    places: dict[int, tuple[int, ...]] = {0b0100: (0,), 0b1110: (1,)}
-    if not pairs:
-        places = {index: (index & 3, index >> 2) for index in (4, 8, 12, 9, 13, 6, 14)}
-    strange = ~np.isin(indices, list(places))
-    if strange.any():
-        raise Fault(f"tcgen05.mma.sp: {int(indices[strange][0]):#06b} in the metadata means nothing")
-    each = len(next(iter(places.values())))
-    table = np.array([places.get(index, (0,) * each) for index in range(16)])
-    at = table[indices] + 2 * each * np.arange(indices.shape[1])[:, None]  # [rows, chunks, each]
-    out = np.zeros((len(values), 2 * values.shape[1]))
-    out[rows, at.reshape(len(values), -1)] = values
-    return out
 
 
 def _scale_words(memory: TensorMemory, address: int, rows: int, lanes: Array, what: str) -> Array:

@@ -3,7 +3,7 @@
 D[64, n] += A[64, k] B[k, n]. Warp w of the group owns rows 16 w .. 16 w + 15 of D and A. With g = lane / 4 and
 q = lane % 4 register r of D is row g + 8 (r / 2 % 2), column 8 (r / 4) + 2 q + r % 2.
 
-The sums are those of the hardware, see `tensorcore`.
+The sums are those of the hardware, see `tensorcore`; with a sparse A nobody has compared them.
 
 Operands are read when one of the four warps waits for the group, and added to the registers of a warp when it waits
 itself ("eager": both at issue), so that registers or shared memory touched too early give wrong results.
@@ -23,6 +23,7 @@ from ..machine import LANES, Cta, Warp
 from ..numbers import U32, Array
 from ..parser import Instruction, Reg, Vec
 from ..program import FINISHERS, Mask, Program, Run, constant, decoder, uniform, unknown
+from ..sparsity import expanded, of_warp
 from .matrix import GROUP, QUAD, element_values
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
@@ -82,7 +83,7 @@ def _wgmma(i: Instruction, p: Program) -> Run:
     if i.op[1] == "wait_group":
         count = constant(i.operands[0])
         return _converged(i, lambda w: _wait(w, count))
-    if i.op[1] == "mma_async" and "sp" not in i.op:
+    if i.op[1] == "mma_async":
         return _mma(i, p)
     raise unknown(i)
 
@@ -140,7 +141,12 @@ def _mma(i: Instruction, p: Program) -> Run:
     _, b_value = element_values(b_kind)
     if d_kind not in ("f32", "f16", "s32") or (d_kind == "s32") != (a_kind in ("s8", "u8")):
         raise unknown(i)
-    d, a, b, scale_d, *rest = i.operands
+    d, a, b, *rest = i.operands
+    sparse = "sp" in i.op
+    metadata, selector = (p.source(rest.pop(0), "b32"), constant(rest.pop(0))) if sparse else (None, 0)
+    if selector not in (0, 1) or (selector and size == 1):
+        raise unknown(i, f"sparsity selector {selector}")
+    scale_d = rest.pop(0)
     assert isinstance(d, Vec)
     registers = [x for x in d.items if isinstance(x, Reg)]
     signs = [constant(x) for x in rest[:2]] if d_kind != "s32" else [1, 1]
@@ -155,17 +161,18 @@ def _mma(i: Instruction, p: Program) -> Run:
     a_reads = [p.source(x, "b32") for x in a.items] if isinstance(a, Vec) else []
     a_desc, b_desc = None if in_registers else p.source(a, "b64"), p.source(b, "b64")
     unsigned, per = _UNSIGNED[size], 4 // size
-    flops, what = 2 * 16 * n * k, f"wgmma {shape} {a_kind}"
+    flops, what = 2 * 16 * n * k, f"wgmma{'.sp' if sparse else ''} {shape} {a_kind}"
+    stored = k // 2 if sparse else k  # elements of a row of A
 
     def fragment(w: Warp) -> Array:
-        left = np.zeros((16, k))
+        left = np.zeros((16, stored))
         columns = per * QUAD[:, None] + np.arange(per)
         for j, read in enumerate(a_reads):
             values = a_value(read(w).view(unsigned)).reshape(LANES, per)
             left[GROUP[:, None] + 8 * (j % 2), columns + 4 * per * (j // 2)] = values
         return left
 
-    def fetch(w: Warp, word: int, rows: slice, major: int) -> Array:
+    def fetch(w: Warp, word: int, rows: slice, k: int, major: int) -> Array:
         index = _index(word, rows.stop, k, size, major)[rows]
         return np.ascontiguousarray(w.cta.shared.gather(index)).view(unsigned)
 
@@ -177,12 +184,15 @@ def _mma(i: Instruction, p: Program) -> Run:
         # registers are read at issue: to overwrite a fragment that is in use is undefined, and not looked for
         held = fragment(w) if a_desc is None else None
         fixed_a = uniform(a_desc(w), None, "the descriptor of A") if a_desc is not None else 0
+        indices = of_warp(metadata(w), 8 * size, selector) if metadata is not None else None
 
         def operands() -> _Operands:
             # of A a warp reads its own rows only
             first = 16 * (w.index % 4)
-            left = a_value(fetch(w, fixed_a, slice(first, first + 16), a_major)) if held is None else held
-            right = b_value(fetch(w, fixed_b, slice(0, n), b_major))
+            left = a_value(fetch(w, fixed_a, slice(first, first + 16), stored, a_major)) if held is None else held
+            if indices is not None:
+                left = expanded(left, indices, size == 4)
+            right = b_value(fetch(w, fixed_b, slice(0, n), k, b_major))
             return signs[0] * left, signs[1] * right
 
         def add(left: Array, right: Array) -> None:

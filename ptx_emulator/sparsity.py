@@ -1,0 +1,52 @@
+"""Sparse operands A: half of the elements of a row are in memory, indices of 4 bits say where they belong (PTX ISA,
+"Sparse matrix storage" of wgmma, "Sparse Matrices" of tcgen05).
+
+An index is of four elements, two of which are there: the place of the first in its lower, that of the second in its
+upper half. Of 32-bit elements it is of two, one of which is there, and as if each were two halves.
+"""
+
+import numpy as np
+
+from .errors import Fault
+from .machine import LANES
+from .numbers import U32, Array
+
+_PAIRS = {0b0100: (0,), 0b1110: (1,)}
+_FOURS = {first | second << 2: (first, second) for first in range(4) for second in range(4) if first != second}
+ORDERED = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)
+ANY = tuple(_FOURS)
+
+
+def expanded(values: Array, indices: Array, pairs: bool, allowed: tuple[int, ...] = ANY) -> Array:
+    """values [rows, k / 2] among their zeros, [rows, k]. pairs: one of two, else two of four. Raises Fault for an index
+    that is not allowed.
+    """
+    places: dict[int, tuple[int, ...]] = dict(_PAIRS) if pairs else {index: _FOURS[index] for index in allowed}
+    strange = ~np.isin(indices, list(places))
+    if strange.any():
+        raise Fault(f"{int(indices[strange][0]):#06b} in the metadata of a sparse operand means nothing")
+    each = 1 if pairs else 2
+    table = np.array([places.get(index, (0,) * each) for index in range(16)])
+    at = table[indices] + 2 * each * np.arange(indices.shape[1])[:, None]  # [rows, chunks, each]
+    out = np.zeros((len(values), 2 * values.shape[1]))
+    out[np.arange(len(values))[:, None], at.reshape(len(values), -1)] = values
+    return out
+
+
+def nibbles(words: Array) -> Array:
+    """[..., 8], the lowest first"""
+    return np.stack([words >> U32(shift) & U32(15) for shift in range(0, 32, 4)], -1)
+
+
+def of_warp(words: Array, bits: int, selector: int) -> Array:
+    """Indices of a warp's 16 rows from the metadata in a register of its lanes: [16, 8], or [16, 16] for elements of 8
+    bits (the figures of "Matrix Fragments for sparse wgmma.mma_async", as CUTLASS has them in its `ELayout`s).
+
+    Of four lanes (g, q) each has half a row of 8-bit elements, row g + 8 (q % 2) and half q / 2 of K; else lane
+    q = 2 selector + h has half h of K, of row g in its lower 16 bits and of row g + 8 in the upper.
+    """
+    codes = nibbles(words).reshape(LANES // 4, 4, 8)  # [g, q, index]
+    if bits == 8:
+        return codes.reshape(8, 2, 2, 8).transpose(2, 0, 1, 3).reshape(16, 16)
+    pair = codes[:, 2 * selector : 2 * selector + 2].reshape(8, 2, 2, 4)  # [g, half of K, half of the rows, index]
+    return pair.transpose(2, 0, 1, 3).reshape(16, 8)
