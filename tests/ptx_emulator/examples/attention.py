@@ -625,8 +625,8 @@ _OVERWRITTEN = r"data race: shared address .* is written, with no order after it
 _EXIT_BEFORE_COMMIT = r"its shared memory gone, before this access of it: .*tcgen05\.commit"
 # One warp gives tensor memory back when it is done; the others may still load from it.
 _DEALLOC_EARLY = r"tensor memory .* is written, with no order after it was read by tcgen05\.ld(.|\n)*tcgen05\.dealloc"
-# The first PV product of a tile's second block goes to the columns of the scores, when the mbarrier that guards them has
-# not seen the softmax of these scores: the producer's first wait for it is over at once.
+# The second part of the first PV product goes to the columns of the scores of the next tile. The mbarrier that guards
+# them has seen nobody load these: the producer's first wait for it is over at once.
 _SCORES_OVERWRITTEN = r"column 128 of tensor memory .* with no order after it was (read|written) by tcgen05\.(ld|mma)"
 # CTAs end before the last TMA store has read their shared memory (cp.async.bulk.wait_group.read 1).
 _EXIT_BEFORE_STORE = r"its shared memory gone, before this access of it: TMA store"
