@@ -17,7 +17,7 @@ from ..machine import LANES, Cluster, Cta, Warp
 from ..memory import RANK_SHIFT, SHARED_WINDOW, WINDOW_SHIFT
 from ..numbers import U64, Array
 from ..parser import Address, Instruction, Sink, Sym
-from ..program import FINISHERS, Mask, Program, Run, decoder, only, simple, unknown
+from ..program import Mask, Program, Run, decoder, only, simple, unknown
 from .data import shared_of, space_of
 
 _ALL = np.ones(LANES, bool)
@@ -465,13 +465,3 @@ def _trap(i: Instruction, p: Program) -> Run:
         raise Fault(f"{i.op[0]} was executed")
 
     return run
-
-
-def _still_waiting(cta: Cta) -> None:
-    """Arrivals that nobody waits for point to a fault, but do no harm: looked for where races are."""
-    for number, barrier in cta.barriers.items():
-        if barrier.arrived and cta.cluster.launch.races:
-            raise Fault(f"CTA {cta.index} ended with {barrier.arrived} threads arrived at barrier {number}")
-
-
-FINISHERS.append(_still_waiting)
