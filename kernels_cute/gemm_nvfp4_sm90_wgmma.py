@@ -22,7 +22,7 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import torch
-from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
+from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint32, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_ptr
@@ -37,7 +37,7 @@ from fp4suite.layouts import Order
 from fp4suite.problem import GemmProblem
 
 from . import build as cross
-from .nvfp4 import SCALE_BIAS, asked, check_packed, mul_bf16x2, prmt, row_stride, small_operands, start
+from .nvfp4 import SCALE_BIAS, asked, check_packed, mul_bf16x2, row_stride, small_operands, start
 
 ARCH = "sm_90a"
 SF_LAYOUT: SfLayout = "linear"
@@ -107,8 +107,8 @@ SPACE = {
     "groups_k": (1, 2, 4),
     "strips": (1, 2),
     "tile_k": (64, 128, 256),
-    "share": (1, 2, 4),
-    "split": (1, 2, 3, 4, 8),
+    "share": (1, 2),
+    "split": (1, 2, 3, 4),
     "blocks": (1, 2),
 }
 
@@ -180,8 +180,6 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     stages = stages_of(config, problem.out)
     if stages <= config.groups_k * config.paired:
         return f"{stages} stages: {config.groups_k} warpgroups hold {config.paired} each while they wait for the next"
-    if config.share * config.split > 8:
-        return f"share={config.share}, split={config.split}: a cluster has 8 CTAs at most"
     if config.share > 1 and config.tile_m % (8 * config.share):
         return f"tile_m={config.tile_m} is not shared by {config.share} CTAs in parts of 8 tokens"
     steps = problem.k // step
@@ -205,11 +203,23 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
 
 
 @dsl_user_op
-def bulk_load(to: Int32, source: Int64, size: Int32, barrier: Int32, *, loc=None, ip=None):
-    """`size` bytes to shared memory, counted by `barrier`."""
-    args = [x.ir_value(loc=loc, ip=ip) for x in (to, source, size, barrier)]
-    asm = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];"
-    llvm.inline_asm(None, args, asm, "r,l,r,r", has_side_effects=True, loc=loc, ip=ip)
+def bulk_load(to: Int32, source: Int64, size: Int32, barrier: Int32, policy: Int64, *, loc=None, ip=None):
+    """`size` bytes to shared memory, counted by `barrier`, under a cache policy of L2."""
+    args = [x.ir_value(loc=loc, ip=ip) for x in (to, source, size, barrier, policy)]
+    asm = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$0], [$1], $2, [$3], $4;"
+    llvm.inline_asm(None, args, asm, "r,l,r,r,l", has_side_effects=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def create_policy(once: Boolean, *, loc=None, ip=None) -> Int64:
+    """A cache policy of L2: evict first, or as usual."""
+    asm = (
+        "{ .reg .pred p; .reg .b64 first, normal; setp.ne.b32 p, $1, 0; "
+        "createpolicy.fractional.L2::evict_first.b64 first, 1.0; "
+        "createpolicy.fractional.L2::evict_normal.b64 normal, 1.0; selp.b64 $0, first, normal, p; }"
+    )
+    args = [Int32(once).ir_value(loc=loc, ip=ip)]
+    return Int64(llvm.inline_asm(T.i64(), args, asm, "=l,r", loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -238,11 +248,26 @@ def rotate_right(x: Uint32, by: int, *, loc=None, ip=None) -> Uint32:
     return Uint32(llvm.inline_asm(T.i32(), args, f"shf.r.wrap.b32 $0, $1, $1, {by};", "=r,r", loc=loc, ip=ip))
 
 
+@dsl_user_op
+def mul_by_half(x: Uint32, scales: Uint32, half: int, *, loc=None, ip=None) -> Uint32:
+    """Two BF16 products with one half of a word; subnormal operands count in full (PTX ISA, mul.bf16x2)."""
+    name = ("low", "high")[half]
+    asm = (
+        "{ .reg .b16 low, high; .reg .b32 s; mov.b32 {low, high}, $2; "
+        f"mov.b32 s, {{{name}, {name}}}; mul.rn.bf16x2 $0, $1, s; }}"
+    )
+    args = [x.ir_value(loc=loc, ip=ip), scales.ir_value(loc=loc, ip=ip)]
+    return Uint32(llvm.inline_asm(T.i32(), args, asm, "=r,r,r", loc=loc, ip=ip))
+
+
 MAGNITUDE = 0x81C081C0  # where a pair of codes lies in two BF16 numbers: value times 2 ** -126
 
 
-def decode_word(word, scales):
-    """Eight codes of a word of `fragments_sm90` -> four registers of operand A. scales: of row g and of row g + 8."""
+def decode_word(word, scales, half):
+    """Eight codes of a word of "fragments_sm90" -> four registers of operand A.
+
+    scales: words that hold, in this half, the scale of row g, and of row g + 8.
+    """
     mask = Uint32(MAGNITUDE)
     images = (
         word & mask,
@@ -250,18 +275,17 @@ def decode_word(word, scales):
         rotate_right(word, 6) & mask,
         (word & Uint32(0x001B001B)) * Uint32((1 << 3) + (1 << 8) + (1 << 14)) & mask,
     )
-    return [mul_bf16x2(image, scales[p % 2]) for p, image in enumerate(images)]
+    return [mul_by_half(image, scales[p % 2], half) for p, image in enumerate(images)]
 
 
-def scale_pairs4(word):
-    """Four E4M3 scales -> each times 2 ** SCALE_BIAS as a pair of equal BF16 numbers, exactly.
+def scale_pairs(word):
+    """Four E4M3 scales -> words of two BF16 numbers, scales 0 and 2, and 1 and 3, each times 2 ** SCALE_BIAS, exactly.
 
     Four bits further left a scale's bits are those of the BF16 number times 2 ** -120, subnormal where it is.
     """
-    even, odd = (word << Uint32(4)) & Uint32(0x07F007F0), (word >> Uint32(4)) & Uint32(0x07F007F0)
     up, rest = Uint32(0x7F007F00), Uint32(0x77007700)  # 2 ** 127 and 2 ** 111
-    even, odd = (mul_bf16x2(mul_bf16x2(x, up), rest) for x in (even, odd))
-    return prmt(even, even, 0x1010), prmt(odd, odd, 0x1010), prmt(even, even, 0x3232), prmt(odd, odd, 0x3232)
+    images = (word << Uint32(4)) & Uint32(0x07F007F0), (word >> Uint32(4)) & Uint32(0x07F007F0)
+    return [mul_bf16x2(mul_bf16x2(x, up), rest) for x in images]
 
 
 @dsl_user_op
@@ -453,7 +477,8 @@ class GemmNvfp4Sm90Wgmma:
             tma.atom, x, cute.make_layout(c.share), cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2)
         )
         mask = cutlass.Int16(((1 << c.share) - 1) << (part * c.share)) if c.share > 1 else None
-        weights = (b.toint(), sfb.toint(), n // TILE, k // TILE)
+        policy = create_policy(tiles[0] == 1)  # weights that nobody reads again
+        weights = (b.toint(), sfb.toint(), n // TILE, k // TILE, policy)
         into = (Int32(sCodes.iterator.toint()), Int32(sScales.iterator.toint()))
 
         # weights do not depend on the kernel before this one
@@ -482,7 +507,7 @@ class GemmNvfp4Sm90Wgmma:
     @cute.jit
     def load_weights(self, weights, into, n_tile, step, stage, bar):
         """Codes and scales of one step; the barrier is told what the stage will hold."""
-        c, (b, sfb, row_tiles, k_tiles) = self.config, weights
+        c, (b, sfb, row_tiles, k_tiles, policy) = self.config, weights
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(bar, stage_bytes(c))
             for r in cutlass.range_constexpr(self.blocks_n):
@@ -490,7 +515,9 @@ class GemmNvfp4Sm90Wgmma:
                 at = Int64(row) * Int64(k_tiles) + Int64(step * self.atoms)
                 to = (stage * self.blocks_n + r) * self.atoms
                 for start, target, size in ((b, into[0], CODE_BYTES), (sfb, into[1], SCALE_BYTES)):
-                    bulk_load(target + to * size, start + at * size, Int32(self.atoms * size), Int32(bar.toint()))
+                    bulk_load(
+                        target + to * size, start + at * size, Int32(self.atoms * size), Int32(bar.toint()), policy
+                    )
 
     @cute.jit
     def multiply(self, ring, store, staging, sums, mAlpha, mD, segment_ends, tiles, count, tidx):
@@ -524,11 +551,11 @@ class GemmNvfp4Sm90Wgmma:
             for sum in acc:
                 sum.fill(0.0)
             index = base + group_k * c.paired
-            self.wait(full, index)
-            self.decode(ring, index % self.stages, group_n, 0, thread, frag[0])
+            slot, phase, before = index % self.stages, index // self.stages % 2, Int32(0)
+            cute.arch.mbarrier_wait(full + slot, phase)
+            self.decode(ring, slot, group_n, 0, thread, frag[0])
             for i in cutlass.range(group_k, count, c.groups_k, unroll=1):
                 for u in cutlass.range_constexpr(units * c.paired):
-                    index = base + i * c.paired + u // units
                     kk, strip = u % units // c.strips, u % c.strips
                     warpgroup.fence()
                     for s in cutlass.range_constexpr(TILE // 16):
@@ -536,28 +563,27 @@ class GemmNvfp4Sm90Wgmma:
                             tiled_mma,
                             acc[strip],
                             frag[u % 2][None, None, s],
-                            tCrA[None, None, kk * (TILE // 16) + s, index % self.stages],
+                            tCrA[None, None, kk * (TILE // 16) + s, slot],
                             acc[strip],
                         )
                     warpgroup.commit_group()
                     warpgroup.wait_group(1)
-                    if cutlass.const_expr(u == 0):
-                        if i > group_k:
-                            self.release(empty, index - (c.groups_k - 1) * c.paired - 1, lane)
-                    elif cutlass.const_expr(u % units == 0):
-                        self.release(empty, index - 1, lane)
+                    if cutlass.const_expr(u % units == 0):  # noqa: SIM102  (one is decided when compiling)
+                        if u > 0 or i > group_k:  # the step before this one is multiplied
+                            self.release(empty + before, lane)
                     if cutlass.const_expr(u + 1 < units * c.paired):
                         if cutlass.const_expr((u + 1) % units == 0):
-                            self.wait(full, index + 1)
-                        after = (index + (u + 1) // units - u // units) % self.stages
-                        self.decode(ring, after, group_n, (u + 1) % units, thread, frag[(u + 1) % 2])
+                            before = slot
+                            slot, phase = self.advance(slot, phase, 1)
+                            cute.arch.mbarrier_wait(full + slot, phase)
+                        self.decode(ring, slot, group_n, (u + 1) % units, thread, frag[(u + 1) % 2])
                     elif i + c.groups_k < count:
-                        after = base + (i + c.groups_k) * c.paired
-                        self.wait(full, after)
-                        self.decode(ring, after % self.stages, group_n, 0, thread, frag[0])
+                        before = slot
+                        slot, phase = self.advance(slot, phase, (c.groups_k - 1) * c.paired + 1)
+                        cute.arch.mbarrier_wait(full + slot, phase)
+                        self.decode(ring, slot, group_n, 0, thread, frag[0])
             warpgroup.wait_group(0)
-            last = group_k + (count - 1 - group_k) // c.groups_k * c.groups_k
-            self.release(empty, base + last * c.paired + c.paired - 1, lane)
+            self.release(empty + slot, lane)
             base += count * c.paired
 
             m_tile, n_tile = self.place(tile, tiles)
@@ -570,14 +596,14 @@ class GemmNvfp4Sm90Wgmma:
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
 
-    @cute.jit
-    def wait(self, full, index):
-        cute.arch.mbarrier_wait(full + index % self.stages, index // self.stages % 2)
+    def advance(self, slot, phase, steps: int):
+        """The slot so many steps on, fewer than there are stages, and its phase."""
+        over = Int32(slot + steps >= self.stages)
+        return slot + steps - self.stages * over, phase ^ over
 
     @cute.jit
-    def release(self, empty, index, lane):
+    def release(self, barrier, lane):
         """This warp is done with a stage: tell the CTAs that write to it."""
-        barrier = empty + index % self.stages
         if lane < self.config.share:
             if cutlass.const_expr(self.config.share > 1):
                 _, part, _ = cute.arch.block_idx()
@@ -596,10 +622,10 @@ class GemmNvfp4Sm90Wgmma:
         cute.autovec_copy(cute.make_tensor(sCodes.iterator + cute.assume(at, divby=4), cute.make_layout(4)), codes)
         at = tile * (SCALE_BYTES // 4) + thread // 4 * 2
         cute.autovec_copy(cute.make_tensor(sScales.iterator + cute.assume(at, divby=2), cute.make_layout(2)), scales)
-        pairs = [scale_pairs4(scales[h]) for h in range(2)]
+        pairs = [scale_pairs(scales[h]) for h in range(2)]
         words = cute.recast_tensor(frag, Uint32)
         for s in cutlass.range_constexpr(4):
-            decoded = decode_word(codes[s], (pairs[0][s], pairs[1][s]))
+            decoded = decode_word(codes[s], (pairs[0][s % 2], pairs[1][s % 2]), s // 2)
             for p in cutlass.range_constexpr(4):
                 words[4 * s + p] = decoded[p]
 

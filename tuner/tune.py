@@ -147,8 +147,8 @@ def _tasks(target: Target, options: Options, report: Report) -> list[Task]:
 def _seeds(whole: Space, budget: Budget, *, measured: bool) -> tuple[Candidate, ...]:
     """What to try first. Predicted: the model's order, which leaves nothing for a sampler to learn.
 
-    Measured: the default, then in turn the model's favourites, kernel by kernel, and the default's neighbours, for half
-    of the budget.
+    Measured, for half of the budget: the default, then the model's favourites, kernel by kernel, with a neighbour of
+    the default after every third.
     """
     order = {c: i for i, c in enumerate(whole.candidates)}
     ranked = sorted(
@@ -158,7 +158,9 @@ def _seeds(whole: Space, budget: Budget, *, measured: bool) -> tuple[Candidate, 
         return tuple(dict.fromkeys((whole.default, *ranked)))[: budget.builds]
     by_kernel = [[c for c in ranked if c.kernel == name] for name in dict.fromkeys(c.kernel for c in ranked)]
     favourites = [c for turn in itertools.zip_longest(*by_kernel) for c in turn if c is not None]
-    turns = itertools.chain.from_iterable(zip(favourites, whole.neighbours(whole.default), strict=False))
+    threes = itertools.zip_longest(*[iter(favourites)] * 3)
+    neighbours = itertools.chain(whole.neighbours(whole.default), itertools.repeat(None))
+    turns = [c for three, near in zip(threes, neighbours, strict=False) for c in (*three, near) if c is not None]
     return tuple(dict.fromkeys((whole.default, *turns, *ranked)))[: max(1, budget.trials // 2)]
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from kernels_cute import gemm_nvfp4_sm90, gemm_nvfp4_sm90_skinny, gemm_nvfp4_sm100
+from kernels_cute import gemm_nvfp4_sm90, gemm_nvfp4_sm90_skinny, gemm_nvfp4_sm90_wgmma, gemm_nvfp4_sm100
 
-KERNELS = (gemm_nvfp4_sm90, gemm_nvfp4_sm90_skinny, gemm_nvfp4_sm100)
+KERNELS = (gemm_nvfp4_sm90, gemm_nvfp4_sm90_skinny, gemm_nvfp4_sm90_wgmma, gemm_nvfp4_sm100)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -117,7 +117,8 @@ def test_binaries_of_one_key_are_equal(row):
     if row.op == "gemm_nvfp4":
         act = "nvfp4" if arch == "sm_100a" else "bf16"
         shapes = ((1, 128, 2048), (13, 128, 2048), (4096, 128, 256), (40, 7168, 2048))
-        several = [GemmProblem(m=m, n=n, k=k, act=act) for m, n, k in shapes]
+        order = registry.weight_layout(module).order
+        several = [GemmProblem(m=m, n=n, k=k, act=act, order=order) for m, n, k in shapes]
     else:
         kind = PROBLEMS[row.op]
         several = [kind(m=m, k=k) for m, k in ((1, 1024), (77, 1024), (64, 5120), (4096, 7168))]

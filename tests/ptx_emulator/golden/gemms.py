@@ -15,9 +15,10 @@ import torch
 
 from fp4suite import testing
 from fp4suite.problem import GemmProblem
-from kernels_cute import gemm_nvfp4_sm90 as sm90, gemm_nvfp4_sm90_skinny as skinny
+from kernels_cute import gemm_nvfp4_sm90 as sm90, gemm_nvfp4_sm90_skinny as skinny, gemm_nvfp4_sm90_wgmma as wgmma
 
 FILE = Path(__file__).parent / "gemms_sm90.npz"
+PREPARED = wgmma.WEIGHT_ORDER
 CASES = [
     (GemmProblem(m=1, n=64, k=512, act="bf16"), sm90.Config(tile_m=8, tile_n=64, tile_k=128, num_stages=6)),
     (GemmProblem(m=7, n=136, k=576, act="bf16", out="fp32"), sm90.Config(tile_m=8, tile_n=64, num_stages=2)),
@@ -31,11 +32,15 @@ CASES = [
     (GemmProblem(m=7, n=136, k=1984, act="bf16", out="fp32"), skinny.Config(tile_m=8, warps_n=1, warps_k=4, split=4)),
     (GemmProblem(m=21, n=200, k=4096, act="bf16", out="fp32", segments=2), skinny.Config(split=4, loops=2, depth=3)),
     (GemmProblem(m=30, n=64, k=1024, act="bf16"), skinny.Config(tile_m=32, depth=2)),
+    (GemmProblem(m=1, n=128, k=1024, out="fp32", order=PREPARED), wgmma.Config(tile_m=8, groups_n=1, groups_k=4)),
+    (GemmProblem(m=13, n=192, k=1024, segments=2, order=PREPARED), wgmma.Config(tile_m=16, groups_n=1, split=2)),
+    (GemmProblem(m=70, n=192, k=512, out="fp32", order=PREPARED), wgmma.Config(share=2)),
+    (GemmProblem(m=260, n=192, k=256, order=PREPARED), wgmma.Config(tile_m=256, tile_k=64)),
 ]
 
 
 def kernel_of(config: Any) -> ModuleType:
-    return sm90 if isinstance(config, sm90.Config) else skinny
+    return next(module for module in (sm90, skinny, wgmma) if isinstance(config, module.Config))
 
 
 def digest(problem: GemmProblem, config: Any) -> str:
