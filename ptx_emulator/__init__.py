@@ -12,6 +12,7 @@ Needs numpy only.
 from .api import Loaded, load
 from .emulation import Device, active, emulate
 from .errors import DeadlockError, Fault, ProcessError, PtxSyntaxError, UnknownInstructionError
+from .machine import run_together
 
 __all__ = [
     "DeadlockError",
@@ -24,4 +25,5 @@ __all__ = [
     "active",
     "emulate",
     "load",
+    "run_together",
 ]

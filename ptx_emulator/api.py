@@ -64,6 +64,37 @@ class Loaded:
 
         Raises Fault for what the kernel does wrong, ValueError or TypeError for arguments that do not fit.
         """
+        launch = self.prepare(
+            name,
+            grid=grid,
+            block=block,
+            args=args,
+            cluster=cluster,
+            shared=shared,
+            schedule=schedule,
+            seed=seed,
+            races=races,
+            cooperative=cooperative,
+            memory=memory,
+        )
+        return launch.run(processes)
+
+    def prepare(
+        self,
+        name: str | None = None,
+        *,
+        grid: Sequence[int],
+        block: Sequence[int],
+        args: Sequence[Argument],
+        cluster: Sequence[int] = (1, 1, 1),
+        shared: int = 0,
+        schedule: str = "round",
+        seed: int | None = None,
+        races: Checks = True,
+        cooperative: bool = False,
+        memory: GlobalMemory | None = None,
+    ) -> Launch:
+        """A launch that is yet to run, alone or with others (`run_together`), which then share its memory."""
         program = self.program(name)
         memory = memory or GlobalMemory()
         for data in program.globals:
@@ -72,7 +103,7 @@ class Loaded:
         if len(args) != len(params):
             raise ValueError(f"{program.kernel.name} takes {len(params)} arguments, got {len(args)}")
         packed = [_pack(a, v, memory) for a, v in zip(args, params, strict=True)]
-        launch = Launch(
+        return Launch(
             program,
             memory,
             _dim3(grid),
@@ -85,7 +116,6 @@ class Loaded:
             races=races,
             cooperative=cooperative,
         )
-        return launch.run(processes)
 
 
 def load(ptx: str, arch: str | None = None) -> Loaded:

@@ -13,14 +13,16 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from .api import Loaded, load
 from .cubin import registers
 from .errors import Fault
 from .hazards import Checks
-from .machine import SCHEDULES, Dim3, Launch
+from .machine import SCHEDULES, Dim3, Launch, run_together
 from .memory import GlobalMemory
 from .numbers import Array
 from .runtime import (
@@ -37,6 +39,7 @@ from .statistics import Statistics
 ARCHS = ("sm_90a", "sm_100a")
 _TWIN = "_ptx_emulator_twin"
 _NO_KERNELS = ".version 8.8\n.target {}\n.address_size 64\n"  # of a function that is host code alone
+_MULTICAST_ALIGNMENT = 4096
 _active: list["Device"] = []
 # DLPack: where a capsule of this name holds its DLDeviceType, in DLManagedTensor and DLManagedTensorVersioned
 _DLPACK_DEVICE = {b"dltensor": 8, b"dltensor_versioned": 40}
@@ -56,6 +59,36 @@ class Device:
         self._kernels: Loaded | None = None
         self._registers: dict[str, int] = {}
         self._allowed: list[tuple[int, int, str]] = []
+        self._multicasts: list[tuple[Array, Sequence[Array]]] = []
+        self._together: list[Launch] | None = None
+        self._launched = False  # by the call that is being carried out
+
+    def multicast(self, parts: Sequence[Array]) -> Array:
+        """Bytes whose addresses stand for those of each of `parts`, arrays of one size in several devices' memory:
+        multimem instructions and TMA stores there act on all of them. The bytes themselves hold nothing."""
+        size = parts[0].nbytes
+        if any(part.nbytes != size or not part.flags.c_contiguous for part in parts):
+            raise ValueError("a multicast object needs contiguous arrays of one size")
+        raw = np.zeros(size + _MULTICAST_ALIGNMENT, np.uint8)
+        start = -_address(raw) % _MULTICAST_ALIGNMENT
+        window = raw[start : start + size]
+        self._multicasts.append((window, parts))
+        return window
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Launches inside, one a call, run when it ends, with all of their clusters at once: as on several devices,
+        whose kernels may wait for each other. Raises what a launch raises."""
+        if self._together is not None:
+            raise ValueError("together() inside of together()")
+        self._together = []
+        try:
+            yield
+            if self._together:
+                run_together(self._together)
+                self.launches.extend(launch.statistics for launch in self._together)
+        finally:
+            self._together = None
 
     def allow(self, data: Array) -> None:
         """Let kernels reach an array that no live torch tensor holds."""
@@ -75,6 +108,7 @@ class Device:
         self._kernels = load(self.rewrite(str(ptx))) if self.rewrite else twin.kernels
         self._registers = {} if self.rewrite else twin.registers
         self.runtime.names = twin.names
+        self._launched = False
         try:
             return twin.run(exe_args)
         except Exception:
@@ -89,7 +123,7 @@ class Device:
     ) -> int:
         assert self._kernels is not None
         program = self._kernels.program(name)
-        memory = GlobalMemory(self._arrays)
+        memory = self._together[0].memory if self._together else self._memory()
         for data in program.globals:
             memory.add(data, "module variable")
         pointers = (ctypes.c_void_p * len(program.kernel.params)).from_address(params)
@@ -111,12 +145,25 @@ class Device:
         room = resident_ctas(launch.threads, launch.shared_bytes, self._registers.get(name, 0))
         if cooperative and math.prod(grid) > room * self.runtime.multiprocessors:
             return COOPERATIVE_LAUNCH_TOO_LARGE
-        self.launches.append(launch.run(self.processes))
+        if self._together is None:
+            self.launches.append(launch.run(self.processes))
+        elif self._launched:
+            raise Fault(f"{name}: the second launch of a call, of those that run together")
+        else:
+            self._together.append(launch)
+        self._launched = True
         return 0
+
+    def _memory(self) -> GlobalMemory:
+        memory = GlobalMemory(self._arrays)
+        for window, parts in self._multicasts:
+            memory.multicast(_address(window), window.nbytes, [_address(part) for part in parts])
+        return memory
 
     def _arrays(self) -> list[tuple[int, int, str]]:
         """Memory that a kernel may touch: what live CPU tensors hold, and what was allowed."""
         found = dict.fromkeys(self._allowed)
+        multicasts = {_address(window) for window, _ in self._multicasts}
         torch = sys.modules.get("torch")
         if torch is not None:
             kinds = (torch.Tensor, torch.nn.Parameter)
@@ -124,7 +171,7 @@ class Device:
                 # the exact types only: asking others for their class may run code of theirs
                 if type(x) in kinds and x.device.type == "cpu" and x.layout is torch.strided:
                     storage = x.untyped_storage()
-                    if storage.nbytes():
+                    if storage.nbytes() and storage.data_ptr() not in multicasts:
                         found[(storage.data_ptr(), storage.nbytes(), "tensor")] = None
         return list(found)
 
@@ -178,6 +225,11 @@ def _renamed(module: Any) -> Any:
     text = re.sub(r"@(_cu\w+|cuda_dialect_\w+)", lambda m: f"@{PREFIX}{m[1]}" if m[1] in known else m[0], str(module))
     with module.context:
         return ir.Module.parse(text)
+
+
+def _address(data: Array) -> int:
+    address: int = data.__array_interface__["data"][0]
+    return address
 
 
 def _no_launch(*args: Any) -> int:

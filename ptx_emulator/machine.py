@@ -356,44 +356,80 @@ class Launch:
         return self.waiting.popleft() if self.waiting and not refused else None
 
     def run_clusters(self, places: Sequence[Dim3]) -> None:
-        stats, tally = self.statistics, Tally(self.program)
-        before = self.memory.loaded, self.memory.stored
+        tally = Tally(self.program)
         self.waiting = deque(places)
         with np.errstate(all="ignore"):
             while self.waiting:
                 # one after another, unless all must be there at once
                 together = [self.waiting.popleft() for _ in range(len(self.waiting) if self.cooperative else 1)]
-                for cluster in self._run_together(together):
-                    for cta in cluster.ctas:
-                        stats.bytes["shared load"] += cta.shared.loaded
-                        stats.bytes["shared store"] += cta.shared.stored
-                        tally.add(cta)
-                    cluster.release()
-        self.memory.unwatch()
-        tally.into(stats)
-        self.banks.finish()
-        stats.bytes["global load"] += self.memory.loaded - before[0]
-        stats.bytes["global store"] += self.memory.stored - before[1]
+                if self.seed is not None:
+                    self.random = random.Random(f"{self.seed} {together[0]}")
+                for cluster in _carry_out([(self, place) for place in together]):
+                    self.add(cluster, tally)
+        self.finish(tally)
 
-    def _run_together(self, places: Sequence[Dim3]) -> list[Cluster]:
-        """Clusters whose warps run in turn, and what they do to global memory is checked against each other."""
-        if self.seed is not None:
-            self.random = random.Random(f"{self.seed} {places[0]}")
-        hazards = Hazards(self.races == "strict")
-        if self.races:
-            self.memory.watch(hazards)
-        clusters = [Cluster(self, place, hazards) for place in places]
-        running = clusters
-        while running:
-            progressed = [cluster.step() for cluster in running]
-            if not any(progressed):
-                raise DeadlockError("\n".join(cluster.deadlock() for cluster in running))
-            for cluster in running:
-                if not cluster.running:
-                    cluster.finish()
-            running = [cluster for cluster in running if cluster.running]
-        hazards.check_exits()
-        return clusters
+    def add(self, cluster: Cluster, tally: Tally) -> None:
+        """What a cluster that is over did."""
+        for cta in cluster.ctas:
+            self.statistics.bytes["shared load"] += cta.shared.loaded
+            self.statistics.bytes["shared store"] += cta.shared.stored
+            tally.add(cta)
+        cluster.release()
+
+    def finish(self, tally: Tally) -> None:
+        self.memory.unwatch()
+        tally.into(self.statistics)
+        self.banks.finish()
+
+
+def run_together(launches: Sequence[Launch]) -> None:
+    """Launches of which all clusters are there at once: of several devices, which wait for each other.
+
+    Raises Fault, and ValueError unless they share their memory, with all arrays that one of them may reach.
+    """
+    if len({id(launch.memory) for launch in launches}) > 1:
+        raise ValueError("launches that run together need one memory")
+    tallies = {id(launch): Tally(launch.program) for launch in launches}
+    for n, launch in enumerate(launches):
+        launch.random = None if launch.seed is None else random.Random(f"{launch.seed} {n}")
+    try:
+        with one_thread(), np.errstate(all="ignore"):
+            for cluster in _carry_out([(launch, place) for launch in launches for place in launch.places()]):
+                cluster.launch.add(cluster, tallies[id(cluster.launch)])
+            for launch in launches:
+                launch.finish(tallies[id(launch)])
+    finally:
+        sys.stdout.write("".join(line for launch in launches for line in launch.printed))
+
+
+def _carry_out(places: Sequence[tuple[Launch, Dim3]]) -> list[Cluster]:
+    """Clusters whose warps run in turn, and what they do to global memory is checked against each other."""
+    first, _ = places[0]
+    hazards = Hazards(first.races == "strict")
+    if first.races:
+        first.memory.watch(hazards)
+    clusters = [Cluster(launch, place, hazards) for launch, place in places]
+    running = clusters
+    while running:
+        progressed = [_counted(cluster, cluster.step) for cluster in running]
+        if not any(progressed):
+            raise DeadlockError("\n".join(cluster.deadlock() for cluster in running))
+        for cluster in running:
+            if not cluster.running:
+                _counted(cluster, cluster.finish)
+        running = [cluster for cluster in running if cluster.running]
+    hazards.check_exits()
+    return clusters
+
+
+def _counted(cluster: Cluster, action: Callable[[], Any]) -> Any:
+    """With the bytes of global memory that it moves."""
+    memory, moved = cluster.launch.memory, cluster.launch.statistics.bytes
+    before = memory.loaded, memory.stored
+    done = action()
+    moved["global load"] += memory.loaded - before[0]
+    moved["global store"] += memory.stored - before[1]
+    return done
 
 
 def _ranges(numbers: Array) -> str:

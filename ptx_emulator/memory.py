@@ -62,6 +62,20 @@ class GlobalMemory:
         self.hazards: Hazards | None = None
         self.marks: Marks | None = None  # of a process among several
         self.loaded = self.stored = 0
+        self.multicasts: list[tuple[int, int, tuple[int, ...]]] = []
+
+    def multicast(self, address: int, size: int, parts: Sequence[int]) -> None:
+        """Let `size` bytes at an address stand for those at each of `parts`, which are of several devices."""
+        self.multicasts.append((address, size, tuple(parts)))
+
+    def shifts(self, address: int, size: int) -> tuple[int, ...]:
+        """From a multicast address to those that it stands for; none for another address. Raises Fault."""
+        for base, length, parts in self.multicasts:
+            if base <= address < base + length:
+                if address + size > base + length:
+                    raise Fault(f"multicast address {address:#x}, {size} bytes: ends behind its {length} bytes")
+                return tuple(part - base for part in parts)
+        return ()
 
     def watch(self, hazards: Hazards) -> None:
         """Check accesses from now on against those of the same cluster."""
@@ -90,6 +104,8 @@ class GlobalMemory:
         if block is None and self.discover is not None:
             self.survey()
             block = self._find(address, size)
+        if block is None and self.shifts(address, 1):
+            raise Fault(f"global address {address:#x} is a multicast address, for multimem instructions only")
         if block is None:
             raise Fault(f"global address {address:#x}, {size} bytes: in no array that is known{self._near(address)}")
         if write and not block.writable:

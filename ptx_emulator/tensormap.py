@@ -406,14 +406,16 @@ def converted(t: TensorMap, data: Array) -> Array:
 
 
 def write(t: TensorMap, box: Box, memory: GlobalMemory, values: Array) -> None:
+    """To a multicast address: to every device, as NVIDIA's CuTe DSL example of an all-reduce by TMA relies on."""
     rows = box.rows[box.inside] + box.first
     if len(rows) and box.last > box.first:
-        low, high = int(rows.min()), int(rows.max())
-        block = memory.find(low, high + box.last - box.first - low, write=True)
-        index = box.addresses(block.base)
-        memory.note(block, index, write=True)
-        block.data[index] = values[box.inside, box.first : box.last]
-        memory.stored += index.size
+        low, size = int(rows.min()), int(rows.max()) + box.last - box.first - int(rows.min())
+        for shift in memory.shifts(low, size) or (0,):
+            block = memory.find(low + shift, size, write=True)
+            index = box.addresses(block.base - shift)
+            memory.note(block, index, write=True)
+            block.data[index] = values[box.inside, box.first : box.last]
+            memory.stored += index.size
 
 
 def shared_index(t: TensorMap, offset: int, rows: int, storing: bool = False) -> Array:

@@ -1,6 +1,6 @@
 """One module a family of instructions; importing it registers the decoders."""
 
-from . import arithmetic, asynchronous, convert, data, launch, matrix, sync, system, tcgen05, tma, warp, wgmma
+from . import arithmetic, asynchronous, convert, data, launch, matrix, multimem, sync, system, tcgen05, tma, warp, wgmma
 
 __all__ = [
     "arithmetic",
@@ -9,6 +9,7 @@ __all__ = [
     "data",
     "launch",
     "matrix",
+    "multimem",
     "sync",
     "system",
     "tcgen05",

@@ -196,7 +196,6 @@ def test_what_is_ignored_has_no_value():
         (f"cp.async.bulk.relaxed.gpu.shared::cta.global.{LOAD}.b128 [x], [%rd1], 64, [bar];", Unknown, "relaxed"),
         (f"st.async.shared::cluster.{LOAD}.b32 [x], %r0, [bar];", Fault, "cluster of one CTA"),
         ("st.bulk.shared::cta [x], 12, 0;", Fault, "multiple of 8"),
-        ("multimem.red.add.u32 [%rd1], %r0;", Unknown, "multimem"),
     ],
 )  # fmt: skip
 def test_refusals(text, error, message):
