@@ -17,13 +17,14 @@ from . import (
     mamba,
     norms,
     primitives,
+    task_scheduling,
     tutorials,
 )
 from .harness import SCHEDULES, Outcome, peak_mib, run_case
 
 _FAMILIES = (
     *(gemm, grouped, blockwise, epilogues, attention, mamba, hopper, ampere, norms, elementwise, tutorials),
-    primitives,
+    *(primitives, task_scheduling),
 )
 CASES = tuple(case for family in _FAMILIES for case in family.CASES)
 
