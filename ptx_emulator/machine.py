@@ -10,6 +10,7 @@ is the schedule's choice: at once ("eager"), one piece a queue and round ("round
 a wrong result under one is a proof of the contrary.
 """
 
+import math
 import random
 import sys
 from collections import Counter, deque
@@ -23,7 +24,7 @@ from . import processes
 from .blas import one_thread
 from .errors import DeadlockError, Fault
 from .hazards import Actor, Checks, Hazards
-from .memory import PARAM_WINDOW, RANK_SHIFT, Block, GlobalMemory, SharedMemory
+from .memory import MAX_SHARED_BYTES, PARAM_WINDOW, RANK_SHIFT, Block, GlobalMemory, SharedMemory
 from .numbers import U32, Array
 from .statistics import BankCounter, Statistics, Tally
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 Dim3 = tuple[int, int, int]
 LANES = 32
+_MAX_CLUSTER = 16  # CTAs; more than 8 if the kernel allows for it
 LANE = np.arange(LANES, dtype=np.uint32)
 SLICE = 256  # instructions a warp runs before the next has its turn
 SCHEDULES = ("eager", "round", "late")
@@ -312,8 +314,12 @@ class Launch:
         self.threads = block[0] * block[1] * block[2]
         if not 1 <= self.threads <= 1024:
             raise ValueError(f"a block has 1 to 1024 threads, got {self.threads}")
+        if not 1 <= math.prod(cluster) <= _MAX_CLUSTER:
+            raise ValueError(f"a cluster has 1 to {_MAX_CLUSTER} CTAs, got {cluster}")
         self.dynamic_shared = dynamic_shared
         self.shared_bytes = program.static_shared + dynamic_shared
+        if self.shared_bytes > MAX_SHARED_BYTES:
+            raise ValueError(f"a CTA has up to {MAX_SHARED_BYTES} bytes of shared memory, got {self.shared_bytes}")
         self.schedule = schedule
         self.seed = seed
         self.random: random.Random | None = None

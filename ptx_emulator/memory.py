@@ -24,6 +24,7 @@ _B128 = np.dtype([("low", "<u8"), ("high", "<u8")])
 UINT: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: _B128}
 RANK_SHIFT = 24
 NO_RANK = 255  # of no CTA: the largest that an address has room for
+MAX_SHARED_BYTES = 232_448  # that a CTA may have (CUDA C++ Programming Guide, "Compute Capabilities")
 RESERVED_SHARED = 1024  # the system's own, at the start of every CTA's shared memory
 SHARED_WINDOW = 1 << 56
 LOCAL_WINDOW = 2 << 56

@@ -19,6 +19,7 @@ import numpy as np
 from . import tensormap
 from .errors import Fault
 from .machine import Dim3
+from .memory import MAX_SHARED_BYTES
 
 _CUDA = (
     "DeviceGetAttribute DeviceSynchronize EventCreate EventDestroy EventElapsedTime EventRecord Free FreeAsync "
@@ -42,9 +43,10 @@ SYMBOLS = (
 
 PREFIX = "ptx_emulator_"  # of the names that the shared object exports: the real library's are in the same process
 COOPERATIVE_LAUNCH_TOO_LARGE, ERROR_UNKNOWN = 720, 999  # cudaError_t
-MAX_SHARED_BYTES = 232_448
 _ARGUMENTS = 12  # that the shared object hands on
 _COOPERATIVE, _CLUSTER_DIMENSION = 2, 4  # cudaLaunchAttributeID
+# of which these say how a launch may be placed, and what other work of the stream may see of it
+_OF_NO_ACCOUNT = {0, 1, 3, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 17}
 _DEVICE_ATTRIBUTES = {97: MAX_SHARED_BYTES, 10: 32, 1: 1024, 39: 2048, 8: 49_152, 81: 233_472}
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76
 SM_COUNTS = {"sm_90a": 132, "sm_100a": 148}
@@ -110,6 +112,10 @@ class Runtime:
                         cluster = (x, y, z)
                     elif attribute.id == _COOPERATIVE:
                         cooperative = bool(attribute.value[0])
+                    elif attribute.id not in _OF_NO_ACCOUNT:
+                        raise Fault(
+                            f"host code launches with attribute {attribute.id}, which the emulator does not know"
+                        )
                 (gx, gy, gz), (bx, by, bz) = config.grid, config.block
                 name = self.names[a[1] - 1]
                 return self.launch(name, (gx, gy, gz), (bx, by, bz), cluster, config.shared, a[2], cooperative)

@@ -1,12 +1,14 @@
 """Cluster launch control, dependent grids, registers of a warp (PTX ISA, "clusterlaunchcontrol.try_cancel",
 "griddepcontrol", "setmaxnreg"), cooperative launches (CUDA C++ Programming Guide, "Grid Synchronization")."""
 
+import ctypes
+
 import numpy as np
 import pytest
 
 import ptx_emulator
 from ptx_emulator import DeadlockError, Fault, UnknownInstructionError
-from ptx_emulator.runtime import resident_ctas
+from ptx_emulator.runtime import Runtime, _Attribute, _Config, resident_ctas
 
 from .ptx import module, run
 
@@ -235,3 +237,40 @@ def test_a_cooperative_grid_runs_in_one_process():
 )
 def test_how_many_ctas_an_sm_takes(threads, shared, registers, want):
     assert resident_ctas(threads, shared, registers) == want
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block": (1025,)}, "1 to 1024 threads, got 1025"),
+        ({"cluster": (4, 5), "grid": (4, 5)}, r"1 to 16 CTAs, got \(4, 5, 1\)"),
+        ({"cluster": (2,), "grid": (3,)}, "not a whole number of clusters"),
+        ({"shared": 232_449}, "up to 232448 bytes of shared memory, got 232449"),
+    ],
+)
+def test_launches_that_the_hardware_has_no_room_for(change, message):
+    with pytest.raises(ValueError, match=message):
+        ptx_emulator.load(module("")).launch(
+            "k", **({"grid": (1,), "block": (32,), "args": [np.zeros(1, np.int32)]} | change)
+        )
+
+
+def started(*attributes: tuple[int, tuple[int, int, int]]) -> tuple:
+    """What a launch with these attributes (id and value) asks for."""
+    seen: list[tuple] = []
+    given = (_Attribute * len(attributes))(*(_Attribute(n, 0, (ctypes.c_uint32 * 16)(*v)) for n, v in attributes))
+    config = _Config((4, 2, 1), (64, 1, 1), 512, None, ctypes.addressof(given), len(attributes))
+    runtime = Runtime("sm_100a", lambda *a: seen.append(a) or 0)
+    runtime.names = ["k"]
+    assert runtime.answer("_cudaLaunchKernelEx", [ctypes.addressof(config), 1, 99]) == 0
+    return seen[0]
+
+
+def test_launch_attributes():
+    """CUDA runtime API, "cudaLaunchAttributeID": 2 is cooperative, 4 a cluster's size, 6 a dependent launch."""
+    assert started() == ("k", (4, 2, 1), (64, 1, 1), (1, 1, 1), 512, 99, False)
+    assert started((6, (1, 0, 0)), (4, (2, 1, 1)))[3:] == ((2, 1, 1), 512, 99, False)
+    assert started((2, (1, 0, 0)))[6]
+    assert not started((2, (0, 0, 0)))[6]
+    with pytest.raises(Fault, match="attribute 13, which the emulator does not know"):
+        started((13, (1, 0, 0)))

@@ -165,11 +165,13 @@ def shared_sizes(module: ModuleType, gen: torch.Generator) -> Prepared:
     def launch() -> None:
         module.kernel_no_smem().launch(grid=(1, 1, 1), block=(1, 1, 1))
         module.kernel_static().launch(grid=(1, 1, 1), block=(1, 1, 1))
+        module.kernel_static().launch(grid=(1, 1, 1), block=(1, 1, 1), smem=16)
 
     compiled = cute.compile(launch)
     # 264 bytes of the structure, 512 at a multiple of 64, 512, 1024
-    size = 264 + 56 + 512 + 512 + 1024
-    printed = Printed(["Running kernel_no_smem", "Running kernel_static", f"Kernel launch smem size: {size}"])
+    sizes = 264 + 56 + 512 + 512 + 1024, 16
+    static = [line for size in sizes for line in ("Running kernel_static", f"Kernel launch smem size: {size}")]
+    printed = Printed(["Running kernel_no_smem", *static])
     return Prepared(lambda: printed.capture(compiled), [printed], ())
 
 
@@ -238,6 +240,24 @@ def add_one(module: ModuleType, gen: torch.Generator, n: int) -> Prepared:
     return Prepared(lambda: compiled(*tensors), [_exactly(y, x + 1)], (x,))
 
 
+def exported(module: ModuleType, gen: torch.Generator) -> Prepared:
+    """The kernels that are exported, without the export: the first of two 10 x 16 matrices is printed and changed."""
+    before, a, b = torch.arange(160.0).view(16, 10), torch.empty(16, 10), torch.randn(16, 10, generator=gen)
+    want = before.clone()
+    want[0, 0] = b[0, 0] + 1
+    tensors = [from_dlpack(t.T).mark_layout_dynamic() for t in (a, b)]
+    show = cute.compile(module.print_tensor, tensors[0], stream=STREAM)
+    add = cute.compile(module.add_one, *tensors, stream=STREAM)
+    printed = Printed([f"a: raw_ptr(0x{a.data_ptr():016x}: f32, gmem, align<4>) o (10,16):(1,10)"])
+
+    def run() -> None:
+        a.copy_(before)
+        printed.capture(lambda: show(tensors[0], stream=STREAM))
+        add(*tensors, stream=STREAM)
+
+    return Prepared(run, [_exactly(a, want), printed], (b,))
+
+
 def _tutorials(example: str, prepare: Any, *configs: dict[str, Any], arch: str = "sm_100a") -> list[Case]:
     return [Case(f"dsl_tutorials.{example}", prepare, config, arch) for config in configs]
 
@@ -272,6 +292,7 @@ CASES = [
         {"kind": "driver", "at_start": 0},
         {"kind": "driver", "at_start": 1},
     ),
+    *_tutorials("export.export_to_c", exported, {}),
     *_tutorials("dataclass_immutable", memcpy, {"n": 300}),
     *_tutorials("tvm_ffi.jit_and_use_in_torch", add_one, {"n": 10}),
     *_tutorials("fp16_gemm_4_iket", tutorial_fp16, {"mnk": (512, 1024, 256), "constants": (FEW, FEW)}),
