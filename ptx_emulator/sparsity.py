@@ -1,5 +1,5 @@
-"""Sparse operands A: half of the elements of a row are in memory, indices of 4 bits say where they belong (PTX ISA,
-"Sparse matrix storage" of wgmma, "Sparse Matrices" of tcgen05).
+"""Sparse operands A: half of the elements of a row are stored, indices of 4 bits say where they belong (PTX ISA,
+"Sparse matrix storage" of mma.sp and wgmma.sp, "Sparse Matrices" of tcgen05).
 
 An index is of four elements, two of which are there: the place of the first in its lower, that of the second in its
 upper half. Of 32-bit elements it is of two, one of which is there, and as if each were two halves.

@@ -1,7 +1,8 @@
 """ldmatrix, stmatrix, movmatrix and mma.sync (PTX ISA, "Warp-level matrix instructions").
 
 Fragments: with g = lane / 4 and q = lane % 4, a lane holds of an 8 x 8 matrix of 16-bit elements row g, columns 2q and
-2q + 1. mma.m16n8k16 and its kin hold their operands in such pieces.
+2q + 1. mma.m16n8k16 and its kin hold their operands in such pieces. mma.sp of 64 bytes along K has the fragments and
+metadata of wgmma.sp (the ISA shows the same figures); how it adds nobody has compared.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from ..machine import LANE, LANES, Warp
 from ..memory import split_shared
 from ..numbers import SMALL, U32, Array
 from ..parser import Instruction
-from ..program import DTYPES, Mask, Program, Run, decoder, unknown
+from ..program import DTYPES, Mask, Program, Run, constant, decoder, unknown
+from ..sparsity import ANY, ORDERED, expanded, of_warp
 from .arithmetic import fma_f64
 from .data import shared_of
 
@@ -158,14 +160,19 @@ def multiply(a: Array, b: Array, c: Array, operands: tuple[str, str], result: st
     return tensorcore.step(a, b, c, operands, result)
 
 
+# of mma.sp: which indices mean something
+_METADATA = {"sp": ANY, "sp:ordered_metadata": ORDERED}
 _RESULTS = {"f16": np.float16, "f32": np.float32, "f64": np.float64, "s32": np.int32}
 
 
 @decoder("mma")
 def _mma(i: Instruction, p: Program) -> Run:
-    """m{8,16}n8k{4,8,16,32} in pieces of 8 rows and 32 bits of K per lane (64 bits for FP64)."""
+    """m{8,16}n8k{4,8,16,32} in pieces of 8 rows and 32 bits of K per lane (64 bits for FP64). With a sparse A those of
+    A are half as many.
+    """
     shape = next((x for x in i.op if x.startswith(("m16n8k", "m8n8k"))), "")
-    if i.op[1] != "sync" or not shape or "row" not in i.op or len(i.op) - i.op.index("col") not in (5, 6):
+    sparse = i.op[1] in _METADATA
+    if i.op[1 + sparse] != "sync" or not shape or "row" not in i.op or len(i.op) - i.op.index("col") not in (5, 6):
         raise unknown(i)
     rows, k = (int(x) for x in shape[1:].split("n8k"))
     d_kind, a_kind, b_kind, c_kind = i.op[-4:]
@@ -177,23 +184,35 @@ def _mma(i: Instruction, p: Program) -> Run:
         raise unknown(i)
     if (d_kind == "s32") != (a_kind in ("s8", "u8")) or (d_kind == "f64") != (a_kind == "f64"):
         raise unknown(i)
+    if sparse and (k != 64 // size or size > 4 or a_kind in ("e4m3", "e5m2")):
+        raise unknown(i, "metadata of that shape, sums of that type")
     register = "b64" if d_kind == "f64" else "b32"
     a, b, c = ([p.source(x, register) for x in p.vector(o)] for o in i.operands[1:4])
     writes = [p.target(x, register) for x in p.vector(i.operands[0])]
     unsigned, result = np.dtype(f"u{size}"), np.dtype(_RESULTS[d_kind])
     halves, pieces = rows // 8, k // (4 * per)  # registers for one row along K
+    stored = pieces // 2 if sparse else pieces  # of A
+    if (len(a), len(b)) != (halves * stored, pieces):
+        raise unknown(i, f"{len(a)} registers of A and {len(b)} of B")
+    metadata = p.source(i.operands[4], "b32") if sparse else None
+    selector = constant(i.operands[5]) if sparse else 0
+    if selector not in (0, 1) or (selector and size == 1):
+        raise unknown(i, f"sparsity selector {selector}")
     pair = 2 * QUAD[:, None] + np.arange(2)
-    what = f"mma.sync {shape} {a_kind}"
+    what = f"mma.{'sp.' if sparse else ''}sync {shape} {a_kind}"
 
     def run(w: Warp, m: Mask) -> str | None:
         if not w.everyone(m):
             return "mma.sync is executed by a divergent warp"
-        left, right, old = np.zeros((rows, k)), np.zeros((8, k)), np.zeros((rows, 8))
+        left, right, old = np.zeros((rows, 4 * per * stored)), np.zeros((8, k)), np.zeros((rows, 8))
         columns = per * QUAD[:, None] + np.arange(per)
-        for piece in range(pieces):
+        for piece in range(stored):
             for half in range(halves):
                 values = a_value(a[halves * piece + half](w).view(unsigned)).reshape(LANES, per)
                 left[GROUP[:, None] + 8 * half, columns + 4 * per * piece] = values
+        if metadata is not None:
+            left = expanded(left, of_warp(metadata(w), 8 * size, selector), size == 4, _METADATA[i.op[1]])
+        for piece in range(pieces):
             right[GROUP[:, None], columns + 4 * per * piece] = b_value(b[piece](w).view(unsigned)).reshape(LANES, per)
         given = np.stack([read(w) for read in c], 1).view(result).reshape(LANES, halves, 2)
         for half in range(halves):

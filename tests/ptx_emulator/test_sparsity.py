@@ -1,4 +1,4 @@
-"""wgmma with a sparse A: metadata put into the threads' registers by hand, against products with all the zeros.
+"""mma and wgmma with a sparse A: metadata put into the threads' registers by hand, against products with all zeros.
 
 tcgen05.mma.sp is in test_tcgen05_mma.
 """
@@ -28,7 +28,7 @@ def small(rows: int, columns: int, dtype) -> np.ndarray:
     return rng.integers(-7, 8, (rows, columns)).astype(dtype)
 
 
-def sparse(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sparse(kind: str, ordered: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A's elements that are stored, [64, k / 2], all of them [64, k] and the indices."""
     dtype, stored = KINDS[kind]
     kept = small(64, stored, dtype)
@@ -36,6 +36,7 @@ def sparse(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         choices, width = {0b0100: (0,), 0b1110: (1,)}, 2
     else:
         choices = {first | second << 2: (first, second) for first in range(4) for second in range(4) if first != second}
+        choices = {index: places for index, places in choices.items() if not ordered or places[0] < places[1]}
         width = 4
     indices = rng.choice(list(choices), (64, 2 * stored // width))
     full = np.zeros((64, 2 * stored), dtype)
@@ -134,3 +135,53 @@ def test_refused(kind, index, selector, message):
     b = small(32, full.shape[1], KINDS[kind][0])
     with pytest.raises(Fault, match=message):
         wgmma(kind, kept, b, words, selector, in_registers=False)
+
+
+def mma(kind: str, kept: np.ndarray, b: np.ndarray, words: np.ndarray, selector: int, op: str = "sp") -> np.ndarray:
+    """One of 64 bytes along K: D [16, 8]. Lane (g, q) holds four bytes of row g (or g + 8) at 4 q, 4 q + 16, .."""
+    g, q = np.divmod(np.arange(32), 4)
+    rows = [np.ascontiguousarray(x).view(np.uint32) for x in (kept, b)]
+    fragments = [rows[0][g + 8 * (j % 2), q + 4 * (j // 2)] for j in range(4)]
+    fragments += [rows[1][g, q + 4 * j] for j in range(4)]
+    source = np.ascontiguousarray(np.stack([*fragments, words[:32]]))
+    result = "s32" if kind == "s8" else "f32"
+    text = "mov.u32 %r0, %tid.x; ld.param.b64 %rd1, [src]; mul.wide.u32 %rd2, %r0, 4; add.s64 %rd1, %rd1, %rd2;"
+    text += "".join(f"ld.global.b32 %r{10 + n}, [%rd1+{128 * n}];" for n in range(9))
+    text += "".join(f"mov.b32 %r{20 + n}, 0;" for n in range(4))
+    text += (
+        f"mma.{op}.sync.aligned.m16n8k{2 * kept.shape[1]}.row.col.{result}.{kind}.{kind}.{result} "
+        "{%r30, %r31, %r32, %r33}, {%r10, %r11, %r12, %r13}, {%r14, %r15, %r16, %r17}, {%r20, %r21, %r22, %r23}, "
+        f"%r18, {selector}; add.s64 %rd3, %rd63, %rd2;"
+    )
+    text += "".join(f"st.global.b32 [%rd3+{128 * n}], %r{30 + n};" for n in range(4))
+    out = np.zeros((4, 32), np.int32 if kind == "s8" else np.float32)
+    run(text, out, source, params=".param .u64 src", arch="sm_90a")
+    full = np.zeros((16, 8), out.dtype)
+    for n in range(4):
+        full[g + 8 * (n // 2), 2 * q + n % 2] = out[n]
+    return full
+
+
+@pytest.mark.parametrize("op", ["sp", "sp::ordered_metadata"])
+@pytest.mark.parametrize(("kind", "selector"), [("f16", 0), ("bf16", 1), ("tf32", 0), ("tf32", 1), ("s8", 0)])
+def test_mma_sp(kind, selector, op):
+    kept, full, indices = sparse(kind, op != "sp")
+    b = small(8, full.shape[1], KINDS[kind][0])
+    got = mma(kind, kept[:16], b, metadata(kind, indices, selector), selector, op)
+    np.testing.assert_array_equal(got, full[:16].astype(np.float64) @ b.astype(np.float64).T)
+
+
+@pytest.mark.parametrize(
+    ("kind", "index", "selector", "message"),
+    [
+        ("f16", 0b0001, 0, "0b0001 in the metadata of a sparse operand means nothing"),
+        ("f16", 0b0100, 2, "sparsity selector 2"),
+        ("e4m3", 0b0100, 0, "sums of that type"),
+    ],
+)
+def test_mma_sp_refused(kind, index, selector, message):
+    kept, full, indices = sparse(kind, ordered=True)
+    indices[11, 2] = index
+    b = small(8, full.shape[1], KINDS[kind][0])
+    with pytest.raises(Fault, match=message):
+        mma(kind, kept[:16], b, metadata(kind, indices, selector), selector, "sp::ordered_metadata")
