@@ -149,8 +149,10 @@ class Direct(Epilogue):
                 cute.arch.fence_proxy("async.shared", space="cta")
                 warps.arrive_and_wait()
                 if warp == 0:
-                    cute.copy(d_tma.atom, tDs[None, staged.index], tDg[None, i, j * self.stores + part])
-                    stores.producer_commit()
+                    # unlike a load, a store is not issued by one lane of its own accord; groups are that lane's
+                    with cute.arch.elect_one():
+                        cute.copy(d_tma.atom, tDs[None, staged.index], tDg[None, i, j * self.stores + part])
+                        stores.producer_commit()
                 staged.advance()
             acc_state.advance()
             tile += step

@@ -46,7 +46,13 @@ def test_every_value_of_every_knob(config: Config) -> None:
     with emulate("sm_100a", schedule=SCHEDULES[number % len(SCHEDULES)], races="strict") as device:
         case.run(kernel, config)
     case.check()
-    assert device.launches[-1].tensor_columns == kernel.budget(config).tmem_columns
+    stats = device.launches[-1]
+    assert stats.tensor_columns == kernel.budget(config).tmem_columns
+    if not config.swap_ab and config.split_k == 1:
+        p, tile = case.problem, (128 * config.cluster_m, config.tile_n * config.cluster_n)
+        columns = {"bf16": 64, "fp32": 32, "nvfp4": 64}[p.out]
+        stores = -(-p.m // tile[0]) * tile[0] // 128 * -(-p.n // tile[1]) * tile[1] // columns
+        assert stats.events["TMA stores"] == stores  # one lane issues each
 
 
 def operands(m: int, n: int, k: int, alpha_a: float = 2.0**-6, alpha_b: float = 2.0**-5) -> tuple[NVFP4Tensor, ...]:
