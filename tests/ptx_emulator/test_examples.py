@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from .examples import operands
+from ptx_emulator import Fault, emulation
+
+from .examples import harness, operands
+from .examples.harness import Case, Prepared, run_case
 from .examples.operands import FORMATS, empty, expected, matrix, product, scales
 
 
@@ -87,3 +90,44 @@ def test_packing():
     assert operands.pack(codes, 6).tolist() == [0b10000001, 0b00110000, 0b11111100]
     assert operands.unpack(operands.pack(codes, 6), 6).tolist() == codes.tolist()
     assert operands.pack(codes[:2], 4).tolist() == [0x21]
+
+
+class _Result:
+    """An output that is wrong where `wrong` says so."""
+
+    def __init__(self, wrong):
+        self.wrong = wrong
+
+    def reset(self) -> None:
+        pass
+
+    def mismatch(self) -> str | None:
+        return "an element is wrong" if self.wrong() else None
+
+
+@pytest.mark.parametrize(
+    ("says", "says_so", "shown", "wrong_under", "verdict"),
+    [
+        ("data race", "data race: here", (), (), None),
+        ("data race", "no proxy fence: here", (), (), "must be refused for 'data race', but: Fault: no proxy fence"),
+        ("data race", "", (), (), "must be refused for 'data race', but: None"),
+        ("data race", "data race: here", (), ("eager",), "an element is wrong"),
+        ("data race", "data race: here", ("eager",), ("eager",), None),
+        ("data race", "data race: here", ("eager",), (), "must be wrong without the checks"),
+        ("", "data race: here", (), (), "Fault: data race: here"),
+    ],
+)
+def test_a_case_is_held_to_what_it_says(monkeypatch, says, says_so, shown, wrong_under, verdict):
+    monkeypatch.setattr(harness, "import_example", lambda *a: None)
+
+    def prepare(module, gen) -> Prepared:
+        def run() -> None:
+            if says_so and emulation._active[-1].races:
+                raise Fault(says_so)
+
+        return Prepared(run, [_Result(lambda: emulation._active[-1].schedule in wrong_under)], ())
+
+    outcomes = []
+    good = run_case(None, Case("an.example", prepare, refused=says, shown=shown), ["round", "eager"], outcomes.append)
+    assert good == (verdict is None)
+    assert outcomes[-1].problem is None if verdict is None else verdict in outcomes[-1].problem
