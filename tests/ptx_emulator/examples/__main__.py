@@ -9,6 +9,7 @@ from . import (
     ampere,
     attention,
     blockwise,
+    distributed,
     elementwise,
     epilogues,
     gemm,
@@ -24,7 +25,7 @@ from .harness import SCHEDULES, Outcome, peak_mib, run_case
 
 _FAMILIES = (
     *(gemm, grouped, blockwise, epilogues, attention, mamba, hopper, ampere, norms, elementwise, tutorials),
-    *(primitives, task_scheduling),
+    *(primitives, task_scheduling, distributed),
 )
 CASES = tuple(case for family in _FAMILIES for case in family.CASES)
 
