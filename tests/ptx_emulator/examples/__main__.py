@@ -9,6 +9,7 @@ from . import (
     ampere,
     attention,
     blockwise,
+    cute_ext,
     distributed,
     elementwise,
     epilogues,
@@ -25,7 +26,7 @@ from .harness import SCHEDULES, Outcome, peak_mib, run_case
 
 _FAMILIES = (
     *(gemm, grouped, blockwise, epilogues, attention, mamba, hopper, ampere, norms, elementwise, tutorials),
-    *(primitives, task_scheduling, distributed),
+    *(cute_ext, primitives, task_scheduling, distributed),
 )
 CASES = tuple(case for family in _FAMILIES for case in family.CASES)
 

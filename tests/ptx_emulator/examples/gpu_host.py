@@ -159,6 +159,7 @@ def gpu_host() -> Iterator[None]:
     """Inside, host code written for a GPU runs on CPU tensors."""
     from cutlass.base_dsl.compiler import CompileCallable
     from cutlass.base_dsl.runtime import cuda
+    from cutlass.cute import testing
     from cutlass.cute.runtime import _Tensor
 
     made = _Tensor.__init__
@@ -169,6 +170,7 @@ def gpu_host() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_OnCpu())
         stack.enter_context(patch.object(CompileCallable, "_compile", _compile(CompileCallable._compile)))
+        stack.enter_context(patch.object(testing, "benchmark", lambda *_, **__: 0.0))
         stack.enter_context(patch.object(_Tensor, "__init__", without_ffi))
         stack.enter_context(patch.object(cuda, "initialize_cuda_context", lambda *_, **__: None))
         stack.enter_context(
