@@ -16,7 +16,7 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tune bench report check lint format test test-gpu emulator-examples wheel constraints clean
+.PHONY: help setup demo tune bench report check lint format test test-gpu emulator-examples sweep wheel constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 20
@@ -63,6 +63,9 @@ test-gpu: $(SETUP)  ## all tests, on the GPU of this machine
 
 emulator-examples: $(SETUP)  ## run the CuTe DSL examples of a checkout CUTLASS=PATH in ptx_emulator (ARGS: names, --schedule all)
 	$(PY) -m tests.ptx_emulator.examples --cutlass $(CUTLASS) $(ARGS)
+
+sweep: $(SETUP)  ## compile every config of gemm_nvfp4_sm100, run a covering set of them in ptx_emulator (20 minutes; ARGS)
+	$(PY) -m tests.kernels_cute.sweep_sm100 $(ARGS)
 
 wheel: $(SETUP)  ## build the wheel into dist/
 	$(PY) -m pip wheel --quiet --no-deps -w dist .

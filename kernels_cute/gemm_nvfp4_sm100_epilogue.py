@@ -28,7 +28,7 @@ STORE_STAGES, STORE_ROW_BYTES = 2, 128  # staging of Direct: [128 rows, 128 byte
 QUANTIZED_COLUMNS = 64  # of d that a thread of Direct quantises at a time: the four scales of a word
 RUN = BLOCK  # columns of d that a thread of Summed finishes at a time
 CHUNK = 32  # columns of an accumulator in a thread's registers on their way to its sums
-PITCH = 4  # FP32 numbers between two rows of sums, so that eight rows at a column lie in eight banks
+PITCH = 4  # FP32 numbers between two rows of sums: eight rows at a column lie in all banks
 
 
 class Epilogue:
@@ -251,11 +251,13 @@ class Summed(Epilogue):
         """This thread's row of the accumulator, `width` columns of it, to where d has them."""
         thread, _, _ = cute.arch.thread_idx()
         if cutlass.const_expr(self.swap):
-            to = cute.make_tensor(sums + thread + column * self.pitch, cute.make_layout(self.width, stride=self.pitch))
+            rows = cute.make_layout(self.width, stride=self.pitch)
+            cute.autovec_copy(chunk, cute.make_tensor(sums + column * self.pitch + place(thread), rows))
         else:
-            offset = cute.assume(thread * self.pitch + column, divby=4)
-            to = cute.make_tensor(sums + offset, cute.make_layout(self.width))
-        cute.autovec_copy(chunk, to)
+            for c in cutlass.range_constexpr(0, self.width, 4):
+                offset = cute.assume(thread * self.pitch + place(column + c), divby=4)
+                four = cute.make_layout(4)
+                cute.autovec_copy(cute.make_tensor(chunk.iterator + c, four), cute.make_tensor(sums + offset, four))
 
     @cute.jit
     def finish(self, sums, mD, sfd, scales, starts, first_row, first_column):
@@ -276,7 +278,7 @@ class Summed(Epilogue):
             row, column = first_row + in_row, first_column + in_column
             if row < m and column < n:
                 rSums = cute.make_rmem_tensor(RUN, Float32)
-                self.add(peers, (in_row * self.pitch + in_column) * 4, rSums)
+                self.add(peers, in_row * self.pitch, in_column, rSums)
                 self.scale(rSums, scales[0], starts, column)
                 if cutlass.const_expr(self.quantized):
                     self.quantize(rSums, scales, mD, sfd, row, column)
@@ -290,12 +292,13 @@ class Summed(Epilogue):
             self.pad(m, n, sfd, first_row, first_column, part)
 
     @cute.jit
-    def add(self, peers, offset, rSums):
+    def add(self, peers, row, column, rSums):
         """The sums of every part, in order."""
         for q in cutlass.range_constexpr(RUN // 4):
-            total = load_sums(peers[0], offset + 16 * q, self.parts > 1)
+            offset = 4 * (row + place(column + 4 * q))
+            total = load_sums(peers[0], offset, self.parts > 1)
             for p in cutlass.range_constexpr(1, self.parts):
-                more = load_sums(peers[p], offset + 16 * q, True)
+                more = load_sums(peers[p], offset, True)
                 total = [x + y for x, y in zip(total, more, strict=True)]
             for e in cutlass.range_constexpr(4):
                 rSums[4 * q + e] = total[e]
@@ -347,6 +350,11 @@ def staging_bytes(tile_n, swap_ab, split_k):
         return STORE_STAGES * LANES * STORE_ROW_BYTES
     rows, columns = sums_shape(tile_n, swap_ab)
     return rows * (columns + PITCH) * 4
+
+
+def place(column):
+    """Where a row of sums has a column: the fours of two runs change places, so that eight runs lie in all banks."""
+    return column ^ (column >> 5 & 3) << 2
 
 
 @dsl_user_op
