@@ -5,9 +5,9 @@ with the lowest counter runs first, and fragments that meet become one again, wh
 the end of the branch. An instruction that has to wait says so, and its fragment tries again in the next round.
 
 Asynchronous work (TMA, wgmma, tcgen05) stands in queues of the cluster, each in its own order. When it is carried out
-is the schedule's choice: at once ("eager"), one piece a queue and round ("round"), or only when no warp can go on
-("late"). A seed shuffles warps and queues. Right results under all of them are no proof of right synchronisation, but
-a wrong result under one is a proof of the contrary.
+is the schedule's choice: at once ("eager"), one piece a queue and round ("round"), or only when no warp of the cluster
+can do more than look at flags in memory ("late"). A seed shuffles warps and queues. Right results under all of them are
+no proof of right synchronisation, but a wrong result under one is a proof of the contrary.
 """
 
 import math
@@ -36,6 +36,7 @@ LANES = 32
 _MAX_CLUSTER = 16  # CTAs; more than 8 if the kernel allows for it
 LANE = np.arange(LANES, dtype=np.uint32)
 SLICE = 256  # instructions a warp runs before the next has its turn
+POLLS = 8  # strong loads in a turn that say that a warp does nothing but wait for others
 SCHEDULES = ("eager", "round", "late")
 
 PLAIN, BRANCH, EXIT = range(3)
@@ -66,6 +67,7 @@ class Warp:
         self.counts = [0] * len(self.program.steps)
         self.rounds: Counter[int] = Counter()  # in which the instruction at a pc had to wait
         self.state: dict[Any, Any] = {}  # of the asynchronous operations, each module its own key
+        self.polls = 0  # strong loads and atomic operations since its turn began
         self.actor = cta.cluster.hazards.warp(self)
 
     @property
@@ -78,7 +80,7 @@ class Warp:
 
     def run(self, budget: int) -> bool:
         """Up to about `budget` instructions; whether any was carried out."""
-        fragments, total = self.fragments, 0
+        fragments, total, self.polls = self.fragments, 0, 0
         self.cta.cluster.hazards.current = self.actor
         for f in fragments:
             f.waiting = None
@@ -246,13 +248,15 @@ class Cluster:
 
     def step(self) -> bool:
         """Every warp has its turn, and the asynchronous work; whether anything was done."""
-        launch, warps, progressed = self.launch, self.running, False
+        launch, warps, progressed, busy = self.launch, self.running, False, False
         if launch.random is not None:
             launch.random.shuffle(warps)
         for warp in warps:
             budget = SLICE if launch.random is None else launch.random.choice((1, 5, 50, 500))
-            progressed |= warp.run(budget)
-        if not (progressed and launch.schedule == "late"):
+            ran = warp.run(budget)
+            progressed |= ran
+            busy |= ran and warp.polls < POLLS
+        if not (busy and launch.schedule == "late"):
             progressed |= self.work()
         self.running = [w for w in warps if w.fragments]
         return progressed

@@ -222,6 +222,7 @@ def strongly(i: Instruction, access: Run, address: Read, reads: bool, writes: bo
 
     def run(w: Warp, m: Mask) -> str | None:
         actor, hazards = w.actor, w.cta.cluster.hazards
+        w.polls += reads
         places = {int(x) for x in address(w)[_ALL if m is None else m]}
         actor.strong = True
         try:

@@ -181,3 +181,54 @@ def test_a_deadlock_names_every_rank():
     with pytest.raises(DeadlockError) as caught:
         ptx_emulator.run_together(launches)
     assert str(caught.value).count("deadlock in cluster") == 2
+
+
+# thread 0 of one warp copies by TMA to global memory and sets a flag for all; another warp looks at the flag
+FLAG = """
+ld.param.u64 %rd1, [mcflag]; ld.param.u64 %rd2, [flag]; mov.u32 %r0, %tid.x; setp.eq.u32 %p1, %r0, 0;
+setp.lt.u32 %p2, %r0, 32; mul.wide.u32 %rd3, %r0, 4; add.u64 %rd4, %rd63, %rd3; mov.u32 %r1, x;
+shl.b32 %r2, %r0, 2; add.u32 %r2, %r2, %r1; @%p2 st.shared.u32 [%r2], %r0; fence.proxy.async.shared::cta; bar.sync 0;
+@!%p2 bra LOOK;
+@%p1 cp.async.bulk.global.shared::cta.bulk_group [%rd63], [x], 128;
+@%p1 cp.async.bulk.commit_group; @%p1 cp.async.bulk.wait_groupREAD 0;
+@%p1 multimem.red.release.sys.global.add.u32 [%rd1], 1;
+bra END;
+LOOK: ld.acquire.sys.global.u32 %r3, [%rd2]; setp.lt.u32 %p3, %r3, 2; @%p3 bra LOOK;
+sub.u64 %rd4, %rd4, 128; ld.global.u32 %r4, [%rd4]; st.global.u32 [%rd4+128], %r4;
+END:
+"""
+
+
+def flagged(read: str = "", **kw) -> list[np.ndarray]:
+    loaded = ptx_emulator.load(
+        module(
+            FLAG.replace("READ", read), ".param .u64 out, .param .u64 flag, .param .u64 mcflag",
+            shared=".shared .align 128 .b8 x[128];",
+        )
+    )  # fmt: skip
+    flags, outs = [np.zeros(1, np.uint32) for _ in range(2)], [aligned(64) for _ in range(2)]
+    memory, window = shared(flags)
+    ptx_emulator.run_together(
+        [
+            loaded.prepare("k", grid=(1,), block=(64,), args=[outs[n], flags[n], window], memory=memory, **kw)
+            for n in range(2)
+        ]
+    )
+    return outs
+
+
+def aligned(n: int) -> np.ndarray:
+    raw = np.zeros(n + 32, np.uint32)
+    start = -(raw.__array_interface__["data"][0] // 4) % 32
+    return raw[start : start + n]
+
+
+@pytest.mark.parametrize("schedule", ["eager", "round", "late"])
+def test_warps_that_look_at_flags_do_not_hold_back_asynchronous_work(schedule):
+    for out in flagged(schedule=schedule):
+        np.testing.assert_array_equal(out, np.tile(np.arange(32), 2))
+
+
+def test_stores_that_were_only_read_from_shared_memory():
+    with pytest.raises(Fault, match="data race"):
+        flagged(".read")
