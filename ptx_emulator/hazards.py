@@ -5,7 +5,8 @@ Every access is an event of an actor: a warp, or one asynchronous operation (a T
 tcgen05.mma, .cp, .shift, .ld or .st). Two accesses of one place, one of them a write, must be ordered by causality,
 whatever order they happened to run in: mbarriers, barriers, strong operations with fences, and waits for groups carry
 the order. What the generic proxy wrote must also pass a proxy fence on its way to the async proxy, or to the one that
-reads tensor maps. Writes of what is there already do not race with the write that put it there.
+reads tensor maps. Writes of what is there already do not race with the write that put it there. A warp that comes to a
+named barrier again must know that the others have come since (see `sync`).
 
 An actor knows of each other one how far it has seen it: a vector clock, once for plain causality and once for each kind
 of fence, that is for what lies before such a fence. Each place remembers its last writer and its readers since.

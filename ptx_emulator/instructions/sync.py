@@ -31,7 +31,9 @@ MAX_COUNT = (1 << _COUNT_BITS) - 1  # of arrivals and of transactions
 
 @dataclass(slots=True)
 class NamedBarrier:
-    """arrived: threads; expected: 0 for all of the CTA; generation: times it completed; votes: of bar.red."""
+    """arrived: threads; expected: 0 for all of the CTA; generation: times it completed; votes: of bar.red; visits:
+    actors and times of the arrivals, by generation.
+    """
 
     arrived: int = 0
     expected: int = 0
@@ -41,6 +43,17 @@ class NamedBarrier:
     result: tuple[int, int] = (0, 0)
     gathered: Clock = field(default_factory=Clock)  # what those who came have seen
     released: Clock = field(default_factory=Clock)  # what those who came last time had
+    visits: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def visit(self, number: int, by: Actor, before: int) -> None:
+        """by arrives, and did so last in generation `before`, which it must know to be over. Raises Fault. (PTX ISA,
+        "barrier": a warp that has arrived may not come again "prior to the reset of the barrier".)
+        """
+        if before == self.generation or any(
+            not by.clock.covers(CAUSAL, *visit) for visit in self.visits.get(before, ())
+        ):
+            raise Fault(f"barrier {number} is come to again, with no order after its completion by the others")
+        self.visits.setdefault(self.generation, []).append((by.index, by.time))
 
 
 @decoder("bar", "barrier")
@@ -82,6 +95,10 @@ def _bar(i: Instruction, p: Program) -> Run:
             if barrier.arrived and barrier.expected != expected:
                 raise Fault(f"barrier {number} for {expected} threads, but others came for {barrier.expected}")
             barrier.expected = expected
+            if w.cta.cluster.launch.races:
+                came = w.state.setdefault(("bar came", number), np.full(LANES, -1))
+                barrier.visit(number, w.actor, int(came[come].max()))
+                came[come] = barrier.generation
             barrier.arrived += int(come.sum())
             if come[np.argmax(w.alive)]:
                 # a warp counts as a whole: the lanes that it lacks, or that are over, come with its first one

@@ -62,6 +62,11 @@ of a byte among others: RACE
     @%p1 st.shared.u8 [%r3+3], %r4; SYNC @%p2 st.shared.u8 [%r3+[[2|3]] ], %r0;@%p1 st.shared.u8 [%r3+3], %r4;
 named barrier: RACE
     WRITE @%p1 bar.arrive 3, 64; [[@%p2 bar.sync 3, 64;|@%p2 bar.arrive 3, 64;]] READ
+named barrier, come to twice: come to again
+    @%p1 bar.arrive 3, 64; @%p2 bar.sync 3, 64; [[SYNC]] @%p1 bar.arrive 3, 64; @%p2 bar.sync 3, 64;
+ring of two named barriers: come to again
+    mov.b32 %r8, 0; ROUND: @%p1 bar.arrive 3, 64; @%p2 bar.sync 3, 64; [[@%p2 bar.arrive 4, 64; @%p1 bar.sync 4, 64;]]
+    add.s32 %r8, %r8, 1; setp.lt.u32 %p8, %r8, 3; @%p8 bra ROUND;
 mbarrier not waited for: RACE|never written
     MBARRIER WRITE @%p3 mbarrier.arrive.shared.b64 _, [bar]; [[WAITED]] READ
 mbarrier made: an mbarrier is used
