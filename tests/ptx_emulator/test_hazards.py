@@ -198,7 +198,8 @@ def test_the_checks_can_be_switched_off():
     launch(wrong, "round", races=False)
 
 
-# --- tensor memory: two warps; SMALL is a 64 x 8 x 16 MMA, whose rows lie in lanes 0-15, 32-47, .. of columns 0-7 ---
+# --- tensor memory: two warps and MMAs of 64 x 8 x 16, whose rows lie in lanes 0-15, 32-47, .. ---
+# %p1, %p2: warp 0, warp 1; %p3, %p4: their first threads; %p11: the second thread of all
 
 TENSOR_SHARED = ".shared .align 1024 .b8 buf[4096]; .shared .align 8 .b8 bar[8]; .shared .align 4 .b8 slot[4];"
 TENSOR_SETUP = """
@@ -210,7 +211,8 @@ fence.proxy.async.shared::cta; @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shar
 @%p3 mbarrier.init.shared.b64 [bar], %r7; bar.sync 0; ld.shared.b32 %r10, [slot];
 and.b32 %r11, %r0, 32; shl.b32 %r11, %r11, 16; add.s32 %r11, %r11, %r10; and.b32 %r12, %r2, 16777215;
 shr.u32 %r12, %r12, 4; cvt.u64.u32 %rd10, %r12; add.s64 %rd11, %rd10, OPERAND; mov.pred %p10, -1;
-mov.b32 %r14, NARROW; mov.b32 %r15, WIDE; add.s32 %r16, %r10, 1; mov.u32 %r17, %laneid; setp.eq.u32 %p11, %r17, 1; and.pred %p11, %p11, %p1;
+mov.b32 %r14, NARROW; mov.b32 %r15, WIDE; add.s32 %r16, %r10, 1;
+mov.u32 %r17, %laneid; setp.eq.u32 %p11, %r17, 1; and.pred %p11, %p11, %p1;
 """
 TENSOR_WORDS = {
     **WORDS,
