@@ -4,6 +4,7 @@ A kernel module holds, in this order: Config, SPACE, supports(problem, config) -
 launch(operands..., out, config), build(problem, config, arch) -> Built. See CONTRIBUTING.md.
 """
 
+import ast
 import functools
 import hashlib
 import importlib
@@ -72,29 +73,38 @@ def weight_layout(module: ModuleType) -> WeightLayout:
 
 @functools.cache
 def source_hash(name: str) -> str:
-    """SHA-256 (12 hex digits) of the kernel's source file, of its parts and of its package's shared files.
-
-    `<kernel>_*.py` is a part of the kernel. What is no kernel's and no part of another one is shared, so that a change
-    of a helper is seen in every kernel that may use it.
+    """SHA-256 (12 hex digits) of the kernel's source file and of the files of its package that it imports, also by way
+    of others: what decides which machine code comes out, beside config and compilers.
     """
     module = find(name).module
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"kernel {name} names the module {module}, which is not installed")
-    own = Path(spec.origin)
-    prefix = module.rpartition(".")[0]
-    kernels = {k.module.rpartition(".")[2] for k in KERNELS if k.module.rpartition(".")[0] == prefix}
-    files = sorted(own.parent.glob("*.py"))
-    shared = [p for p in files if p.stem not in kernels and _counts_for(own.stem, p.stem, kernels)]
     digest = hashlib.sha256()
-    for path in (own, *shared):
+    for path in _sources(Path(spec.origin)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
-def _counts_for(kernel: str, stem: str, kernels: set[str]) -> bool:
-    owners = {k for k in kernels if stem.startswith(f"{k}_")}
-    return not owners or kernel in owners
+def _sources(own: Path) -> list[Path]:
+    """A module's file, then those of its package that it imports, directly or not, by name."""
+    found, waiting = {own}, [own]
+    while waiting:
+        for name in _siblings(waiting.pop()):
+            path = own.with_name(f"{name}.py")
+            if path.exists() and path not in found:
+                found.add(path)
+                waiting.append(path)
+    return [own, *sorted(found - {own})]
+
+
+def _siblings(path: Path) -> set[str]:
+    """Modules of its own package that a file imports: `from .x import y`, `from . import x`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            names |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
+    return names
 
 
 def make_config(module: ModuleType, knobs: dict[str, Any]) -> Any:

@@ -11,11 +11,20 @@ from fp4suite import registry
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package of two kernels, one of which has a part, and a file that both share."""
+    """Two kernels: one imports a part of its own, both a helper, which imports another."""
     folder = tmp_path / "hashed_kernels"
     folder.mkdir()
-    for name in ("__init__", "one", "one_part", "two", "helper"):
-        (folder / f"{name}.py").write_text("x = 1\n")
+    files = {
+        "__init__": "",
+        "one": "import torch\nfrom . import one_part as part\nfrom .helper import x\n",
+        "two": "def late():\n    from .helper import x\n",
+        "one_part": "from . import one\n",
+        "helper": "from .deep import x\n",
+        "deep": "x = 1\n",
+        "stranger": "x = 1\n",
+    }
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     rows = [registry.Kernel("route", name, f"hashed_kernels.{name}", ("sm_90a",)) for name in ("one", "two")]
     monkeypatch.setattr(registry, "KERNELS", rows)
@@ -27,11 +36,19 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.parametrize(
     ("changed", "seen"),
-    [("one", {"one"}), ("two", {"two"}), ("one_part", {"one"}), ("helper", {"one", "two"})],
+    [
+        ("one", {"one"}),
+        ("two", {"two"}),
+        ("one_part", {"one"}),
+        ("helper", {"one", "two"}),
+        ("deep", {"one", "two"}),
+        ("stranger", set()),
+    ],
 )
-def test_a_kernel_is_its_file_its_parts_and_what_is_shared(package: Path, changed: str, seen: set[str]) -> None:
+def test_a_kernel_is_its_file_and_what_it_imports(package: Path, changed: str, seen: set[str]) -> None:
     before = {name: registry.source_hash(name) for name in ("one", "two")}
     assert before["one"] != before["two"]
-    (package / f"{changed}.py").write_text("x = 2\n")
+    path = package / f"{changed}.py"
+    path.write_text(path.read_text() + "y = 2\n")
     registry.source_hash.cache_clear()
     assert {name for name, value in before.items() if registry.source_hash(name) != value} == seen
