@@ -13,8 +13,8 @@ from ptx_emulator import instructions, program
 from .golden import replay, store
 from .golden.catalogue import CASES, Case
 
-# of sm_100 and later; system calls; tensor map replacement has a record of its own
-ELSEWHERE = {"tcgen05", "clusterlaunchcontrol", "tensormap", "vprintf", "assertfail"}
+# of sm_100 and later; system calls; tensor map replacement has a record of its own; multicast needs several GPUs
+ELSEWHERE = {"tcgen05", "clusterlaunchcontrol", "tensormap", "vprintf", "assertfail", "multimem"}
 GROUP = 40  # cases a test
 
 
