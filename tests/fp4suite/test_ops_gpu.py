@@ -111,6 +111,17 @@ def test_gemm(laid_out: bool, act: str, m: int, device: torch.device) -> None:
         assert_gemm_close(got, _decoded(a), exact, alpha)
 
 
+@pytest.mark.parametrize("sf_layout", ["linear", "blocked_128x4"])
+def test_gemm_with_a_quantized_result_has_the_bytes_of_quantizing_fp32(sf_layout: str, device: torch.device) -> None:
+    alpha = torch.tensor(0.05, device=device)
+    for act in ("nvfp4",) if arch.of(device) == "sm_100a" else ("nvfp4", "bf16"):
+        a, b, segments, _ = _gemm_operands(act, device, 37)
+        whole = ops.gemm_nvfp4(a, b, segments=segments, out_dtype=torch.float32)
+        want = ops.quantize_nvfp4(whole, alpha=alpha, sf_layout=sf_layout)
+        got = ops.gemm_nvfp4(a, b, segments=segments, out_alpha=alpha, out_sf_layout=sf_layout)
+        assert_same(got, want)
+
+
 def test_gemm_of_transposed_and_batched_activations(device: torch.device) -> None:
     act = "nvfp4" if arch.current() == "sm_100a" else "bf16"
     a, b, segments, _ = _gemm_operands(act, device, 24)
