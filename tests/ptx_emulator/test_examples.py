@@ -1,13 +1,19 @@
 """What the CUTLASS examples are compared with: operands, references, and that a wrong result is seen."""
 
+from types import ModuleType
+
+import cutlass
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from cutlass import cute
+from cutlass.cute.runtime import make_fake_compact_tensor
 
-from ptx_emulator import Fault, emulation
+from ptx_emulator import Fault, active, emulate, emulation
 
-from .examples import harness, operands
+from .examples import gpu_host as gpu_tensors, harness, operands
+from .examples.gpu_host import as_it_stands, gpu_host
 from .examples.harness import Case, Prepared, run_case
 from .examples.operands import FORMATS, empty, expected, matrix, product, scales
 
@@ -131,3 +137,66 @@ def test_a_case_is_held_to_what_it_says(monkeypatch, says, says_so, shown, wrong
     good = run_case(None, Case("an.example", prepare, refused=says, shown=shown), ["round", "eager"], outcomes.append)
     assert good == (verdict is None)
     assert outcomes[-1].problem is None if verdict is None else verdict in outcomes[-1].problem
+
+
+def verdict(verify) -> str | None:
+    """What the harness says of an example whose own check is this function."""
+    module = ModuleType("example")
+    module.verify = verify
+    prepared = as_it_stands(module, generator())
+    with emulate("sm_100a"):
+        try:
+            prepared.run()
+        except AssertionError as e:
+            return str(e)
+    return None
+
+
+def test_an_example_that_checks_itself_is_believed_only_when_a_kernel_ran():
+    assert verdict(lambda: None) == "no kernel was launched"
+
+    def right():
+        active().launches.append(None)
+
+    def wrong(say):
+        right()
+        print(say)
+
+    def raises():
+        torch.testing.assert_close(torch.zeros(2, device="cuda"), torch.ones(2, device="cuda"))
+
+    assert verdict(right) is None
+    assert verdict(lambda: wrong("all is well")) is None
+    assert "FAILED" in verdict(lambda: wrong("kernel 4: FAILED"))
+    assert "not close" in verdict(raises)
+    assert verdict(lambda: right() is not None) is not None
+
+
+def test_tensors_of_host_code_lie_as_on_a_gpu():
+    with gpu_host():
+        made = torch.randn(3, 5, device="cuda"), torch.zeros(7).cuda(), torch.ones(3, 2).T.to("cuda")
+        copied = made[0].cpu()
+        copied[0, 0] = 9
+    assert all(x.untyped_storage().data_ptr() % 512 == 0 for x in made)
+    assert [x.untyped_storage().nbytes() for x in made] == [60, 28, 24]
+    assert made[2].stride() == (1, 2)
+    assert made[0][0, 0] != 9
+    assert not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(8, 4, dtype=torch.float16), "float16 for one of Float32"),
+        (torch.zeros(8, 5), "5 where the function was compiled for 4"),
+        (torch.zeros(6, 4), "6 is not a multiple of 4"),
+        (torch.zeros(4, 8).T, "1 where the function was compiled for 4|stride 1"),
+    ],
+)
+def test_tensors_that_are_not_as_they_were_when_compiling(tensor, message):
+    fake = make_fake_compact_tensor(
+        cutlass.Float32, (cute.sym_int64(divisibility=4), 4), stride_order=(1, 0), assumed_align=4
+    )
+    gpu_tensors._Descriptor(fake, torch.zeros(8, 4))
+    with pytest.raises(ValueError, match=message):
+        gpu_tensors._Descriptor(fake, tensor)
