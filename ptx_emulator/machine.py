@@ -8,6 +8,9 @@ Asynchronous work (TMA, wgmma, tcgen05) stands in queues of the cluster, each in
 is the schedule's choice: at once ("eager"), one piece a queue and round ("round"), or only when no warp of the cluster
 can do more than look at flags in memory ("late"). A seed shuffles warps and queues. Right results under all of them are
 no proof of right synchronisation, but a wrong result under one is a proof of the contrary.
+
+When no warp can go on, waits that have a limit of time (mbarrier.try_wait) expire. Warps that then come to stand where
+they stood before wait for each other.
 """
 
 import math
@@ -37,6 +40,7 @@ _MAX_CLUSTER = 16  # CTAs; more than 8 if the kernel allows for it
 LANE = np.arange(LANES, dtype=np.uint32)
 SLICE = 256  # instructions a warp runs before the next has its turn
 POLLS = 8  # strong loads in a turn that say that a warp does nothing but wait for others
+PATIENCE = 8  # times that all warps may stand at the same places, their time limits expired, before it is a deadlock
 SCHEDULES = ("eager", "round", "late")
 
 PLAIN, BRANCH, EXIT = range(3)
@@ -68,6 +72,7 @@ class Warp:
         self.rounds: Counter[int] = Counter()  # in which the instruction at a pc had to wait
         self.state: dict[Any, Any] = {}  # of the asynchronous operations, each module its own key
         self.polls = 0  # strong loads and atomic operations since its turn began
+        self.expired: set[int] = set()  # where a wait that has a limit of time ends without success
         self.actor = cta.cluster.hazards.warp(self)
 
     @property
@@ -419,11 +424,16 @@ def _carry_out(places: Sequence[tuple[Launch, Dim3]]) -> list[Cluster]:
     if first.races:
         first.memory.watch(hazards)
     clusters = [Cluster(launch, place, hazards) for launch, place in places]
-    running = clusters
+    running, seen = clusters, Counter[str]()
     while running:
         progressed = [_counted(cluster, cluster.step) for cluster in running]
         if not any(progressed):
-            raise DeadlockError("\n".join(cluster.deadlock() for cluster in running))
+            standstill = "\n".join(cluster.deadlock() for cluster in running)
+            seen[standstill] += 1
+            if seen[standstill] > PATIENCE:
+                raise DeadlockError(standstill)
+            for warp in (w for cluster in running for w in cluster.running):
+                warp.expired = {f.pc for f in warp.fragments}
         for cluster in running:
             if not cluster.running:
                 _counted(cluster, cluster.finish)

@@ -392,7 +392,8 @@ def _transaction(i: Instruction, p: Program) -> Run:
 
 def _wait(i: Instruction, p: Program) -> Run:
     """try_wait waits until the phase of one of the lanes has ended, and tells the others that theirs has not: fragments
-    of a loop may meet in different rounds, where one must go on for the other's barrier. test_wait looks and goes on.
+    of a loop may meet in different rounds, where one must go on for the other's barrier. It gives up when no warp can
+    go on, for it has a limit of time. test_wait looks and goes on.
     """
     write, address = p.target(i.operands[0], "pred"), p.address(i.operands[1])
     parity, blocking = "parity" in i.op, i.op[1] == "try_wait"
@@ -419,7 +420,9 @@ def _wait(i: Instruction, p: Program) -> Run:
             else:
                 barrier.used().acquire(barrier.released, relaxed="relaxed" in i.op)
         if blocking and not done.any():
-            return waiting
+            if w.actor.pc not in w.expired:
+                return waiting
+            w.expired.remove(w.actor.pc)
         if len(lanes) == 1:
             done[:] = done[lanes[0]]
         w.cta.cluster.launch.statistics.events["mbarrier waits"] += 1

@@ -68,6 +68,18 @@ def test_transactions_without_a_copy():
         lanes(body.replace("TX", "127"), 2)
 
 
+def test_a_wait_has_a_limit_of_time():
+    """PTX ISA, "mbarrier.try_wait": it may return before the phase is over."""
+    look = "mbarrier.try_wait.parity.shared::cta.b64 %p3, [bar], 0; selp.u32 %r9, 1, 7, %p3;"
+    np.testing.assert_array_equal(lanes(look, 33), 7)
+    # lane 0 looks a few times before it arrives, while the others wait
+    body = f"""mov.b32 %r8, 0; mov.b32 %r9, 0; @!%p1 bra W;
+        AGAIN: {look} add.u32 %r8, %r8, 1; setp.lt.u32 %p2, %r8, 5; @%p2 bra AGAIN;
+        mbarrier.arrive.shared::cta.b64 _, [bar], 33; add.u32 %r9, %r9, %r8;
+        W: mbarrier.try_wait.parity.shared::cta.b64 %p3, [bar], 0; @!%p3 bra W;"""
+    np.testing.assert_array_equal(lanes(body, 33), [12] + [0] * 31)
+
+
 REMOTE = """mov.u32 %r2, %cluster_ctarank; mov.u32 %r3, 0; mapa.shared::cluster.u32 %r4, %r1, %r3; mov.b32 %r9, 1;
 fence.mbarrier_init.release.cluster; barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
 @%p1 mbarrier.arrive.release.cluster.shared::cluster.b64 STATE, [%r4], 2;
