@@ -92,6 +92,8 @@ def _ldmatrix_bytes(i: Instruction, p: Program) -> Run:
 
 @decoder("stmatrix")
 def _stmatrix(i: Instruction, p: Program) -> Run:
+    if "m16n8" in i.op:
+        return _stmatrix_bytes(i, p)
     count, transposed = _shape(i), "trans" in i.op
     address, reads = p.address(i.operands[0]), [p.source(x, "b32") for x in p.vector(i.operands[1])]
 
@@ -108,6 +110,34 @@ def _stmatrix(i: Instruction, p: Program) -> Run:
             matrix[GROUP[:, None], 2 * QUAD[:, None] + np.arange(2)] = pair
             words[j] = matrix.T if transposed else matrix
         shared_of(w, rank).shared.scatter(index, words.view(np.uint8).reshape(count * 8, 16))
+        return None
+
+    return run
+
+
+def _stmatrix_bytes(i: Instruction, p: Program) -> Run:
+    """16 x 8 bytes, transposed: a lane's register holds columns 2q and 2q + 1 of rows g, and then of g + 8."""
+    if not p.arch.startswith("sm_10") or i.op[3:] not in {
+        ("m16n8", n, "trans", space, "b8") for n in ("x1", "x2", "x4") for space in ("shared", "shared:cta")
+    }:
+        raise unknown(i)
+    count = int(i.op[4][1:])
+    address, reads = p.address(i.operands[0]), [p.source(x, "b32") for x in p.vector(i.operands[1])]
+    if len(reads) != count:
+        raise unknown(i, f"{len(reads)} registers")
+    byte = np.arange(4)
+    column, row = 2 * QUAD[:, None] + byte % 2, GROUP[:, None] + 8 * (byte // 2)
+
+    def run(w: Warp, m: Mask) -> str | None:
+        if not w.everyone(m):
+            return "stmatrix is executed by a divergent warp"
+        a = address(w)
+        index, rank = _rows(w, a, count)
+        w.cta.cluster.launch.banks.access(w, a[: 8 * count], None, _ROW_BYTES)
+        stored = np.zeros((count, 8, 16), np.uint8)
+        for j, read in enumerate(reads):
+            stored[j, column, row] = read(w).view(np.uint8).reshape(LANES, 4)
+        shared_of(w, rank).shared.scatter(index, stored.reshape(count * 8, 16))
         return None
 
     return run

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ptx_emulator import Fault
+from ptx_emulator import Fault, UnknownInstructionError
 
 from .ptx import run
 
@@ -58,6 +58,31 @@ def test_ldmatrix_of_bytes():
             for half in range(2):
                 rows = slice(4 * (t % 4), 4 * (t % 4) + 4)
                 assert np.array_equal(got[t, matrix, half], source[matrix, rows, t // 4 + 8 * half])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_stmatrix_of_bytes(count):
+    """PTX ISA, "stmatrix", .m16n8: fragments like those of the result of mma.m16n8k16, stored column by column."""
+    registers = ", ".join(f"%r{10 + n}" for n in range(count))
+    loads = "".join(f"ld.global.b32 %r{10 + n}, [%rd1+{4 * n}];" for n in range(count))
+    body = f"""
+    mov.u32 %r0, %tid.x; shl.b32 %r1, %r0, 4; mov.b32 %r2, buf; add.s32 %r2, %r2, %r1;
+    ld.param.b64 %rd1, [src]; mul.wide.u32 %rd2, %r0, {4 * count}; add.s64 %rd1, %rd1, %rd2; {loads}
+    stmatrix.sync.aligned.m16n8.x{count}.trans.shared.b8 [%r2], {{{registers}}};
+    bar.sync 0; setp.lt.u32 %p1, %r0, {8 * count}; mul.wide.u32 %rd4, %r0, 16; add.s64 %rd3, %rd63, %rd4;
+    @%p1 ld.shared.v4.b32 {{%r3, %r4, %r5, %r6}}, [%r2]; @%p1 st.global.v4.b32 [%rd3], {{%r3, %r4, %r5, %r6}};
+    """
+    source = rng.integers(0, 256, (32, count, 4), dtype=np.uint8)
+    got = np.zeros((count, 8, 16), np.uint8)
+    keyed = {"params": ".param .u64 src", "shared": ".shared .align 16 .b8 buf[512];"}
+    run(body, got, source, **keyed)
+    for t in range(32):
+        g, q = t // 4, t % 4
+        for matrix in range(count):
+            places = [(2 * q, g), (2 * q + 1, g), (2 * q, g + 8), (2 * q + 1, g + 8)]
+            assert [got[matrix][place] for place in places] == source[t, matrix].tolist()
+    with pytest.raises(UnknownInstructionError, match="m16n8"):
+        run(body, got, source, arch="sm_90a", **keyed)
 
 
 def test_mma_m16n8k16():

@@ -284,6 +284,7 @@ CASES = [
         {"mnkl": (256, 256, 256, 1), "tile": (128, 128), "cluster": (1, 1), "two": False, "ab": "tf32", "c": "fp32"},
         {"mnkl": (256, 256, 256, 1), "tile": (256, 128), "cluster": (2, 1), "two": True, "ab": "e4m3", "c": "bf16"},
         {"mnkl": (256, 256, 256, 1), "tile": (128, 128), "cluster": (1, 1), "two": False, "acc": "fp16"},
+        {"mnkl": (192, 160, 128, 1), "tile": (64, 96), "cluster": (1, 2), "two": False, "c": "e4m3", "majors": "kkm"},
         {
             "mnkl": (256, 256, 256, 1),
             "tile": (128, 128),
