@@ -215,7 +215,7 @@ class Summed(Epilogue):
             accumulators.consumer_wait(acc_state)
             tcgen05_fence("after")
             if cutlass.const_expr(self.parts > 1):
-                cute.arch.mbarrier_wait(free, phase ^ 1)  # the other parts have read the sums of the tile before
+                self.hear(free, phase ^ 1)  # the other parts have read the sums of the tile before
             for c in cutlass.range_constexpr(self.gemm.tile_n // self.width):
                 cute.copy(copy_t2r, tTRt[None, None, None, 0, c, acc_state.index], rAcc)
                 cute.arch.fence_view_async_tmem_load()
@@ -225,8 +225,7 @@ class Summed(Epilogue):
             warps.arrive_and_wait()
             if cutlass.const_expr(self.parts > 1):
                 self.tell(ready)
-                cute.arch.mbarrier_wait(ready, phase)
-                cute.arch.fence_acq_rel_cluster()
+                self.hear(ready, phase)
 
             row, column = (j, i) if self.swap else (i, j)
             self.finish(sums, mD, sfd, scales, starts, row * self.shape[0], column * self.shape[1])
@@ -237,7 +236,7 @@ class Summed(Epilogue):
             acc_state.advance()
             tile += step
         if cutlass.const_expr(self.parts > 1):
-            cute.arch.mbarrier_wait(free, phase ^ 1)  # others may read this CTA's memory until then
+            self.hear(free, phase ^ 1)  # others may read this CTA's memory until then
 
     @cute.jit
     def tell(self, barrier):
@@ -245,6 +244,12 @@ class Summed(Epilogue):
         thread, _, _ = cute.arch.thread_idx()
         if thread < self.parts:
             cute.arch.mbarrier_arrive(barrier, self.gemm.rank(thread), scope=nvvm.MemScopeKind.CLUSTER)
+
+    @cute.jit
+    def hear(self, barrier, phase):
+        """Waits until all of them have arrived, and acquires what they released: the wait itself does so in a CTA."""
+        cute.arch.mbarrier_wait(barrier, phase)
+        cute.arch.fence_acq_rel_cluster()
 
     @cute.jit
     def put(self, chunk, sums, column):

@@ -185,7 +185,7 @@ RING = Config(tile_n=256)
 FAULTS = {
     "sums read before they are there": (
         SUMMED,
-        rf"{WAIT}([^;]*;[^;]*;[^;]*\}}\s*//[^;]*fence\.acq_rel)",
+        rf"{WAIT}([^;]*;[^;]*;[^;]*\}}\s*//[^;]*fence\.acq_rel\.cluster;\s*@%p)",
         rf"{NO_WAIT}\1",
     ),
     "sums of a part told before all have written": (
@@ -194,7 +194,11 @@ FAULTS = {
         r"\1",
     ),
     "sums overwritten while others read": (SUMMED, rf"(xor\.b32 \t{REG}, {REG}, 1;[^@]*?){WAIT}", rf"\1{NO_WAIT}"),
-    "end while others read": (SUMMED, rf"{WAIT}([^;]*;[^;]*;[^;]*\}}[^;]*;\s*tcgen05\.relinquish)", rf"{NO_WAIT}\1"),
+    "end while others read": (
+        SUMMED,
+        rf"{WAIT}([^;]*;[^;]*;[^;]*\}}[^;]*;[^;]*;\s*tcgen05\.relinquish)",
+        rf"{NO_WAIT}\1",
+    ),
     "one part told only": (SUMMED, r"mbarrier\.arrive\.release\.cluster\.shared::cluster\.b64 _, [^;]*;", ""),
     "accumulator given back before what is shared was read": (
         RING,
