@@ -100,6 +100,15 @@ class Config:
         """Steps that are multiplied in one pass: two decoded operands take turns."""
         return 2 if self.tile_k * self.strips == TILE else 1
 
+    @property
+    def turn(self) -> int:
+        """What the number of stages is a multiple of.
+
+        A stage always belongs to the same warpgroups. With others between, one could come back to it before those have
+        seen it filled (copies end in any order), and would take the phase before the last for the last.
+        """
+        return self.groups_k * self.paired if self.groups_k > 1 else 1
+
 
 SPACE = {
     "tile_m": (8, 16, 32, 64, 128, 192, 256),
@@ -149,8 +158,10 @@ def stages_of(config: Config, out: str) -> int:
     room = (MAX_SHARED_BYTES[ARCH] + CTA_BYTES) // config.blocks - CTA_BYTES - BARRIER_BYTES
     store = _store_bytes(config, out)
     if config.split > 1:  # one tile a cluster: its sums lie where the stages were
-        return min(room // stage_bytes(config), MAX_STAGES) if store <= room else 0
-    return max(0, min((room - store) // stage_bytes(config), MAX_STAGES))
+        fit = room // stage_bytes(config) if store <= room else 0
+    else:
+        fit = max(0, room - store) // stage_bytes(config)
+    return min(fit, MAX_STAGES) // config.turn * config.turn
 
 
 def shared_bytes(config: Config, out: str) -> int:
@@ -180,6 +191,8 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     stages = stages_of(config, problem.out)
     if stages <= config.groups_k * config.paired:
         return f"{stages} stages: {config.groups_k} warpgroups hold {config.paired} each while they wait for the next"
+    if stages % config.turn:
+        return f"stages={stages} is not a multiple of {config.turn}: each belongs to the same warpgroups always"
     if config.share > 1 and config.tile_m % (8 * config.share):
         return f"tile_m={config.tile_m} is not shared by {config.share} CTAs in parts of 8 tokens"
     steps = problem.k // step

@@ -17,16 +17,16 @@ from ptx_emulator import emulate
 
 Problem = partial(GemmProblem, act="bf16", order=kernel.WEIGHT_ORDER)
 BIG = Problem(m=256, n=7168, k=3072)
-SMALL = Config(tile_m=8, groups_n=1, groups_k=2, stages=3)
+SMALL = Config(tile_m=8, groups_n=1, groups_k=2, stages=4)
 WIDE = Config(tile_m=256, tile_k=64)
 CONFIGS = [
     SMALL,
     Config(tile_m=8, groups_n=2, stages=2, tile_k=256),
-    Config(tile_m=16, groups_n=1, groups_k=4, stages=6, split=2),
+    Config(tile_m=16, groups_n=1, groups_k=4, stages=8, split=2),
     Config(tile_m=16, groups_n=1, strips=2, tile_k=64, share=2, split=2),
     Config(tile_m=32, groups_n=1, stages=3, share=2),
     Config(tile_m=64, groups_n=3, tile_k=64, stages=3, share=2),
-    Config(tile_m=64, groups_n=1, groups_k=2, tile_k=64, stages=5),
+    Config(tile_m=64, groups_n=1, groups_k=2, tile_k=64, stages=8),
     Config(tile_m=128, groups_n=1, strips=2, tile_k=64, stages=2, blocks=2),
     Config(tile_m=128, groups_n=3, stages=2, split=2),
     Config(tile_m=192, groups_n=1, tile_k=64, stages=3, split=3),
@@ -51,6 +51,7 @@ CONFIGS = [
         (BIG, Config(groups_n=2, groups_k=4), "8 warpgroups"),
         (BIG, Config(tile_m=256, groups_n=3), "3 warpgroups"),
         (BIG, Config(groups_n=1, groups_k=4, stages=4), "4 stages: 4 warpgroups hold 1 each"),
+        (BIG, Config(groups_n=1, groups_k=2, stages=3), "stages=3 is not a multiple of 2"),
         (BIG, Config(share=4), "share=4 is none of 1, 2"),
         (BIG, Config(tile_m=8, share=2), "not shared by 2 CTAs"),
         (replace(BIG, k=512), Config(split=3), "too little for the last of 3 parts"),
