@@ -24,7 +24,12 @@ def generator() -> torch.Generator:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("e2m1", ml_dtypes.float4_e2m1fn), ("e2m3", ml_dtypes.float6_e2m3fn), ("e3m2", ml_dtypes.float6_e3m2fn)],
+    [
+        ("e2m1", ml_dtypes.float4_e2m1fn),
+        ("e2m3", ml_dtypes.float6_e2m3fn),
+        ("e3m2", ml_dtypes.float6_e3m2fn),
+        ("int4", ml_dtypes.int4),
+    ],
 )
 def test_codes_of_less_than_a_byte(name, dtype):
     f = FORMATS[name]
