@@ -217,7 +217,7 @@ def _overridden(
         if kernel == registry.REFERENCE:
             raise ValueError(f"override of {op} gives a config, but the reference is chosen here, which has none")
         module = registry.load(kernel)
-        config = o.config if o.config is not None else module.Config()
+        config = o.config if o.config is not None else registry.default_config(module, problem)
         why = module.supports(problem, config)
         if why is not None:
             raise ValueError(f"override: {kernel} with {config} cannot run {op} {problem}: {why}")
@@ -244,7 +244,7 @@ def _choose(op: str, problem: Problem | None, target: Target, user: Path | None,
     refusals = []
     for row in rows:
         module = registry.load(row.name)
-        config = module.Config()
+        config = registry.default_config(module, problem)
         why = module.supports(problem, config)
         if why is None:
             return Choice(op, problem, row.name, config, f"{where}default: no table entry fits")

@@ -71,6 +71,12 @@ def weight_layout(module: ModuleType) -> WeightLayout:
     return WeightLayout(getattr(module, "WEIGHT_ORDER", "rows"), module.SF_LAYOUT)
 
 
+def default_config(module: ModuleType, problem: Any) -> Any:
+    """What runs where no table knows better: the module's `default(problem)` if it has one, else `Config()`."""
+    own = getattr(module, "default", None)
+    return own(problem) if own is not None else module.Config()
+
+
 @functools.cache
 def source_hash(name: str) -> str:
     """SHA-256 (12 hex digits) of the kernel's source file and of the files of its package that it imports, also by way

@@ -16,7 +16,7 @@ is one run of 16 bytes of codes and one of 8 bytes of scales, and tiles that fol
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cuda.bindings.driver as cuda
@@ -210,6 +210,27 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     if stages > BARRIER_BYTES // 16 or config.blocks * (need + CTA_BYTES) > MAX_SHARED_BYTES[ARCH] + CTA_BYTES:
         return f"{config.blocks} CTAs need {need} bytes of shared memory each, {ARCH} has {MAX_SHARED_BYTES[ARCH]}"
     return None
+
+
+def default(problem: GemmProblem) -> Config:
+    """A config for a problem that nobody has tuned, after what won for V4's shapes on an H100."""
+    rows = problem.n // TILE
+    if problem.m <= STORE_ROWS:
+        tile_m = next(t for t in SPACE["tile_m"] if t >= problem.m)
+        wanted = [
+            Config(tile_m=tile_m, groups_n=1, groups_k=groups_k, tile_k=tile_k, split=split)
+            for split in (s for s in (4, 2, 1) if rows * s <= SM_COUNT or s == 1)
+            for groups_k in ((4, 2) if tile_m <= 32 else (2,))
+            for tile_k in ((256, 128) if tile_m <= 16 and split == 1 else (128,))
+        ]
+    else:
+        tile_m = 128 if problem.m <= 128 or rows * -(-problem.m // 256) < SM_COUNT else 256
+        tiles = rows * -(-problem.m // tile_m)
+        small = Config(tile_m=tile_m, groups_n=1, groups_k=2 if tile_m == 128 else 1, tile_k=64)
+        wanted = [replace(small, split=2)] if 2 * tiles <= SM_COUNT else []
+        wanted += [small] if tiles <= 3 * SM_COUNT else []
+        wanted += [Config(tile_m=tile_m, groups_n=2, tile_k=64)]
+    return next((c for c in wanted if supports(problem, c) is None), Config())
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------

@@ -79,9 +79,9 @@ def of(problem: Problem, arch: str) -> Space:
     for row in registry.kernels(problem.op, arch):
         module = registry.load(row.name)
         choices[row.name] = checked_space(module)
-        mine = [c for c in _walk(row.name, choices[row.name]) if module.supports(problem, c.config) is None]
+        default = default_of(row.name, problem)
+        mine = [c for c in _walk(default, choices[row.name]) if module.supports(problem, c.config) is None]
         found += mine
-        default = default_of(row.name)
         why = module.supports(problem, default.config)
         if why is None:
             defaults.append(default)
@@ -93,13 +93,13 @@ def of(problem: Problem, arch: str) -> Space:
     whole = Space(problem, arch, tuple(found), found[0], choices)
     if defaults:
         return dataclasses.replace(whole, default=defaults[0])
-    return dataclasses.replace(whole, default=whole.nearest(default_of(found[0].kernel), found))
+    return dataclasses.replace(whole, default=whole.nearest(default_of(found[0].kernel, problem), found))
 
 
-def default_of(kernel: str) -> Candidate:
-    """`Config()` as a candidate."""
+def default_of(kernel: str, problem: Problem) -> Candidate:
+    """What dispatch runs without a table, as a candidate."""
     module = registry.load(kernel)
-    config = module.Config()
+    config = registry.default_config(module, problem)
     return Candidate(kernel, tuple((name, getattr(config, name)) for name in module.SPACE))
 
 
@@ -120,14 +120,15 @@ def checked_space(module: ModuleType) -> dict[str, tuple[Knob, ...]]:
     return {name: tuple(values) for name, values in module.SPACE.items()}
 
 
-def _walk(kernel: str, space: dict[str, tuple[Knob, ...]]) -> list[Candidate]:
+def _walk(default: Candidate, space: dict[str, tuple[Knob, ...]]) -> list[Candidate]:
+    kernel = default.kernel
     total = 1
     for values in space.values():
         total *= len(values)
     if total <= MAX_CANDIDATES:
         return [Candidate(kernel, tuple(zip(space, v, strict=True))) for v in itertools.product(*space.values())]
     rng = random.Random(0)
-    drawn: dict[Candidate, None] = {default_of(kernel): None}
+    drawn: dict[Candidate, None] = {default: None}
     while len(drawn) < MAX_CANDIDATES:
         drawn[Candidate(kernel, tuple((name, rng.choice(values)) for name, values in space.items()))] = None
     return list(drawn)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import sys
 import time
 from collections import Counter
@@ -40,6 +41,7 @@ from .targets import Target, problems
 
 log = logging.getLogger(__name__)
 
+STARTUP_S = 20.0  # what the first problem may take longer
 PREDICTED_MARGIN = 0.05  # a model's opinion has to promise this much before it moves a default
 
 
@@ -115,7 +117,7 @@ def run(chosen: Sequence[Target], options: Options) -> Report:
     """Tune everything on every target: they are all predicted, or it is one GPU."""
     report = Report()
     paths = {target: table_path(options.out, target, len(chosen)) for target in chosen}
-    tasks = {target: _tasks(target, options, report) for target in chosen}
+    tasks = {target: _tasks(target, options, paths[target], report) for target in chosen}
     if any(target.cuda is not None for target in chosen):
         for target in chosen:
             _measure(target, tasks[target], options, paths[target], report)
@@ -127,7 +129,7 @@ def run(chosen: Sequence[Target], options: Options) -> Report:
     return report
 
 
-def _tasks(target: Target, options: Options, report: Report) -> list[Task]:
+def _tasks(target: Target, options: Options, path: Path, report: Report) -> list[Task]:
     """One task a problem, whichever and however many of the models have it."""
     found: dict[Problem, tuple[list[str], int]] = {}
     for op in options.ops:
@@ -139,16 +141,31 @@ def _tasks(target: Target, options: Options, report: Report) -> list[Task]:
         except space.NoKernel as e:
             report.unsupported.append(f"{target.arch}: {e}")
             continue
-        seeds = _seeds(whole, options.budget, measured=target.cuda is not None)
+        seeds = _seeds(whole, options.budget, _winners(problem, path), measured=target.cuda is not None)
         tasks.append(Task(space=whole, device=target.device, layers=tuple(names), count=count, seeds=seeds))
     return tasks
 
 
-def _seeds(whole: Space, budget: Budget, *, measured: bool) -> tuple[Candidate, ...]:
+def _winners(problem: Problem, path: Path) -> list[Candidate]:
+    """What the table already says of this problem, then of the nearest other m."""
+    if not path.exists():
+        return []
+    rest = {k: v for k, v in problem.dims().items() if k != "m"}
+    found = [
+        e
+        for e in table.read(path).entries
+        if e.op == problem.op and {k: v for k, v in e.problem.items() if k != "m"} == rest
+    ]
+    m = int(problem.dims().get("m", 1))
+    found.sort(key=lambda e: abs(math.log2(max(int(e.problem.get("m", 1)), 1) / max(m, 1))))
+    return [_as_candidate(e) for e in found[:4]]
+
+
+def _seeds(whole: Space, budget: Budget, winners: Sequence[Candidate], *, measured: bool) -> tuple[Candidate, ...]:
     """What to try first. Predicted: the model's order, which leaves nothing for a sampler to learn.
 
-    Measured, for half of the budget: the default, then the model's favourites, kernel by kernel, with a neighbour of
-    the default after every third.
+    Measured, for half of the budget: the default, earlier winners, then the model's favourites, kernel by kernel, with
+    a neighbour of the default after every third.
     """
     order = {c: i for i, c in enumerate(whole.candidates)}
     ranked = sorted(
@@ -161,7 +178,8 @@ def _seeds(whole: Space, budget: Budget, *, measured: bool) -> tuple[Candidate, 
     threes = itertools.zip_longest(*[iter(favourites)] * 3)
     neighbours = itertools.chain(whole.neighbours(whole.default), itertools.repeat(None))
     turns = [c for three, near in zip(threes, neighbours, strict=False) for c in (*three, near) if c is not None]
-    return tuple(dict.fromkeys((whole.default, *turns, *ranked)))[: max(1, budget.trials // 2)]
+    known = [c for c in winners if c in order]
+    return tuple(dict.fromkeys((whole.default, *known, *turns, *ranked)))[: max(1, budget.trials // 2)]
 
 
 # --- without a GPU ---
@@ -229,6 +247,8 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
         for index, task in enumerate(tasks):
             bar.set_postfix_str(f"{task.problem.op} {task.problem}", refresh=True)
             share = (options.deadline - time.monotonic()) / (len(tasks) - index)
+            if index == 0:
+                share += STARTUP_S  # of the child: imports, the device, the first compilation
             judge = Measured(task, target.cuda, options.budget.rounds, child, seed=options.seed)
             try:
                 search = Search(task, storage, options.budget.trials, options.seed)

@@ -36,8 +36,8 @@ def load(
     act_format  "nvfp4" quantises what goes into NVFP4 linears (W4A4), "float" does not (W4A16); by default what the
                 device's tensor cores take: NVFP4 on sm_100a, BF16 elsewhere
     drafts      another checkpoint to take the draft blocks (MTP) from, for one that has none
-    layout      of dense NVFP4 weights whose shape allows it; by default what the device's kernels read. A weight is laid
-                out in place as soon as it is whole, so that no second copy is ever held
+    layout      of dense NVFP4 weights whose shape allows it; by default what the device's kernels read. A weight is
+                laid out in place as soon as it is whole, so that no second copy is ever held
     progress    a progress bar; None shows one on a terminal
 
     Without draft blocks in the files, a config is taken as one without them. Raises CheckpointError (a ValueError) for

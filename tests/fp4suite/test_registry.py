@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,3 +53,10 @@ def test_a_kernel_is_its_file_and_what_it_imports(package: Path, changed: str, s
     path.write_text(path.read_text() + "y = 2\n")
     registry.source_hash.cache_clear()
     assert {name for name, value in before.items() if registry.source_hash(name) != value} == seen
+
+
+def test_a_module_may_have_a_default_of_its_own_for_each_problem() -> None:
+    plain = SimpleNamespace(Config=lambda: "plain")
+    choosy = SimpleNamespace(Config=lambda: "plain", default=lambda problem: f"for {problem}")
+    assert registry.default_config(plain, "p") == "plain"  # type: ignore[arg-type]
+    assert registry.default_config(choosy, "p") == "for p"  # type: ignore[arg-type]

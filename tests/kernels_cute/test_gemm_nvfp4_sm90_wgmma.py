@@ -66,6 +66,17 @@ def test_refusals(problem, config, message):
         kernel.build(problem, config)
 
 
+@pytest.mark.parametrize("k", [128, 384, 1536, 7168, 16384])
+@pytest.mark.parametrize("n", [64, 192, 512, 1536, 7168, 65536])
+def test_there_is_a_default_for_every_problem(n, k):
+    for m in (1, 8, 9, 33, 64, 65, 128, 200, 256, 512, 2048, 16384):
+        for out, segments in (("bf16", 1), ("fp32", 3)):
+            problem = Problem(m=m, n=n, k=k, out=out, segments=segments)
+            config = kernel.default(problem)
+            assert kernel.supports(problem, config) is None
+            assert m > 64 or config.tile_m >= m
+
+
 def test_builds_for_its_own_architecture_only():
     with pytest.raises(ValueError, match="for sm_90a, got 'sm_100a'"):
         kernel.build(BIG, Config(), "sm_100a")

@@ -17,9 +17,9 @@ def test_holds_exactly_what_supports_admits(fake, problem):
 
 
 def test_default_is_config_or_the_nearest_that_supports(fake, problem):
-    assert space.of(problem, "sm_90a").default == space.default_of("fake_gemm")
+    assert space.of(problem, "sm_90a").default == space.default_of("fake_gemm", problem)
     near = space.of(GemmProblem(m=16, n=64, k=512), "sm_90a").default
-    assert dict(near.knobs) == dict(space.default_of("fake_gemm").knobs) | {"tile_n": 64}
+    assert dict(near.knobs) == dict(space.default_of("fake_gemm", problem).knobs) | {"tile_n": 64}
 
 
 def test_no_kernel_says_why(fake):
