@@ -6,8 +6,9 @@ the end of the branch. An instruction that has to wait says so, and its fragment
 
 Asynchronous work (TMA, wgmma, tcgen05) stands in queues of the cluster, each in its own order. When it is carried out
 is the schedule's choice: at once ("eager"), one piece a queue and round ("round"), or only when no warp of the cluster
-can do more than look at flags in memory ("late"). A seed shuffles warps and queues. Right results under all of them are
-no proof of right synchronisation, but a wrong result under one is a proof of the contrary.
+can do more than look at flags in memory ("late"). A seed shuffles warps and queues, and holds some queues back until
+nothing else can be done, so that copies end in other orders than they began. Right results under all of them are no
+proof of right synchronisation, but a wrong result under one is a proof of the contrary.
 
 When no warp can go on, waits that have a limit of time (mbarrier.try_wait) expire. Warps that then come to stand where
 they stood before wait for each other.
@@ -39,6 +40,7 @@ LANES = 32
 _MAX_CLUSTER = 16  # CTAs; more than 8 if the kernel allows for it
 LANE = np.arange(LANES, dtype=np.uint32)
 SLICE = 256  # instructions a warp runs before the next has its turn
+HELD = 0.1  # share of new queues that a seed holds back
 POLLS = 8  # strong loads in a turn that say that a warp does nothing but wait for others
 PATIENCE = 8  # times that all warps may stand at the same places, their time limits expired, before it is a deadlock
 SCHEDULES = ("eager", "round", "late")
@@ -218,6 +220,7 @@ class Cluster:
                     place = (index[0] * cx + x, index[1] * cy + y, index[2] * cz + z)
                     self.ctas.append(Cta(self, len(self.ctas), place, (x, y, z)))
         self.queues: dict[Any, deque[Callable[[], None]]] = {}
+        self.held: dict[Any, None] = {}  # queues that wait until nothing else can be done
         self.arrived: dict[Any, int] = {}
         self.state: dict[str, Any] = {}
         self.running = [w for cta in self.ctas for w in cta.warps]
@@ -236,12 +239,15 @@ class Cluster:
         if self.launch.schedule == "eager":
             perform()
         else:
+            chance = self.launch.random
+            if chance is not None and queue not in self.queues and chance.random() < HELD:
+                self.held[queue] = None
             self.queues.setdefault(queue, deque()).append(perform)
         return actor
 
     def work(self) -> bool:
-        """One piece of every queue; whether there was any."""
-        keys = list(self.queues)
+        """One piece of every queue that is not held back; whether there was any."""
+        keys = [key for key in self.queues if key not in self.held]
         if self.launch.random is not None:
             keys = self.launch.random.sample(keys, self.launch.random.randint(min(1, len(keys)), len(keys)))
         for key in keys:
@@ -263,10 +269,14 @@ class Cluster:
             busy |= ran and warp.polls < POLLS
         if not (busy and launch.schedule == "late"):
             progressed |= self.work()
+        if self.held and not progressed:
+            self.held.popitem()
+            progressed = True
         self.running = [w for w in warps if w.fragments]
         return progressed
 
     def finish(self) -> None:
+        self.held.clear()
         while self.work():  # what nobody waited for still happens
             pass
         for cta in self.ctas:

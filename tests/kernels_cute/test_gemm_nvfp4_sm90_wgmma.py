@@ -14,6 +14,7 @@ from fp4suite.problem import GemmProblem
 from kernels_cute import gemm_nvfp4_sm90_wgmma as kernel
 from kernels_cute.gemm_nvfp4_sm90_wgmma import SPACE, Config
 from ptx_emulator import emulate
+from ptx_emulator.errors import Fault
 
 Problem = partial(GemmProblem, act="bf16", order=kernel.WEIGHT_ORDER)
 BIG = Problem(m=256, n=7168, k=3072)
@@ -176,6 +177,24 @@ def test_in_the_emulator(config, schedule, monkeypatch):
         case.run(kernel, config)
     kernel.compiled.cache_clear()
     case.check()
+
+
+@pytest.mark.parametrize(("turn", "stages"), [(2, 4), (1, 3)])
+def test_copies_that_end_in_any_order(turn, stages, monkeypatch):
+    """Stages that change hands between warpgroups gave wrong results on an H100, now and then."""
+    kernel.compiled.cache_clear()
+    monkeypatch.setattr(Config, "turn", turn)
+    refused = 0
+    for seed in range(7):
+        case = testing.case(Problem(m=5, n=64, k=2048, out="fp32"), "cpu", 1)
+        try:
+            with emulate("sm_90a", schedule="round", seed=seed):
+                case.run(kernel, replace(SMALL, stages=stages))
+            case.check()
+        except Fault:
+            refused += 1
+    kernel.compiled.cache_clear()
+    assert (refused > 0) == (turn == 1)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
