@@ -705,6 +705,7 @@ CASES = [
         {"q": (1, 2, 200, 256), "kv": (1, 264), "block": 128, "causal": True, "persistent": True},
         multiprocessors=4,
         refused=_DEALLOC_EARLY,
+        shown=("seed",),
     ),
     *_cases(
         f"{_ATTENTION}.mixed_input_fmha.mixed_input_fmha_prefill_d512",
@@ -713,7 +714,7 @@ CASES = [
         multiprocessors=4,
         rewrite=_uniform_address,
         refused=_SCORES_OVERWRITTEN,
-        shown=("eager",),
+        shown=("eager", "seed"),
     ),
     *_cases(
         f"{_ATTENTION}.fmha.fmha_bwd",
