@@ -267,11 +267,11 @@ class Cluster:
             ran = warp.run(budget)
             progressed |= ran
             busy |= ran and warp.polls < POLLS
-        if not (busy and launch.schedule == "late"):
-            progressed |= self.work()
-        if self.held and not progressed:
+        worked = not (busy and launch.schedule == "late") and self.work()
+        if self.held and not busy and not worked:
             self.held.popitem()
-            progressed = True
+            worked = True
+        progressed |= worked
         self.running = [w for w in warps if w.fragments]
         return progressed
 
