@@ -2,6 +2,9 @@
 
 FP4SUITE_TABLE       a tuned table (JSON file) that is asked before the shipped ones
 FP4SUITE_CACHE_DIR   where compiled results and logs are kept; default: the user's cache directory
+FP4SUITE_KEEP        0: kernels of CuTe DSL are compiled in every process, not kept in the cache and loaded from there
+FP4SUITE_BATCH_INVARIANT
+                     1: results of a row do not depend on the other rows (`fp4suite.batch_invariant`)
 FP4SUITE_COMMIT      the commit that results name where the sources are no git checkout (a copy, an installed wheel)
 """
 
@@ -21,6 +24,19 @@ def cache_dir() -> Path:
     """FP4SUITE_CACHE_DIR, or the user's cache directory for fp4suite. Not created here."""
     value = os.environ.get("FP4SUITE_CACHE_DIR")
     return Path(value) if value else platformdirs.user_cache_path("fp4suite")
+
+
+def keeps_kernels() -> bool:
+    """FP4SUITE_KEEP, true unless it is 0."""
+    return os.environ.get("FP4SUITE_KEEP", "1") != "0"
+
+
+def batch_invariant() -> bool:
+    """FP4SUITE_BATCH_INVARIANT. Raises ValueError for a value other than 0 or 1."""
+    value = os.environ.get("FP4SUITE_BATCH_INVARIANT") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"FP4SUITE_BATCH_INVARIANT must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def commit() -> str:

@@ -2,6 +2,10 @@
 
 A kernel module holds, in this order: Config, SPACE, supports(problem, config) -> str | None, device code,
 launch(operands..., out, config), build(problem, config, arch) -> Built. See CONTRIBUTING.md.
+
+A module may say in which order a config sums, `arithmetic(problem, config) -> str`: configs of one arithmetic give a
+row the same bits, whatever the other rows are. INVARIANT names the one that every m has a config of, and
+`in_arithmetic(problem, wanted)` gives the default among those of one.
 """
 
 import ast
@@ -9,6 +13,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -16,17 +21,22 @@ from typing import Any
 
 from .formats import WeightLayout
 
+_EXACT = "as the reference"  # the arithmetic of exact kernels
 REFERENCE = "reference"  # the kernel name under which fp4suite.reference can be asked for
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """op and name as in tables; module as importlib wants it; archs it runs on."""
+    """op and name as in tables; module as importlib wants it; archs it runs on.
+
+    exact: any config gives the reference's bytes, row by row.
+    """
 
     op: str
     name: str
     module: str
     archs: tuple[str, ...]
+    exact: bool = False
 
     @property
     def emulated(self) -> bool:
@@ -36,10 +46,10 @@ class Kernel:
 
 _BOTH = ("sm_90a", "sm_100a")
 KERNELS: list[Kernel] = [
-    Kernel("quantize_nvfp4", "triton_quantize_nvfp4", "kernels_triton.quantize_nvfp4", _BOTH),
-    Kernel("dequant_nvfp4", "triton_dequant_nvfp4", "kernels_triton.dequant_nvfp4", _BOTH),
-    Kernel("rmsnorm_quantize", "triton_rmsnorm_quantize", "kernels_triton.rmsnorm_quantize", _BOTH),
-    Kernel("swiglu_quantize", "triton_swiglu_quantize", "kernels_triton.swiglu_quantize", _BOTH),
+    Kernel("quantize_nvfp4", "triton_quantize_nvfp4", "kernels_triton.quantize_nvfp4", _BOTH, exact=True),
+    Kernel("dequant_nvfp4", "triton_dequant_nvfp4", "kernels_triton.dequant_nvfp4", _BOTH, exact=True),
+    Kernel("rmsnorm_quantize", "triton_rmsnorm_quantize", "kernels_triton.rmsnorm_quantize", _BOTH, exact=True),
+    Kernel("swiglu_quantize", "triton_swiglu_quantize", "kernels_triton.swiglu_quantize", _BOTH, exact=True),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_wgmma", "kernels_cute.gemm_nvfp4_sm90_wgmma", ("sm_90a",)),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_skinny", "kernels_cute.gemm_nvfp4_sm90_skinny", ("sm_90a",)),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90", "kernels_cute.gemm_nvfp4_sm90", ("sm_90a",)),
@@ -77,6 +87,32 @@ def default_config(module: ModuleType, problem: Any) -> Any:
     return own(problem) if own is not None else module.Config()
 
 
+def arithmetic(kernel: str, problem: Any, config: Any) -> str | None:
+    """In which order a config sums: with one arithmetic a row has the same bits. None if the module does not say."""
+    if find(kernel).exact:
+        return _EXACT
+    own = getattr(load(kernel), "arithmetic", None)
+    return own(problem, config) if own is not None else None
+
+
+def invariant(kernel: str) -> str | None:
+    """The arithmetic of which there is a config for every m; None if the module names none."""
+    return _EXACT if find(kernel).exact else getattr(load(kernel), "INVARIANT", None)
+
+
+def config_of(kernel: str, problem: Any, wanted: str) -> Any | None:
+    """The default among a kernel's configs of one arithmetic, None where it has none for the problem.
+
+    It comes from the module's `in_arithmetic(problem, wanted)` if it has one, else it is the default itself.
+    """
+    module = load(kernel)
+    own = getattr(module, "in_arithmetic", None)
+    config = own(problem, wanted) if own is not None else default_config(module, problem)
+    if config is None or module.supports(problem, config) is not None:
+        return None
+    return config if arithmetic(kernel, problem, config) == wanted else None
+
+
 @functools.cache
 def source_hash(name: str) -> str:
     """SHA-256 (12 hex digits) of the kernel's source file and of the files of its package that it imports, also by way
@@ -86,13 +122,18 @@ def source_hash(name: str) -> str:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"kernel {name} names the module {module}, which is not installed")
+    return files_hash(sources(Path(spec.origin)))
+
+
+def files_hash(paths: Iterable[Path]) -> str:
+    """SHA-256 (12 hex digits) of files: their names and what is in them, in this order."""
     digest = hashlib.sha256()
-    for path in _sources(Path(spec.origin)):
+    for path in paths:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
-def _sources(own: Path) -> list[Path]:
+def sources(own: Path) -> list[Path]:
     """A module's file, then those of its package that it imports, directly or not, by name."""
     found, waiting = {own}, [own]
     while waiting:

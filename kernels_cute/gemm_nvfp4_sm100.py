@@ -212,6 +212,20 @@ def _misfit(problem: GemmProblem, config: Config) -> str | None:
     return None
 
 
+INVARIANT = "one sum in the order of k"
+
+
+def arithmetic(problem: GemmProblem, config: Config) -> str:
+    """In which order an element's products are summed, and which operand's rows are the MMA's.
+
+    The latter counts although products commute, until a GPU has shown that both ways give the same bits.
+    """
+    order = INVARIANT
+    if config.split_k > 1:
+        order = f"{config.split_k} parts of {_round_up(problem.k, TILE_K) // TILE_K} tiles of k"
+    return f"{order}, b first" if config.swap_ab else order
+
+
 class GemmNvfp4Sm100:
     """One compiled kernel: config, output type and number of segments are fixed, every size is read at launch."""
 
@@ -568,9 +582,8 @@ class GemmNvfp4Sm100:
 @functools.cache
 def compiled(config: Config, out: str, segments: int) -> Any:
     """The compiled host function, for every m, n and k."""
-    return cute.compile(
-        GemmNvfp4Sm100(config, out, segments), *_fake_arguments(out, segments), options=cross.options(ARCH)
-    )
+    function, made_for = GemmNvfp4Sm100(config, out, segments), (config, out, segments)
+    return cross.compiled(function, *_fake_arguments(out, segments), arch=ARCH, module=__name__, made_for=made_for)
 
 
 def launch(

@@ -129,6 +129,14 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     return None
 
 
+INVARIANT = "one sum in the order of k"
+
+
+def arithmetic(problem: GemmProblem, config: Config) -> str:
+    """In which order an element's products are summed: no config has another."""
+    return INVARIANT
+
+
 # --- NVFP4 -> BF16 in registers ---------------------------------------------------------------------------------------
 
 
@@ -412,7 +420,8 @@ def _fake_operands(variant: Variant) -> tuple[Any, ...]:
 @functools.cache
 def compiled(config: Config, variant: Variant) -> Any:
     """The compiled host function, for every m, n and k."""
-    return cute.compile(GemmNvfp4Sm90(config, variant), *_fake_operands(variant), options=cross.options(ARCH))
+    function, made_for = GemmNvfp4Sm90(config, variant), (config, variant)
+    return cross.compiled(function, *_fake_operands(variant), arch=ARCH, module=__name__, made_for=made_for)
 
 
 def launch(

@@ -437,7 +437,8 @@ def _fake_operands(variant: Variant) -> tuple[Any, ...]:
 @functools.cache
 def compiled(config: Config, variant: Variant) -> Any:
     """The compiled host function, for every m and n."""
-    return cute.compile(GemmNvfp4Sm90Skinny(config, variant), *_fake_operands(variant), options=cross.options(ARCH))
+    function, made_for = GemmNvfp4Sm90Skinny(config, variant), (config, variant)
+    return cross.compiled(function, *_fake_operands(variant), arch=ARCH, module=__name__, made_for=made_for)
 
 
 def launch(

@@ -818,7 +818,8 @@ def _max_clusters(device: int | None, config: Config) -> int:
 @functools.cache
 def compiled(config: Config, variant: Variant) -> Any:
     """The compiled host function, for every m, n and k."""
-    return cute.compile(GemmNvfp4Sm90Wgmma(config, variant), *_fake_operands(variant), options=cross.options(ARCH))
+    function, made_for = GemmNvfp4Sm90Wgmma(config, variant), (config, variant)
+    return cross.compiled(function, *_fake_operands(variant), arch=ARCH, module=__name__, made_for=made_for)
 
 
 def launch(
