@@ -11,8 +11,10 @@ Importing touches no GPU, compiles nothing and reads no table.
 
 from . import arch as arch, ops as ops, reference as reference
 from .dispatch import (
+    batch_invariant as batch_invariant,
     override as override,
     recording as recording,
+    set_batch_invariant as set_batch_invariant,
     use_table as use_table,
     weight_layout as weight_layout,
 )

@@ -4,6 +4,13 @@ Explicit override -> tuned table of this device -> of this architecture -> first
 with its default config -> the reference for CPU tensors, `UnsupportedError` on a GPU. A pure function of host integers
 and files, so every rank chooses alike. CPU tensors inside of `ptx_emulator.emulate` count as tensors of the emulated
 architecture wherever it has a kernel that can be emulated.
+
+NVFP4 activations that no kernel takes beside the weights of a GEMM are decoded first where a kernel takes them as BF16,
+which holds code times block scale exactly: the choice's problem then says so.
+
+Batch-invariant mode: all m of a problem share one kernel and one arithmetic, the order in which it sums. They are those
+of the entries that were tuned for the mode, else of the first registry row that has one for every m. Then the nearest
+entry of this arithmetic serves, however it was tuned, or the kernel's default in it.
 """
 
 import contextlib
@@ -32,13 +39,17 @@ _TOKENS = (1, 8, 64, 512, 4096)  # what `weight_layout` asks kernels for: decode
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What runs `problem` and why. kernel is "reference" (config None) or a name of `registry`."""
+    """What runs `problem` and why. kernel is "reference" (config None) or a name of `registry`.
+
+    invariant: a row's result must not depend on the other rows.
+    """
 
     op: str
     problem: Problem | None
     kernel: str
     config: Any
     reason: str
+    invariant: bool = False
 
     @property
     def module(self) -> ModuleType:
@@ -73,6 +84,8 @@ _overrides: ContextVar[tuple[_Override, ...]] = ContextVar("fp4suite_overrides",
 _target: ContextVar[Target | None] = ContextVar("fp4suite_target", default=None)
 _records: ContextVar[tuple[list[Choice], ...]] = ContextVar("fp4suite_records", default=())
 _user_table: Path | None = None
+_invariant: ContextVar[bool | None] = ContextVar("fp4suite_batch_invariant", default=None)
+_invariant_process: bool | None = None
 
 
 def choose(op: str, problem: Problem | None, device: torch.device | str) -> Choice:
@@ -91,7 +104,7 @@ def choose(op: str, problem: Problem | None, device: torch.device | str) -> Choi
 
 def choose_for(op: str, problem: Problem | None, target: Target) -> Choice:
     """`choose` for a device that need not be here; overrides do not count."""
-    return _choose(op, problem, target, _user_table, env.table_path())
+    return _choose(op, problem, target, _user_table, env.table_path(), is_batch_invariant())
 
 
 def weight_layout(
@@ -154,6 +167,36 @@ def use_table(path: str | Path | None) -> None:
         _user_table = path
     _index.cache_clear()
     _choose.cache_clear()
+    _agreed.cache_clear()
+
+
+@contextlib.contextmanager
+def batch_invariant(on: bool = True) -> Iterator[None]:
+    """Within the block, a row's result does not depend on which other rows, or how many, are in the call.
+
+    Holds for what runs in the block, so around a compiled function too; a CUDA graph keeps what it was captured with.
+    Kernels keep to one order of sums for all m. Ops without a kernel run their reference token by token. ValueError for
+    a global scale that would come from all rows at once, UnsupportedError for a kernel that makes no such promise.
+    """
+    token = _invariant.set(on)
+    try:
+        yield
+    finally:
+        _invariant.reset(token)
+
+
+def set_batch_invariant(on: bool | None) -> None:
+    """`batch_invariant` for the whole process, all threads; None leaves it to FP4SUITE_BATCH_INVARIANT."""
+    global _invariant_process
+    _invariant_process = on
+
+
+def is_batch_invariant() -> bool:
+    """Whether the mode is on here: by the innermost block, else by the process, else by FP4SUITE_BATCH_INVARIANT."""
+    on = _invariant.get()
+    if on is None:
+        on = _invariant_process
+    return env.batch_invariant() if on is None else on
 
 
 @contextlib.contextmanager
@@ -208,48 +251,137 @@ def recording() -> Iterator[list[Choice]]:
 def _overridden(
     op: str, problem: Problem | None, device: torch.device | str, stack: tuple[_Override, ...]
 ) -> Choice | None:
+    invariant = is_batch_invariant()
     for o in reversed(stack):
         if o.op != op:
             continue
         if o.kernel == registry.REFERENCE:
-            return Choice(op, problem, registry.REFERENCE, None, "override")
+            return Choice(op, problem, registry.REFERENCE, None, "override", invariant)
         kernel = o.kernel or choose_for(op, problem, _target.get() or target_of(device)).kernel
         if kernel == registry.REFERENCE:
             raise ValueError(f"override of {op} gives a config, but the reference is chosen here, which has none")
         module = registry.load(kernel)
-        config = o.config if o.config is not None else registry.default_config(module, problem)
-        why = module.supports(problem, config)
-        if why is not None:
-            raise ValueError(f"override: {kernel} with {config} cannot run {op} {problem}: {why}")
-        return Choice(op, problem, kernel, config, "override")
+        refusals = []
+        for asked in _ways(problem):
+            config = o.config
+            if config is None:
+                config = _first_config(kernel, asked, invariant)
+            why = module.supports(asked, config) if config is not None else _NOT_INVARIANT
+            if why is None:
+                return Choice(op, asked, kernel, config, "override", invariant)
+            refusals.append(f"{kernel} with {config} cannot run {op} {asked}: {why}")
+        raise ValueError(f"override: {refusals[0]}")
     return None
 
 
+_NOT_INVARIANT = "it has no arithmetic that is the same for every m, as the batch-invariant mode wants"
+
+
+def _first_config(kernel: str, problem: Problem | None, invariant: bool) -> Any | None:
+    """The default; in batch-invariant mode that of the arithmetic for every m, None where there is none."""
+    if not invariant:
+        return registry.default_config(registry.load(kernel), problem)
+    arithmetic = registry.invariant(kernel)
+    return None if arithmetic is None else registry.config_of(kernel, problem, arithmetic)
+
+
+def _ways(problem: Problem | None) -> tuple[Problem | None, ...]:
+    """The problem, and the same from activations that are decoded first, if they are packed."""
+    if isinstance(problem, GemmProblem) and problem.act == "nvfp4":
+        return problem, replace(problem, act="bf16")
+    return (problem,)
+
+
 @functools.lru_cache(maxsize=65536)
-def _choose(op: str, problem: Problem | None, target: Target, user: Path | None, from_env: Path | None) -> Choice:
+def _choose(
+    op: str, problem: Problem | None, target: Target, user: Path | None, from_env: Path | None, invariant: bool
+) -> Choice:
     if target.arch == "cpu":
-        return Choice(op, problem, registry.REFERENCE, None, "cpu: the reference")
+        return Choice(op, problem, registry.REFERENCE, None, "cpu: the reference", invariant)
     where, rows = "", registry.kernels(op, target.arch)
     if target.emulated:
         where, rows = f"emulated {target.arch}: ", [row for row in rows if row.emulated]
         if not rows:
-            return Choice(
-                op, problem, registry.REFERENCE, None, f"{where}no kernel that can be emulated, the reference"
-            )
+            why = f"{where}no kernel that can be emulated, the reference"
+            return Choice(op, problem, registry.REFERENCE, None, why, invariant)
+    refusals: list[str] = []
+    for asked in _ways(problem):
+        agreed = _agreed(op, _of_m(asked, 1), target, user, from_env) if invariant and rows and asked else None
+        found = agreed if isinstance(agreed, list) else _find(op, asked, target, rows, user, from_env, agreed)
+        if isinstance(found, Choice):
+            decoded = "" if asked is problem else "activations decoded to bf16, "
+            return replace(found, reason=where + decoded + found.reason, invariant=invariant)
+        refusals = refusals or found
+    raise UnsupportedError(_unsupported(op, problem, target, refusals))
+
+
+def _find(
+    op: str,
+    problem: Problem | None,
+    target: Target,
+    rows: list[registry.Kernel],
+    user: Path | None,
+    from_env: Path | None,
+    agreed: tuple[str, str] | None,
+) -> Choice | list[str]:
+    """What the tables say, else the first row that supports the problem; else why none does."""
     if problem is not None and rows:
         for label, path in _tables(target, user, from_env):
-            found = _from_table(label, path, op, problem, target)
+            found = _from_table(label, path, op, problem, target, agreed)
             if found is not None:
-                return replace(found, reason=where + found.reason)
+                return found
     refusals = []
     for row in rows:
         module = registry.load(row.name)
-        config = registry.default_config(module, problem)
-        why = module.supports(problem, config)
+        if agreed is None:
+            config = registry.default_config(module, problem)
+            why = module.supports(problem, config)
+        elif row.name == agreed[0]:
+            config = registry.config_of(row.name, problem, agreed[1])
+            why = None if config is not None else f"no config sums {agreed[1]}"
+        else:
+            continue
         if why is None:
-            return Choice(op, problem, row.name, config, f"{where}default: no table entry fits")
+            return Choice(op, problem, row.name, config, "default: no table entry fits")
         refusals.append(f"{row.name}: {why}")
-    raise UnsupportedError(_unsupported(op, problem, target, refusals))
+    return refusals
+
+
+@functools.lru_cache(maxsize=65536)
+def _agreed(
+    op: str, problem: Problem, target: Target, user: Path | None, from_env: Path | None
+) -> tuple[str, str] | list[str]:
+    """Kernel and arithmetic that all m of `problem` share in batch-invariant mode, or why there are none."""
+    for _, path in _tables(target, user, from_env):
+        tuned = {
+            (e.kernel, registry.arithmetic(e.kernel, _of_m(problem, int(e.problem["m"])), config))
+            for e, _, config in _entries(path, op, problem, target)
+            if e.invariant
+        }
+        if len(tuned) > 1 or any(arithmetic is None for _, arithmetic in tuned):
+            said = "; ".join(sorted(f"{kernel} {arithmetic}" for kernel, arithmetic in tuned))
+            raise TableError(f"{path}: batch-invariant entries for {op} ({problem}) do not sum in one way: {said}")
+        for kernel, arithmetic in tuned:
+            assert arithmetic is not None
+            return kernel, arithmetic
+    refusals = []
+    rows = [row for row in registry.kernels(op, target.arch) if row.emulated or not target.emulated]
+    for row in rows:
+        module, arithmetic = registry.load(row.name), registry.invariant(row.name)
+        if arithmetic is None:
+            refusals.append(f"{row.name}: {_NOT_INVARIANT}")
+            continue
+        left = [m for m in _TOKENS if registry.config_of(row.name, _of_m(problem, m), arithmetic) is None]
+        if not left:
+            return row.name, arithmetic
+        at = _of_m(problem, left[0])
+        why = module.supports(at, registry.default_config(module, at)) or f"no config sums {arithmetic}"
+        refusals.append(f"{row.name}: {why}")
+    return refusals
+
+
+def _of_m(problem: Problem, m: int) -> Problem:
+    return replace(problem, m=m) if "m" in problem.dims() else problem  # type: ignore[call-arg]
 
 
 def _unsupported(op: str, problem: Problem | None, target: Target, refusals: list[str]) -> str:
@@ -291,8 +423,8 @@ def _rest(op: str, dims: dict[str, int | str]) -> tuple[Any, ...]:
     return (op, *sorted((k, v) for k, v in dims.items() if k != "m"))
 
 
-def _from_table(label: str, path: Path, op: str, problem: Problem, target: Target) -> Choice | None:
-    """The entry of this problem, else of the nearest m whose config supports it."""
+def _entries(path: Path, op: str, problem: Problem, target: Target) -> Iterator[tuple[table.Entry, ModuleType, Any]]:
+    """A table's entries that differ from `problem` in m alone, the nearest first, with kernel and config."""
     t, by_rest = _index(path)
     if t.arch != target.arch:
         raise TableError(f"{path} is of {t.device} ({t.arch}); this is {target.device} ({target.arch})")
@@ -300,7 +432,12 @@ def _from_table(label: str, path: Path, op: str, problem: Problem, target: Targe
     m = int(dims.get("m", 1))
     entries = by_rest.get(_rest(op, dims), [])
     for e in sorted(
-        entries, key=lambda e: (abs(math.log2(max(m, 1) / max(int(e.problem["m"]), 1))), int(e.problem["m"]))
+        entries,
+        key=lambda e: (
+            abs(math.log2(max(m, 1) / max(int(e.problem["m"]), 1))),
+            int(e.problem["m"]),
+            not e.invariant,
+        ),
     ):
         try:
             module = registry.load(e.kernel)
@@ -309,11 +446,29 @@ def _from_table(label: str, path: Path, op: str, problem: Problem, target: Targe
             log.warning("%s: entry for %s %s is out of date: %s", path, op, e.problem, why)
             continue
         row = registry.find(e.kernel)
-        if target.arch not in row.archs or (target.emulated and not row.emulated):
-            continue
+        if target.arch in row.archs and (row.emulated or not target.emulated):
+            yield e, module, config
+
+
+def _from_table(
+    label: str, path: Path, op: str, problem: Problem, target: Target, agreed: tuple[str, str] | None
+) -> Choice | None:
+    """The entry of this problem, else of the nearest m whose config supports it.
+
+    agreed: kernel and arithmetic in batch-invariant mode. Entries that were not tuned for it then serve half to twice
+    their m alone: far from it the kernel's default in this arithmetic is better.
+    """
+    for e, module, config in _entries(path, op, problem, target):
         if module.supports(problem, config) is not None:
             continue
-        near = "" if e.problem.get("m") == m else f", nearest m={e.problem['m']}"
+        if agreed is None:
+            if e.invariant:
+                continue
+        elif agreed != (e.kernel, registry.arithmetic(e.kernel, problem, config)) or not (
+            e.invariant or 0.5 <= int(e.problem["m"]) / max(1, int(problem.dims().get("m", 1))) <= 2
+        ):
+            continue
+        near = "" if e.problem.get("m") == problem.dims().get("m", 1) else f", nearest m={e.problem['m']}"
         how = "measured" if e.measured else "predicted"
         stale = "" if e.source_hash == registry.source_hash(e.kernel) else ", kernel changed since"
         return Choice(op, problem, e.kernel, config, f"{label} {path.stem} ({how}{near}{stale})")

@@ -25,6 +25,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     problem, config     named dimensions and named knobs
     source_hash         of the kernel's files when it was tuned (`registry.source_hash`)
+    invariant           tuned for `fp4suite.batch_invariant`, and used there alone
     *_us                microseconds; None where nothing was measured. `predicted_us` comes from the cost model
     baseline            what it was compared with, and its median
     regret              the largest slowdown seen when this config ran the neighbouring bucket of m, as a ratio >= 1;
@@ -39,6 +40,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     source_hash: str
     config: dict[str, int | str | bool]
     measured: bool
+    invariant: bool = False
     median_us: float | None = None
     p20_us: float | None = None
     p80_us: float | None = None
@@ -54,7 +56,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     date: str = ""
 
     def key(self) -> tuple[Any, ...]:
-        return (self.op, tuple(sorted(self.problem.items())))
+        return (self.op, self.invariant, tuple(sorted(self.problem.items())))
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -102,7 +104,9 @@ def write(path: str | Path, table: Table) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     head = msgspec.json.encode({"schema": table.schema, "device": table.device, "arch": table.arch})[:-1]
-    entries = sorted(table.entries, key=lambda e: (e.op, [(k, str(v).zfill(12)) for k, v in e.problem.items()]))
+    entries = sorted(
+        table.entries, key=lambda e: (e.op, e.invariant, [(k, str(v).zfill(12)) for k, v in e.problem.items()])
+    )
     lines = b",\n".join(b"  " + msgspec.json.encode(e) for e in entries)
     body = head + b',"entries":[\n' + lines + b"\n]}\n"
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")

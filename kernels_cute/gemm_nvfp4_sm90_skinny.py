@@ -160,6 +160,13 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     return None
 
 
+def arithmetic(problem: GemmProblem, config: Config) -> str:
+    """In which order an element's products are summed. None of them is there for every m: this kernel ends at MAX_M."""
+    parts = config.split * config.warps_k
+    chains = 2 if config.token_groups == 1 else 1
+    return f"{parts} parts of {steps_of(problem.k, config) * STEP_K}, {chains} sums by turns in each"
+
+
 # --- instructions -----------------------------------------------------------------------------------------------------
 
 

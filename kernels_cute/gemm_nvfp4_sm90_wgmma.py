@@ -16,6 +16,7 @@ is one run of 16 bytes of codes and one of 8 bytes of scales, and tiles that fol
 """
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -231,6 +232,40 @@ def default(problem: GemmProblem) -> Config:
         wanted += [small] if tiles <= 3 * SM_COUNT else []
         wanted += [Config(tile_m=tile_m, groups_n=2, tile_k=64)]
     return next((c for c in wanted if supports(problem, c) is None), Config())
+
+
+INVARIANT = "one sum in the order of k"
+
+
+def arithmetic(problem: GemmProblem, config: Config) -> str:
+    """In which order an element's products are summed. Stages, strips, share and the tile's size have no part in it."""
+    if not config.reduces:
+        return INVARIANT
+    step = config.tile_k * config.paired
+    parts = f"{config.split} parts of {-(-problem.k // (step * config.split)) * step}"
+    return parts if config.groups_k == 1 else f"{parts}, steps of {step} to {config.groups_k} sums by turns"
+
+
+def in_arithmetic(problem: GemmProblem, wanted: str) -> Config | None:
+    """The default among configs of this arithmetic."""
+    rows = problem.n // TILE
+    if problem.m <= STORE_ROWS:
+        tile_m = next(t for t in SPACE["tile_m"] if t >= problem.m)
+        alone = [Config(tile_m=tile_m, groups_n=1, tile_k=256, blocks=blocks) for blocks in (2, 1)]
+        alone = alone if rows > SM_COUNT else alone[1:]
+    else:
+        tile_m = 128 if problem.m <= 128 or rows * -(-problem.m // 256) < SM_COUNT else 256
+        tiles = rows * -(-problem.m // tile_m)
+        alone = [Config(tile_m=tile_m, groups_n=1 if tiles <= 3 * SM_COUNT else 2, tile_k=128)]
+    parts = itertools.product(
+        alone,
+        sorted({tile_m, min(tile_m, 128), min(tile_m, STORE_ROWS)}, reverse=True),
+        (alone[0].tile_k, *SPACE["tile_k"]),
+        SPACE["groups_k"],
+        SPACE["split"],
+    )
+    configs = (replace(c, tile_m=t, tile_k=k, groups_k=groups, split=split) for c, t, k, groups, split in parts)
+    return next((c for c in configs if arithmetic(problem, c) == wanted and supports(problem, c) is None), None)
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
