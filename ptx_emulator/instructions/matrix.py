@@ -1,8 +1,8 @@
 """ldmatrix, stmatrix, movmatrix and mma.sync (PTX ISA, "Warp-level matrix instructions").
 
 Fragments: with g = lane / 4 and q = lane % 4, a lane holds of an 8 x 8 matrix of 16-bit elements row g, columns 2q and
-2q + 1. mma.m16n8k16 and its kin hold their operands in such pieces. mma.sp of 64 bytes along K has the fragments and
-metadata of wgmma.sp (the ISA shows the same figures); how it adds nobody has compared.
+2q + 1. mma.m16n8k16 and its kin hold their operands in such pieces. mma.sp has the fragments and metadata of wgmma.sp
+(the ISA shows the same figures); how it adds nobody has compared.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ..memory import split_shared
 from ..numbers import SMALL, U32, Array
 from ..parser import Instruction
 from ..program import DTYPES, Mask, Program, Run, constant, decoder, unknown
-from ..sparsity import ANY, ORDERED, expanded, of_warp
+from ..sparsity import ANY, ORDERED, expanded, of_warp, per_row, selectors
 from .arithmetic import fma_f64
 from .data import shared_of
 
@@ -214,8 +214,8 @@ def _mma(i: Instruction, p: Program) -> Run:
         raise unknown(i)
     if (d_kind == "s32") != (a_kind in ("s8", "u8")) or (d_kind == "f64") != (a_kind == "f64"):
         raise unknown(i)
-    if sparse and (k != 64 // size or size > 4 or a_kind in ("e4m3", "e5m2")):
-        raise unknown(i, "metadata of that shape, sums of that type")
+    if sparse and (rows != 16 or k * size not in (32, 64) or size > 4 or a_kind in ("e4m3", "e5m2")):
+        raise unknown(i, "shapes, and sums, of that type")
     register = "b64" if d_kind == "f64" else "b32"
     a, b, c = ([p.source(x, register) for x in p.vector(o)] for o in i.operands[1:4])
     writes = [p.target(x, register) for x in p.vector(i.operands[0])]
@@ -226,7 +226,7 @@ def _mma(i: Instruction, p: Program) -> Run:
         raise unknown(i, f"{len(a)} registers of A and {len(b)} of B")
     metadata = p.source(i.operands[4], "b32") if sparse else None
     selector = constant(i.operands[5]) if sparse else 0
-    if selector not in (0, 1) or (selector and size == 1):
+    if sparse and selector not in range(selectors(per_row(k, size))):
         raise unknown(i, f"sparsity selector {selector}")
     pair = 2 * QUAD[:, None] + np.arange(2)
     what = f"mma.{'sp.' if sparse else ''}sync {shape} {a_kind}"
@@ -241,7 +241,7 @@ def _mma(i: Instruction, p: Program) -> Run:
                 values = a_value(a[halves * piece + half](w).view(unsigned)).reshape(LANES, per)
                 left[GROUP[:, None] + 8 * half, columns + 4 * per * piece] = values
         if metadata is not None:
-            left = expanded(left, of_warp(metadata(w), 8 * size, selector), size == 4, _METADATA[i.op[1]])
+            left = expanded(left, of_warp(metadata(w), per_row(k, size), selector), size == 4, _METADATA[i.op[1]])
         for piece in range(pieces):
             right[GROUP[:, None], columns + 4 * per * piece] = b_value(b[piece](w).view(unsigned)).reshape(LANES, per)
         given = np.stack([read(w) for read in c], 1).view(result).reshape(LANES, halves, 2)

@@ -23,7 +23,7 @@ from ..machine import LANES, Cta, Warp
 from ..numbers import U32, Array
 from ..parser import Instruction, Reg, Vec
 from ..program import FINISHERS, Mask, Program, Run, constant, decoder, uniform, unknown
-from ..sparsity import expanded, of_warp
+from ..sparsity import expanded, of_warp, per_row, selectors
 from .matrix import GROUP, QUAD, element_values
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
@@ -144,7 +144,7 @@ def _mma(i: Instruction, p: Program) -> Run:
     d, a, b, *rest = i.operands
     sparse = "sp" in i.op
     metadata, selector = (p.source(rest.pop(0), "b32"), constant(rest.pop(0))) if sparse else (None, 0)
-    if selector not in (0, 1) or (selector and size == 1):
+    if sparse and selector not in range(selectors(per_row(k, size))):
         raise unknown(i, f"sparsity selector {selector}")
     scale_d = rest.pop(0)
     assert isinstance(d, Vec)
@@ -184,7 +184,7 @@ def _mma(i: Instruction, p: Program) -> Run:
         # registers are read at issue: to overwrite a fragment that is in use is undefined, and not looked for
         held = fragment(w) if a_desc is None else None
         fixed_a = uniform(a_desc(w), None, "the descriptor of A") if a_desc is not None else 0
-        indices = of_warp(metadata(w), 8 * size, selector) if metadata is not None else None
+        indices = of_warp(metadata(w), per_row(k, size), selector) if metadata is not None else None
 
         def operands() -> _Operands:
             # of A a warp reads its own rows only

@@ -61,6 +61,20 @@ def test_the_record_is_of_these_kernels(record):
     assert recorded == {name: store.kernel_hash(case) for name, case in CASES.items()}
 
 
+def test_a_case_is_kept_as_it_stands(record, tmp_path):
+    names = ["tma.load.swizzle32.0", "mma.m16n8k16.f32.f16.f16.wide"]
+    writer = store.Writer(gpu="H100")
+    for name in names:
+        writer.keep(record, name)
+    writer.save(tmp_path / "some.npz.xz")
+    kept = store.Record(tmp_path / "some.npz.xz")
+    assert kept.cases == {name: record.cases[name] for name in names}
+    assert all(kept.is_of(CASES[name]) for name in names)
+    assert not kept.is_of(CASES["add.s32"])
+    assert all(np.array_equal(x, record.arrays[name]) for name, x in kept.arrays.items())
+    assert difference(CASES[names[1]], kept) is None
+
+
 def test_every_decoder_is_covered():
     assert instructions
     used = {

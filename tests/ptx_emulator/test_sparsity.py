@@ -48,17 +48,21 @@ def sparse(kind: str, ordered: bool = False) -> tuple[np.ndarray, np.ndarray, np
 
 
 def metadata(kind: str, indices: np.ndarray, selector: int) -> np.ndarray:
-    """Figures of "Matrix Fragments for sparse wgmma.mma_async", a word a thread; what nobody reads is random.
+    """Figures of "Matrix Fragments for sparse wgmma.mma_async" and those of half of K for mma.sp, a word a thread; what
+    nobody reads is random.
 
     k32, k16  threads T(2 s) and T(2 s + 1) of four: halves of K; rows g (lower 16 bits) and g + 8
     k64       T0, T2: row g, T1, T3: row g + 8; T0, T1: columns 0-31, T2, T3: columns 32-63
+    half      of 8-bit elements as k32; else thread T(s): rows g (lower 16 bits) and g + 8
     """
     out = rng.integers(0, 1 << 32, 128).astype(np.uint32)
     for thread in range(128):
         first, (g, q) = 16 * (thread // 32), divmod(thread % 32, 4)
-        if kind in ("e4m3", "s8"):
+        if indices.shape[1] == 16:
             mine = indices[first + g + 8 * (q % 2), 8 * (q // 2) : 8 * (q // 2) + 8]
-        elif q // 2 == selector:
+        elif indices.shape[1] == 4 and q == selector:
+            mine = np.concatenate([indices[first + g], indices[first + g + 8]])
+        elif indices.shape[1] == 8 and q // 2 == selector:
             part = slice(4 * (q % 2), 4 * (q % 2) + 4)
             mine = np.concatenate([indices[first + g, part], indices[first + g + 8, part]])
         else:
@@ -138,20 +142,22 @@ def test_refused(kind, index, selector, message):
 
 
 def mma(kind: str, kept: np.ndarray, b: np.ndarray, words: np.ndarray, selector: int, op: str = "sp") -> np.ndarray:
-    """One of 64 bytes along K: D [16, 8]. Lane (g, q) holds four bytes of row g (or g + 8) at 4 q, 4 q + 16, .."""
+    """One of 64 or 32 bytes along K: D [16, 8]. Lane (g, q) holds four bytes of row g (or g + 8) at 4 q, 4 q + 16."""
     g, q = np.divmod(np.arange(32), 4)
     rows = [np.ascontiguousarray(x).view(np.uint32) for x in (kept, b)]
-    fragments = [rows[0][g + 8 * (j % 2), q + 4 * (j // 2)] for j in range(4)]
-    fragments += [rows[1][g, q + 4 * j] for j in range(4)]
+    count = b[0].nbytes // 16  # registers of A, and of B
+    fragments = [rows[0][g + 8 * (j % 2), q + 4 * (j // 2)] for j in range(count)]
+    fragments += [rows[1][g, q + 4 * j] for j in range(count)]
     source = np.ascontiguousarray(np.stack([*fragments, words[:32]]))
     result = "s32" if kind == "s8" else "f32"
     text = "mov.u32 %r0, %tid.x; ld.param.b64 %rd1, [src]; mul.wide.u32 %rd2, %r0, 4; add.s64 %rd1, %rd1, %rd2;"
-    text += "".join(f"ld.global.b32 %r{10 + n}, [%rd1+{128 * n}];" for n in range(9))
+    text += "".join(f"ld.global.b32 %r{10 + n}, [%rd1+{128 * n}];" for n in range(2 * count + 1))
+    left, right = (", ".join(f"%r{first + n}" for n in range(count)) for first in (10, 10 + count))
     text += "".join(f"mov.b32 %r{20 + n}, 0;" for n in range(4))
     text += (
         f"mma.{op}.sync.aligned.m16n8k{2 * kept.shape[1]}.row.col.{result}.{kind}.{kind}.{result} "
-        "{%r30, %r31, %r32, %r33}, {%r10, %r11, %r12, %r13}, {%r14, %r15, %r16, %r17}, {%r20, %r21, %r22, %r23}, "
-        f"%r18, {selector}; add.s64 %rd3, %rd63, %rd2;"
+        f"{{%r30, %r31, %r32, %r33}}, {{{left}}}, {{{right}}}, {{%r20, %r21, %r22, %r23}}, "
+        f"%r{10 + 2 * count}, {selector}; add.s64 %rd3, %rd63, %rd2;"
     )
     text += "".join(f"st.global.b32 [%rd3+{128 * n}], %r{30 + n};" for n in range(4))
     out = np.zeros((4, 32), np.int32 if kind == "s8" else np.float32)
@@ -172,11 +178,22 @@ def test_mma_sp(kind, selector, op):
 
 
 @pytest.mark.parametrize(
+    ("kind", "selector"), [("f16", 0), ("f16", 3), ("bf16", 1), ("tf32", 0), ("tf32", 2), ("s8", 0), ("s8", 1)]
+)
+def test_mma_sp_of_32_bytes(kind, selector):
+    kept, full, indices = sparse(kind)
+    kept, full, indices = (np.ascontiguousarray(x[:, : x.shape[1] // 2]) for x in (kept, full, indices))
+    b = small(8, full.shape[1], KINDS[kind][0])
+    got = mma(kind, kept[:16], b, metadata(kind, indices, selector), selector)
+    np.testing.assert_array_equal(got, full[:16].astype(np.float64) @ b.astype(np.float64).T)
+
+
+@pytest.mark.parametrize(
     ("kind", "index", "selector", "message"),
     [
         ("f16", 0b0001, 0, "0b0001 in the metadata of a sparse operand means nothing"),
         ("f16", 0b0100, 2, "sparsity selector 2"),
-        ("e4m3", 0b0100, 0, "sums of that type"),
+        ("e4m3", 0b0100, 0, "sums, of that type"),
     ],
 )
 def test_mma_sp_refused(kind, index, selector, message):

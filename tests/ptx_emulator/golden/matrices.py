@@ -109,8 +109,10 @@ def fragment_c(c: Array) -> Array:
     return joined.view(np.uint64 if c.itemsize == 8 else np.uint32).reshape(tiles, 32, -1)
 
 
-def _mma(name: str, opcode: str, a: Array, b: Array, c: Array) -> None:
-    """a, b, c: registers [tiles, 32, count]; one warp and CTA a tile."""
+def mma_case(
+    name: str, opcode: str, a: Array, b: Array, c: Array, metadata: Array | None = None, selector: int = 0
+) -> None:
+    """a, b, c: registers [tiles, 32, count]; one warp and CTA a tile. metadata: of a sparse A, [tiles, 32]."""
     wide = a.dtype == np.uint64
     register, width, size = ("%q", "b64", 8) if wide else ("%r", "b32", 4)
     sources = {}
@@ -123,7 +125,11 @@ def _mma(name: str, opcode: str, a: Array, b: Array, c: Array) -> None:
         sources[n] = "{" + ", ".join(f"{register}{first + r}" for r in range(count)) + "}"
     count = c.shape[-1]
     d = "{" + ", ".join(f"{register}{53 + r if wide else 60 + r}" for r in range(count)) + "}"
-    lines.append(f"{opcode} {d}, {sources[0]}, {sources[1]}, {sources[2]};")
+    last = ""
+    if metadata is not None:
+        lines.append("mul.wide.u32 %q50, %r1, 4; add.u64 %q50, %q50, %q4; ld.global.b32 %r50, [%q50];")
+        last = f", %r50, {selector}"
+    lines.append(f"{opcode} {d}, {sources[0]}, {sources[1]}, {sources[2]}{last};")
     lines.append(f"mul.wide.u32 %q50, %r1, {count * size}; add.u64 %q50, %q50, %q0;")
     for r in range(count):
         lines.append(f"st.global.{width} [%q50+{r * size}], {register}{53 + r if wide else 60 + r};")
@@ -134,6 +140,7 @@ def _mma(name: str, opcode: str, a: Array, b: Array, c: Array) -> None:
         Buffer(a),
         Buffer(b),
         Buffer(c),
+        *([] if metadata is None else [Buffer(metadata)]),
         grid=len(a),
     )
 
@@ -159,16 +166,21 @@ def operands(kind: str, b_kind: str, d_kind: str, k: int, how: str, tiles: int, 
         b[..., order[k // 2 :]] = b[..., order[: k // 2]] ^ (noise << (13 if kind == "tf32" else 0)).astype(b.dtype)
     yield a
     yield b
-    rng = np.random.default_rng([SEED, seed + 2])
+    yield addends((tiles, 16, 8), kind, d_kind, how, seed + 2)
+
+
+def addends(shape: tuple[int, ...], kind: str, d_kind: str, how: str, seed: int) -> Array:
+    """C for products of `kind` that are spread so."""
+    rng = np.random.default_rng([SEED, seed])
     top = {"near": 1, "wide": 20, "sparse": 20, "cancel": 4, "special": 3, "tiny": 4}[how]
     top = min(top, 9) if d_kind == "f16" else top
-    c = np.exp2(rng.integers(-top, top + 1, (tiles, 16, 8))) * rng.normal(0, 1, (tiles, 16, 8))
-    c *= rng.random((tiles, 16, 8)) < 0.7
+    c = np.exp2(rng.integers(-top, top + 1, shape)) * rng.normal(0, 1, shape)
+    c *= rng.random(shape) < 0.7
     if how == "tiny":
         c *= np.exp2(float(_LEAST[kind]))
     if how == "sparse":
         c = np.where(c == 0, 0, np.copysign(np.exp2(np.round(np.log2(np.abs(c) + (c == 0)))), c))
-    yield bits_of(c, d_kind)
+    return bits_of(c, d_kind)
 
 
 def mma() -> None:
@@ -192,7 +204,7 @@ def mma() -> None:
                 seed += 10
                 tiles = 2 if how in ("integers", "special", "tiny") else 6
                 a, b, c = operands(a_kind, b_kind, d_kind, k, how, tiles, seed)
-                _mma(
+                mma_case(
                     f"mma.m16n8k{k}.{d_kind}.{a_kind}.{b_kind}.{how}",
                     f"mma.sync.aligned.m16n8k{k}.row.col.{d_kind}.{a_kind}.{b_kind}.{d_kind}",
                     fragment_a(a, a_kind),
@@ -207,7 +219,7 @@ def mma() -> None:
                     rng = np.random.default_rng([SEED, seed])
                     a, b = (rng.integers(0, 256, (2, m, k)).astype(np.uint8) for m in (16, 8))
                     c = rng.choice([0, -(2**31), 2**31 - 1, 77, -(2**31) + 9000], (2, 16, 8)).astype(np.int32)
-                    _mma(
+                    mma_case(
                         f"mma.m16n8k{k}.s32.{a_kind}.{b_kind}{sat}",
                         f"mma.sync.aligned.m16n8k{k}.row.col{sat}.s32.{a_kind}.{b_kind}.s32",
                         fragment_a(a, a_kind),
@@ -218,7 +230,7 @@ def mma() -> None:
         seed += 10
         rng = np.random.default_rng([SEED, seed])
         a, b, c = (rng.normal(0, 1, (2, *s)) * np.exp2(rng.integers(-9, 10, (2, *s))) for s in ((m, k), (8, k), (m, 8)))
-        _mma(
+        mma_case(
             f"mma.m{m}n8k{k}.f64",
             f"mma.sync.aligned.m{m}n8k{k}.row.col.f64.f64.f64.f64",
             fragment_a(a.view(np.uint64), "f64"),
@@ -237,7 +249,7 @@ def descriptor(leading: int, stride: int, swizzle: int) -> int:
     return leading >> 4 << 16 | stride >> 4 << 32 | {0: 0, 128: 1, 64: 2, 32: 3}[swizzle] << 62
 
 
-def _wgmma(
+def wgmma_case(
     name: str,
     kind: tuple[str, str, str],
     n: int,
@@ -252,10 +264,14 @@ def _wgmma(
     majors: tuple[int, ...] = (0, 0),
     registers: Array | None = None,
     sat: str = "",
+    metadata: Array | None = None,
+    selector: int = 0,
 ) -> None:
-    """a, b: (descriptor, start in bytes in the image; B's after `offset`). d: [128, registers]. registers: A's."""
+    """a, b: (descriptor, start in bytes in the image; B's after `offset`). d: [128, registers]. registers: A's.
+    metadata: of a sparse A, [128].
+    """
     d_kind, a_kind, b_kind = kind
-    k = 32 // SIZE[a_kind]
+    k = (32 if metadata is None else 64) // SIZE[a_kind]
     count = d.shape[1]
     copies = image.nbytes // 16
     assert image.nbytes % 16 == 0
@@ -280,13 +296,20 @@ def _wgmma(
             f"add.u32 %r2, %r1, {a[1]}; shr.u32 %r2, %r2, 4; cvt.u64.u32 %q53, %r2; or.b64 %q53, %q53, {a[0]};"
         )
         left = "%q53"
+    last = sparse = ""
+    if metadata is not None:
+        lines += [
+            f"mul.wide.u32 %q52, %r0, 4; add.u64 %q52, %q52, %q{3 if registers is None else 4};",
+            "ld.global.b32 %r14, [%q52];",
+        ]
+        sparse, last = ".sp", f", %r14, {selector}"
     lines += [
         f"add.u32 %r2, %r1, {offset + b[1]}; shr.u32 %r2, %r2, 4; cvt.u64.u32 %q54, %r2; or.b64 %q54, %q54, {b[0]};",
         f"fence.proxy.async.shared::cta; bar.sync 0; setp.ne.b32 %p2, {keep}, 0;",
         "wgmma.fence.sync.aligned;",
-        f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{d_kind}.{a_kind}.{b_kind}{sat} {{"
+        f"wgmma.mma_async{sparse}.sync.aligned.m64n{n}k{k}.{d_kind}.{a_kind}.{b_kind}{sat} {{"
         + ", ".join(f"%r{100 + r}" for r in range(count))
-        + f"}}, {left}, %q54, %p2",
+        + f"}}, {left}, %q54{last}, %p2",
     ]
     if d_kind != "s32":
         lines[-1] += f", {signs[0]}, {signs[1]}"
@@ -301,6 +324,8 @@ def _wgmma(
     args = [out(128, count), Buffer(d), Buffer(image)]
     if registers is not None:
         args.append(Buffer(registers))
+    if metadata is not None:
+        args.append(Buffer(metadata))
     simple(
         name,
         "\n".join(lines),
@@ -315,7 +340,7 @@ def _count(d_kind: str, n: int) -> int:
     return n // 4 if d_kind == "f16" else n // 2
 
 
-def _small(d_kind: str, n: int, seed: int) -> Array:
+def small(d_kind: str, n: int, seed: int) -> Array:
     rng = np.random.default_rng([SEED, seed])
     x = rng.integers(-9, 10, (128, 2 * _count(d_kind, n) if d_kind == "f16" else n // 2)).astype(np.float64)
     return np.ascontiguousarray(bits_of(x, d_kind)).view(np.uint32)
@@ -341,102 +366,102 @@ def wgmma() -> None:
     ):
         image = images[kind][: 12 * 1024]
         for n in (8, 24, 64):
-            _wgmma(
+            wgmma_case(
                 f"wgmma.{d_kind}.{kind}.n{n}",
                 (d_kind, kind, kind),
                 n,
                 plain,
                 plain,
                 image,
-                _small(d_kind, n, n),
+                small(d_kind, n, n),
                 offset=4096,
             )
-        _wgmma(
+        wgmma_case(
             f"wgmma.{d_kind}.{kind}.fresh",
             (d_kind, kind, kind),
             8,
             plain,
             plain,
             image,
-            _small(d_kind, 8, 3),
+            small(d_kind, 8, 3),
             offset=4096,
             keep=0,
         )
         rng = np.random.default_rng([SEED, 5])
         raw = integers((128, 16 // SIZE[kind]), kind, 77)
-        _wgmma(
+        wgmma_case(
             f"wgmma.{d_kind}.{kind}.registers",
             (d_kind, kind, kind),
             24,
             None,
             plain,
             image,
-            _small(d_kind, 24, 9),
+            small(d_kind, 24, 9),
             offset=4096,
             registers=np.ascontiguousarray(raw).view(np.uint32),
         )
         if d_kind != "s32":
             for signs in ((-1, 1), (1, -1), (-1, -1)):
-                _wgmma(
+                wgmma_case(
                     f"wgmma.{d_kind}.{kind}.signs{signs[0]}{signs[1]}",
                     (d_kind, kind, kind),
                     8,
                     plain,
                     plain,
                     image,
-                    _small(d_kind, 8, 4),
+                    small(d_kind, 8, 4),
                     offset=4096,
                     signs=signs,
                 )
-    _wgmma(
-        "wgmma.s32.s8.u8", ("s32", "s8", "u8"), 8, plain, plain, images["s8"][:12288], _small("s32", 8, 2), offset=4096
+    wgmma_case(
+        "wgmma.s32.s8.u8", ("s32", "s8", "u8"), 8, plain, plain, images["s8"][:12288], small("s32", 8, 2), offset=4096
     )
-    _wgmma(
+    wgmma_case(
         "wgmma.f32.e4m3.e5m2",
         ("f32", "e4m3", "e5m2"),
         8,
         plain,
         plain,
         images["e4m3"][:12288],
-        _small("f32", 8, 2),
+        small("f32", 8, 2),
         offset=4096,
     )
-    _wgmma(
+    wgmma_case(
         "wgmma.f32.e5m2.e4m3",
         ("f32", "e5m2", "e4m3"),
         8,
         plain,
         plain,
         images["e4m3"][:12288],
-        _small("f32", 8, 2),
+        small("f32", 8, 2),
         offset=4096,
     )
     for n in (128, 256):
-        _wgmma(f"wgmma.f32.bf16.n{n}", ("f32", "bf16", "bf16"), n, plain, plain, images["bf16"], _small("f32", n, n))
+        wgmma_case(f"wgmma.f32.bf16.n{n}", ("f32", "bf16", "bf16"), n, plain, plain, images["bf16"], small("f32", n, n))
     # K-major with every swizzle and start inside of the swizzled row; other strides without
     for kind in ("bf16", "tf32", "e4m3", "s8"):
         d_kind = "s32" if kind == "s8" else "f32"
         for swizzle in (32, 64, 128):
             word = descriptor(16, 8 * swizzle, swizzle)
             for start in range(0, swizzle, 32):
-                _wgmma(
+                wgmma_case(
                     f"wgmma.{kind}.k{swizzle}.start{start}",
                     (d_kind, kind, kind),
                     64 if kind == "bf16" else 16,
                     (word, start),
                     (word, start),
                     images[kind],
-                    _small(d_kind, 64 if kind == "bf16" else 16, 1),
+                    small(d_kind, 64 if kind == "bf16" else 16, 1),
                 )
         word = descriptor(2048, 128, 0)
-        _wgmma(
+        wgmma_case(
             f"wgmma.{kind}.k0.far",
             (d_kind, kind, kind),
             16,
             (word, 0),
             (word, 256),
             images[kind],
-            _small(d_kind, 16, 1),
+            small(d_kind, 16, 1),
         )
     # MN-major, 16-bit types only
     for kind in ("bf16", "f16"):
@@ -447,14 +472,14 @@ def wgmma() -> None:
                 words = (descriptor(128, 256, 0), descriptor(1024, 128, 0))
             for which, word in enumerate(words):
                 for majors in ((1, 1), (0, 1), (1, 0)):
-                    _wgmma(
+                    wgmma_case(
                         f"wgmma.{kind}.mn{swizzle}.{which}.majors{majors[0]}{majors[1]}",
                         ("f32", kind, kind),
                         64,
                         (word if majors[0] else plain[0], 0),
                         (word if majors[1] else plain[0], 0),
                         images[kind],
-                        _small("f32", 64, 1),
+                        small("f32", 64, 1),
                         majors=majors,
                     )
     # how it adds
@@ -491,7 +516,7 @@ def wgmma() -> None:
             if how == "tiny":
                 x *= np.exp2(float(_LEAST[kind]))
             d = np.ascontiguousarray(bits_of(x, d_kind)).view(np.uint32)
-            _wgmma(
+            wgmma_case(
                 f"wgmma.{d_kind}.{kind}.{how}",
                 (d_kind, kind, kind),
                 n,

@@ -1,6 +1,8 @@
 """Records the golden vectors on a GPU of the cases' architecture.
 
-    python -m tests.ptx_emulator.golden.record --out FILE [--only PART]
+    python -m tests.ptx_emulator.golden.record --out FILE [--only PART] [--missing]
+
+--missing records the cases that the stored record lacks or has of another kernel, and keeps the stored ones.
 
 The driver compiles each kernel; libcuda and numpy are all it takes. The cases run in a process of their own: one that
 faults or hangs costs its process and no more. What the driver refused, or what failed, is listed with the driver's
@@ -8,6 +10,7 @@ words in FILE.log, and in the record.
 """
 
 import argparse
+import ast
 import ctypes
 import pickle
 import queue
@@ -23,7 +26,7 @@ import numpy as np
 
 from . import catalogue
 from .catalogue import Buffer, Case, Map
-from .store import FILE, Writer
+from .store import FILE, Record, Writer
 
 CASE_SECONDS = 20
 LOG_BYTES = 8192
@@ -197,14 +200,30 @@ class Worker:
         self.process.wait()
 
 
-def record(path: Path, only: str) -> None:
+def about_both(stored: str, here: str) -> str:
+    """Devices and drivers of a record that is added to. Raises CudaError if the device is another one."""
+    if ast.literal_eval(here)["device"] not in stored:
+        raise CudaError(f"the stored record is of {stored}, not of {here}")
+    return stored if here in stored else f"{stored}, {here}"
+
+
+def record(path: Path, only: str, missing: bool) -> None:
     started = time.monotonic()
-    cases = [c for c in catalogue.CASES.values() if only in c.name]
+    stored = Record() if missing else None
+    kept = [c for c in catalogue.CASES.values() if stored and stored.is_of(c)]
+    known = {c.name for c in kept}
+    cases = [c for c in catalogue.CASES.values() if only in c.name and c.name not in known]
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         worker = Worker(folder)
+        if not worker.about:
+            raise CudaError("no worker could start")
         writer = Writer(gpu=worker.about)
+        if stored:
+            writer = Writer(gpu=about_both(stored.index["about"]["gpu"], worker.about))
+            for case in kept:
+                writer.keep(stored, case.name)
         for case in cases:
             if not worker.about:
                 raise CudaError("no worker could start")
@@ -235,12 +254,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FILE)
     parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument("--missing", action="store_true", help="keep what is stored of the same kernels")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args.worker)
     else:
-        record(args.out, args.only)
+        record(args.out, args.only, args.missing)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,12 @@ class Writer:
             "maps": {str(n): [base, raw.hex()] for n, (base, raw) in maps.items()},
         }
 
+    def keep(self, record: "Record", name: str) -> None:
+        """The case as it stands in another record."""
+        entry = record.cases[name]
+        self.index["cases"][name] = entry
+        self.arrays |= {x: record.arrays[x] for x in (*entry["before"], *entry["after"].values())}
+
     def save(self, path: Path) -> None:
         buffer = io.BytesIO()
         index = np.frombuffer(json.dumps(self.index).encode(), np.uint8)
@@ -58,6 +64,10 @@ class Record:
             self.arrays = {name: data[name].reshape(-1) for name in data.files}
         self.index = json.loads(self.arrays.pop("index").tobytes())
         self.cases: dict[str, Any] = self.index["cases"]
+
+    def is_of(self, case: Case) -> bool:
+        """Whether the case's kernel, as it is now, was recorded."""
+        return case.name in self.cases and self.cases[case.name]["kernel"] == kernel_hash(case)
 
     def before(self, name: str) -> list[Array]:
         return [self.arrays[x].copy() for x in self.cases[name]["before"]]
