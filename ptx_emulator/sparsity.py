@@ -17,20 +17,32 @@ ORDERED = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)
 ANY = tuple(_FOURS)
 
 
-def expanded(values: Array, indices: Array, pairs: bool, allowed: tuple[int, ...] = ANY) -> Array:
-    """values [rows, k / 2] among their zeros, [rows, k]. pairs: one of two, else two of four. Raises Fault for an index
-    that is not allowed.
+def places(indices: Array, pairs: bool, allowed: tuple[int, ...] = ANY) -> Array:
+    """Where in K the stored elements belong, [rows, k / 2]. pairs: one of two, else two of four. Raises Fault for an
+    index that is not allowed.
     """
-    places: dict[int, tuple[int, ...]] = dict(_PAIRS) if pairs else {index: _FOURS[index] for index in allowed}
-    strange = ~np.isin(indices, list(places))
+    meaning: dict[int, tuple[int, ...]] = dict(_PAIRS) if pairs else {index: _FOURS[index] for index in allowed}
+    strange = ~np.isin(indices, list(meaning))
     if strange.any():
         raise Fault(f"{int(indices[strange][0]):#06b} in the metadata of a sparse operand means nothing")
     each = 1 if pairs else 2
-    table = np.array([places.get(index, (0,) * each) for index in range(16)])
+    table = np.array([meaning.get(index, (0,) * each) for index in range(16)])
     at = table[indices] + 2 * each * np.arange(indices.shape[1])[:, None]  # [rows, chunks, each]
+    return at.reshape(len(indices), -1)
+
+
+def expanded(values: Array, indices: Array, pairs: bool, allowed: tuple[int, ...] = ANY) -> Array:
+    """values [rows, k / 2] among their zeros, [rows, k]; otherwise as `places`."""
     out = np.zeros((len(values), 2 * values.shape[1]))
-    out[np.arange(len(values))[:, None], at.reshape(len(values), -1)] = values
+    out[np.arange(len(values))[:, None], places(indices, pairs, allowed)] = values
     return out
+
+
+def chosen(b: Array, at: Array) -> Array:
+    """Of B [n, k] what each row of A meets, [rows, n, k / 2]: what it does not meet is not multiplied by zero, and
+    infinities there are of no effect.
+    """
+    return np.ascontiguousarray(b.T[at].transpose(0, 2, 1))
 
 
 def nibbles(words: Array) -> Array:

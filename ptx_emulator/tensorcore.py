@@ -25,12 +25,21 @@ def _exponents(x: Array, kind: str) -> Array:
     return np.where(x == 0, _NOTHING, np.maximum(np.frexp(x)[1] - 1, _LEAST[kind])).astype(np.int16)
 
 
+def _product(a: Array, b: Array) -> Array:
+    return a @ b.T if b.ndim == 2 else (b @ a[:, :, None])[:, :, 0]
+
+
 def step(a: Array, b: Array, c: Array, operands: tuple[str, str], result: str, bits: int = 25) -> Array:
-    """a [m, k] @ b [n, k].T + c [m, n], all FP64, as one instruction gives it: float32 or float16 [m, n]."""
+    """a [m, k] @ b [n, k].T + c [m, n], all FP64, as one instruction gives it: float32 or float16 [m, n].
+
+    With a sparse A, a is what is stored of it and b [m, n, k] what its rows meet.
+    """
     with np.errstate(all="ignore"):
-        plain = a @ b.T + c
+        plain = _product(a, b) + c
         # k first: sums and maxima over it run along long rows
-        left, right = np.ascontiguousarray(a.T)[:, :, None], np.ascontiguousarray(b.T)[:, None, :]
+        left, right = np.ascontiguousarray(a.T)[:, :, None], np.ascontiguousarray(np.moveaxis(b, -1, 0))
+        if b.ndim == 2:
+            right = right[:, None, :]
         terms = left * right
         top = (_exponents(left, operands[0]) + _exponents(right, operands[1])).max(0)
         top = np.maximum(np.maximum(top, _exponents(c, result)), -600).astype(np.int32)
@@ -63,8 +72,8 @@ def mma_fp8(a: Array, b: Array, c: Array, result: str) -> Array:
 
 
 def integers(a: Array, b: Array, c: Array, saturate: bool) -> Array:
-    """int32 [m, n], from FP64 values of int8 and int32; wraps around or saturates."""
-    total = (a @ b.T).astype(np.int64) + c.astype(np.int64)
+    """int32 [m, n], from FP64 values of int8 and int32; wraps around or saturates. Sparse A: as in `step`."""
+    total = _product(a, b).astype(np.int64) + c.astype(np.int64)
     if saturate:
         total = np.clip(total, -(1 << 31), (1 << 31) - 1)
     return (total & 0xFFFFFFFF).astype(np.uint32).view(np.int32)

@@ -16,7 +16,7 @@ from ..memory import split_shared
 from ..numbers import SMALL, U32, Array
 from ..parser import Instruction
 from ..program import DTYPES, Mask, Program, Run, constant, decoder, unknown
-from ..sparsity import ANY, ORDERED, expanded, of_warp, per_row, selectors
+from ..sparsity import ANY, ORDERED, chosen, of_warp, per_row, places, selectors
 from .arithmetic import fma_f64
 from .data import shared_of
 
@@ -177,7 +177,10 @@ def element_values(kind: str) -> tuple[int, Callable[[Array], Array]]:
 
 
 def multiply(a: Array, b: Array, c: Array, operands: tuple[str, str], result: str, saturate: bool) -> Array:
-    """mma.sync of FP64 values, [m, k], [n, k] and [m, n]; of the result's type, f32 for sums of FP16, BF16 and TF32."""
+    """mma.sync of FP64 values, [m, k], [n, k] and [m, n]; of the result's type, f32 for sums of FP16, BF16 and TF32.
+
+    With a sparse A as `tensorcore.step`.
+    """
     if result == "f64":
         for k in range(a.shape[1]):
             left, right = np.broadcast_arrays(a[:, k, None], b[None, :, k])
@@ -240,10 +243,11 @@ def _mma(i: Instruction, p: Program) -> Run:
             for half in range(halves):
                 values = a_value(a[halves * piece + half](w).view(unsigned)).reshape(LANES, per)
                 left[GROUP[:, None] + 8 * half, columns + 4 * per * piece] = values
-        if metadata is not None:
-            left = expanded(left, of_warp(metadata(w), per_row(k, size), selector), size == 4, _METADATA[i.op[1]])
         for piece in range(pieces):
             right[GROUP[:, None], columns + 4 * per * piece] = b_value(b[piece](w).view(unsigned)).reshape(LANES, per)
+        if metadata is not None:
+            indices = of_warp(metadata(w), per_row(k, size), selector)
+            right = chosen(right, places(indices, size == 4, _METADATA[i.op[1]]))
         given = np.stack([read(w) for read in c], 1).view(result).reshape(LANES, halves, 2)
         for half in range(halves):
             old[GROUP[:, None] + 8 * half, pair] = given[:, half]

@@ -23,11 +23,11 @@ from ..machine import LANES, Cta, Warp
 from ..numbers import U32, Array
 from ..parser import Instruction, Reg, Vec
 from ..program import FINISHERS, Mask, Program, Run, constant, decoder, uniform, unknown
-from ..sparsity import expanded, of_warp, per_row, selectors
+from ..sparsity import chosen, of_warp, per_row, places, selectors
 from .matrix import GROUP, QUAD, element_values
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-_Operands = tuple[Array, Array]  # of A [16, k] and B [n, k], FP64
+_Operands = tuple[Array, Array]  # FP64 as `tensorcore.step` takes them: A [16, k] and B [n, k], if A is not sparse
 
 
 class _Part:
@@ -184,15 +184,15 @@ def _mma(i: Instruction, p: Program) -> Run:
         # registers are read at issue: to overwrite a fragment that is in use is undefined, and not looked for
         held = fragment(w) if a_desc is None else None
         fixed_a = uniform(a_desc(w), None, "the descriptor of A") if a_desc is not None else 0
-        indices = of_warp(metadata(w), per_row(k, size), selector) if metadata is not None else None
+        met = places(of_warp(metadata(w), per_row(k, size), selector), size == 4) if metadata is not None else None
 
         def operands() -> _Operands:
             # of A a warp reads its own rows only
             first = 16 * (w.index % 4)
             left = a_value(fetch(w, fixed_a, slice(first, first + 16), stored, a_major)) if held is None else held
-            if indices is not None:
-                left = expanded(left, indices, size == 4)
             right = b_value(fetch(w, fixed_b, slice(0, n), k, b_major))
+            if met is not None:
+                right = chosen(right, met)
             return signs[0] * left, signs[1] * right
 
         def add(left: Array, right: Array) -> None:

@@ -188,6 +188,17 @@ def test_mma_sp_of_32_bytes(kind, selector):
     np.testing.assert_array_equal(got, full[:16].astype(np.float64) @ b.astype(np.float64).T)
 
 
+def test_elements_of_b_that_no_row_meets_have_no_effect():
+    kept, _, indices = sparse("f16")
+    indices[:] = 0b0100  # the first two of four
+    b = small(32, 32, np.float16)
+    b[:, 2::4], b[:, 3::4] = np.inf, np.nan
+    met = b.reshape(32, 8, 4)[:, :, :2].reshape(32, 16).astype(np.float64)
+    words, want = metadata("f16", indices, 0), kept.astype(np.float64) @ met.T
+    np.testing.assert_array_equal(wgmma("f16", kept, b, words, 0, in_registers=False), want)
+    np.testing.assert_array_equal(mma("f16", kept[:16], b[:8], words, 0), want[:16, :8])
+
+
 @pytest.mark.parametrize(
     ("kind", "index", "selector", "message"),
     [
