@@ -629,6 +629,13 @@ def launch(
         function(*_arguments(problem.out, [t.data_ptr() for t in tensors], starts, sizes, 0))
 
 
+def precompile(problem: GemmProblem, config: Config) -> None:
+    """Compile for `problem` into the cache, without a GPU. Raises ValueError for what `supports` refuses."""
+    if reason := supports(problem, config):
+        raise ValueError(reason)
+    compiled(config, problem.out, problem.segments)
+
+
 def warm(problem: GemmProblem, config: Config) -> None:
     """Compile for `problem` and, where there is a GPU, launch once: later launches may be captured in a graph."""
     if reason := supports(problem, config):

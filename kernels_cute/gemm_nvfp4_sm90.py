@@ -450,6 +450,11 @@ def launch(
     start(compiled(config, variant), arguments, out.device)
 
 
+def precompile(problem: GemmProblem, config: Config) -> None:
+    """Compile for `problem` into the cache, without a GPU. Raises ValueError for what `supports` refuses."""
+    compiled(config, _variant(problem, config))
+
+
 def warm(problem: GemmProblem, config: Config) -> None:
     """Compile for `problem` and, where there is a GPU, launch once: later launches may be captured in a graph."""
     variant = _variant(problem, config)

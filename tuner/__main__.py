@@ -70,7 +70,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
         m=tuple(args.m) if args.m else budget.m,
         tp=args.tp,
         budget=budget,
-        jobs=args.jobs or _cores(),
+        jobs=args.jobs or max(1, _cores() - measured),
         seed=args.seed,
         deadline=time.monotonic() + (args.seconds if args.seconds is not None else math.inf),
         storage=(args.storage or results / "studies" / "journal.log") if measured else None,
@@ -225,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--budget", choices=("small", "normal", "large"), help="default: normal")
     tune.add_argument("--trials", type=_positive, help="candidates a problem, instead of the budget's")
     tune.add_argument("--seconds", type=float, help="stop after this long; the same command goes on later")
-    tune.add_argument("--jobs", type=_positive, help="compiling processes without a GPU (default: the cores)")
+    tune.add_argument("--jobs", type=_positive, help="compiling processes (default: the cores, less one on a GPU)")
     tune.add_argument("--devices", metavar="0,1,...", help="several GPUs of this host, one worker each")
     tune.add_argument("--storage", help="where trials are kept: a journal file, an RDB URL or grpc://host:port")
     tune.add_argument("--out", type=Path, help="folder for tables, or one .json (default results/tables)")

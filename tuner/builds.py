@@ -1,20 +1,19 @@
 """Compiling candidates for an architecture that need not be here, in parallel and only once.
 
-What is kept of a build is its resource use, or why there is none, filed under everything it depends on: the kernel's
-source, config, problem, architecture and compiler versions. Rejections are words of `rejection.py`.
+What `compile_all` keeps of a build is its resource use, or why there is none, filed under everything it depends on: the
+kernel's source, config, problem, architecture and compiler versions. Rejections are words of `rejection.py`. `Ahead`
+has kernels compiled into the cache from which a process that times them loads them.
 """
 
 import dataclasses
-import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4suite import built, env, problem as problems, registry
+from fp4suite import built, cache, env, problem as problems, registry
 from fp4suite.built import Resources
 from fp4suite.problem import Problem
 
@@ -22,6 +21,7 @@ from . import provenance, worker
 from .rejection import Rejected
 
 TIMEOUT_S = 180.0
+NO_GPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of a child that only compiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Build:
             "arch": self.arch,
             "versions": provenance.compilers(),
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        return cache.key(parts)
 
 
 def compile_all(
@@ -76,15 +76,67 @@ def compile_all(
         yield from ((b, result) for b in todo[keys[index]])
 
 
+class Ahead:
+    """Compiles candidates in the background, in children without a GPU, while another child times those that are done.
+
+    For kernels whose module has `precompile(problem, config)`; others compile where they are timed.
+    """
+
+    def __init__(self, jobs: int, timeout: float = TIMEOUT_S) -> None:
+        self._pool = worker.Pool(jobs, timeout, NO_GPU)
+        self._begun: dict[str, Future[Rejected | None]] = {}
+
+    def begin(self, build: Build, turn: int) -> "Future[Rejected | None]":
+        """Ends with None once the build is in the cache, or with why it never will be. The lowest turn comes first."""
+        if not env.keeps_kernels() or not hasattr(registry.load(build.kernel), "precompile"):
+            return prepared()
+        key = build.key
+        if key not in self._begun:
+            mine: Future[Rejected | None] = Future()
+            self._begun[key] = mine
+            knobs = dataclasses.asdict(build.config)
+            compiled = self._pool.submit(
+                turn, precompile_one, build.kernel, build.problem.op, build.problem.dims(), knobs
+            )
+            compiled.add_done_callback(lambda f: _conclude(mine, f))
+        return self._begun[key]
+
+    def close(self) -> None:
+        """End everything that is still being compiled."""
+        self._pool.close()
+
+
+def prepared() -> "Future[Rejected | None]":
+    """Of a build for which nothing is to be done ahead."""
+    future: Future[Rejected | None] = Future()
+    future.set_result(None)
+    return future
+
+
+def precompile_one(kernel: str, op: str, dims: dict[str, int | str], knobs: dict[str, Any]) -> None:
+    """Runs in a child: compile into the cache."""
+    module = registry.load(kernel)
+    module.precompile(problems.from_dims(op, dims), registry.make_config(module, knobs))
+
+
+def _conclude(mine: "Future[Rejected | None]", compiled: "Future[None]") -> None:
+    """What became of a build, as a rejection if it is one; an installation that does not work stays an error."""
+    error = compiled.exception()
+    if error is None:
+        mine.set_result(None)
+    elif isinstance(error, worker.WorkerDied | worker.RemoteError):
+        mine.set_result(_rejection(error))
+    else:
+        mine.set_exception(error)
+
+
 def _outcomes(builds: list[Build], jobs: int, timeout: float) -> Iterator[tuple[int, Any]]:
     calls = [
         (compile_one, (b.kernel, b.problem.op, b.problem.dims(), dataclasses.asdict(b.config), b.arch)) for b in builds
     ]
     if jobs:
         # the interpreter of Triton, should someone have it on, has nothing to compile
-        yield from worker.run_all(
-            calls, min(jobs, len(calls)), timeout, {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-        )
+        yield from worker.run_all(calls, min(jobs, len(calls)), timeout, NO_GPU | {"TRITON_INTERPRET": "0"})
         return
     for index, (function, args) in enumerate(calls):
         try:
@@ -101,11 +153,15 @@ def compile_one(kernel: str, op: str, dims: dict[str, int | str], knobs: dict[st
 
 
 def _judge(outcome: Any) -> Resources | Rejected:
-    if isinstance(outcome, worker.WorkerDied):
-        return Rejected(outcome.reason, f"compiling: {outcome}")
-    if isinstance(outcome, worker.RemoteError):
-        return Rejected("compile", f"{outcome.kind}: {_first_line(str(outcome))}")
+    if isinstance(outcome, worker.WorkerDied | worker.RemoteError):
+        return _rejection(outcome)
     return Resources(**outcome)
+
+
+def _rejection(error: worker.WorkerDied | worker.RemoteError) -> Rejected:
+    if isinstance(error, worker.WorkerDied):
+        return Rejected(error.reason, f"compiling: {error}")
+    return Rejected("compile", f"{error.kind}: {_first_line(str(error))}")
 
 
 def _first_line(text: str) -> str:
@@ -128,13 +184,8 @@ def store(key: str, result: Resources | Rejected) -> None:
     if isinstance(result, Rejected) and result.reason != "compile":
         return
     kind = "rejected" if isinstance(result, Rejected) else "resources"
-    path = _path(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, aside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(fd, "w") as f:
-        json.dump({kind: dataclasses.asdict(result)}, f)
-    os.replace(aside, path)
+    cache.write(_path(key), json.dumps({kind: dataclasses.asdict(result)}).encode())
 
 
 def _path(key: str) -> Path:
-    return env.cache_dir() / "builds" / key[:2] / f"{key}.json"
+    return cache.path("builds", key, ".json")

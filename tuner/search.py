@@ -3,7 +3,8 @@
 A trial is one candidate. Its value is its time relative to the default's, taken in the same rounds, so that trials of
 different hosts compare; a rejection is a violated constraint. The default and other seeds come first; then, if the
 budget does not cover the whole space, the sampler (TPE) proposes. No candidate is evaluated twice: a proposal that
-repeats one, or that no kernel supports, is answered with a candidate near it that is still untried.
+repeats one, or that no kernel supports, is answered with a candidate near it that is still untried. Several may be in
+hand at a time, being compiled while one is timed.
 """
 
 import functools
@@ -17,6 +18,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +35,7 @@ from fp4suite import registry
 from fp4suite.problem import Problem
 
 from . import provenance
+from .builds import prepared
 from .rejection import Rejected
 from .space import Candidate, Knob, Space
 
@@ -87,6 +91,15 @@ class Task:
         return f"{self.device} {self.problem.op} {self.problem} {digest}"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _InHand:
+    """A claimed candidate, which can be evaluated as soon as it is prepared."""
+
+    trial: Trial
+    candidate: Candidate
+    prepared: "Future[Rejected | None]"
+
+
 class Search:
     """One worker's hold on the study of a task. `trials` is the study's budget, all workers together."""
 
@@ -109,19 +122,45 @@ class Search:
         self._seed_study()
         self._revive_lost()
 
-    def run(self, judge: Evaluator, *, deadline: float = math.inf, after: Callable[[], None] = lambda: None) -> None:
-        """Evaluate until the budget is spent or `deadline` (time.monotonic) has passed. `after` follows each trial."""
-        while time.monotonic() < deadline and (claimed := self._claim()) is not None:
-            trial, candidate = claimed
-            result = judge.evaluate(candidate, functools.partial(_reported, trial))
-            if isinstance(result, Rejected):
-                trial.set_constraint(result.reason, result.by)
-                trial.set_user_attr("detail", result.detail)
-                self.study.tell(trial, state=TrialState.PRUNED)
-                log.info("%s: %s: %s", candidate, result.reason, result.detail)
-            else:
-                self.study.tell(trial, result)
-            after()
+    def run(
+        self,
+        judge: Evaluator,
+        *,
+        deadline: float = math.inf,
+        after: Callable[[], None] = lambda: None,
+        begin: Callable[[Candidate], "Future[Rejected | None]"] = lambda candidate: prepared(),
+        depth: int = 1,
+    ) -> None:
+        """Evaluate until the budget is spent or `deadline` (time.monotonic) has passed. `after` follows each trial.
+
+        begin: starts to prepare a candidate; when that has ended, the candidate is evaluated, or rejected for what the
+        future says. depth: candidates in hand at a time, of which the first that is prepared is evaluated.
+        """
+        hand: list[_InHand] = []
+        try:
+            while time.monotonic() < deadline:
+                while len(hand) < depth and time.monotonic() < deadline and (claimed := self._claim()) is not None:
+                    hand.append(_InHand(*claimed, begin(claimed[1])))
+                ready = _first_ready(hand, deadline)
+                if ready is None:
+                    return
+                self._evaluate(ready, judge)
+                hand.remove(ready)
+                after()
+        finally:
+            for left in hand:
+                self._put_back(left.trial.number, left.candidate.params)
+
+    def _evaluate(self, ready: "_InHand", judge: Evaluator) -> None:
+        trial, candidate = ready.trial, ready.candidate
+        result = ready.prepared.result() or judge.evaluate(candidate, functools.partial(_reported, trial))
+        if isinstance(result, Rejected):
+            trial.set_constraint(result.reason, result.by)
+            trial.set_user_attr("detail", result.detail)
+            self.study.tell(trial, state=TrialState.PRUNED)
+            log.info("%s: %s: %s", candidate, result.reason, result.detail)
+        else:
+            self.study.tell(trial, result)
 
     def feasible(self) -> list[tuple[Candidate, float]]:
         """Candidates with a time, fastest first; equals in the order of the space."""
@@ -224,10 +263,13 @@ class Search:
         """Queue again what a worker that is no more had in hand."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if _lost(trial):
-                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-                params = _params(trial)
-                if _key(params) in self._known:
-                    self.study.enqueue_trial(params)
+                self._put_back(trial.number, _params(trial))
+
+    def _put_back(self, number: int, params: dict[str, Any]) -> None:
+        """Queue what a trial was about again, in another trial."""
+        self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        if _key(params) in self._known:
+            self.study.enqueue_trial(params)
 
     def _by_state(self, states: tuple[TrialState, ...]) -> set[Candidate]:
         trials = self.study.get_trials(deepcopy=False, states=states)
@@ -278,6 +320,14 @@ def _mend(path: Path) -> None:
                 f.truncate(whole)
     finally:
         lock.release()
+
+
+def _first_ready(hand: list[_InHand], deadline: float) -> _InHand | None:
+    """The first that is prepared, once one is; None if there are none, or none in time."""
+    if not any(x.prepared.done() for x in hand):
+        patience = None if math.isinf(deadline) else max(0.0, deadline - time.monotonic())
+        futures.wait([x.prepared for x in hand], patience, futures.FIRST_COMPLETED)
+    return next((x for x in hand if x.prepared.done()), None)
 
 
 def _reported(trial: Trial, step: int, ratio: float) -> bool:

@@ -2,12 +2,14 @@
 
 On a GPU: search, then final rounds among the fastest (fresh samples, signed-rank test against the default), then the
 regret of running a bucket's config in the next bucket. An entry goes into the table as soon as its problem is finished.
+Candidates are compiled in a pool of processes, ahead of the one that times them.
 Without one, for each architecture: compile, drop what does not fit, rank by the cost model. Trials lie in the study and
 builds in the cache, so that an interrupted run loses nothing.
 """
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -15,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
@@ -41,6 +44,7 @@ from .targets import Target, problems
 
 log = logging.getLogger(__name__)
 
+IN_HAND = 8  # candidates of a problem that are compiled or timed at once: the sampler proposes more without results
 STARTUP_S = 20.0  # what the first problem may take longer
 PREDICTED_MARGIN = 0.05  # a model's opinion has to promise this much before it moves a default
 
@@ -243,7 +247,10 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
     bar = tqdm(
         total=len(tasks) * options.budget.trials, desc=target.device, unit="trial", disable=options.quiet or None
     )
-    with bar, contextlib.closing(worker.Worker()) as child:
+    with bar, contextlib.closing(worker.Worker()) as child, contextlib.closing(builds.Ahead(options.jobs)) as ahead:
+        for index, task in enumerate(tasks):
+            for candidate in task.seeds:
+                _begin(ahead, index, task, candidate)
         for index, task in enumerate(tasks):
             bar.set_postfix_str(f"{task.problem.op} {task.problem}", refresh=True)
             share = (options.deadline - time.monotonic()) / (len(tasks) - index)
@@ -252,7 +259,13 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
             judge = Measured(task, target.cuda, options.budget.rounds, child, seed=options.seed)
             try:
                 search = Search(task, storage, options.budget.trials, options.seed)
-                search.run(judge, deadline=time.monotonic() + share, after=lambda: _tick(bar))
+                search.run(
+                    judge,
+                    deadline=time.monotonic() + share,
+                    after=lambda: _tick(bar),
+                    begin=functools.partial(_begin, ahead, index, task),
+                    depth=min(options.jobs + 1, IN_HAND),
+                )
                 bar.update((index + 1) * options.budget.trials - bar.n)
                 if search.evaluated() == 0:
                     report.left += 1
@@ -305,6 +318,10 @@ def final(search: Search, judge: Measured, budget: Budget) -> Entry:
         baseline=baseline,
         baseline_us=round(stats.summary(samples[baseline]).median_us, 3) if baseline else None,
     )
+
+
+def _begin(ahead: builds.Ahead, turn: int, task: Task, candidate: Candidate) -> "Future[Rejected | None]":
+    return ahead.begin(build_of(task, candidate), turn)
 
 
 def _tick(bar: "tqdm[Any]") -> None:

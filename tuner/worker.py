@@ -5,12 +5,16 @@ children (spawned, hence without inherited CUDA state); a call that dies or outl
 child is replaced, and the search goes on with one more rejected candidate.
 """
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -126,6 +130,12 @@ class Worker:
             self._pipe.close()
             self._pipe = None
 
+    def kill(self) -> None:
+        """End the child from another thread than the one that calls: there, the running call ends as WorkerDied."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def _ensure(self) -> bool:
         """Start the child unless it runs; True if it is new."""
         if self._process is not None and self._process.is_alive():
@@ -134,10 +144,11 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._up = False
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
+        process = context.Process(
             target=_serve, args=(theirs, os.getpid(), registry.KERNELS, self._environment), daemon=True
         )
-        self._process.start()
+        process.start()
+        self._process = process
         theirs.close()
         return True
 
@@ -178,6 +189,55 @@ def run_all(
                 yield index, outcome
     finally:
         for worker in (*idle, *busy.values()):
+            worker.close()
+
+
+class Pool:
+    """`jobs` children that run calls in the background. Futures end with what the call returned or raised, as `call`'s
+    do. Children start when there is something to do.
+    """
+
+    def __init__(self, jobs: int, timeout: float, environment: dict[str, str] | None = None) -> None:
+        self._timeout = timeout
+        self._closed = False
+        self._order = itertools.count()  # among calls of one turn
+        self._waiting: queue.PriorityQueue[tuple[float, int, Callable[[Worker], None] | None]] = queue.PriorityQueue()
+        self._workers = [Worker(environment) for _ in range(jobs)]
+        self._threads = [threading.Thread(target=self._work, args=(w,), daemon=True) for w in self._workers]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, turn: float, function: Callable[..., Any], *args: Any) -> "Future[Any]":
+        """Run `function(*args)` in a child; calls of a lower turn come first, then those that were submitted first."""
+        future: Future[Any] = Future()
+
+        def run(worker: Worker) -> None:
+            try:
+                future.set_result(worker.call(function, *args, timeout=self._timeout))
+            except (WorkerDied, RemoteError, StartFailed) as e:
+                future.set_exception(e)
+
+        self._waiting.put((turn, next(self._order), run))
+        return future
+
+    def close(self) -> None:
+        """End all children, whatever they do; calls that have not begun never will, and their futures never end."""
+        self._closed = True
+        for _ in self._threads:
+            self._waiting.put((float("-inf"), next(self._order), None))
+        while any(thread.is_alive() for thread in self._threads):
+            for worker in self._workers:
+                worker.kill()
+            for thread in self._threads:
+                thread.join(0.05)
+
+    def _work(self, worker: Worker) -> None:
+        try:
+            while not self._closed:
+                _, _, run = self._waiting.get()
+                if run is not None and not self._closed:
+                    run(worker)
+        finally:
             worker.close()
 
 

@@ -38,6 +38,15 @@ def launch(a, b, segments, out, config):
     raise AssertionError("a fake is never launched")
 
 
+def precompile(problem: GemmProblem, config: Config) -> None:
+    if config.fault == "raise":
+        raise ValueError("tile too strange\nfor words")
+    if config.fault == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if config.fault == "hang":
+        time.sleep(600)
+
+
 def build_key(problem: GemmProblem, config: Config) -> str:
     return problem.out
 

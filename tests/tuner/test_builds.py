@@ -135,3 +135,50 @@ def test_binaries_of_one_key_are_equal(row):
         results = {found[at + i] for i in range(len(same))}
         at += len(same)
         assert len(results) == 1, results
+
+
+# --- ahead of a process that times them ---
+
+
+@pytest.fixture
+def ahead():
+    a = builds.Ahead(2, timeout=20)
+    yield a
+    a.close()
+
+
+def test_ahead_tells_what_does_not_compile_and_compiles_the_rest(fake, problem, ahead):
+    good, raises, crashes = (fake_build(problem, fault=fault) for fault in ("none", "raise", "crash"))
+    found = [ahead.begin(b, 0) for b in (crashes, raises, good)]
+    assert found[2].result(60) is None
+    assert found[1].result(60) == Rejected("compile", "ValueError: tile too strange")
+    assert found[0].result(60) == Rejected("crash", "compiling: the process ended with signal SIGSEGV")
+
+
+def test_ahead_compiles_one_binary_once(fake, problem, ahead):
+    first = ahead.begin(fake_build(problem), 0)
+    assert ahead.begin(fake_build(dataclasses.replace(problem, m=7)), 1) is first
+    assert ahead.begin(fake_build(problem, tile_m=16), 0) is not first
+
+
+def test_ahead_leaves_alone_what_is_not_kept_or_compiles_elsewhere(both, problem, ahead, monkeypatch):
+    assert ahead.begin(real_build(), 0).result(0) is None  # Triton has a cache of its own
+    monkeypatch.setenv("FP4SUITE_KEEP", "0")
+    assert ahead.begin(fake_build(problem, fault="hang"), 0).result(0) is None
+
+
+def test_what_was_compiled_ahead_is_loaded_by_another_process(tmp_path, monkeypatch):
+    """A real kernel: the child fills the cache, and compiling is made to fail here."""
+    from kernels_cute import build, gemm_nvfp4_sm90 as kernel
+
+    monkeypatch.setenv("FP4SUITE_CACHE_DIR", str(tmp_path))
+    problem, config = GemmProblem(m=1, n=512, k=512, act="bf16"), kernel.Config(tile_m=16)
+    ahead = builds.Ahead(1)
+    try:
+        assert ahead.begin(Build("cute_gemm_nvfp4_sm90", problem, config, "sm_90a"), 0).result(120) is None
+    finally:
+        ahead.close()
+    monkeypatch.setattr(build.cute, "compile", lambda *args, **kwargs: pytest.fail("compiled anew"))
+    kernel.compiled.cache_clear()
+    assert kernel.compiled(config, kernel._variant(problem, config)).has_gpu_module
+    kernel.compiled.cache_clear()

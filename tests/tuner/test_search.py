@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 import optuna
 import pytest
@@ -118,6 +119,91 @@ def test_deadline_ends_the_search(fake, problem):
     assert 0 < len(judge.asked) < 100
 
 
+class Compiler:
+    """Prepares candidates when told to; keeps what was begun, in order."""
+
+    def __init__(self):
+        self.begun = {}
+
+    def begin(self, candidate):
+        return self.begun.setdefault(candidate, Future())
+
+
+def test_others_are_timed_while_one_is_compiled(fake, problem):
+    compiler = Compiler()
+
+    class Watching(Judge):
+        def evaluate(self, candidate, stop):
+            assert len(compiler.begun) >= 4  # more are being compiled meanwhile
+            if len(self.asked) == 5:
+                compiler.begun[search.space.default].set_result(None)
+            return super().evaluate(candidate, stop)
+
+    def begin(candidate):
+        future = compiler.begin(candidate)
+        if candidate != search.space.default:
+            future.set_result(None)
+        return future
+
+    search, judge = search_of(problem, trials=12), Watching(rounds=1)
+    search.run(judge, deadline=time.monotonic() + 60, begin=begin, depth=4)
+    assert len(judge.asked) == len(set(judge.asked)) == 12
+    assert judge.asked.index(search.space.default) == 6  # as soon as it was there, before those claimed after it
+
+
+def test_what_does_not_compile_is_rejected_without_a_look(fake, problem):
+    search, judge = search_of(problem, trials=8), Judge(rounds=1)
+    crash = Rejected("crash", "compiling: the process ended with signal SIGSEGV")
+    bad = []
+
+    def begin(candidate):
+        future = Future()
+        future.set_result(crash if len(bad) < 2 and candidate != search.space.default else None)
+        bad.extend([candidate] if future.result() else [])
+        return future
+
+    search.run(judge, begin=begin, depth=3)
+    assert search.rejected()["crash"] == 2
+    assert search.why_rejected(bad[0]) == crash
+    assert search.evaluated() == 8
+    assert len(judge.asked) == 6
+    assert not set(bad) & set(judge.asked)
+
+
+def test_deadline_ends_the_wait_for_a_compiler_and_nothing_is_lost(fake, problem):
+    whole = space.of(problem, "sm_90a")
+    seeds = tuple(whole.neighbours(whole.default))[:3]
+    storage = optuna.storages.InMemoryStorage()
+    search, judge = Search(task_of(problem, seeds), storage, 10), Judge(rounds=1)
+    began = time.monotonic()
+    search.run(judge, deadline=began + 0.5, begin=Compiler().begin, depth=3)
+    assert 0.4 < time.monotonic() - began < 5
+    assert not judge.asked
+    assert not search.running_elsewhere()
+    Search(task_of(problem, seeds), storage, 10).run(judge, depth=3)
+    assert len(judge.asked) == len(set(judge.asked)) == 10
+    assert {whole.default, *seeds} <= set(judge.asked)
+
+
+def test_an_error_loses_nothing_that_was_in_hand(fake, problem):
+    storage = optuna.storages.InMemoryStorage()
+
+    class Breaking(Judge):
+        def evaluate(self, candidate, stop):
+            if len(self.asked) == 3:
+                raise RuntimeError("the default is wrong")
+            return super().evaluate(candidate, stop)
+
+    first, second = Breaking(rounds=1), Judge(rounds=1)
+    with pytest.raises(RuntimeError, match="the default is wrong"):
+        search_of(problem, 12, storage).run(first, depth=4)
+    search = search_of(problem, 12, storage)
+    assert not search.running_elsewhere()
+    search.run(second, depth=4)
+    assert (len(first.asked), len(second.asked)) == (3, 9)
+    assert not set(first.asked) & set(second.asked)
+
+
 def test_a_later_run_adds_only_what_is_missing(fake, problem, tmp_path):
     path = tmp_path / "journal.log"
     first, second = Judge(), Judge()
@@ -187,13 +273,14 @@ class Stuck(Judge):
             time.sleep(600)
         return super().evaluate(candidate, stop)
 
-search_of(GemmProblem(m=16, n=512, k=512), 20, open_storage(sys.argv[1])).run(Stuck(rounds=1))
+search_of(GemmProblem(m=16, n=512, k=512), 20, open_storage(sys.argv[1])).run(Stuck(rounds=1), depth=int(sys.argv[2]))
 """
 
 
-def test_resumes_after_a_kill_with_nothing_lost(fake, problem, tmp_path):
+@pytest.mark.parametrize("depth", [1, 4])
+def test_resumes_after_a_kill_with_nothing_lost(fake, problem, tmp_path, depth):
     path = tmp_path / "journal.log"
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(path), str(depth)], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "stuck\n"
     child.send_signal(signal.SIGKILL)
     child.wait()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 
 import msgspec
 import pytest
@@ -237,7 +238,7 @@ def gpu(fake, monkeypatch):
 
 def measured(capsys, config, tmp_path, *more):
     arguments = ("--layers-of", config, "--op", "gemm_nvfp4", "--storage", tmp_path / "journal.log", "--out", tmp_path)
-    return run(capsys, *arguments, *more)
+    return run(capsys, *arguments, "--jobs", 2, *more)
 
 
 def test_measured_winners_beat_the_default_and_state_their_regret(gpu, config, tmp_path, capsys, monkeypatch):
@@ -275,6 +276,45 @@ def test_where_nothing_is_faster_the_default_stays(gpu, config, tmp_path, capsys
     (entry,) = table.read(tmp_path / "some-gpu.json").entries
     assert registry.make_config(fake_kernel, entry.config) == fake_kernel.Config()
     assert (entry.trials, entry.rejected) == (2, 1)
+
+
+def test_a_compiler_that_crashes_costs_its_candidate_alone(gpu, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shapes, "linears", lambda c, tp=1: [shapes.Linear(name="q_a", n=512, k=512, count=1)])
+    monkeypatch.setitem(fake_kernel.SPACE, "fault", ("none", "crash", "raise"))
+    code, document = measured(capsys, config, tmp_path, "--m", "1", "--trials", 40)
+    assert (code, document["failed"]) == (0, [])
+    (entry,) = table.read(tmp_path / "some-gpu.json").entries
+    assert entry.trials == 40
+    assert entry.config["fault"] == "none"
+    assert entry.median_us < entry.default_us / 1.3
+    rejected = document["rows"][0]["rejected"]
+    assert rejected["crash"] > 0
+    assert rejected["compile"] > 0
+    assert sum(rejected.values()) == entry.rejected
+
+
+def test_time_is_shared_among_problems_however_long_compiling_takes(gpu, config, tmp_path, capsys, monkeypatch):
+    """A kernel that never compiles, of the first problem alone: the second gets its share, and the run its deadline."""
+    linears = [shapes.Linear(name=name, n=n, k=512, count=1) for name, n in (("q_a", 512), ("q_b", 1024))]
+    monkeypatch.setattr(shapes, "linears", lambda c, tp=1: linears)
+    monkeypatch.setattr(tune, "STARTUP_S", 0.0)
+    stuck = Future()
+
+    def begin(ahead, turn, task, candidate):
+        return stuck if task.problem.n == 512 else builds.prepared()
+
+    monkeypatch.setattr(tune, "_begin", begin)
+    began = time.monotonic()
+    code, document = measured(capsys, config, tmp_path, "--m", "1", "--trials", 6, "--seconds", 20)
+    assert time.monotonic() - began < 40
+    assert (code, document["left"]) == (0, 1)
+    (entry,) = table.read(tmp_path / "some-gpu.json").entries
+    assert (entry.problem["n"], entry.trials) == (1024, 6)
+
+    stuck.set_result(None)
+    code, document = measured(capsys, config, tmp_path, "--m", "1", "--trials", 6)
+    assert (code, document["left"]) == (0, 0)
+    assert {e.problem["n"]: e.trials for e in table.read(tmp_path / "some-gpu.json").entries} == {512: 6, 1024: 6}
 
 
 def test_a_wrong_default_is_a_failure_and_no_entry(gpu, config, tmp_path, capsys, monkeypatch):

@@ -92,3 +92,52 @@ def test_closing_a_pool_early_ends_its_children():
     done.close()
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
+
+
+@pytest.fixture
+def pool():
+    p = worker.Pool(1, timeout=30)
+    yield p
+    p.close()
+
+
+def test_a_background_pool_takes_the_lowest_turn_first(pool, tmp_path):
+    told = tmp_path / "told"
+    first = pool.submit(0, sleep, 0.5)  # keeps the one child busy while the others are handed in
+    late, early, second = (pool.submit(turn, tell, str(told), f"{turn} ") for turn in (2, 1, 2))
+    assert [f.result(60) for f in (first, late, early, second)] == [0.5, None, None, None]
+    assert told.read_text() == "1 2 2 "
+
+
+def tell(path, text):
+    with open(path, "a") as f:
+        f.write(text)
+
+
+def test_a_background_pool_hands_over_what_happened(pool):
+    results = [pool.submit(0, *call) for call in ((add, 1, 2), (fail,), (die, "SIGSEGV"), (add, 3, 4))]
+    assert (results[0].result(60), results[3].result(60)) == (3, 7)
+    assert results[1].exception(60).kind == "ValueError"
+    assert results[2].exception(60).reason == "crash"
+
+
+def test_a_background_pool_works_while_its_owner_does_not(pool):
+    assert pool.submit(0, add, 0, 0).result(60) == 0
+    done = pool.submit(0, add, 1, 1)
+    time.sleep(1)
+    assert done.done()
+
+
+def test_closing_a_background_pool_ends_what_runs_and_what_waits():
+    pool = worker.Pool(2, timeout=600)
+    child = pool.submit(0, pid).result(60)
+    running = [pool.submit(0, sleep, 600) for _ in range(2)]
+    waiting = pool.submit(1, add, 1, 1)
+    time.sleep(0.2)
+    began = time.monotonic()
+    pool.close()
+    assert time.monotonic() - began < 10
+    assert not waiting.done()
+    assert not any(f.done() and f.exception() is None for f in running)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
