@@ -6,12 +6,13 @@ An implementation asks `dispatch.choose`, then runs the reference or allocates t
 import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch, layouts, reference
+from . import by_token, dispatch, layouts, reference
 from .formats import BLOCK, IndexCache, NVFP4Tensor, PagedCache, SfLayout
 from .problem import DequantProblem, GemmProblem, QuantizeProblem, RmsnormQuantizeProblem, Rule, SwigluQuantizeProblem
 from .reference.quant import global_scale, rmsnorm_fp32, swiglu_fp32
@@ -82,7 +83,17 @@ def _alpha(choice: dispatch.Choice, reference_op: Callable[[], Tensor], device: 
     return alpha
 
 
+def _refuse_alpha_of_all_rows() -> None:
+    """In batch-invariant mode: a row's codes would change with the largest number of any other row."""
+    if dispatch.is_batch_invariant():
+        raise ValueError(
+            "in batch-invariant mode a global scale cannot come from all rows of the call: give alpha=, or quantise "
+            "what is no batch, such as a weight, inside of fp4suite.batch_invariant(False)"
+        )
+
+
 def _nvfp4_alpha(x: Tensor, segments: list[int]) -> Tensor:
+    _refuse_alpha_of_all_rows()
     if x.ndim > 2 or segments:  # one number a matrix or segment: weights, not activations
         return global_scale(x, segments or None).clone()
     choice = dispatch.choose("quantize_nvfp4", _quantize_problem(x, "linear", "absmax"), x.device)
@@ -90,11 +101,13 @@ def _nvfp4_alpha(x: Tensor, segments: list[int]) -> Tensor:
 
 
 def _rmsnorm_alpha(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    _refuse_alpha_of_all_rows()
     choice = dispatch.choose("rmsnorm_quantize", _rmsnorm_problem(x, "linear", "absmax"), x.device)
     return _alpha(choice, lambda: global_scale(rmsnorm_fp32(x, weight, eps)), x.device, x, weight, eps)
 
 
 def _swiglu_alpha(x: Tensor, limit: float) -> Tensor:
+    _refuse_alpha_of_all_rows()
     choice = dispatch.choose("swiglu_quantize", _swiglu_problem(x, "linear", "absmax"), x.device)
     return _alpha(choice, lambda: global_scale(swiglu_fp32(x, limit)), x.device, x, limit)
 
@@ -157,15 +170,30 @@ def _gemm(a: Tensor | NVFP4Tensor, b: NVFP4Tensor, segments: list[int], dtype: t
     problem = GemmProblem(m=m, n=n, k=k, act=act, out=out_name, segments=len(segments) or 1, order=b.order)
     choice = dispatch.choose("gemm_nvfp4", problem, b.device)
     if choice.is_reference:
-        return reference.gemm_nvfp4(a, b, segments=runs, out_dtype=dtype).contiguous()
+        return _reference_gemm(a, b, runs, dtype)
     out = torch.empty(*lead, n, dtype=dtype, device=b.device)
     if m:
         module = choice.module
+        if isinstance(a, NVFP4Tensor) and choice.problem != problem:  # exact, and alpha is what it was
+            b = replace(b, alpha=b.alpha * a.alpha)
+            a = _dequant_nvfp4(a.data, a.sf.view(torch.uint8), torch.ones_like(a.alpha), a.sf_layout, torch.bfloat16)
         b = b.with_sf_layout(module.SF_LAYOUT)
         a = a.with_sf_layout(module.SF_LAYOUT) if isinstance(a, NVFP4Tensor) else a.reshape(m, k).contiguous()
         with _on(b.device):
             module.launch(a, b, runs, out.view(m, n), choice.config)
     return out
+
+
+def _reference_gemm(
+    a: Tensor | NVFP4Tensor, b: NVFP4Tensor, segments: tuple[int, ...] | None, dtype: torch.dtype
+) -> Tensor:
+    def product(x: Tensor, sf: Tensor | None = None) -> Tensor:
+        rows = NVFP4Tensor(x, sf, a.alpha) if sf is not None and isinstance(a, NVFP4Tensor) else x
+        return reference.gemm_nvfp4(rows, b, segments=segments, out_dtype=dtype)
+
+    if isinstance(a, NVFP4Tensor):
+        return by_token.each(product, a.data, a.with_sf_layout("linear").sf).contiguous()
+    return by_token.each(product, a.flatten(0, -2)).view(*a.shape[:-1], b.shape[0]).contiguous()
 
 
 def _gemm_w4a16(
@@ -202,7 +230,8 @@ def _gemm_w4a4_quantize(
     choice = dispatch.choose("gemm_nvfp4", problem, a.device)
     runs = tuple(segments) if segments else None
     if choice.is_reference:
-        out = reference.gemm_nvfp4(x, w, segments=runs, out_alpha=out_alpha, out_sf_layout=out_layout)
+        whole = _reference_gemm(x, w, runs, torch.float32)
+        out = reference.quantize_nvfp4(whole, alpha=out_alpha, sf_layout=out_layout)
     else:
         own = choice.module.SF_LAYOUT
         out = NVFP4Tensor.empty((m, n), out_alpha, own)
@@ -280,20 +309,25 @@ def _sparse_attention(
 def _rope_inverse_quantize(
     o: Tensor, positions: Tensor, table: Tensor, groups: int, alpha: Tensor | None, sf_layout: SfLayout, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if alpha is None:
+        _refuse_alpha_of_all_rows()
     t = reference.rope_inverse_quantize(o, positions, table, groups=groups, alpha=alpha, sf_layout=sf_layout, rule=rule)
     # an operator must not hand back its own input
     return t.data.contiguous(), t.sf.view(torch.uint8).contiguous(), t.alpha if alpha is None else t.alpha.clone()
 
 
 def _without_kernel(op: str, impl: Callable[..., Any]) -> Callable[..., Any]:
-    """An implementation that is the reference wherever it runs: on a GPU it must have been asked for."""
+    """An implementation that is the reference wherever it runs: on a GPU it must have been asked for.
+
+    In batch-invariant mode it runs token by token.
+    """
 
     def run(*args: Any) -> Any:
         first = next(a for a in args if isinstance(a, Tensor))
         choice = dispatch.choose(op, None, first.device)
         if not choice.is_reference:
             raise AssertionError(f"{op} has a kernel in the registry but no launch here")
-        out = impl(*args)
+        out = by_token.run(op, impl, args) if choice.invariant else impl(*args)
         return out.contiguous() if isinstance(out, Tensor) else out
 
     return run

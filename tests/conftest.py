@@ -23,6 +23,7 @@ def device() -> torch.device:
 def _shipped_tables_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on the tester's environment."""
     monkeypatch.delenv("FP4SUITE_TABLE", raising=False)
+    monkeypatch.delenv("FP4SUITE_BATCH_INVARIANT", raising=False)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
