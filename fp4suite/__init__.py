@@ -21,6 +21,7 @@ from .dispatch import (
 from .errors import TableError as TableError, UnsupportedError as UnsupportedError
 from .formats import (
     FP8BlockTensor as FP8BlockTensor,
+    FP8RowTensor as FP8RowTensor,
     IndexCache as IndexCache,
     MXFP4Tensor as MXFP4Tensor,
     NVFP4Tensor as NVFP4Tensor,

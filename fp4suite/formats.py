@@ -2,7 +2,8 @@
 
 NVFP4   x[m, k] = E2M1(code[m, k]) * E4M3(sf[m, k // 16]) * alpha      alpha FP32: one a tensor, segment or expert
 MXFP4   x[m, k] = E2M1(code[m, k]) * 2 ** (sf[m, k // 32] - 127)       OCP Microscaling Formats 1.0
-FP8     x[m, k] = E4M3(data[m, k]) * 2 ** (sf[m // 128, k // 128] - 127)
+FP8     x[m, k] = E4M3(data[m, k]) * 2 ** (sf[m // 128, k // 128] - 127)            weights of the native release
+        x[m, k] = E4M3(data[m, k]) * scale[m]                                       activations, under act="fp8"
 
 Two E2M1 codes share a byte, even k in the low nibble. Torch only, so that it imports without a GPU.
 """
@@ -50,6 +51,7 @@ class NVFP4Tensor:
     alpha: float32 [], or [segments] (runs of rows m), or [experts], or [experts, segments]; on the device, so that
            using it never synchronises
     order: of data and sf in memory: "rows", or a weight's "fragments_sm90" (see `layouts`), under the same shapes
+    row_exponent: int8 [..., m] of a weight that was made ready for act="fp8" (`prepare_fp8`), else None
     """
 
     data: Tensor
@@ -57,6 +59,7 @@ class NVFP4Tensor:
     alpha: Tensor
     sf_layout: SfLayout = "linear"
     order: Order = "rows"
+    row_exponent: Tensor | None = None
 
     def __post_init__(self) -> None:
         _expect(self.data, "data", torch.uint8, "two E2M1 codes a byte")
@@ -85,6 +88,13 @@ class NVFP4Tensor:
             raise ValueError(
                 f"data, sf and alpha must share a device, got {self.data.device}, {self.sf.device}, {self.alpha.device}"
             )
+        if self.row_exponent is not None:
+            _expect(self.row_exponent, "row_exponent", torch.int8, "one power of two a row")
+            if self.row_exponent.shape != self.data.shape[:-1] or self.row_exponent.device != self.data.device:
+                raise ValueError(
+                    f"data {list(self.data.shape)} on {self.data.device} needs row_exponent {[*lead, m]} there, "
+                    f"got {list(self.row_exponent.shape)} on {self.row_exponent.device}"
+                )
 
     def _check_order(self, m: int, k: int) -> None:
         if self.order not in layouts.ORDERS:
@@ -117,7 +127,26 @@ class NVFP4Tensor:
         return self.data.device
 
     def to(self, device: torch.device | str) -> "NVFP4Tensor":
-        return replace(self, data=self.data.to(device), sf=self.sf.to(device), alpha=self.alpha.to(device))
+        exponent = None if self.row_exponent is None else self.row_exponent.to(device)
+        return replace(
+            self,
+            data=self.data.to(device),
+            sf=self.sf.to(device),
+            alpha=self.alpha.to(device),
+            row_exponent=exponent,
+        )
+
+    def prepare_fp8(self) -> "NVFP4Tensor":
+        """The same weight over the same memory, with the exponents that `gemm_nvfp4(..., act="fp8")` reads.
+
+        A row is decoded to E4M3 as code * sf * 2 ** -row_exponent, rounded to nearest even. The exponent, -1 to 7,
+        moves the row's largest scale to 2 .. 3.75, so that no number is above 22.5. Where that would take less than -1,
+        no number is too small for E4M3 with -1. Raises ValueError for blocked scales.
+        """
+        if self.sf_layout != "linear":
+            raise ValueError(f'act="fp8" reads linear scales, got {self.sf_layout}')
+        biased = (layouts.row_maxima(self.sf, self.order) >> 3).to(torch.int8)  # by 7, above three bits of mantissa
+        return replace(self, row_exponent=(biased - 8).clamp_min(-1))
 
     def with_sf_layout(self, sf_layout: SfLayout) -> "NVFP4Tensor":
         """The same values with their scales in another layout (a copy of the scales only).
@@ -187,6 +216,41 @@ class NVFP4Tensor:
         if self.data.is_cuda:  # kernels may read weights before earlier work on their stream has ended
             torch.cuda.current_stream(self.data.device).synchronize()
         return done
+
+
+@dataclass(frozen=True, slots=True)
+class FP8RowTensor:
+    """Activations [..., m, k] in E4M3 with one scale a row.
+
+    data:  float8_e4m3fn [..., m, k], columns in the order of `layouts.to_fp8_columns`
+    scale: float32 [..., m]
+    """
+
+    data: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        _expect(self.data, "data", torch.float8_e4m3fn, "one E4M3 number an element")
+        _expect(self.scale, "scale", torch.float32, "one scale a row")
+        if self.data.ndim < 2 or self.data.shape[-1] % BLOCK:
+            raise ValueError(f"data must be [..., m, k] with k a multiple of {BLOCK}, got {list(self.data.shape)}")
+        if self.scale.shape != self.data.shape[:-1] or self.scale.device != self.data.device:
+            raise ValueError(
+                f"data {list(self.data.shape)} on {self.data.device} needs scale {list(self.data.shape[:-1])} there, "
+                f"got {list(self.scale.shape)} on {self.scale.device}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical [..., m, k], in elements."""
+        return tuple(self.data.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def to(self, device: torch.device | str) -> "FP8RowTensor":
+        return FP8RowTensor(self.data.to(device), self.scale.to(device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,12 @@ adjacent, 2048 bytes of codes and 256 of scales each. n and k are multiples of 6
             R(0) = W & 0x81C081C0                  R(1) = rotate_right(W, 3) & 0x81C081C0
             R(2) = rotate_right(W, 6) & 0x81C081C0   R(3) = (W & 0x001B001B) * (2^3 + 2^8 + 2^14) & 0x81C081C0
     scales  byte 64 w + 8 g + 4 h + s of a tile is that of row 16 w + g + 8 h (h < 2), columns 16 s .. 16 s + 15
+
+FP8 activations
+---------------
+Decoded to E4M3, the same codes are A of `wgmma` m64nNk32, where a lane's register holds four neighbours of K. What a
+lane has of every 16 columns is 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 instead, so FP8 rows keep these four together: place p
+of every 16 holds column FP8_COLUMNS[p]. A product over K does not mind.
 """
 
 import functools
@@ -40,6 +46,7 @@ ORDERS: tuple[Order, ...] = (ROWS_ORDER, FRAGMENTS_SM90)
 
 ROWS, COLS = 128, 4  # one atom of the blocked layout: 512 bytes
 TILE = 64  # rows, and columns of K, of a tile of "fragments_sm90"
+FP8_COLUMNS = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)  # that the places of every 16 hold
 SCRATCH_BYTES = 1 << 20  # that are reordered at once, in whole blocks of rows; scratch is five times that at most
 
 # Where bits 0 .. 3 (mantissa, two of exponent, sign) of the first code of each pair lie in a word of "fragments_sm90";
@@ -130,6 +137,26 @@ def to_fragments_sm90_(data: Tensor, sf: Tensor) -> None:
 def from_fragments_sm90_(data: Tensor, sf: Tensor) -> None:
     """Undoes `to_fragments_sm90_`, in place as well."""
     _reorder_(data, sf, _codes_from_fragments, _scales_from_fragments)
+
+
+def row_maxima(sf: Tensor, order: Order) -> Tensor:
+    """The largest scale of each row, as bytes: non-negative E4M3 linear scales [..., n, k / 16] -> uint8 [..., n]."""
+    *lead, n, ks = sf.shape
+    raw = sf.view(torch.uint8)
+    if order == ROWS_ORDER:
+        return raw.amax(-1)
+    tiles = raw.view(*lead, n // TILE, ks // 4, 4, 8, 2, 4).amax(dim=(-5, -1))  # ..., w, g, h
+    return tiles.transpose(-1, -2).reshape(*lead, n)
+
+
+def to_fp8_columns(x: Tensor) -> Tensor:
+    """[..., k] -> the same numbers with the columns of every 16 in the order of FP8_COLUMNS."""
+    return x.unflatten(-1, (-1, 2, 4, 2)).transpose(-2, -3).flatten(-4)
+
+
+def from_fp8_columns(x: Tensor) -> Tensor:
+    """Undoes `to_fp8_columns`."""
+    return x.unflatten(-1, (-1, 4, 2, 2)).transpose(-2, -3).flatten(-4)
 
 
 def _reorder_(data: Tensor, sf: Tensor, codes: Callable[[Tensor], Tensor], scales: Callable[[Tensor], Tensor]) -> None:

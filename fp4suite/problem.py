@@ -12,6 +12,7 @@ from .layouts import Order, blocked_128x4_bytes
 
 Rule = Literal["absmax", "mse", "modelopt_weight"]
 RULES: tuple[Rule, ...] = ("absmax", "mse", "modelopt_weight")
+Act = Literal["bf16", "nvfp4", "fp8"]  # the format of a GEMM's activations
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -125,7 +126,7 @@ class SwigluQuantizeProblem(Problem):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmProblem(Problem):
-    """d[m, n] = a[m, k] @ b[n, k].T, b in NVFP4, a in BF16 (`act="bf16"`) or NVFP4 (`act="nvfp4"`).
+    """d[m, n] = a[m, k] @ b[n, k].T, b in NVFP4, a in BF16 (`act="bf16"`), NVFP4, or E4M3 with a scale a row ("fp8").
 
     out: "bf16", "fp32", or "nvfp4" under a given global scale.
     order: how b lies in memory (`NVFP4Tensor.order`)
@@ -135,7 +136,7 @@ class GemmProblem(Problem):
     m: int
     n: int
     k: int
-    act: Literal["bf16", "nvfp4"] = "bf16"
+    act: Act = "bf16"
     out: str = "bf16"
     segments: int = 1  # column runs of the output with an alpha of their own
     order: Order = "rows"
@@ -146,7 +147,7 @@ class GemmProblem(Problem):
 
     @property
     def bytes(self) -> int:
-        a = 2 * self.m * self.k if self.act == "bf16" else nvfp4_bytes(self.m, self.k)
+        a = {"bf16": 2 * self.m * self.k, "nvfp4": nvfp4_bytes(self.m, self.k), "fp8": self.m * (self.k + 4)}[self.act]
         d = nvfp4_bytes(self.m, self.n) if self.out == "nvfp4" else ELEMENT_BYTES[self.out] * self.m * self.n
         return a + nvfp4_bytes(self.n, self.k) + d
 

@@ -11,7 +11,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from torch import Tensor
 
-from fp4suite.formats import NVFP4Tensor, SfLayout
+from fp4suite.formats import FP8RowTensor, NVFP4Tensor, SfLayout
 from fp4suite.layouts import Order
 from fp4suite.problem import GemmProblem
 
@@ -83,10 +83,11 @@ def decode_pairs(codes, scale):
 
 OUT_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 OUT_DTYPES = {name: dtype for dtype, name in OUT_NAMES.items()}
+_ACTS: dict[type, str] = {NVFP4Tensor: "nvfp4", FP8RowTensor: "fp8"}
 
 
 def asked(
-    a: Tensor | NVFP4Tensor, b: NVFP4Tensor, segments: tuple[int, ...] | None, out: Tensor
+    a: Tensor | NVFP4Tensor | FP8RowTensor, b: NVFP4Tensor, segments: tuple[int, ...] | None, out: Tensor
 ) -> tuple[GemmProblem, tuple[int, ...]]:
     """The problem of a launch, and the column after each segment. Raises for operands that do not belong together."""
     (m, k), n = a.shape, b.shape[0]
@@ -96,7 +97,7 @@ def asked(
         raise ValueError(f"a [{m}, {k}], b {list(b.shape)} and out {list(out.shape)} do not make [m, k] @ [n, k].T")
     if out.stride(1) != 1:
         raise ValueError(f"columns of out must be adjacent, got strides {list(out.stride())}")
-    ends, act = segment_ends_of(b.alpha, segments, n), "nvfp4" if isinstance(a, NVFP4Tensor) else "bf16"
+    ends, act = segment_ends_of(b.alpha, segments, n), _ACTS.get(type(a), "bf16")
     out_name = OUT_NAMES[out.dtype]
     return GemmProblem(m=m, n=n, k=k, act=act, out=out_name, segments=len(ends), order=b.order), ends  # type: ignore[arg-type]
 
@@ -144,11 +145,18 @@ def start(function: Any, arguments: tuple[Any, ...], device: torch.device) -> No
         function(*arguments, cuda.CUstream(0))
 
 
-def small_operands(problem: GemmProblem, n: int, k: int) -> tuple[Tensor | NVFP4Tensor, NVFP4Tensor, Tensor]:
+def small_operands(problem: GemmProblem, n: int, k: int) -> tuple[Any, NVFP4Tensor, Tensor]:
     """a, b and out of one row, n columns a segment and this k, on the GPU and of any content, to warm up with."""
     segments = problem.segments
     alpha = torch.ones(segments, device="cuda") if segments > 1 else torch.ones((), device="cuda")
     b = replace(NVFP4Tensor.empty((n * segments, k), alpha), order=problem.order)
     one = torch.ones((), device="cuda")
-    a = NVFP4Tensor.empty((1, k), one) if problem.act == "nvfp4" else alpha.new_empty((1, k), dtype=torch.bfloat16)
+    a: Tensor | NVFP4Tensor | FP8RowTensor
+    if problem.act == "nvfp4":
+        a = NVFP4Tensor.empty((1, k), one)
+    elif problem.act == "fp8":
+        a = FP8RowTensor(alpha.new_empty((1, k), dtype=torch.float8_e4m3fn), alpha.new_empty(1))
+        b = replace(b, row_exponent=alpha.new_zeros(n * segments, dtype=torch.int8))
+    else:
+        a = alpha.new_empty((1, k), dtype=torch.bfloat16)
     return a, b, alpha.new_empty((1, n * segments), dtype=OUT_DTYPES[problem.out])

@@ -1,0 +1,673 @@
+"""NVFP4 GEMM for Hopper's FP8 tensor cores: d[m, n] = a[m, k] @ b[n, k].T, a in E4M3 with a scale a row (W4A8).
+
+Opt-in (`act="fp8"`). Bound: the FP8 tensor cores, which are twice as fast as those for BF16, for some 256 rows of a and
+more; below, reading the packed weights. b is the weight of `gemm_nvfp4_sm90_wgmma`, in the same order, and the kernel
+is that one's (its module says how data flow) but for the operands and the sums:
+
+    decode     code times scale in FP16, which is exact, then rounded once to E4M3. `NVFP4Tensor.prepare_fp8` says which
+               power of two a row is scaled by, so that E4M3 holds its largest numbers
+    sums       the FP8 MMA keeps some 14 bits of a sum. Each 128 of K are summed by themselves and then added to FP32
+               sums by ordinary additions, for `tile_m` tokens in up to two runs: while one is multiplied for one
+               warpgroup, another adds up
+    epilogue   FP32: sum times the token's scale times a power of two, times alpha, rounded once
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import cuda.bindings.driver as cuda
+import cutlass
+import torch
+from cutlass import Float8E4M3FN, Float32, Int8, Int32, Int64, Uint32, cute
+from cutlass._mlir.dialects import llvm
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.runtime import make_fake_stream, make_ptr
+from cutlass.cutlass_dsl import T, dsl_user_op
+from cutlass.memory import SmemAllocator
+from cutlass.utils import HardwareInfo, hopper_helpers
+from torch import Tensor
+
+from fp4suite.built import MAX_SHARED_BYTES, Built
+from fp4suite.formats import FP8RowTensor, NVFP4Tensor, SfLayout
+from fp4suite.layouts import Order
+from fp4suite.problem import GemmProblem
+
+from . import build as cross
+from .gemm_nvfp4_sm90_wgmma import (
+    ARCH,
+    BARRIER_BYTES,
+    CODE_BYTES,
+    CTA_BYTES,
+    CUTE_OUT,
+    MAGNITUDE,
+    MAX_STAGES,
+    REGISTERS,
+    SCALE_BYTES,
+    SM_COUNT,
+    STORE_ROWS,
+    TILE,
+    UNBIAS,
+    WARPGROUP,
+    WIDE,
+    GemmNvfp4Sm90Wgmma,
+    Variant,
+    _pitch as pitch,
+    _store_bytes as store_bytes,
+    bulk_load,
+    rotate_right,
+)
+from .nvfp4 import asked, check_packed, small_operands, start
+
+SF_LAYOUT: SfLayout = "linear"
+WEIGHT_ORDER: Order = "fragments_sm90"
+STEP = 128  # elements of K that are summed by the MMA alone
+MMA_TOKENS = 128  # at most, of one MMA: its sums and those that they are added to take half the registers each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """tile_m: tokens. groups_n: warpgroups side by side, each with 64 weight rows; groups_k: warpgroups that take steps
+    of 128 of K in turn. stages: steps in flight (0: as many as fit). share, split: CTAs of a cluster side by side along
+    n, and along K. blocks: CTAs that share an SM.
+    """
+
+    tile_m: int = 128
+    groups_n: int = 2
+    groups_k: int = 1
+    stages: int = 0
+    share: int = 1
+    split: int = 1
+    blocks: int = 1
+
+    tile_k: ClassVar[int] = STEP
+    strips: ClassVar[int] = 1
+
+    @property
+    def tile_n(self) -> int:
+        return TILE * self.groups_n
+
+    @property
+    def groups(self) -> int:
+        return self.groups_n * self.groups_k
+
+    @property
+    def runs(self) -> int:
+        """Runs of tokens, multiplied one after the other by what was decoded once."""
+        return 2 if self.tile_m > MMA_TOKENS else 1
+
+    @property
+    def registers(self) -> int:
+        """Of a thread that multiplies: sums, those of an MMA, and the rest."""
+        return self.tile_m // 2 + self.tile_m // self.runs // 2 + 48
+
+    @property
+    def wide(self) -> bool:
+        """Whether the sums take so many registers that the loading warps give theirs away."""
+        return self.runs > 1
+
+    @property
+    def threads(self) -> int:
+        return WARPGROUP * self.groups + (WARPGROUP if self.wide else 32)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the sums of a tile are spread."""
+        return self.groups_k > 1 or self.split > 1
+
+
+SPACE = {
+    "tile_m": (16, 32, 64, 128, 192, 256),
+    "groups_n": (1, 2, 3, 4),
+    "groups_k": (1, 2),
+    "share": (1, 2),
+    "split": (1, 2, 3, 4),
+    "blocks": (1, 2),
+}
+
+
+def stage_bytes(config: Config) -> int:
+    """What one step of K takes of shared memory."""
+    weights = config.groups_n * (STEP // TILE) * (CODE_BYTES + SCALE_BYTES)
+    return weights + config.tile_m * STEP
+
+
+def stages_of(config: Config, out: str) -> int:
+    """Steps in flight: as configured, or as many as fit, a multiple of groups_k: each is always the same one's."""
+    if config.stages:
+        return config.stages
+    room = (MAX_SHARED_BYTES[ARCH] + CTA_BYTES) // config.blocks - CTA_BYTES - BARRIER_BYTES
+    store = store_bytes(config, out)  # type: ignore[arg-type]
+    if config.split > 1:  # one tile a cluster: its sums lie where the stages were
+        fit = room // stage_bytes(config) if store <= room else 0
+    else:
+        fit = max(0, room - store) // stage_bytes(config)
+    return min(fit, MAX_STAGES) // config.groups_k * config.groups_k
+
+
+def shared_bytes(config: Config, out: str) -> int:
+    """Shared memory of one CTA, as the kernel allocates it."""
+    stages, store = stages_of(config, out) * stage_bytes(config), store_bytes(config, out)  # type: ignore[arg-type]
+    return BARRIER_BYTES + (max(stages, store) if config.split > 1 else stages + store)
+
+
+def supports(problem: GemmProblem, config: Config) -> str | None:
+    """Why this problem cannot run with this config, or None if it can."""
+    if problem.act != "fp8":
+        return f'activations in {problem.act}: this kernel takes fp8 (act="fp8")'
+    if problem.out not in CUTE_OUT:
+        return f"output in {problem.out}: this kernel writes bf16 or fp32"
+    if problem.order != WEIGHT_ORDER:
+        return f"weights in the order {problem.order}: this kernel reads {WEIGHT_ORDER}"
+    for knob, values in SPACE.items():
+        if getattr(config, knob) not in values:
+            return f"{knob}={getattr(config, knob)} is none of {', '.join(map(str, values))}"
+    if problem.n % TILE or problem.k % STEP:
+        return f"n={problem.n}, k={problem.k}: n must be a multiple of {TILE}, k of {STEP}"
+    stages = stages_of(config, problem.out)
+    if stages <= config.groups_k:
+        return f"{stages} stages: {config.groups_k} warpgroups hold 1 each while they wait for the next"
+    if stages % config.groups_k:
+        return f"stages={stages} is not a multiple of {config.groups_k}: each belongs to the same warpgroups always"
+    steps = problem.k // STEP
+    if steps - (config.split - 1) * -(-steps // config.split) < config.groups_k:
+        return f"k={problem.k} leaves too little for the last of {config.split} parts of {config.groups_k} warpgroups"
+    if config.wide:
+        fits = config.groups <= 2
+        fits = fits and config.groups * WIDE[config.groups] + WIDE[0] <= REGISTERS // WARPGROUP // config.blocks
+        fits = fits and REGISTERS // (config.blocks * config.threads) >= config.tile_m // config.runs // 2 + 30
+    else:
+        fits = config.groups <= 4 and REGISTERS // (config.blocks * config.threads) >= config.registers
+    if not fits:
+        return f"{config.blocks} x {config.groups} warpgroups: the registers do not hold sums of {config.tile_m} tokens"
+    need = shared_bytes(config, problem.out)
+    if stages > BARRIER_BYTES // 16 or config.blocks * (need + CTA_BYTES) > MAX_SHARED_BYTES[ARCH] + CTA_BYTES:
+        return f"{config.blocks} CTAs need {need} bytes of shared memory each, {ARCH} has {MAX_SHARED_BYTES[ARCH]}"
+    return None
+
+
+def default(problem: GemmProblem) -> Config:
+    """A config for a problem that nobody has tuned."""
+    rows = problem.n // TILE
+    tile_m = next((t for t in (16, 32, 64, 128) if t >= problem.m), 256)
+    while tile_m > 128 and rows * -(-problem.m // tile_m) < SM_COUNT:
+        tile_m //= 2
+    tiles = rows * -(-problem.m // tile_m)
+    wanted = [Config(tile_m=tile_m, groups_n=1, groups_k=2 if tile_m <= 128 else 1, split=s) for s in (4, 2)]
+    wanted = [c for c in wanted if tiles * c.split <= SM_COUNT]
+    shares = (2, 1) if tiles >= 4 * SM_COUNT else (1,)
+    wanted += [Config(tile_m=tile_m, groups_n=2, share=share) for share in shares]
+    return next((c for c in wanted if supports(problem, c) is None), replace(Config(), tile_m=min(tile_m, 128)))
+
+
+# --- instructions -----------------------------------------------------------------------------------------------------
+
+
+@dsl_user_op
+def e4m3x4_to_f16x2(x: Uint32, half: int, *, loc=None, ip=None) -> Uint32:
+    """The two low or the two high bytes of a word as E4M3 -> two FP16 numbers in a word, exactly."""
+    names = ("h, rest", "rest, h")[half]
+    asm = f"{{ .reg .b16 h, rest; mov.b32 {{{names}}}, $1; cvt.rn.f16x2.e4m3x2 $0, h; }}"
+    return Uint32(llvm.inline_asm(T.i32(), [x.ir_value(loc=loc, ip=ip)], asm, "=r,r", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def f16x2_to_e4m3x4(x: Uint32, y: Uint32, *, loc=None, ip=None) -> Uint32:
+    """Two words of two FP16 numbers -> the four rounded to E4M3, nearest even."""
+    asm = (
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f16x2 low, $1; cvt.rn.satfinite.e4m3x2.f16x2 high, $2; "
+        "mov.b32 $0, {low, high}; }"
+    )
+    args = [x.ir_value(loc=loc, ip=ip), y.ir_value(loc=loc, ip=ip)]
+    return Uint32(llvm.inline_asm(T.i32(), args, asm, "=r,r,r", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def mul_f16x2(x: Uint32, y: Uint32, *, loc=None, ip=None) -> Uint32:
+    """Two FP16 products; subnormal operands count in full (PTX ISA, mul.f16x2)."""
+    args = [x.ir_value(loc=loc, ip=ip), y.ir_value(loc=loc, ip=ip)]
+    return Uint32(llvm.inline_asm(T.i32(), args, "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def mul_f16_by_half(x: Uint32, scales: Uint32, half: int, *, loc=None, ip=None) -> Uint32:
+    """Two FP16 products with one half of a word; subnormal operands count in full."""
+    name = ("low", "high")[half]
+    asm = (
+        "{ .reg .b16 low, high; .reg .b32 s; mov.b32 {low, high}, $2; "
+        f"mov.b32 s, {{{name}, {name}}}; mul.rn.f16x2 $0, $1, s; }}"
+    )
+    args = [x.ir_value(loc=loc, ip=ip), scales.ir_value(loc=loc, ip=ip)]
+    return Uint32(llvm.inline_asm(T.i32(), args, asm, "=r,r,r", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def bits_float(x: Uint32, *, loc=None, ip=None) -> Float32:
+    return Float32(llvm.bitcast(T.f32(), x.ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
+
+
+@dsl_user_op
+def add_here(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
+    """x + y, not later than the next MMA: the compiler would keep y until all sums are done, and spill."""
+    args = [v.ir_value(loc=loc, ip=ip) for v in (x, y)]
+    asm = "add.rn.f32 $0, $1, $2;"
+    return Float32(llvm.inline_asm(T.f32(), args, asm, "=f,f,f", has_side_effects=True, loc=loc, ip=ip))
+
+
+F16_SIGN, F16_MAGNITUDE = 0x80008000, 0x0E000E00  # where a pair of codes lies in two FP16 numbers: value times 2 ** -14
+F16_IMAGE = F16_SIGN | F16_MAGNITUDE
+
+
+def code_images(word):
+    """The four pairs of codes of a word of "fragments_sm90", each in two FP16 numbers, times 2 ** -14.
+
+    An FP16 number has its exponent three bits further left than a BF16 number, which the order was made for: x * 9
+    leaves the sign in place and the others in both places. A mask takes what belongs.
+    """
+    image, sign, magnitude = Uint32(MAGNITUDE), Uint32(F16_SIGN), Uint32(F16_MAGNITUDE)
+    nine = Uint32(9)
+    return (
+        (word & image) * nine & Uint32(F16_IMAGE),
+        word & magnitude | rotate_right(word, 3) & sign,
+        (rotate_right(word, 6) & image) * nine & Uint32(F16_IMAGE),
+        (word & Uint32(0x00190019)) * Uint32((1 << 6) + (1 << 11)) & magnitude | word << Uint32(14) & sign,
+    )
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+
+class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
+    """`GemmNvfp4Sm90Wgmma` with E4M3 operands: tokens and sums are its own, the rest is inherited."""
+
+    config: Config  # type: ignore[assignment]
+
+    def __init__(self, config: Config, variant: Variant):
+        self.config, self.variant = config, variant
+        self.out = CUTE_OUT[variant.out]
+        self.stages = stages_of(config, variant.out)
+        self.atoms = STEP // TILE
+        self.blocks_n = config.groups_n  # tiles of 64 weight rows
+        self.chunk = min(config.tile_m, STORE_ROWS)  # tokens of one store
+        self.columns = 128 * 8 // self.out.width  # and weight rows
+        self.halves = TILE // self.columns
+        self.run = config.tile_m // config.runs  # tokens of an MMA
+
+    @cute.jit
+    def __call__(
+        self,
+        a: cute.Pointer,
+        a_scale: cute.Pointer,
+        b: cute.Pointer,
+        sfb: cute.Pointer,
+        exponent_b: cute.Pointer,
+        alpha_b: cute.Pointer,
+        d: cute.Pointer,
+        m: Int32,
+        n: Int32,
+        k: Int32,
+        a_stride: Int64,
+        d_stride: Int64,
+        segment_ends: tuple[Int32, ...],
+        max_clusters: Int32,
+        stream: cuda.CUstream,
+    ):
+        """Strides count elements. segment_ends: the column after each segment. max_clusters: that run at a time."""
+        c = self.config
+        k = cute.assume(k, divby=STEP)
+        mA = cute.make_tensor(a, cute.make_layout((m, k), stride=(cute.assume(a_stride, divby=16), 1)))
+        mScale = cute.make_tensor(a_scale, cute.make_layout(m))
+        mExponent = cute.make_tensor(exponent_b, cute.make_layout(n))
+        mAlpha = cute.make_tensor(alpha_b, cute.make_layout(self.variant.segments))
+        mD = cute.make_tensor(d, cute.make_layout((m, n), stride=(cute.assume(d_stride, divby=8), 1)))
+        if cutlass.const_expr(c.share > 1):
+            op = cpasync.CopyBulkTensorTileG2SMulticastOp()
+        else:
+            op = cpasync.CopyBulkTensorTileG2SOp()
+        tma = cpasync.make_tiled_tma_atom(op, mA, self.tokens_layout(), (c.tile_m, STEP), num_multicast=c.share)
+        store = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(), mD, self.store_layout(), (self.chunk, self.columns)
+        )
+        m_tiles, n_groups = cute.ceil_div(m, c.tile_m), cute.ceil_div(n, c.tile_n * c.share)
+        clusters = m_tiles * n_groups
+        if cutlass.const_expr(c.split == 1):
+            clusters = cutlass.min(clusters, max_clusters)
+        self.kernel(tma, store, b, sfb, mExponent, mScale, mAlpha, mD, m_tiles, n_groups, k, segment_ends).launch(
+            grid=(c.share, c.split, clusters),
+            block=(c.threads, 1, 1),
+            cluster=(c.share, c.split, 1),
+            stream=stream,
+            min_blocks_per_mp=c.blocks,
+            preferred_smem_carveout=100,  # percent
+            use_pdl=True,
+        )
+
+    def tokens_layout(self):
+        """Shared [tile_m, 128, stages], rows of 128 bytes in the 128-byte swizzle."""
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, Float8E4M3FN)
+        return cute.tile_to_shape(atom, (self.config.tile_m, STEP, self.stages), order=(0, 1, 2))
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma: Any,
+        store: Any,
+        b: cute.Pointer,
+        sfb: cute.Pointer,
+        mExponent: cute.Tensor,
+        mScale: cute.Tensor,
+        mAlpha: cute.Tensor,
+        mD: cute.Tensor,
+        m_tiles: Int32,
+        n_groups: Int32,
+        k: Int32,
+        segment_ends: tuple[Int32, ...],
+    ):
+        c = self.config
+        tidx, _, _ = cute.arch.thread_idx()
+        _, part, _ = cute.arch.block_idx()
+        warp = cute.arch.make_warp_uniform(tidx // 32)
+        steps = k // STEP
+        per_part = (steps + c.split - 1) // c.split
+        first = part * per_part
+        count = cutlass.min(per_part, steps - first)
+
+        smem = SmemAllocator()
+        barriers = smem.allocate_tensor(Int64, cute.make_layout(BARRIER_BYTES // 8), byte_alignment=1024)
+        full, empty = barriers.iterator, barriers.iterator + self.stages
+        layout = self.tokens_layout()
+        sA = smem.allocate_tensor(Float8E4M3FN, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        staging = None
+        if cutlass.const_expr(not c.reduces):
+            layout = self.store_layout()
+            staging = smem.allocate_tensor(self.out, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        weights = self.stages * self.blocks_n * self.atoms
+        sCodes = smem.allocate_tensor(Uint32, cute.make_layout(weights * CODE_BYTES // 4), byte_alignment=128)
+        sScales = smem.allocate_tensor(Uint32, cute.make_layout(weights * SCALE_BYTES // 4), byte_alignment=128)
+        numbers = c.groups_k * c.tile_m * pitch(c)  # type: ignore[arg-type]
+        sums = None
+        if cutlass.const_expr(c.split > 1):
+            extra = shared_bytes(c, self.variant.out) - BARRIER_BYTES - self.stages * stage_bytes(c)
+            if cutlass.const_expr(extra > 0):
+                smem.allocate_tensor(Uint32, cute.make_layout(extra // 4), byte_alignment=16)
+            start = Int32(barriers.iterator.toint()) + BARRIER_BYTES
+            pointer = cute.make_ptr(Float32, start, cute.AddressSpace.smem, assumed_align=16)
+            sums = cute.make_tensor(pointer, cute.make_layout(numbers))
+        elif cutlass.const_expr(c.groups_k > 1):
+            sums = smem.allocate_tensor(Float32, cute.make_layout(numbers), byte_alignment=16)
+
+        if warp == 0:
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(self.stages):
+                    cute.arch.mbarrier_init(full + i, 1)
+                    cute.arch.mbarrier_init(empty + i, 4 * c.groups_n * c.share)
+        cute.arch.mbarrier_init_fence()
+        self.meet(c.share > 1)  # nobody may signal a barrier that is not there yet
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if warp >= 4 * c.groups:
+            if cutlass.const_expr(c.wide):
+                cute.arch.setmaxregister_decrease(WIDE[0])
+            if warp == 4 * c.groups:
+                tiles = (m_tiles, n_groups)
+                self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, tiles, first, count)
+            if cutlass.const_expr(c.split > 1):
+                self.meet(True)
+        else:
+            if cutlass.const_expr(c.wide):
+                cute.arch.setmaxregister_increase(WIDE[c.groups])
+            ring = (sA, sCodes, sScales, full, empty)
+            factors = (mExponent, mScale, mAlpha)
+            self.multiply(ring, store, staging, sums, factors, mD, segment_ends, (m_tiles, n_groups), count, tidx)
+        if cutlass.const_expr(c.split * c.share > 1):
+            self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
+
+    @cute.jit
+    def load_weights(self, weights, into, n_tile, step, stage, bar):
+        """Codes and scales of one step; the barrier is told what the stage will hold."""
+        b, sfb, row_tiles, k_tiles, policy = weights
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(bar, stage_bytes(self.config))
+            for r in cutlass.range_constexpr(self.blocks_n):
+                row = cutlass.min(n_tile * self.blocks_n + r, row_tiles - 1)
+                at = Int64(row) * Int64(k_tiles) + Int64(step * self.atoms)
+                to = (stage * self.blocks_n + r) * self.atoms
+                for start, target, size in ((b, into[0], CODE_BYTES), (sfb, into[1], SCALE_BYTES)):
+                    bulk_load(
+                        target + to * size, start + at * size, Int32(self.atoms * size), Int32(bar.toint()), policy
+                    )
+
+    def mma(self, accumulate: bool):
+        """64 weight rows of a warpgroup by the tokens of one MMA, added to what was there or not."""
+        mma = hopper_helpers.make_trivial_tiled_mma(
+            Float8E4M3FN,
+            Float8E4M3FN,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+            Float32,
+            (self.config.groups_n, 1, 1),
+            (TILE, self.run),
+            a_source=warpgroup.OperandSource.RMEM,
+        )
+        mma.set(warpgroup.Field.ACCUMULATE, accumulate)
+        return mma
+
+    @cute.jit
+    def multiply(self, ring, store, staging, sums, factors, mD, segment_ends, tiles, count, tidx):
+        """Sums of this CTA's tiles (or of its part of K of one), and their way out."""
+        c, (mExponent, mScale, mAlpha) = self.config, factors
+        group = cute.arch.make_warp_uniform(tidx // WARPGROUP)
+        group_n, group_k = group % c.groups_n, group // c.groups_n
+        thread = tidx % WARPGROUP
+        acc = cute.make_rmem_tensor(c.tile_m // 2, Float32)
+        _, _, tile = cute.arch.block_idx()
+        _, _, clusters = cute.arch.grid_dim()
+        base = Int32(0)
+        while tile < tiles[0] * tiles[1]:
+            m_tile, n_tile = self.place(tile, tiles)
+            block = cutlass.min(n_tile * self.blocks_n + group_n, segment_ends[-1] // TILE - 1)
+            row = block * TILE + thread // 32 * 16 + thread % 32 // 4
+            exponents = [Int32(mExponent[row + 8 * r]) for r in range(2)]
+            acc.fill(0.0)
+            self.add_steps(acc, ring, base, count, exponents, group_n, group_k, thread)
+            base += count
+            self.scale_tokens(acc, mScale, exponents, m_tile * c.tile_m, thread)
+            if cutlass.const_expr(c.reduces):
+                self.put([acc], sums, group_n, group_k, thread)
+                self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
+            else:
+                self.store([acc], store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread)
+            tile += clusters
+        if cutlass.const_expr(not c.reduces):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
+
+    @cute.jit
+    def add_steps(self, acc, ring, base, count, exponents, group_n, group_k, thread):
+        """Add the products of this warpgroup's steps of a tile to acc.
+
+        Half of a step is decoded while the other is multiplied; the sums of a run of tokens are added when it is done.
+        """
+        c, (sA, _, _, full, empty) = self.config, ring
+        lane = thread % 32
+        new, more = self.mma(False), self.mma(True)
+        split = cute.flat_divide(sA, (self.run, STEP))
+        tokens = more.make_fragment_B(more.get_slice(group_n * WARPGROUP).partition_B(split))
+        rows = TILE * c.groups_n
+        fresh = cute.make_rmem_tensor(more.partition_shape_C((rows, self.run)), Float32)
+        frag = [cute.make_rmem_tensor(more.partition_shape_A((rows, TILE)), Float8E4M3FN) for _ in range(2)]
+        # 2 ** (14 - exponent) in two FP16 numbers
+        factors = [Uint32(29 - e) * Uint32(0x04000400) for e in exponents]
+        index = base + group_k
+        slot, phase = index % self.stages, index // self.stages % 2
+        cute.arch.mbarrier_wait(full + slot, phase)
+        self.decode_half(ring, slot, group_n, 0, thread, factors, frag[0])
+        for i in cutlass.range(group_k, count, c.groups_k, unroll=1):
+            now = slot
+            for run in cutlass.range_constexpr(c.runs):
+                for half in cutlass.range_constexpr(2):
+                    warpgroup.fence()
+                    for s in cutlass.range_constexpr(TILE // 32):
+                        mma = new if half + s == 0 else more
+                        part = tokens[None, None, half * (TILE // 32) + s, run, 0, now]
+                        cute.gemm(mma, fresh, frag[half][None, None, s], part, fresh)
+                    warpgroup.commit_group()
+                    if cutlass.const_expr(run + half == 0):
+                        self.decode_half(ring, now, group_n, 1, thread, factors, frag[1])
+                if cutlass.const_expr(run + 1 == c.runs):  # noqa: SIM102  (one is decided when compiling)
+                    if i + c.groups_k < count:
+                        slot, phase = self.advance(slot, phase, c.groups_k)
+                        cute.arch.mbarrier_wait(full + slot, phase)
+                        warpgroup.wait_group(1)
+                        self.decode_half(ring, slot, group_n, 0, thread, factors, frag[0])
+                warpgroup.wait_group(0)
+                if cutlass.const_expr(run + 1 == c.runs):
+                    self.release(empty + now, lane)
+                for e in cutlass.range_constexpr(self.run // 2):
+                    at = run * (self.run // 2) + e
+                    acc[at] = add_here(acc[at], fresh[e])
+
+    def decode_half(self, ring, stage, group_n, half: int, thread, factors, frag):
+        """This thread's part of 64 weight rows x 64 of K, in E4M3: for each 16 of K, a word of row g, one of g + 8."""
+        _, sCodes, sScales, _, _ = ring
+        tile = (stage * self.blocks_n + group_n) * self.atoms + half
+        codes, scales = cute.make_rmem_tensor(4, Uint32), cute.make_rmem_tensor(2, Uint32)
+        at = tile * (CODE_BYTES // 4) + thread * 4
+        cute.autovec_copy(cute.make_tensor(sCodes.iterator + cute.assume(at, divby=4), cute.make_layout(4)), codes)
+        at = tile * (SCALE_BYTES // 4) + thread // 4 * 2
+        cute.autovec_copy(cute.make_tensor(sScales.iterator + cute.assume(at, divby=2), cute.make_layout(2)), scales)
+        # scale * 2 ** (14 - exponent), at most 61440; of two steps of 16
+        pairs = [[mul_f16x2(e4m3x4_to_f16x2(scales[r], p), factors[r]) for p in range(2)] for r in range(2)]
+        words = cute.recast_tensor(frag, Uint32)
+        for s in range(4):
+            images = code_images(codes[s])
+            for r in range(2):
+                first, second = (mul_f16_by_half(images[r + 2 * p], pairs[r][s // 2], s % 2) for p in range(2))
+                words[2 * s + r] = f16x2_to_e4m3x4(first, second)
+
+    @cute.jit
+    def scale_tokens(self, acc, mScale, exponents, m0, thread):
+        """Times each token's scale and the row's power of two, over what the epilogue multiplies by."""
+        last = mScale.shape - 1
+        powers = [bits_float(Uint32(e + 127) << Uint32(23)) * Float32(1 / UNBIAS) for e in exponents]
+        for eight in cutlass.range_constexpr(self.config.tile_m // 8):
+            for i in cutlass.range_constexpr(2):
+                scale = mScale[cutlass.min(m0 + 8 * eight + thread % 4 * 2 + i, last)]
+                for r in cutlass.range_constexpr(2):
+                    at = 4 * eight + 2 * r + i
+                    acc[at] = acc[at] * (scale * powers[r])
+
+
+# --- host -------------------------------------------------------------------------------------------------------------
+
+_GMEM = cute.AddressSpace.gmem
+
+
+def _operands(
+    variant: Variant, pointers: tuple[int, ...], sizes: tuple[int, ...], ends: tuple[int, ...]
+) -> tuple[Any, ...]:
+    """All arguments of `GemmNvfp4Sm90Fp8.__call__` but the stream.
+
+    pointers: a and its scale, b, sfb and row exponents, alpha_b, d.
+    """
+    kinds = (
+        (Float8E4M3FN, 16),
+        (Float32, 4),
+        (Uint32, 16),
+        (Uint32, 16),
+        (Int8, 1),
+        (Float32, 4),
+        (CUTE_OUT[variant.out], 16),
+    )
+    made = (make_ptr(kind, p, _GMEM, assumed_align=align) for p, (kind, align) in zip(pointers, kinds, strict=True))
+    m, n, k, a_stride, d_stride, max_clusters = sizes
+    ends = tuple(Int32(e) for e in ends)
+    return (*made, Int32(m), Int32(n), Int32(k), Int64(a_stride), Int64(d_stride), ends, Int32(max_clusters))
+
+
+def _fake_operands(variant: Variant) -> tuple[Any, ...]:
+    """Operands to compile with: types and alignments are fixed by them, addresses and sizes are not."""
+    return (*_operands(variant, (16,) * 7, (1, TILE, STEP, STEP, TILE, 1), (8,) * variant.segments), make_fake_stream())
+
+
+@functools.cache
+def _max_clusters(device: int | None, config: Config) -> int:
+    """Clusters that run at a time; device None: on an H100 that is not here."""
+    size = config.share * config.split
+    if device is None:
+        return SM_COUNT * config.blocks // size
+    return HardwareInfo(device).get_max_active_clusters(size) * config.blocks
+
+
+@functools.cache
+def compiled(config: Config, variant: Variant) -> Any:
+    """The compiled host function, for every m, n and k."""
+    function, made_for = GemmNvfp4Sm90Fp8(config, variant), (config, variant)
+    return cross.compiled(function, *_fake_operands(variant), arch=ARCH, module=__name__, made_for=made_for)
+
+
+def launch(a: FP8RowTensor, b: NVFP4Tensor, segments: tuple[int, ...] | None, out: Tensor, config: Config) -> None:
+    """out[m, n] = a[m, k] @ b[n, k].T * alpha on the current stream.
+
+    a: rows 16 bytes aligned; b: in the order "fragments_sm90" with its row exponents (`NVFP4Tensor.prepare_fp8`),
+    b.alpha one number, or one a segment of columns; out: BF16 or FP32 with rows 16 bytes aligned. Raises ValueError or
+    TypeError.
+
+    Codes, scales and exponents of b are read before earlier work on the stream has ended (programmatic dependent
+    launch): what writes them must have ended before. a, alpha and out may be in use.
+    """
+    problem, ends = asked(a, b, segments, out)
+    variant = _variant(problem, config)
+    check_packed(b, "b", SF_LAYOUT, WEIGHT_ORDER)
+    if b.row_exponent is None:
+        raise ValueError("b has no row exponents: FP8 GEMMs read what NVFP4Tensor.prepare_fp8() gives")
+    if not b.row_exponent.is_contiguous() or b.sf.data_ptr() % 16:
+        raise ValueError("b.row_exponent must be contiguous and b.sf start at a multiple of 16 bytes")
+    if out.stride(0) * out.element_size() % 16 or out.data_ptr() % 16:
+        raise ValueError(
+            f"rows of out must start at multiples of 16 bytes, got strides {list(out.stride())} from "
+            f"{out.data_ptr() % 16} bytes past one on"
+        )
+    m = problem.m
+    stride = a.data.stride(0) if m > 1 else problem.k  # that of a single row may be anything
+    if a.data.stride(1) != 1 or stride % 16 or a.data.data_ptr() % 16 or not a.scale.is_contiguous():
+        raise ValueError(
+            "rows of a.data must be adjacent elements that start at multiples of 16 bytes and a.scale contiguous, "
+            f"got strides {list(a.data.stride())} from {a.data.data_ptr() % 16} bytes past one on, and "
+            f"{list(a.scale.stride())}"
+        )
+    if m == 0:
+        return
+    tensors = (a.data, a.scale, b.data, b.sf, b.row_exponent, b.alpha, out)
+    clusters = _max_clusters(out.device.index if out.is_cuda else None, config)
+    sizes = (m, problem.n, problem.k, stride, out.stride(0), clusters)
+    arguments = _operands(variant, tuple(t.data_ptr() for t in tensors), sizes, ends)
+    start(compiled(config, variant), arguments, out.device)
+
+
+def warm(problem: GemmProblem, config: Config) -> None:
+    """Compile for `problem` and, where there is a GPU, launch once: later launches may be captured in a graph."""
+    variant = _variant(problem, config)
+    if not torch.cuda.is_available():
+        compiled(config, variant)
+        return
+    a, b, out = small_operands(problem, TILE, problem.k)
+    launch(a, b, (TILE,) * problem.segments, out, config)
+
+
+def build_key(problem: GemmProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on: its sizes are read at launch."""
+    return problem.out, problem.segments
+
+
+def build(problem: GemmProblem, config: Config, arch: str = ARCH) -> Built:
+    """Compile for `problem` without a GPU. Raises ValueError for another architecture or what `supports` refuses."""
+    if arch != ARCH:
+        raise ValueError(f"this kernel is for {ARCH}, got {arch!r}")
+    variant = _variant(problem, config)
+    return cross.build(GemmNvfp4Sm90Fp8(config, variant), *_fake_operands(variant), arch=arch)
+
+
+def _variant(problem: GemmProblem, config: Config) -> Variant:
+    if reason := supports(problem, config):
+        raise ValueError(reason)
+    return Variant(out=problem.out, segments=problem.segments)
