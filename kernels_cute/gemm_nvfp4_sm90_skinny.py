@@ -38,6 +38,7 @@ from .nvfp4 import (
     asked,
     check_packed,
     decode_pairs,
+    mma_16816,
     prmt,
     row_stride,
     scale_pairs,
@@ -184,19 +185,6 @@ def load_scales(address: Int64, *, loc=None, ip=None) -> Uint32:
     """Two bytes, in the low half of a word."""
     asm = "{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h; }"
     return Uint32(llvm.inline_asm(T.i32(), [address.ir_value(loc=loc, ip=ip)], asm, "=r,l", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def mma_16816(a, b, c, *, loc=None, ip=None):
-    """c + a b of m16n8k16: four words of a, two of b, four FP32 numbers of c."""
-    asm = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
-        "{$10, $11, $12, $13};"
-    )
-    args = [x.ir_value(loc=loc, ip=ip) for x in (*a, *b, *c)]
-    kind = llvm.StructType.get_literal([T.f32()] * 4)
-    got = llvm.inline_asm(kind, args, asm, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", loc=loc, ip=ip)
-    return [Float32(llvm.extractvalue(T.f32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
 
 
 @dsl_user_op

@@ -3,13 +3,15 @@
 Bound: reading the packed weights up to some 64 rows of a, the BF16 tensor cores above. sm_90 has no FP4 MMA, so codes
 are decoded to BF16 in registers, which is exact: E2M1 x E4M3 has at most six significant bits.
 
-The product is computed as d.T = b @ a.T with WGMMA: 64 weight rows, from registers, by tile_m tokens, from shared
-memory. b lies in memory in the order "fragments_sm90" of `fp4suite.layouts`: what a thread needs of 64 rows x 64 of K
-is one run of 16 bytes of codes and one of 8 bytes of scales, and tiles that follow each other along K are neighbours.
+The product is computed as d.T = b @ a.T: 64 weight rows of a warpgroup, from registers, by tile_m tokens, from shared
+memory, with WGMMA or, for 8 or 16 tokens, with each warp's own MMAs, whose sums are the same. b lies in memory in the
+order "fragments_sm90" of `fp4suite.layouts`: what a thread needs of 64 rows x 64 of K is one run of 16 bytes of codes
+and one of 8 bytes of scales, and tiles that follow each other along K are neighbours.
 
     load       one warp: bulk copies of codes and scales, TMA for the tokens, `stages` steps of K ahead, into the next
                tile and, for the weights, before the kernel before this one has ended (see `launch`)
-    multiply   warpgroups: decode one step of 64 rows x 64 of K while WGMMA works on the one before
+    multiply   warpgroups: decode one step of 64 rows x 64 of K while WGMMA works on the one before; those side by side
+               along n keep a distance, so that one multiplies while another stores
     share      CTAs of a cluster, side by side along n, receive the same tokens by multicast
     sums       of a tile are kept by one warpgroup, which stores them by TMA, or are spread over `groups_k` warpgroups
                and `split` CTAs of a cluster, and added through shared memory in a fixed order
@@ -38,7 +40,7 @@ from fp4suite.layouts import Order
 from fp4suite.problem import GemmProblem
 
 from . import build as cross
-from .nvfp4 import SCALE_BIAS, asked, check_packed, mul_bf16x2, row_stride, small_operands, start
+from .nvfp4 import SCALE_BIAS, asked, check_packed, mma_16816, mul_bf16x2, row_stride, small_operands, start
 
 ARCH = "sm_90a"
 SF_LAYOUT: SfLayout = "linear"
@@ -53,6 +55,8 @@ MAX_STAGES = 16
 REGISTERS = 65536  # of an SM
 WIDE = (24, 232, 240)  # registers of a thread that loads, and of one that keeps many sums: with one warpgroup, with two
 STORE_ROWS = 64  # tokens of one store of d
+WARP_TOKENS = 16  # up to so many are multiplied by warps, without WGMMA
+LAG = 128  # elements of K that a warpgroup begins behind the one beside it
 SM_COUNT = 132  # of an H100; what a launch on CPU tensors assumes
 UNBIAS = 2.0 ** (126 - SCALE_BIAS)
 
@@ -97,9 +101,14 @@ class Config:
         return self.groups_k > 1 or self.split > 1
 
     @property
+    def by_warp(self) -> bool:
+        """Whether warps multiply by themselves: for few tokens, waiting for WGMMA takes longer than what it does."""
+        return self.tile_m <= WARP_TOKENS
+
+    @property
     def paired(self) -> int:
-        """Steps that are multiplied in one pass: two decoded operands take turns."""
-        return 2 if self.tile_k * self.strips == TILE else 1
+        """Steps that are multiplied in one pass: WGMMA's two decoded operands take turns."""
+        return 2 if self.tile_k * self.strips == TILE and not self.by_warp else 1
 
     @property
     def turn(self) -> int:
@@ -367,6 +376,16 @@ def store_transposed(address: Int32, words, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def load_matrices(address: Int32, *, loc=None, ip=None):
+    """Four 8 x 8 matrices of 16-bit numbers from shared memory, of each a lane's pair of a row."""
+    kind = llvm.StructType.get_literal([T.i32()] * 4)
+    asm = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
+    args = [address.ir_value(loc=loc, ip=ip)]
+    got = llvm.inline_asm(kind, args, asm, "=r,=r,=r,=r,r", has_side_effects=True, loc=loc, ip=ip)
+    return [Uint32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
+@dsl_user_op
 def pack_bf16(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint32:
     """Two numbers rounded to BF16, in a word."""
     args = [high.ir_value(loc=loc, ip=ip), low.ir_value(loc=loc, ip=ip)]
@@ -388,6 +407,11 @@ class GemmNvfp4Sm90Wgmma:
         self.chunk = min(config.tile_m, STORE_ROWS)  # tokens of one store
         self.columns = 128 * 8 // self.out.width  # and weight rows
         self.halves = TILE // self.columns
+        self.units = self.atoms * config.strips  # of a step: 64 rows x 64 of K of a warpgroup
+        self.lag = 0  # passes
+        if config.groups_n > 1 and config.tile_m > STORE_ROWS and not config.reduces:
+            passes = LAG // (config.tile_k * config.paired)
+            self.lag = min(passes, (self.stages - 1) // config.paired // (config.groups_n - 1))
 
     @cute.jit
     def __call__(
@@ -591,7 +615,7 @@ class GemmNvfp4Sm90Wgmma:
     @cute.jit
     def multiply(self, ring, store, staging, sums, mAlpha, mD, segment_ends, tiles, count, tidx):
         """Sums of this CTA's tiles (or of its part of K of one), and their way out."""
-        c, (sA, _, _, full, empty) = self.config, ring
+        c = self.config
         tiled_mma = hopper_helpers.make_trivial_tiled_mma(
             BFloat16,
             BFloat16,
@@ -606,53 +630,26 @@ class GemmNvfp4Sm90Wgmma:
         group = cute.arch.make_warp_uniform(tidx // WARPGROUP)
         group_n, group_k = group % c.groups_n, group // c.groups_n
         thread = tidx % WARPGROUP
-        lane = thread % 32
-        tCrA = tiled_mma.make_fragment_B(tiled_mma.get_slice(group_n * WARPGROUP).partition_B(sA))
         rows = TILE * c.groups_n
         acc = [cute.make_rmem_tensor(tiled_mma.partition_shape_C((rows, c.tile_m)), Float32) for _ in range(c.strips)]
-        frag = [cute.make_rmem_tensor(tiled_mma.partition_shape_A((rows, TILE)), BFloat16) for _ in range(2)]
 
-        units = self.atoms * c.strips  # of a step: 64 rows x 64 of K
         _, _, tile = cute.arch.block_idx()
         _, _, clusters = cute.arch.grid_dim()
         base = Int32(0)
+        tell_at = Int32(-1)  # the pass after which the next warpgroup may begin
+        if cutlass.const_expr(self.lag > 0):
+            if group_n > 0:
+                cute.arch.barrier(barrier_id=c.groups_n + group_n, number_of_threads=2 * WARPGROUP)
+            if group_n + 1 < c.groups_n:
+                tell_at = cutlass.min(self.lag, count) - 1
         while tile < tiles[0] * tiles[1]:
             for sum in acc:
                 sum.fill(0.0)
-            index = base + group_k * c.paired
-            slot, phase, before = index % self.stages, index // self.stages % 2, Int32(0)
-            cute.arch.mbarrier_wait(full + slot, phase)
-            self.decode(ring, slot, group_n, 0, thread, frag[0])
-            for i in cutlass.range(group_k, count, c.groups_k, unroll=1):
-                for u in cutlass.range_constexpr(units * c.paired):
-                    kk, strip = u % units // c.strips, u % c.strips
-                    warpgroup.fence()
-                    for s in cutlass.range_constexpr(TILE // 16):
-                        cute.gemm(
-                            tiled_mma,
-                            acc[strip],
-                            frag[u % 2][None, None, s],
-                            tCrA[None, None, kk * (TILE // 16) + s, slot],
-                            acc[strip],
-                        )
-                    warpgroup.commit_group()
-                    warpgroup.wait_group(1)
-                    if cutlass.const_expr(u % units == 0):  # noqa: SIM102  (one is decided when compiling)
-                        if u > 0 or i > group_k:  # the step before this one is multiplied
-                            self.release(empty + before, lane)
-                    if cutlass.const_expr(u + 1 < units * c.paired):
-                        if cutlass.const_expr((u + 1) % units == 0):
-                            before = slot
-                            slot, phase = self.advance(slot, phase, 1)
-                            cute.arch.mbarrier_wait(full + slot, phase)
-                        self.decode(ring, slot, group_n, (u + 1) % units, thread, frag[(u + 1) % 2])
-                    elif i + c.groups_k < count:
-                        before = slot
-                        slot, phase = self.advance(slot, phase, (c.groups_k - 1) * c.paired + 1)
-                        cute.arch.mbarrier_wait(full + slot, phase)
-                        self.decode(ring, slot, group_n, 0, thread, frag[0])
-            warpgroup.wait_group(0)
-            self.release(empty + slot, lane)
+            if cutlass.const_expr(c.by_warp):
+                self.add_by_warp(acc, ring, base, count, group_n, group_k, thread)
+            else:
+                self.add_by_warpgroup(tiled_mma, acc, ring, base, count, group_n, group_k, thread, tell_at)
+            tell_at = Int32(-1)
             base += count * c.paired
 
             m_tile, n_tile = self.place(tile, tiles)
@@ -664,6 +661,76 @@ class GemmNvfp4Sm90Wgmma:
             tile += clusters
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
+
+    @cute.jit
+    def add_by_warpgroup(self, tiled_mma, acc, ring, base, count, group_n, group_k, thread, tell_at):
+        """Add the products of this warpgroup's steps of a tile; one unit is decoded while another is multiplied."""
+        c, (sA, _, _, full, empty) = self.config, ring
+        lane = thread % 32
+        tokens = tiled_mma.make_fragment_B(tiled_mma.get_slice(group_n * WARPGROUP).partition_B(sA))
+        shape = tiled_mma.partition_shape_A((TILE * c.groups_n, TILE))
+        frag = [cute.make_rmem_tensor(shape, BFloat16) for _ in range(2)]
+        index = base + group_k * c.paired
+        slot, phase, before = index % self.stages, index // self.stages % 2, Int32(0)
+        cute.arch.mbarrier_wait(full + slot, phase)
+        self.decode(ring, slot, group_n, 0, thread, frag[0])
+        for i in cutlass.range(group_k, count, c.groups_k, unroll=1):
+            for u in cutlass.range_constexpr(self.units * c.paired):
+                kk, strip = u % self.units // c.strips, u % c.strips
+                warpgroup.fence()
+                for s in cutlass.range_constexpr(TILE // 16):
+                    part = tokens[None, None, kk * (TILE // 16) + s, slot]
+                    cute.gemm(tiled_mma, acc[strip], frag[u % 2][None, None, s], part, acc[strip])
+                warpgroup.commit_group()
+                warpgroup.wait_group(1)
+                if cutlass.const_expr(u % self.units == 0):  # noqa: SIM102  (one is decided when compiling)
+                    if u > 0 or i > group_k:  # the step before this one is multiplied
+                        self.release(empty + before, lane)
+                if cutlass.const_expr(u + 1 < self.units * c.paired):
+                    if cutlass.const_expr((u + 1) % self.units == 0):
+                        before = slot
+                        slot, phase = self.advance(slot, phase, 1)
+                        cute.arch.mbarrier_wait(full + slot, phase)
+                    self.decode(ring, slot, group_n, (u + 1) % self.units, thread, frag[(u + 1) % 2])
+                elif i + c.groups_k < count:
+                    before = slot
+                    slot, phase = self.advance(slot, phase, (c.groups_k - 1) * c.paired + 1)
+                    cute.arch.mbarrier_wait(full + slot, phase)
+                    self.decode(ring, slot, group_n, 0, thread, frag[0])
+            if cutlass.const_expr(self.lag > 0):  # noqa: SIM102
+                if i == tell_at:
+                    cute.arch.barrier_arrive(barrier_id=c.groups_n + group_n + 1, number_of_threads=2 * WARPGROUP)
+        warpgroup.wait_group(0)
+        self.release(empty + slot, lane)
+
+    @cute.jit
+    def add_by_warp(self, acc, ring, base, count, group_n, group_k, thread):
+        """Add the products of this warpgroup's steps of a tile, each warp those of its 16 rows of every 64."""
+        c, (sA, _, _, full, empty) = self.config, ring
+        lane = thread % 32
+        row, piece = lane % 8, lane // 8  # of 16 bytes, in the 128-byte swizzle
+        start = Int32(sA.iterator.toint()) + row * 128
+        halves = [start + ((piece + 4 * h) ^ row) * 16 for h in range(2)]
+        index = base + group_k
+        slot, phase = index % self.stages, index // self.stages % 2
+        for _ in cutlass.range(group_k, count, c.groups_k, unroll=1):
+            cute.arch.mbarrier_wait(full + slot, phase)
+            stage = slot * (c.tile_m * c.tile_k * 2)
+            for kk in cutlass.range_constexpr(self.atoms):
+                at = [half + (stage + kk * c.tile_m * 128) for half in halves]
+                tokens = [[load_matrices(a + eight * 1024) for a in at] for eight in range(c.tile_m // 8)]
+                for strip in cutlass.range_constexpr(c.strips):
+                    words = self.decoded(ring, slot, group_n, kk * c.strips + strip, thread)
+                    for s in cutlass.range_constexpr(TILE // 16):
+                        for eight in cutlass.range_constexpr(c.tile_m // 8):
+                            pair = tokens[eight][s // 2][s % 2 * 2 : s % 2 * 2 + 2]
+                            old = [acc[strip][4 * eight + e] for e in range(4)]
+                            new = mma_16816(words[4 * s : 4 * s + 4], pair, old)
+                            for e in cutlass.range_constexpr(4):
+                                acc[strip][4 * eight + e] = new[e]
+            cute.arch.sync_warp()
+            self.release(empty + slot, lane)
+            slot, phase = self.advance(slot, phase, c.groups_k)
 
     def advance(self, slot, phase, steps: int):
         """The slot so many steps on, fewer than there are stages, and its phase."""
@@ -680,9 +747,14 @@ class GemmNvfp4Sm90Wgmma:
             else:
                 cute.arch.mbarrier_arrive(barrier)
 
-    @cute.jit
-    def decode(self, ring, stage, group_n, unit: cutlass.Constexpr, thread, frag):
-        """This thread's part of 64 weight rows x 64 of K, in registers."""
+    def decode(self, ring, stage, group_n, unit: int, thread, frag):
+        """This thread's part of 64 weight rows x 64 of K, as WGMMA takes it."""
+        words = cute.recast_tensor(frag, Uint32)
+        for i, word in enumerate(self.decoded(ring, stage, group_n, unit, thread)):
+            words[i] = word
+
+    def decoded(self, ring, stage, group_n, unit: int, thread):
+        """This thread's part of 64 weight rows x 64 of K: four words of operand A for each 16 of K."""
         c, (_, sCodes, sScales, _, _) = self.config, ring
         kk, strip = unit // c.strips, unit % c.strips
         tile = stage * (self.blocks_n * self.atoms) + (strip * c.groups_n + group_n) * self.atoms + kk
@@ -692,11 +764,7 @@ class GemmNvfp4Sm90Wgmma:
         at = tile * (SCALE_BYTES // 4) + thread // 4 * 2
         cute.autovec_copy(cute.make_tensor(sScales.iterator + cute.assume(at, divby=2), cute.make_layout(2)), scales)
         pairs = [scale_pairs(scales[h]) for h in range(2)]
-        words = cute.recast_tensor(frag, Uint32)
-        for s in cutlass.range_constexpr(4):
-            decoded = decode_word(codes[s], (pairs[0][s % 2], pairs[1][s % 2]), s // 2)
-            for p in cutlass.range_constexpr(4):
-                words[4 * s + p] = decoded[p]
+        return [w for s in range(4) for w in decode_word(codes[s], (pairs[0][s % 2], pairs[1][s % 2]), s // 2)]
 
     def scaled(self, acc, alphas, eights):
         """Of each of these groups of eight tokens, this thread's two of row g, then of row g + 8, times alpha."""

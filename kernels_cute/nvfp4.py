@@ -53,6 +53,19 @@ def mul_bf16x2(x: Uint32, y: Uint32, *, loc=None, ip=None) -> Uint32:
     return Uint32(llvm.inline_asm(T.i32(), args, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", loc=loc, ip=ip))
 
 
+@dsl_user_op
+def mma_16816(a, b, c, *, loc=None, ip=None):
+    """c + a b of m16n8k16: four words of a, two of b, four FP32 numbers of c."""
+    asm = (
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+        "{$10, $11, $12, $13};"
+    )
+    args = [x.ir_value(loc=loc, ip=ip) for x in (*a, *b, *c)]
+    kind = llvm.StructType.get_literal([T.f32()] * 4)
+    got = llvm.inline_asm(kind, args, asm, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", loc=loc, ip=ip)
+    return [Float32(llvm.extractvalue(T.f32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
 def scale_pairs(word):
     """The two E4M3 scales in the low half of a word -> each times 2 ** SCALE_BIAS as a pair of equal BF16 numbers."""
     halves = e4m3x2_to_f16x2(word)

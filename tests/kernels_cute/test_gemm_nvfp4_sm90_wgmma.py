@@ -30,6 +30,7 @@ CONFIGS = [
     Config(tile_m=64, groups_n=1, groups_k=2, tile_k=64, stages=8),
     Config(tile_m=128, groups_n=1, strips=2, tile_k=64, stages=2, blocks=2),
     Config(tile_m=128, groups_n=3, stages=2, split=2),
+    Config(tile_m=128, groups_n=3, tile_k=64, stages=5),
     Config(tile_m=192, groups_n=1, tile_k=64, stages=3, split=3),
     replace(WIDE, stages=3),
     replace(WIDE, stages=3, share=2),
@@ -93,7 +94,7 @@ def test_compiles_without_spills(config, out):
     assert ".ftz" not in built.ptx  # scales and codes pass through subnormal numbers
 
 
-@pytest.mark.parametrize("config", [SMALL, WIDE], ids=str)
+@pytest.mark.parametrize("config", [replace(SMALL, tile_m=32), WIDE], ids=str)
 def test_main_loop_waits_for_one_mma_at_most(config):
     """No MMA is waited for right after its issue, as ptxas does where it cannot keep operands apart."""
     code = sass(kernel.build(BIG, config))
@@ -101,6 +102,14 @@ def test_main_loop_waits_for_one_mma_at_most(config):
     assert len(re.findall(r"\bHGMMA\.", code)) == 4 * units
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code)
     assert sorted(waits) == ["0"] + ["1"] * units
+
+
+@pytest.mark.parametrize("tile_m", [8, 16])
+def test_warps_multiply_few_tokens(tile_m):
+    config = replace(SMALL, tile_m=tile_m)
+    code = sass(kernel.build(BIG, config))
+    assert "HGMMA" not in code
+    assert len(re.findall(r"\bHMMA\.16816\.F32\.BF16", code)) == config.tile_k // 16 * tile_m // 8
 
 
 def test_every_code_and_scale_decodes_exactly():
@@ -169,7 +178,8 @@ def test_in_the_emulator(config, schedule, monkeypatch):
     kernel.compiled.cache_clear()
     monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 2)
     step = config.tile_k * config.paired * config.groups_k * config.split
-    k = max(2 * step, config.stages * config.tile_k) if config.split == 1 else 2 * step - config.tile_k * config.paired
+    rounds = max(2, -(-config.stages * config.tile_k // step))
+    k = rounds * step if config.split == 1 else 2 * step - config.tile_k * config.paired
     tiles = 1 if config.split > 1 else 2
     problem = Problem(m=tiles * config.tile_m - 3, n=config.tile_n * tiles + 64, k=k, out="fp32", segments=2)
     case = testing.case(problem, "cpu", 1)
