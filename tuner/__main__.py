@@ -52,8 +52,10 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
     devices = args.devices.split(",") if args.devices else []
     if devices:
         rest = [a for i, a in enumerate(argv[1:], 1) if not (a.startswith("--devices") or argv[i - 1] == "--devices")]
+        jobs = args.jobs or max(1, _cores() // len(devices) - 1)
         code = tune.run_on_devices(
-            [d if ":" in d else f"cuda:{d}" for d in devices], [a for a in rest if a != "--json"]
+            [d if ":" in d else f"cuda:{d}" for d in devices],
+            [*(a for a in rest if a != "--json"), "--jobs", str(jobs)],
         )
         if code:
             return code, {"error": "a worker failed, see above"}

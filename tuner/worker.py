@@ -214,7 +214,7 @@ class Pool:
         def run(worker: Worker) -> None:
             try:
                 future.set_result(worker.call(function, *args, timeout=self._timeout))
-            except (WorkerDied, RemoteError, StartFailed) as e:
+            except Exception as e:  # whatever it is, who waits for the future raises it again
                 future.set_exception(e)
 
         self._waiting.put((turn, next(self._order), run))

@@ -348,6 +348,7 @@ def test_several_gpus_get_a_worker_each_and_a_last_run_to_finish(gpu, config, tm
     assert [a for a in started[1] if not a.startswith("cuda:")] == same
     assert [c[-2:] for c in started] == [["--device", "cuda:0"], ["--device", "cuda:1"]]
     assert same[:3] == ["-m", "tuner", "tune"]
+    assert same[-3:-1] == ["--jobs", "2"]
     assert not {"--devices", "0,1", "--json"} & set(same)
 
 
