@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from . import dispatch, support, testing
-from .problem import Problem
+from .problem import DequantProblem, GemmProblem, Problem
 
 
 def warmup(problems: Iterable[Problem], device: torch.device | str | None = None) -> list[dispatch.Choice]:
@@ -20,6 +20,9 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | None = None
         choice = dispatch.choose(problem.op, problem, device)
         choices.append(choice)
         if not choice.is_reference:
+            asked, problem = problem, choice.problem or problem
+            if isinstance(asked, GemmProblem) and problem != asked:  # activations are decoded first
+                warmup([DequantProblem(m=asked.m, k=asked.k)], device)
             choice.module.warm(problem, choice.config)
             testing.case(problem, device).launch(choice.module, choice.config)
     if device.type == "cuda":
