@@ -8,7 +8,7 @@ the entry that its own token completes.
 import torch
 from torch import Tensor, nn
 
-from fp4suite import ops
+from fp4suite import by_token, ops
 from fp4suite.formats import IndexCache, NVFP4Tensor, PagedCache
 from fp4suite.reference import rms_norm
 
@@ -39,7 +39,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         """x [tokens, hidden], normed -> [tokens, hidden]."""
         heads, head_dim, eps = self.config.num_attention_heads, self.config.head_dim, self.config.rms_norm_eps
-        c_q = rms_norm(self.wq_a(x), self.q_norm, eps)  # [tokens, q_lora_rank]
+        c_q = by_token.each(lambda y: rms_norm(y, self.q_norm, eps), self.wq_a(x))  # [tokens, q_lora_rank]
         q = self.wq_b(c_q).unflatten(-1, (heads, head_dim))
         q = ops.qnorm_rope(q, batch.positions, cache.table, eps)  # [tokens, heads, head_dim]
         ops.kv_norm_rope_insert(
@@ -64,16 +64,18 @@ class Attention(nn.Module):
         """o [tokens, groups · k] -> [tokens, groups · rank]: each group of heads through its own part of wo_a."""
         groups, rank = self.config.o_groups, self.config.o_lora_rank
         tokens, weight = len(o), self.wo_a.weight
-        o = o.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, tokens, k]
+        o = o.unflatten(1, (groups, -1))  # [tokens, groups, k]
         if isinstance(weight, NVFP4Tensor):
+            o = o.transpose(0, 1)  # [groups, tokens, k]
             weight = weight.with_order("rows").with_sf_layout("linear")
             data, sf = (t.unflatten(0, (groups, rank)) for t in (weight.data, weight.sf))
             offsets = torch.arange(groups + 1, dtype=torch.int32, device=o.device) * tokens
             z = ops.grouped_gemm_nvfp4(o.flatten(0, 1), NVFP4Tensor(data, sf, weight.alpha), offsets, out_dtype=o.dtype)
-            z = z.unflatten(0, (groups, tokens))
+            z = z.unflatten(0, (groups, tokens)).transpose(0, 1)
         else:
-            z = torch.bmm(o, self.wo_a.plain(o.dtype).unflatten(0, (groups, rank)).transpose(1, 2))
-        return z.transpose(0, 1).flatten(1)  # [groups, tokens, rank] -> [tokens, groups · rank]
+            w = self.wo_a.plain(o.dtype).unflatten(0, (groups, rank)).transpose(1, 2)
+            z = by_token.each(lambda x: torch.bmm(x.transpose(0, 1), w).transpose(0, 1), o)
+        return z.flatten(1)  # [tokens, groups, rank] -> [tokens, groups · rank]
 
 
 class Compressor(nn.Module):

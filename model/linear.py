@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp4suite import dispatch, ops
-from fp4suite.formats import BLOCK, FP8_BLOCK, FP8BlockTensor, NVFP4Tensor, WeightLayout
+from fp4suite import by_token, dispatch, ops
+from fp4suite.formats import BLOCK, FP8_BLOCK, FP8BlockTensor, NVFP4Tensor, SfLayout, WeightLayout
 from fp4suite.layouts import Order
 from fp4suite.reference.native import dequant_fp8_block
 
@@ -21,6 +21,10 @@ Format = Literal["bf16", "fp32", "nvfp4", "fp8"]
 WeightFormat = Callable[[str], Format]  # by canonical name
 ActFormat = Literal["float", "nvfp4"]
 AnyWeight = Tensor | NVFP4Tensor | FP8BlockTensor
+
+# Global scale of activations in batch-invariant mode: block maxima from 0.006 to 168 get a scale with all its bits.
+# Norms and the clamp of SwiGLU keep inputs of linears below; larger numbers saturate.
+FIXED_ALPHA = 2.0**-4
 
 _PLAIN: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -160,7 +164,7 @@ class Linear(Weight):
         rows = x.flatten(0, -2)
         if isinstance(weight, NVFP4Tensor):
             # one kernel reads both operands' scales: x's get the layout that the weight was given for it
-            a = ops.quantize_nvfp4(rows, sf_layout=weight.sf_layout) if self.act == "nvfp4" else rows
+            a = quantized(rows, weight.sf_layout) if self.act == "nvfp4" else rows
             segments = self.segments if weight.alpha.ndim else None
             y = ops.gemm_nvfp4(a, weight, segments=segments, out_dtype=out_dtype)
         else:
@@ -200,8 +204,18 @@ class Build:
         return nn.Buffer(torch.empty(shape, dtype=torch.int32, device=self.device))
 
 
+def quantized(x: Tensor, sf_layout: SfLayout = "linear") -> NVFP4Tensor:
+    """Activations [m, k] in NVFP4, under a global scale of their maximum; in batch-invariant mode under FIXED_ALPHA."""
+    alpha = x.new_full((), FIXED_ALPHA, dtype=torch.float32) if dispatch.is_batch_invariant() else None
+    return ops.quantize_nvfp4(x, alpha=alpha, sf_layout=sf_layout)
+
+
 def matmul(x: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
     """x [m, k] @ w [n, k].T -> [m, n] in out_dtype, summed in FP32; x and w share a dtype."""
+    return by_token.each(lambda rows: _matmul(rows, w, out_dtype), x)
+
+
+def _matmul(x: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
     if x.dtype == out_dtype:
         return F.linear(x, w)
     if x.is_cuda and out_dtype == torch.float32:

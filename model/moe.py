@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from fp4suite import ops
+from fp4suite import by_token, ops
 from fp4suite.formats import NVFP4Tensor
 from fp4suite.reference import moe, swiglu
 
 from .config import ModelConfig
-from .linear import Build, Linear
+from .linear import Build, Linear, quantized
 
 
 class MoE(nn.Module):
@@ -26,10 +26,10 @@ class MoE(nn.Module):
         ids, weights = self.gate(x, token_ids)  # [tokens, topk]
         w13, w2, limit = self.w13.weight, self.w2.weight, self.config.swiglu_limit
         if isinstance(w13, NVFP4Tensor) and isinstance(w2, NVFP4Tensor):
-            a = ops.quantize_nvfp4(x) if self.act == "nvfp4" else x
+            a = quantized(x) if self.act == "nvfp4" else x
             routed = ops.moe_nvfp4(a, w13, w2, ids, weights, limit=limit).to(x.dtype)
         elif isinstance(w13, Tensor) and isinstance(w2, Tensor):
-            routed = moe(x, w13, w2, ids, weights, limit=limit)
+            routed = by_token.each(lambda *one: moe(one[0], w13, w2, *one[1:], limit=limit), x, ids, weights)
         else:
             kinds = f"{type(w13).__name__} and {type(w2).__name__}"
             raise TypeError(f"w13 and w2 must both be NVFP4 or both plain tensors, got {kinds}")
@@ -74,5 +74,5 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]."""
-        act = swiglu(self.w13(x, torch.float32), self.limit)  # [tokens, inner]
+        act = by_token.each(lambda y: swiglu(y, self.limit), self.w13(x, torch.float32))  # [tokens, inner]
         return self.w2(act.to(x.dtype))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp4suite import ops
+from fp4suite import by_token, ops
 from fp4suite.reference import rms_norm
 
 from .attention import Attention
@@ -183,8 +183,8 @@ class DraftBlock(Layer):
     ) -> tuple[Tensor, Tensor]:
         """h: [tokens, streams, hidden]; embedded: [tokens, hidden], next tokens. Returns FP32 logits and streams."""
         norm_eps, eps = self.config.rms_norm_eps, self.config.hc_eps
-        e = self.e_proj(rms_norm(embedded, self.enorm, norm_eps))  # [tokens, hidden]
-        h = e[:, None] + self.h_proj(rms_norm(h, self.hnorm, norm_eps))  # [tokens, streams, hidden]
+        e = self.e_proj(by_token.each(lambda x: rms_norm(x, self.enorm, norm_eps), embedded))  # [tokens, hidden]
+        h = e[:, None] + self.h_proj(by_token.each(lambda x: rms_norm(x, self.hnorm, norm_eps), h))
         h = super().forward(h, batch, cache)
         y = ops.hyper_connection_head(
             h, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.norm, norm_eps=norm_eps, eps=eps

@@ -250,7 +250,7 @@ def test_a_global_scale_of_all_rows_is_refused(name: str) -> None:
 
 def test_every_operator_without_a_kernel_can_be_cut() -> None:
     with_kernel = {k.op for k in registry.KERNELS}
-    assert by_token.EXACT | set(by_token.CUTS) == {name for name in PUBLIC if name not in with_kernel}
+    assert {name for name in PUBLIC if name not in with_kernel} <= by_token.EXACT | set(by_token.CUTS)
     with pytest.raises(UnsupportedError, match="new_op cannot be run token by token"):
         by_token.run("new_op", lambda x: x, (g(2, 3),))
 
