@@ -15,35 +15,30 @@ of 8, on the tokens. A CTA owns tile_n weight rows, one warpgroup for each 64 of
 Rows past m or n are fetched from the last valid row instead: they only reach outputs that are never stored.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import cuda.bindings.driver as cuda
 import cutlass
-import torch
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.cute.runtime import make_fake_stream, make_ptr
 from cutlass.memory import SmemAllocator
 from cutlass.utils import hopper_helpers
 from torch import Tensor
 
-from fp4suite.built import MAX_SHARED_BYTES, Built
+from fp4suite.built import MAX_SHARED_BYTES
 from fp4suite.formats import NVFP4Tensor, SfLayout
 from fp4suite.problem import GemmProblem
 
-from . import build as cross
 from .nvfp4 import (
     SCALE_BIAS,
+    Host,
     asked,
     check_packed,
     decode_pairs,
     prmt,
     row_stride,
     scale_pairs,
-    small_operands,
-    start,
 )
 
 ARCH = "sm_90a"
@@ -397,31 +392,20 @@ class GemmNvfp4Sm90:
 
 # --- host -------------------------------------------------------------------------------------------------------------
 
-_GMEM = cute.AddressSpace.gmem
+
+def _variant(problem: GemmProblem, config: Config) -> Variant:
+    return Variant(act=problem.act, out=problem.out, segments=problem.segments)
 
 
-def _operands(
-    variant: Variant, pointers: tuple[int, ...], sizes: tuple[int, ...], ends: tuple[int, ...]
-) -> tuple[Any, ...]:
-    """All arguments of `GemmNvfp4Sm90.__call__` but the stream. pointers: a, sfa, alpha_a, b, sfb, alpha_b, d."""
-    act, out = CUTE_ACT[variant.act], CUTE_OUT[variant.out]
-    kinds = ((act, 16), (Uint32, 4), (Float32, 4), (Uint32, 16), (Uint32, 4), (Float32, 4), (out, out.width // 8))
-    made = (make_ptr(kind, p, _GMEM, assumed_align=align) for p, (kind, align) in zip(pointers, kinds, strict=True))
-    m, n, k, a_stride, d_stride = sizes
-    return (*made, Int32(m), Int32(n), Int32(k), Int64(a_stride), Int64(d_stride), tuple(Int32(e) for e in ends))
+def _kinds(variant: Variant) -> tuple[tuple[Any, int], ...]:
+    """Types and alignments of pointers: a, sfa, alpha_a, b, sfb, alpha_b, d."""
+    out = CUTE_OUT[variant.out]
+    a = ((CUTE_ACT[variant.act], 16), (Uint32, 4), (Float32, 4))
+    return (*a, (Uint32, 16), (Uint32, 4), (Float32, 4), (out, out.width // 8))
 
 
-def _fake_operands(variant: Variant) -> tuple[Any, ...]:
-    """Operands to compile with: types and alignments are fixed by them, addresses and sizes are not."""
-    made = _operands(variant, (16,) * 7, (1, 8, ATOM_K, ATOM_K, 8), (8,) * variant.segments)
-    return (*made, make_fake_stream())
-
-
-@functools.cache
-def compiled(config: Config, variant: Variant) -> Any:
-    """The compiled host function, for every m, n and k."""
-    function, made_for = GemmNvfp4Sm90(config, variant), (config, variant)
-    return cross.compiled(function, *_fake_operands(variant), arch=ARCH, module=__name__, made_for=made_for)
+_HOST = Host(GemmNvfp4Sm90, supports, _variant, _kinds, (1, 8, ATOM_K, ATOM_K, 8), arch=ARCH, module=__name__)
+compiled, precompile, build = _HOST.compiled, _HOST.precompile, _HOST.build
 
 
 def launch(
@@ -433,7 +417,7 @@ def launch(
     a segment of columns; out: BF16 or FP32 with adjacent columns. Scales are linear. Raises ValueError or TypeError.
     """
     problem, ends = asked(a, b, segments, out)
-    variant = _variant(problem, config)
+    variant = _HOST.variant(problem, config)
     check_packed(b, "b", SF_LAYOUT)
     m, n, k = problem.m, problem.n, problem.k
     pointers_b = (b.data.data_ptr(), b.sf.data_ptr(), b.alpha.data_ptr())
@@ -446,42 +430,18 @@ def launch(
         pointers_a, a_stride = (a.data_ptr(), *pointers_b[1:]), row_stride(a)  # of which the kernel reads the first
     if m == 0:
         return
-    arguments = _operands(variant, (*pointers_a, *pointers_b, out.data_ptr()), (m, n, k, a_stride, out.stride(0)), ends)
-    start(compiled(config, variant), arguments, out.device)
-
-
-def precompile(problem: GemmProblem, config: Config) -> None:
-    """Compile for `problem` into the cache, without a GPU. Raises ValueError for what `supports` refuses."""
-    compiled(config, _variant(problem, config))
+    pointers, sizes = (*pointers_a, *pointers_b, out.data_ptr()), (m, n, k, a_stride, out.stride(0))
+    _HOST.launch(config, variant, pointers, sizes, ends, out.device)
 
 
 def warm(problem: GemmProblem, config: Config) -> None:
     """Compile for `problem` and, where there is a GPU, launch once: later launches may be captured in a graph."""
-    variant = _variant(problem, config)
-    if not torch.cuda.is_available():
-        compiled(config, variant)
-        return
-    a, b, out = small_operands(problem, 8, config.tile_k)
-    launch(a, b, (8,) * problem.segments, out, config)
+    _HOST.warm(launch, problem, config, n=8, k=config.tile_k)
 
 
 def build_key(problem: GemmProblem, config: Config) -> tuple[Any, ...]:
     """What of a problem `build` depends on: its sizes are read at launch."""
     return problem.act, problem.out, problem.segments
-
-
-def build(problem: GemmProblem, config: Config, arch: str = ARCH) -> Built:
-    """Compile for `problem` without a GPU. Raises ValueError for another architecture or what `supports` refuses."""
-    if arch != ARCH:
-        raise ValueError(f"this kernel is for {ARCH}, got {arch!r}")
-    variant = _variant(problem, config)
-    return cross.build(GemmNvfp4Sm90(config, variant), *_fake_operands(variant), arch=arch)
-
-
-def _variant(problem: GemmProblem, config: Config) -> Variant:
-    if reason := supports(problem, config):
-        raise ValueError(reason)
-    return Variant(act=problem.act, out=problem.out, segments=problem.segments)
 
 
 def _ceil_div(x: int, y: int) -> int:

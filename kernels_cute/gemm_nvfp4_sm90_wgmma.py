@@ -24,23 +24,20 @@ from typing import Any
 
 import cuda.bindings.driver as cuda
 import cutlass
-import torch
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint32, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.cute.runtime import make_fake_stream, make_ptr
 from cutlass.cutlass_dsl import T, dsl_user_op
 from cutlass.memory import SmemAllocator
 from cutlass.utils import HardwareInfo, hopper_helpers
 from torch import Tensor
 
-from fp4suite.built import MAX_SHARED_BYTES, Built
+from fp4suite.built import MAX_SHARED_BYTES
 from fp4suite.formats import NVFP4Tensor, SfLayout
 from fp4suite.layouts import Order
 from fp4suite.problem import GemmProblem
 
-from . import build as cross
-from .nvfp4 import SCALE_BIAS, asked, check_packed, mma_16816, mul_bf16x2, row_stride, small_operands, start
+from .nvfp4 import SCALE_BIAS, Host, asked, check_packed, check_stored_rows, mma_16816, mul_bf16x2, row_stride
 
 ARCH = "sm_90a"
 SF_LAYOUT: SfLayout = "linear"
@@ -889,24 +886,20 @@ class GemmNvfp4Sm90Wgmma:
 
 # --- host -------------------------------------------------------------------------------------------------------------
 
-_GMEM = cute.AddressSpace.gmem
+
+def _variant(problem: GemmProblem, config: Config) -> Variant:
+    return Variant(out=problem.out, segments=problem.segments)
 
 
-def _operands(
-    variant: Variant, pointers: tuple[int, ...], sizes: tuple[int, ...], ends: tuple[int, ...]
-) -> tuple[Any, ...]:
-    """All arguments of `GemmNvfp4Sm90Wgmma.__call__` but the stream. pointers: a, b, sfb, alpha_b, d."""
-    out = CUTE_OUT[variant.out]
-    kinds = ((BFloat16, 16), (Uint32, 16), (Uint32, 16), (Float32, 4), (out, 16))
-    made = (make_ptr(kind, p, _GMEM, assumed_align=align) for p, (kind, align) in zip(pointers, kinds, strict=True))
-    m, n, k, a_stride, d_stride, max_clusters = sizes
-    ends = tuple(Int32(e) for e in ends)
-    return (*made, Int32(m), Int32(n), Int32(k), Int64(a_stride), Int64(d_stride), ends, Int32(max_clusters))
+def _kinds(variant: Variant) -> tuple[tuple[Any, int], ...]:
+    """Types and alignments of pointers: a, b, sfb, alpha_b, d."""
+    return (BFloat16, 16), (Uint32, 16), (Uint32, 16), (Float32, 4), (CUTE_OUT[variant.out], 16)
 
 
-def _fake_operands(variant: Variant) -> tuple[Any, ...]:
-    """Operands to compile with: types and alignments are fixed by them, addresses and sizes are not."""
-    return (*_operands(variant, (16,) * 5, (1, TILE, TILE, TILE, TILE, 1), (8,) * variant.segments), make_fake_stream())
+_HOST = Host(
+    GemmNvfp4Sm90Wgmma, supports, _variant, _kinds, (1, TILE, TILE, TILE, TILE), more=1, arch=ARCH, module=__name__
+)
+compiled, precompile, build = _HOST.compiled, _HOST.precompile, _HOST.build
 
 
 @functools.cache
@@ -916,13 +909,6 @@ def _max_clusters(device: int | None, config: Config) -> int:
     if device is None:
         return SM_COUNT * config.blocks // size
     return HardwareInfo(device).get_max_active_clusters(size) * config.blocks
-
-
-@functools.cache
-def compiled(config: Config, variant: Variant) -> Any:
-    """The compiled host function, for every m, n and k."""
-    function, made_for = GemmNvfp4Sm90Wgmma(config, variant), (config, variant)
-    return cross.compiled(function, *_fake_operands(variant), arch=ARCH, module=__name__, made_for=made_for)
 
 
 def launch(
@@ -937,54 +923,26 @@ def launch(
     writes them must have ended before, as after `NVFP4Tensor.with_order`, which waits. a, alpha and out may be in use.
     """
     problem, ends = asked(a, b, segments, out)
-    variant = _variant(problem, config)
+    variant = _HOST.variant(problem, config)
     check_packed(b, "b", SF_LAYOUT, WEIGHT_ORDER)
     if b.sf.data_ptr() % 16:
         raise ValueError("b.sf must start at a multiple of 16 bytes")
-    if out.stride(0) * out.element_size() % 16 or out.data_ptr() % 16:
-        raise ValueError(
-            f"rows of out must start at multiples of 16 bytes, got strides {list(out.stride())} from "
-            f"{out.data_ptr() % 16} bytes past one on"
-        )
+    check_stored_rows(out)
     assert isinstance(a, Tensor)  # `supports` has refused another
     stride, m = row_stride(a), problem.m
     if m == 0:
         return
     pointers = (a.data_ptr(), b.data.data_ptr(), b.sf.data_ptr(), b.alpha.data_ptr(), out.data_ptr())
     clusters = _max_clusters(out.device.index if out.is_cuda else None, config)
-    arguments = _operands(variant, pointers, (m, problem.n, problem.k, stride, out.stride(0), clusters), ends)
-    start(compiled(config, variant), arguments, out.device)
-
-
-def precompile(problem: GemmProblem, config: Config) -> None:
-    """Compile for `problem` into the cache, without a GPU. Raises ValueError for what `supports` refuses."""
-    compiled(config, _variant(problem, config))
+    sizes = (m, problem.n, problem.k, stride, out.stride(0))
+    _HOST.launch(config, variant, pointers, sizes, ends, out.device, clusters)
 
 
 def warm(problem: GemmProblem, config: Config) -> None:
     """Compile for `problem` and, where there is a GPU, launch once: later launches may be captured in a graph."""
-    variant = _variant(problem, config)
-    if not torch.cuda.is_available():
-        compiled(config, variant)
-        return
-    a, b, out = small_operands(problem, TILE, problem.k)
-    launch(a, b, (TILE,) * problem.segments, out, config)
+    _HOST.warm(launch, problem, config, n=TILE, k=problem.k)
 
 
 def build_key(problem: GemmProblem, config: Config) -> tuple[Any, ...]:
     """What of a problem `build` depends on: its sizes are read at launch."""
     return problem.out, problem.segments
-
-
-def build(problem: GemmProblem, config: Config, arch: str = ARCH) -> Built:
-    """Compile for `problem` without a GPU. Raises ValueError for another architecture or what `supports` refuses."""
-    if arch != ARCH:
-        raise ValueError(f"this kernel is for {ARCH}, got {arch!r}")
-    variant = _variant(problem, config)
-    return cross.build(GemmNvfp4Sm90Wgmma(config, variant), *_fake_operands(variant), arch=arch)
-
-
-def _variant(problem: GemmProblem, config: Config) -> Variant:
-    if reason := supports(problem, config):
-        raise ValueError(reason)
-    return Variant(out=problem.out, segments=problem.segments)

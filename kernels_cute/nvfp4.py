@@ -1,19 +1,25 @@
 """What the NVFP4 GEMMs for Hopper share: decoding to BF16 in registers, checks of their operands, launches."""
 
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import cuda.bindings.driver as cuda
 import torch
-from cutlass import Float32, Uint32
+from cutlass import Float32, Int32, Int64, Uint32, cute
 from cutlass._mlir.dialects import llvm
+from cutlass.cute.runtime import make_fake_stream, make_ptr
 from cutlass.cutlass_dsl import T, dsl_user_op
 from torch import Tensor
 
+from fp4suite.built import Built
 from fp4suite.formats import FP8RowTensor, NVFP4Tensor, SfLayout
 from fp4suite.layouts import Order
-from fp4suite.problem import GemmProblem
+from fp4suite.problem import Act, GemmProblem
+
+from . import build as cross
 
 SCALE_BIAS = 118  # decoded numbers are their value times 2 ** (SCALE_BIAS - 126)
 
@@ -94,9 +100,10 @@ def decode_pairs(codes, scale):
 
 # --- host -------------------------------------------------------------------------------------------------------------
 
+_GMEM = cute.AddressSpace.gmem
 OUT_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 OUT_DTYPES = {name: dtype for dtype, name in OUT_NAMES.items()}
-_ACTS: dict[type, str] = {NVFP4Tensor: "nvfp4", FP8RowTensor: "fp8"}
+_ACTS: dict[type, Act] = {NVFP4Tensor: "nvfp4", FP8RowTensor: "fp8"}
 
 
 def asked(
@@ -111,8 +118,7 @@ def asked(
     if out.stride(1) != 1:
         raise ValueError(f"columns of out must be adjacent, got strides {list(out.stride())}")
     ends, act = segment_ends_of(b.alpha, segments, n), _ACTS.get(type(a), "bf16")
-    out_name = OUT_NAMES[out.dtype]
-    return GemmProblem(m=m, n=n, k=k, act=act, out=out_name, segments=len(ends), order=b.order), ends  # type: ignore[arg-type]
+    return GemmProblem(m=m, n=n, k=k, act=act, out=OUT_NAMES[out.dtype], segments=len(ends), order=b.order), ends
 
 
 def segment_ends_of(alpha: Tensor, segments: tuple[int, ...] | None, n: int) -> tuple[int, ...]:
@@ -149,13 +155,101 @@ def check_packed(t: NVFP4Tensor, name: str, sf_layout: SfLayout, order: Order = 
         raise ValueError(f"{name}.data must start at a multiple of 16 bytes and {name}.sf at one of 4")
 
 
-def start(function: Any, arguments: tuple[Any, ...], device: torch.device) -> None:
-    """Call a compiled function on the current stream of `device`."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            function(*arguments, cuda.CUstream(torch.cuda.current_stream().cuda_stream))
-    else:  # CPU tensors, where an emulator stands in for the CUDA runtime
-        function(*arguments, cuda.CUstream(0))
+def check_stored_rows(out: Tensor) -> None:
+    """Raises for an out that TMA cannot write."""
+    if out.stride(0) * out.element_size() % 16 or out.data_ptr() % 16:
+        raise ValueError(
+            f"rows of out must start at multiples of 16 bytes, got strides {list(out.stride())} from "
+            f"{out.data_ptr() % 16} bytes past one on"
+        )
+
+
+class Host:
+    """What a kernel's module does for each of its configs and variants: compile, keep, launch and warm up.
+
+    kernel: makes the `cute.jit` function of a config and variant. Its arguments are pointers, whose types and
+    alignments (bytes) `kinds` gives; m, n, k and the strides of a and out, for which `sizes` stand in when compiling;
+    the column after each segment; as many further numbers as `more` says; and the stream.
+    """
+
+    def __init__(
+        self,
+        kernel: Callable[[Any, Any], Any],
+        supports: Callable[[GemmProblem, Any], str | None],
+        variant: Callable[[GemmProblem, Any], Any],
+        kinds: Callable[[Any], tuple[tuple[Any, int], ...]],
+        sizes: tuple[int, int, int, int, int],
+        more: int = 0,
+        *,
+        arch: str,
+        module: str,
+    ) -> None:
+        self._kernel, self._supports, self._variant, self._kinds = kernel, supports, variant, kinds
+        self._sizes, self._more, self._arch, self._module = sizes, more, arch, module
+        self.compiled = functools.cache(self._compiled)
+
+    def variant(self, problem: GemmProblem, config: Any) -> Any:
+        """What the kernel of a config is compiled for. Raises ValueError for what it does not support."""
+        if reason := self._supports(problem, config):
+            raise ValueError(reason)
+        return self._variant(problem, config)
+
+    def launch(
+        self,
+        config: Any,
+        variant: Any,
+        pointers: tuple[int, ...],
+        sizes: tuple[int, int, int, int, int],
+        ends: tuple[int, ...],
+        device: torch.device,
+        *more: int,
+    ) -> None:
+        """Launch on the current stream of `device`."""
+        arguments, function = self._arguments(variant, pointers, sizes, ends, more), self.compiled(config, variant)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                function(*arguments, cuda.CUstream(torch.cuda.current_stream().cuda_stream))
+        else:  # CPU tensors, where an emulator stands in for the CUDA runtime
+            function(*arguments, cuda.CUstream(0))
+
+    def precompile(self, problem: GemmProblem, config: Any) -> None:
+        """Compile for `problem` into the cache, without a GPU. Raises ValueError for what `supports` refuses."""
+        self.compiled(config, self.variant(problem, config))
+
+    def warm(self, launch: Callable[..., None], problem: GemmProblem, config: Any, n: int, k: int) -> None:
+        """Compile for `problem` and, where there is a GPU, launch once with n columns a segment and this k."""
+        self.precompile(problem, config)
+        if torch.cuda.is_available():
+            a, b, out = small_operands(problem, n, k)
+            launch(a, b, (n,) * problem.segments, out, config)
+
+    def build(self, problem: GemmProblem, config: Any, arch: str | None = None) -> Built:
+        """Compile for `problem` without a GPU. Raises ValueError for another arch or what `supports` refuses."""
+        if arch not in (None, self._arch):
+            raise ValueError(f"this kernel is for {self._arch}, got {arch!r}")
+        variant = self.variant(problem, config)
+        return cross.build(self._kernel(config, variant), *self._fake_arguments(variant), arch=self._arch)
+
+    def _compiled(self, config: Any, variant: Any) -> Any:
+        """The compiled host function, for every m, n and k."""
+        function, made_for = self._kernel(config, variant), (config, variant)
+        fake = self._fake_arguments(variant)
+        return cross.compiled(function, *fake, arch=self._arch, module=self._module, made_for=made_for)
+
+    def _arguments(
+        self, variant: Any, pointers: tuple[int, ...], sizes: tuple[int, ...], ends: tuple[int, ...], more: Any
+    ) -> tuple[Any, ...]:
+        """All but the stream."""
+        kinds = zip(pointers, self._kinds(variant), strict=True)
+        made = (make_ptr(kind, p, _GMEM, assumed_align=align) for p, (kind, align) in kinds)
+        m, n, k, a_stride, d_stride = sizes
+        numbers = (Int32(m), Int32(n), Int32(k), Int64(a_stride), Int64(d_stride))
+        return (*made, *numbers, tuple(Int32(e) for e in ends), *(Int32(x) for x in more))
+
+    def _fake_arguments(self, variant: Any) -> tuple[Any, ...]:
+        """Arguments to compile with: types and alignments are fixed by them, addresses and sizes are not."""
+        pointers, ends = (16,) * len(self._kinds(variant)), (8,) * variant.segments
+        return (*self._arguments(variant, pointers, self._sizes, ends, (1,) * self._more), make_fake_stream())
 
 
 def small_operands(problem: GemmProblem, n: int, k: int) -> tuple[Any, NVFP4Tensor, Tensor]:

@@ -56,7 +56,7 @@ def compilations(monkeypatch):
 def get(**knobs):
     config = sm90.Config(**knobs)
     sm90.compiled.cache_clear()
-    return sm90.compiled(config, sm90._variant(PROBLEM, config))
+    return sm90.compiled(config, sm90._HOST.variant(PROBLEM, config))
 
 
 ANOTHER = """
@@ -179,8 +179,8 @@ def test_host_code_from_the_file_launches_as_the_compiled_does(name, tmp_path, m
         case.run(module, config)
         case.check()
         want = case.out.clone()
-        real = module.compiled
-        monkeypatch.setattr(module, "compiled", lambda *key: through_a_file(real(*key), tmp_path / "x.o", module.ARCH))
+        owner, real = getattr(module, "_HOST", module), module.compiled
+        monkeypatch.setattr(owner, "compiled", lambda *key: through_a_file(real(*key), tmp_path / "x.o", module.ARCH))
         case.run(module, config)
     assert torch.equal(case.out, want)
     first, second = (call for call in launches if call[0] == "_cudaLaunchKernelEx")
