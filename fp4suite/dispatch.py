@@ -347,6 +347,19 @@ def _find(
     return refusals
 
 
+def agreed(problem: Problem, target: Target, path: Path | None = None) -> tuple[str, str]:
+    """Kernel and arithmetic of every m of `problem` in batch-invariant mode; the table at `path` is asked first.
+
+    Raises UnsupportedError where no kernel has one for every m.
+    """
+    _index.cache_clear()
+    _agreed.cache_clear()
+    found = _agreed(problem.op, _of_m(problem, 1), target, path, env.table_path())
+    if isinstance(found, list):
+        raise UnsupportedError(_unsupported(problem.op, problem, target, found))
+    return found
+
+
 @functools.lru_cache(maxsize=65536)
 def _agreed(
     op: str, problem: Problem, target: Target, user: Path | None, from_env: Path | None

@@ -7,7 +7,7 @@ that a cost model ranked and nobody timed; whoever shows its figures has to say 
 import functools
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,17 @@ def write(path: str | Path, table: Table) -> None:
         raise
 
 
-def merge(path: str | Path, device: str, arch: str, new: Iterable[Entry]) -> Table:
+def merge(
+    path: str | Path,
+    device: str,
+    arch: str,
+    new: Iterable[Entry],
+    *,
+    drop: Callable[[Entry], bool] = lambda entry: False,
+) -> Table:
     """Put `new` into the table at `path`, replacing entries for the same problem; safe among processes on one host.
 
+    drop: which of the old entries go.
     Raises TableError if the file is there and is not of this device and architecture.
     """
     path = Path(path)
@@ -131,7 +139,7 @@ def merge(path: str | Path, device: str, arch: str, new: Iterable[Entry]) -> Tab
         old = read(path) if path.exists() else Table(schema=SCHEMA, device=device, arch=arch, entries=[])
         if (old.device, old.arch) != (device, arch):
             raise TableError(f"{path}: is of {old.device} ({old.arch}), will not take entries of {device} ({arch})")
-        entries = {e.key(): e for e in old.entries} | {e.key(): e for e in map(_completed, new)}
+        entries = {e.key(): e for e in old.entries if not drop(e)} | {e.key(): e for e in map(_completed, new)}
         table = Table(schema=SCHEMA, device=device, arch=arch, entries=list(entries.values()))
         write(path, table)
     return table

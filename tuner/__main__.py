@@ -79,6 +79,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
         out=args.out or results / "tables",
         quiet=args.quiet,
         order=args.order,
+        invariant=None if args.batch_invariant is None else dict(args.batch_invariant),
     )
     report = tune.run(chosen, options)
     print(tune.render(report, SHOWN))
@@ -229,6 +230,14 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--seconds", type=float, help="stop after this long; the same command goes on later")
     tune.add_argument("--jobs", type=_positive, help="compiling processes (default: the cores, less one on a GPU)")
     tune.add_argument("--devices", metavar="0,1,...", help="several GPUs of this host, one worker each")
+    tune.add_argument(
+        "--batch-invariant",
+        nargs="*",
+        type=_knob,
+        metavar="KNOB=VALUE",
+        help="entries for batch-invariant mode: all m of a weight sum in the order that is in force, "
+        "or as a config with these knobs does, say split=2",
+    )
     tune.add_argument("--storage", help="where trials are kept: a journal file, an RDB URL or grpc://host:port")
     tune.add_argument("--out", type=Path, help="folder for tables, or one .json (default results/tables)")
 
@@ -262,6 +271,13 @@ def _ints(text: str) -> list[int]:
     if any(x < 1 for x in found):
         raise argparse.ArgumentTypeError(f"must be positive, got {text!r}")
     return sorted(set(found))
+
+
+def _knob(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    if not name.isidentifier() or not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"wanted a knob and a number, such as split=2, got {text!r}")
+    return name, int(value)
 
 
 def _positive(text: str) -> int:

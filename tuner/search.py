@@ -87,6 +87,8 @@ class Task:
             "versions": provenance.compilers(),
             "protocol": PROTOCOL,
         }
+        if self.space.agreed is not None:
+            parts["agreed"] = self.space.agreed
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.device} {self.problem.op} {self.problem} {digest}"
 

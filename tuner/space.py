@@ -37,13 +37,17 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Space:
-    """All supported candidates of a problem. `default` is what dispatch runs without a table, or the nearest to it."""
+    """All supported candidates of a problem. `default` is what dispatch runs without a table, or the nearest to it.
+
+    agreed: the one kernel and arithmetic that they have, for batch-invariant mode; None where any will do.
+    """
 
     problem: Problem
     arch: str
     candidates: tuple[Candidate, ...]
     default: Candidate
     choices: dict[str, dict[str, tuple[Knob, ...]]]  # kernel -> knob -> values
+    agreed: tuple[str, str] | None = None
 
     def neighbours(self, candidate: Candidate) -> list[Candidate]:
         """Candidates one step of one knob away, in SPACE's order of values."""
@@ -66,8 +70,8 @@ class NoKernel(ValueError):
     """No kernel of this architecture supports the problem with any config."""
 
 
-def of(problem: Problem, arch: str) -> Space:
-    """The candidates of `problem` on `arch`.
+def of(problem: Problem, arch: str, agreed: tuple[str, str] | None = None) -> Space:
+    """The candidates of `problem` on `arch`, all or those of the agreed kernel and arithmetic.
 
     Raises NoKernel if there is none, and ValueError if a SPACE is not one: a knob that Config does not have, no values,
     a default that SPACE leaves out.
@@ -77,6 +81,8 @@ def of(problem: Problem, arch: str) -> Space:
     defaults: list[Candidate] = []
     refusals = []
     for row in registry.kernels(problem.op, arch):
+        if agreed is not None and row.name != agreed[0]:
+            continue
         module = registry.load(row.name)
         choices[row.name] = checked_space(module)
         default = default_of(row.name, problem)
@@ -90,16 +96,32 @@ def of(problem: Problem, arch: str) -> Space:
     if not found:
         why = "; ".join(refusals) or f"no kernel of {problem.op} for {arch}"
         raise NoKernel(f"{problem.op} ({problem}): {why}")
+    if agreed is not None:
+        return _agreeing(Space(problem, arch, tuple(found), found[0], choices), agreed)
     whole = Space(problem, arch, tuple(found), found[0], choices)
     if defaults:
         return dataclasses.replace(whole, default=defaults[0])
     return dataclasses.replace(whole, default=whole.nearest(default_of(found[0].kernel, problem), found))
 
 
+def _agreeing(whole: Space, agreed: tuple[str, str]) -> Space:
+    kernel, arithmetic = agreed
+    problem = whole.problem
+    found = tuple(c for c in whole.candidates if registry.arithmetic(kernel, problem, c.config) == arithmetic)
+    if not found:
+        raise NoKernel(f"{problem.op} ({problem}): no config of {kernel} sums as agreed: {arithmetic}")
+    config = registry.config_of(kernel, problem, arithmetic)
+    default = found[0] if config is None else whole.nearest(_as_candidate(kernel, config), list(found))
+    return dataclasses.replace(whole, candidates=found, default=default, agreed=agreed)
+
+
 def default_of(kernel: str, problem: Problem) -> Candidate:
     """What dispatch runs without a table, as a candidate."""
+    return _as_candidate(kernel, registry.default_config(registry.load(kernel), problem))
+
+
+def _as_candidate(kernel: str, config: Any) -> Candidate:
     module = registry.load(kernel)
-    config = registry.default_config(module, problem)
     return Candidate(kernel, tuple((name, getattr(config, name)) for name in module.SPACE))
 
 

@@ -107,6 +107,50 @@ def test_without_a_gpu_every_entry_is_predicted_and_fits(compiled, config, tmp_p
     assert any(row["changed"] for row in document["rows"])
 
 
+def test_batch_invariant_entries_share_one_arithmetic(compiled, config, tmp_path, capsys, monkeypatch):
+    """Beside the others: in the order that is in force, or as a config with the given knobs sums, for every m alike."""
+    monkeypatch.setattr(fake_kernel, "INVARIANT", "64 at a time", raising=False)
+    monkeypatch.setattr(fake_kernel, "arithmetic", lambda p, c: f"{c.tile_k} at a time", raising=False)
+    out = tmp_path / "sm_90a.json"
+
+    def tuned(*more):
+        common = ("--layers-of", config, "--op", "gemm_nvfp4", "--arch", "sm_90a", "--trials", 12, "--out", out)
+        code, _ = run(capsys, *common, *more)
+        assert code == 0
+        entries = table.read(out).entries
+        return [e for e in entries if not e.invariant], [e for e in entries if e.invariant]
+
+    usual, none = tuned("--m", "1,64")
+    assert usual
+    assert not none
+    still, invariant = tuned("--m", "1,64", "--batch-invariant")
+    assert still == usual
+    assert [e.problem for e in invariant] == [e.problem for e in usual]
+    assert {e.config["tile_k"] for e in invariant} == {64}
+    still, invariant = tuned("--m", "64", "--batch-invariant", "tile_k=128")  # the entries for 1 sum otherwise, and go
+    assert still == usual
+    assert [e.problem for e in invariant] == [e.problem for e in usual if e.problem["m"] == 64]
+    assert {e.config["tile_k"] for e in invariant} == {128}
+    still, invariant = tuned("--m", "1", "--batch-invariant")  # in force now
+    assert still == usual
+    assert {e.config["tile_k"] for e in invariant} == {128}
+    assert len(invariant) == len(usual)
+    with dispatch.batch_invariant():
+        dispatch.use_table(out)
+        n, k = usual[0].problem["n"], usual[0].problem["k"]
+        for m in (1, 40, 9000):
+            problem = dataclasses.replace(GemmProblem(**usual[0].problem), m=m, n=n, k=k)
+            assert dispatch.choose_for("gemm_nvfp4", problem, dispatch.Target("sm_90a", "sm_90a")).config.tile_k == 128
+    dispatch.use_table(None)
+
+
+@pytest.mark.parametrize("knob", ["split", "2", "split=two", "=2"])
+def test_knobs_that_are_none(knob, config, capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--layers-of", str(config), "--batch-invariant", knob])
+    assert "wanted a knob and a number, such as split=2" in capsys.readouterr().err
+
+
 def test_the_table_changes_what_dispatch_chooses(compiled, config, tmp_path, capsys):
     run(
         capsys,
