@@ -39,7 +39,6 @@ _LAUNCH_CONFIG = r"!llvm\.struct<\(array<3 x i32>, array<3 x i32>, i64, ptr, ptr
 _SHARED_FIELD = re.compile(
     rf"(%\w+) = llvm\.getelementptr %\w+\[0, 2\] : \(!llvm\.ptr\) -> !llvm\.ptr, {_LAUNCH_CONFIG}"
 )
-_PREFIX = "fp4suite"  # of the symbols in a kept object file
 _DIGEST_BYTES = hashlib.sha256().digest_size  # which end a kept file: linkers do not look past the last section
 _TMEM_ALLOC = re.compile(r"tcgen05\.alloc\.[\w:.]+\s+\[[^\]]+\],\s*(%?\w+);")
 
@@ -79,6 +78,7 @@ def _kept_path(arch: str, module: str, made_for: Any) -> Path:
         "options": options(arch),
         "settings": {k: v for k, v in os.environ.items() if k.startswith("CUTE_DSL_")},
         "versions": [importlib.metadata.version("nvidia-cutlass-dsl"), *sys.version_info[:2]],
+        "runtime": _runtime_libraries(),
         "host": _host(),
     }
     return cache.path("kernels", cache.key(key), ".o")
@@ -102,6 +102,12 @@ def _sources_hash(module: str) -> str:
 
 
 @functools.cache
+def _runtime_libraries() -> list[str]:
+    """What host code is linked with."""
+    return find_runtime_libraries(enable_tvm_ffi=False)
+
+
+@functools.cache
 def _host() -> str:
     """What host code is compiled for: the object file may use whatever instructions this CPU has."""
     try:
@@ -122,18 +128,23 @@ def _load(path: Path) -> Any:
         log.warning("%s is damaged: compiling anew", path)
         return None
     try:
-        return getattr(load_module(str(path)), _PREFIX)
+        return getattr(load_module(str(path)), _symbol(path))
     except DSLRuntimeError as e:
         log.warning("%s does not load, compiling anew: %s", path, e)
         return None
 
 
+def _symbol(path: Path) -> str:
+    """What the symbols in a kept file begin with: other files' are different, so that they may share a process."""
+    return f"fp4suite_{path.stem}"
+
+
 def _keep(function: Any, path: Path) -> None:
     """Keep a compiled function for other processes. Where that fails it is logged: this one has what it needs."""
-    for library in find_runtime_libraries(enable_tvm_ffi=False):
+    for library in _runtime_libraries():
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)  # the export resolves its symbols, also where no GPU has loaded it
     try:
-        exported = function.dump_to_object(_PREFIX)
+        exported = function.dump_to_object(_symbol(path))
         cache.write(path, exported + hashlib.sha256(exported).digest())
     except (DSLRuntimeError, OSError) as e:
         log.warning("a compiled kernel could not be kept in %s: %s", path, e)

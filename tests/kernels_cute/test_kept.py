@@ -189,6 +189,20 @@ def test_host_code_from_the_file_launches_as_the_compiled_does(name, tmp_path, m
     assert launches[:half] == launches[half:]  # the loading of the library too
 
 
+def test_files_loaded_into_one_process_stay_apart(tmp_path, monkeypatch):
+    configs = sm90.Config(tile_m=16, tile_n=64), sm90.Config(tile_m=8, tile_n=128)
+    case, launches = testing.case(PROBLEM, "cpu", 0), []
+    with emulate("sm_90a"):
+        variant = sm90._HOST.variant(PROBLEM, configs[0])
+        loaded = {c: through_a_file(sm90.compiled(c, variant), tmp_path / f"{c.tile_m}.o", "sm_90a") for c in configs}
+        monkeypatch.setattr(sm90._HOST, "compiled", lambda config, variant: loaded[config])
+        monkeypatch.setattr(Runtime, "answer", told(Runtime.answer, launches))
+        for config in (*configs, configs[0]):
+            case.run(sm90, config)
+            case.check()
+    assert [call[2][0] for call in launches] == [configs[0].threads, configs[1].threads, configs[0].threads]
+
+
 def through_a_file(function, path, arch):
     """The function as loaded from what `_keep` has written of it, but for the emulator's runtime."""
     bound = binding()
