@@ -60,18 +60,22 @@ def selectors(count: int) -> int:
     return 16 // count
 
 
-def of_warp(words: Array, count: int, selector: int) -> Array:
-    """Indices of a warp's 16 rows from the metadata in a register of its lanes, [16, count] with 4, 8 or 16 of them
-    (the figures of "Matrix fragments for sparse mma" and "sparse wgmma.mma_async", as CUTLASS has them in its
-    `ELayout`s).
+def of_warp(words: Array, count: int, selector: int, size: int) -> Array:
+    """Indices of a warp's 16 rows from the metadata in a register of its lanes, [16, count] with 4, 8 or 16 of them,
+    of elements of `size` bytes (the figures of "Matrix fragments for sparse mma" and "sparse wgmma.mma_async", as
+    CUTLASS has them in its `ELayout`s; an H100 does the same).
 
     Of four lanes (g, q) each has half a row of 16, row g + 8 (q % 2) and half q / 2 of K. Of 8, lane q = 2 selector + h
-    has half h of K, of row g in its lower 16 bits and of row g + 8 in the upper; of 4, lane q = selector has all of it.
+    has half h of K, of row g in its lower 16 bits and of row g + 8 in the upper, or, of bytes, all of row g + 8 h; of
+    4, lane q = selector has all of both rows.
     """
     codes = nibbles(words).reshape(LANES // 4, 4, 8)  # [g, q, index]
     if count == 16:
         return codes.reshape(8, 2, 2, 8).transpose(2, 0, 1, 3).reshape(16, 16)
     if count == 4:
         return codes[:, selector].reshape(8, 2, 4).transpose(1, 0, 2).reshape(16, 4)
-    pair = codes[:, 2 * selector : 2 * selector + 2].reshape(8, 2, 2, 4)  # [g, half of K, half of the rows, index]
+    pair = codes[:, 2 * selector : 2 * selector + 2]
+    if size == 1:
+        return pair.transpose(1, 0, 2).reshape(16, 8)
+    pair = pair.reshape(8, 2, 2, 4)  # [g, half of K, half of the rows, index]
     return pair.transpose(2, 0, 1, 3).reshape(16, 8)

@@ -1,8 +1,7 @@
 """ldmatrix, stmatrix, movmatrix and mma.sync (PTX ISA, "Warp-level matrix instructions").
 
 Fragments: with g = lane / 4 and q = lane % 4, a lane holds of an 8 x 8 matrix of 16-bit elements row g, columns 2q and
-2q + 1. mma.m16n8k16 and its kin hold their operands in such pieces. mma.sp has the fragments and metadata of wgmma.sp
-(the ISA shows the same figures); how it adds nobody has compared.
+2q + 1. mma.m16n8k16 and its kin hold their operands in such pieces. mma.sp has the fragments of wgmma.sp.
 """
 
 from collections.abc import Callable
@@ -246,7 +245,7 @@ def _mma(i: Instruction, p: Program) -> Run:
         for piece in range(pieces):
             right[GROUP[:, None], columns + 4 * per * piece] = b_value(b[piece](w).view(unsigned)).reshape(LANES, per)
         if metadata is not None:
-            indices = of_warp(metadata(w), per_row(k, size), selector)
+            indices = of_warp(metadata(w), per_row(k, size), selector, size)
             right = chosen(right, places(indices, size == 4, _METADATA[i.op[1]]))
         given = np.stack([read(w) for read in c], 1).view(result).reshape(LANES, halves, 2)
         for half in range(halves):

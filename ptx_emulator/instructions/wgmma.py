@@ -3,7 +3,7 @@
 D[64, n] += A[64, k] B[k, n]. Warp w of the group owns rows 16 w .. 16 w + 15 of D and A. With g = lane / 4 and
 q = lane % 4 register r of D is row g + 8 (r / 2 % 2), column 8 (r / 4) + 2 q + r % 2.
 
-The sums are those of the hardware, see `tensorcore`; with a sparse A nobody has compared them.
+The sums are those of the hardware, see `tensorcore`.
 
 Operands are read when one of the four warps waits for the group, and added to the registers of a warp when it waits
 itself ("eager": both at issue), so that registers or shared memory touched too early give wrong results.
@@ -184,7 +184,9 @@ def _mma(i: Instruction, p: Program) -> Run:
         # registers are read at issue: to overwrite a fragment that is in use is undefined, and not looked for
         held = fragment(w) if a_desc is None else None
         fixed_a = uniform(a_desc(w), None, "the descriptor of A") if a_desc is not None else 0
-        met = places(of_warp(metadata(w), per_row(k, size), selector), size == 4) if metadata is not None else None
+        met = None
+        if metadata is not None:
+            met = places(of_warp(metadata(w), per_row(k, size), selector, size), size == 4)
 
         def operands() -> _Operands:
             # of A a warp reads its own rows only

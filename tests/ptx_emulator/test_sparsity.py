@@ -53,7 +53,8 @@ def metadata(kind: str, indices: np.ndarray, selector: int) -> np.ndarray:
 
     k32, k16  threads T(2 s) and T(2 s + 1) of four: halves of K; rows g (lower 16 bits) and g + 8
     k64       T0, T2: row g, T1, T3: row g + 8; T0, T1: columns 0-31, T2, T3: columns 32-63
-    half      of 8-bit elements as k32; else thread T(s): rows g (lower 16 bits) and g + 8
+    half      of 8-bit elements thread T(2 s): row g, T(2 s + 1): row g + 8; else thread T(s): rows g (lower 16 bits)
+              and g + 8
     """
     out = rng.integers(0, 1 << 32, 128).astype(np.uint32)
     for thread in range(128):
@@ -62,6 +63,8 @@ def metadata(kind: str, indices: np.ndarray, selector: int) -> np.ndarray:
             mine = indices[first + g + 8 * (q % 2), 8 * (q // 2) : 8 * (q // 2) + 8]
         elif indices.shape[1] == 4 and q == selector:
             mine = np.concatenate([indices[first + g], indices[first + g + 8]])
+        elif indices.shape[1] == 8 and q // 2 == selector and kind == "s8":
+            mine = indices[first + g + 8 * (q % 2)]
         elif indices.shape[1] == 8 and q // 2 == selector:
             part = slice(4 * (q % 2), 4 * (q % 2) + 4)
             mine = np.concatenate([indices[first + g, part], indices[first + g + 8, part]])

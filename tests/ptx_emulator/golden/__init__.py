@@ -3,6 +3,6 @@
 Importing it fills `catalogue.CASES`.
 """
 
-from . import catalogue, elementwise, matrices, memory, threads
+from . import catalogue, elementwise, matrices, memory, sparse, threads
 
-__all__ = ["catalogue", "elementwise", "matrices", "memory", "threads"]
+__all__ = ["catalogue", "elementwise", "matrices", "memory", "sparse", "threads"]
