@@ -23,14 +23,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from . import arch as archs, env, registry, table
 from .errors import TableError, UnsupportedError
 from .formats import WeightLayout
-from .problem import GemmProblem, Problem
+from .problem import Act, GemmProblem, Problem
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def choose_for(op: str, problem: Problem | None, target: Target) -> Choice:
 
 
 def weight_layout(
-    n: int, k: int, device: torch.device | str, *, act: Literal["bf16", "nvfp4"] = "bf16", segments: int = 1
+    n: int, k: int, device: torch.device | str, *, act: Act = "bf16", segments: int = 1
 ) -> WeightLayout:
     """How a weight [n, k] had best lie for `gemm_nvfp4` on `device`, under activations in `act`.
 

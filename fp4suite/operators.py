@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from . import by_token, dispatch, layouts, reference
-from .formats import BLOCK, IndexCache, NVFP4Tensor, PagedCache, SfLayout
-from .problem import DequantProblem, GemmProblem, QuantizeProblem, RmsnormQuantizeProblem, Rule, SwigluQuantizeProblem
+from .formats import BLOCK, FP8RowTensor, IndexCache, NVFP4Tensor, PagedCache, SfLayout
+from .problem import (
+    DequantProblem,
+    GemmProblem,
+    QuantizeFp8Problem,
+    QuantizeProblem,
+    RmsnormQuantizeProblem,
+    Rule,
+    SwigluQuantizeProblem,
+)
 from .reference.quant import global_scale, rmsnorm_fp32, swiglu_fp32
 
 _lib = torch.library.Library("fp4suite", "DEF")
@@ -131,6 +139,19 @@ def _quantize_nvfp4(x: Tensor, alpha: Tensor, sf_layout: SfLayout, rule: Rule) -
     return _quantizing(choice, plain, m, k, alpha, sf_layout, (x, alpha), rule)
 
 
+def _quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    m, k = x.shape
+    choice = dispatch.choose("quantize_fp8", QuantizeFp8Problem(m=m, k=k, x=dtype_name(x, "x")), x.device)
+    if choice.is_reference:
+        t = reference.quantize_fp8(x)
+        return t.data.view(torch.uint8).contiguous(), t.scale.contiguous()
+    data = torch.empty(m, k, dtype=torch.float8_e4m3fn, device=x.device)
+    out = FP8RowTensor(data, torch.empty(m, dtype=torch.float32, device=x.device))
+    with _on(x.device):
+        choice.module.launch(x, out, choice.config)
+    return out.data.view(torch.uint8), out.scale
+
+
 def _rmsnorm_quantize(
     x: Tensor, weight: Tensor, eps: float, alpha: Tensor, sf_layout: SfLayout, rule: Rule
 ) -> tuple[Tensor, Tensor]:
@@ -207,6 +228,29 @@ def _gemm_w4a16(
     dtype: torch.dtype,
 ) -> Tensor:
     return _gemm(a, as_nvfp4(data, sf, alpha, sf_layout, order), segments, dtype)
+
+
+def _gemm_w4a8(
+    a: Tensor, a_scale: Tensor, data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, order: str, exponent: Tensor,
+    segments: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    x = FP8RowTensor(a.view(torch.float8_e4m3fn), a_scale)
+    b = replace(as_nvfp4(data, sf, alpha, sf_layout, order), row_exponent=exponent)
+    runs = tuple(segments) if segments else None
+    (m, k), n = x.shape, b.shape[0]
+    out_name = dtype_name(dtype, "out_dtype")
+    problem = GemmProblem(m=m, n=n, k=k, act="fp8", out=out_name, segments=len(segments) or 1, order=b.order)
+    choice = dispatch.choose("gemm_nvfp4", problem, a.device)
+    if choice.is_reference:
+
+        def product(rows: Tensor, scale: Tensor) -> Tensor:
+            return reference.gemm_nvfp4(FP8RowTensor(rows, scale), b, segments=runs, out_dtype=dtype)
+
+        return by_token.each(product, x.data, x.scale).contiguous()
+    out = torch.empty(m, n, dtype=dtype, device=a.device)
+    with _on(a.device):
+        choice.module.launch(x, b, runs, out, choice.config)
+    return out
 
 
 def _gemm_w4a4(
@@ -430,6 +474,11 @@ _register(
     _dequant_nvfp4,
     lambda data, sf, alpha, sf_layout, dtype: data.new_empty((data.shape[0], data.shape[1] * 2), dtype=dtype),
 )
+_register(
+    "quantize_fp8(Tensor x) -> (Tensor, Tensor)",
+    _quantize_fp8,
+    lambda x: (x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], dtype=torch.float32)),
+)
 _register("nvfp4_alpha(Tensor x, int[] segments) -> Tensor", _nvfp4_alpha, _fake_alpha)
 _register("rmsnorm_alpha(Tensor x, Tensor weight, float eps) -> Tensor", _rmsnorm_alpha, _fp32_scalar)
 _register("swiglu_alpha(Tensor x, float limit) -> Tensor", _swiglu_alpha, _fp32_scalar)
@@ -438,6 +487,13 @@ _register(
     _gemm_w4a16,
     lambda a, b, b_sf, b_alpha, b_layout, b_order, segments, dtype: a.new_empty(
         (*a.shape[:-1], b.shape[0]), dtype=dtype
+    ),
+)
+_register(
+    f"gemm_w4a8(Tensor a, Tensor a_scale, {_B}, Tensor b_exponent, int[] segments, ScalarType dtype) -> Tensor",
+    _gemm_w4a8,
+    lambda a, a_scale, b, b_sf, b_alpha, b_layout, b_order, b_exponent, segments, dtype: a.new_empty(
+        (a.shape[0], b.shape[0]), dtype=dtype
     ),
 )
 _register(

@@ -7,13 +7,13 @@ device value on the host unless the reference was asked for by an override.
 """
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import layouts
-from .formats import BLOCK, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, SfLayout
+from .formats import BLOCK, FP8RowTensor, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, SfLayout
 from .operators import as_nvfp4, dtype_name
 from .problem import Rule
 from .reference.gemm import check_segments
@@ -52,6 +52,19 @@ def quantize_nvfp4(
         linear = _unflatten(data, sf, alpha, "linear", x.shape[:-1])
         return linear.with_sf_layout(sf_layout)
     return _unflatten(data, sf, alpha, sf_layout, x.shape[:-1])
+
+
+def quantize_fp8(x: Tensor) -> FP8RowTensor:
+    """x [..., m, k] (bfloat16, float16 or float32) -> E4M3 with a scale a row, k a multiple of 16.
+
+    scale = amax / 448 of the row in FP32; see `reference.quantize_fp8` for rows of zeros, infinities and NaN. One such
+    tensor serves all weights that x is multiplied by.
+    """
+    dtype_name(x, "x")
+    if x.ndim < 2 or x.shape[-1] % BLOCK:
+        raise ValueError(f"x must be [..., m, k] with k a multiple of {BLOCK}, got {list(x.shape)}")
+    data, scale = _ops.quantize_fp8(_rows(x))
+    return FP8RowTensor(data.view(x.shape).view(torch.float8_e4m3fn), scale.view(x.shape[:-1]))
 
 
 def dequant_nvfp4(
@@ -131,9 +144,10 @@ def swiglu_quantize(
 
 @overload
 def gemm_nvfp4(
-    a: Tensor | NVFP4Tensor,
+    a: Tensor | NVFP4Tensor | FP8RowTensor,
     b: NVFP4Tensor,
     *,
+    act: Literal["fp8"] | None = ...,
     segments: Sequence[int] | None = ...,
     out_dtype: torch.dtype = ...,
     out_alpha: None = ...,
@@ -143,9 +157,10 @@ def gemm_nvfp4(
 
 @overload
 def gemm_nvfp4(
-    a: Tensor | NVFP4Tensor,
+    a: Tensor | NVFP4Tensor | FP8RowTensor,
     b: NVFP4Tensor,
     *,
+    act: Literal["fp8"] | None = ...,
     segments: Sequence[int] | None = ...,
     out_dtype: torch.dtype = ...,
     out_alpha: Tensor,
@@ -154,9 +169,10 @@ def gemm_nvfp4(
 
 
 def gemm_nvfp4(
-    a: Tensor | NVFP4Tensor,
+    a: Tensor | NVFP4Tensor | FP8RowTensor,
     b: NVFP4Tensor,
     *,
+    act: Literal["fp8"] | None = None,
     segments: Sequence[int] | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     out_alpha: Tensor | None = None,
@@ -167,6 +183,8 @@ def gemm_nvfp4(
     a: a float tensor (W4A16; bfloat16 on a GPU) or an NVFP4Tensor [m, k] with one alpha (W4A4). b.alpha is one number,
     or one for each of `segments`, runs of output columns that sum to n. Sums in FP32, alpha in FP32, rounded once.
     b's order says which kernels can run: UnsupportedError on a GPU where none reads it.
+    act: "fp8" quantises a float a by `quantize_fp8` and rounds b to E4M3 row by row, for Hopper's FP8 tensor cores: an
+    error near 3 % on Gaussian data. b is as `NVFP4Tensor.prepare_fp8` gives it. So with an FP8RowTensor for a.
     out_alpha: float32 [], the global scale of an NVFP4 result, n a multiple of 16. It is quantised by rule "absmax"
     from FP32 sums times alpha, not rounded in between, in the kernel where one can; `out_dtype` then counts nothing.
     """
@@ -178,10 +196,18 @@ def gemm_nvfp4(
     check_segments(b.alpha, n, segments)
     if a.device != b.device:
         raise ValueError(f"a and b must share a device, got {a.device} and {b.device}")
+    if act not in (None, "fp8"):
+        raise ValueError(f'act must be "fp8" or None, got {act!r}')
+    if act == "fp8" and isinstance(a, Tensor):
+        a = quantize_fp8(a)
     runs = list(segments) if segments is not None and len(segments) > 1 else []
     b_sf, b_alpha = b.sf.view(torch.uint8), b.alpha.reshape(-1) if runs else b.alpha.reshape(())
     left = None
+    if isinstance(a, FP8RowTensor):
+        return _gemm_fp8(a, b, runs, out_dtype, out_alpha, out_sf_layout)
     if isinstance(a, NVFP4Tensor):
+        if act is not None:
+            raise ValueError(f"act={act!r} is of float activations, got an NVFP4Tensor")
         if a.data.ndim != 2 or a.alpha.ndim:
             raise ValueError(f"an NVFP4 a must be [m, k] with alpha [], got {list(a.shape)} with {list(a.alpha.shape)}")
         _expect_rows(a, "a")
@@ -200,6 +226,29 @@ def gemm_nvfp4(
     else:
         data, sf = _ops.gemm_w4a4_quantize(*left, *right, out_alpha, out_sf_layout)
     return _unflatten(data, sf, out_alpha, out_sf_layout, torch.Size(a.shape[:-1]))
+
+
+def _gemm_fp8(
+    a: FP8RowTensor,
+    b: NVFP4Tensor,
+    runs: list[int],
+    out_dtype: torch.dtype,
+    out_alpha: Tensor | None,
+    out_sf_layout: SfLayout,
+) -> Tensor | NVFP4Tensor:
+    if b.row_exponent is None:
+        raise ValueError('act="fp8" needs the row exponents of b: pass what b.prepare_fp8() gives, made once')
+    alpha, lead, n = b.alpha.reshape(-1) if runs else b.alpha.reshape(()), a.data.shape[:-1], b.shape[0]
+    rows = a.data.view(torch.uint8).flatten(0, -2), a.scale.flatten()
+    weight = b.data, b.sf.view(torch.uint8), alpha, b.sf_layout, b.order, b.row_exponent
+    out = _ops.gemm_w4a8(*rows, *weight, runs, out_dtype if out_alpha is None else torch.float32)
+    if out_alpha is None:
+        return out.view(*lead, n)
+    if n % BLOCK:
+        raise ValueError(f"an NVFP4 result needs n in multiples of {BLOCK}, got {n}")
+    _check_alpha(out_alpha, a, scalar=True)
+    data, sf = _ops.quantize_nvfp4(out, out_alpha, out_sf_layout, "absmax")
+    return _unflatten(data, sf, out_alpha, out_sf_layout, lead)
 
 
 def grouped_gemm_nvfp4(
@@ -442,7 +491,7 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
 # --- containers and tensors -------------------------------------------------------------------------------------------
 
 
-def _check_alpha(alpha: Tensor, x: Tensor | NVFP4Tensor, *, scalar: bool = False) -> None:
+def _check_alpha(alpha: Tensor, x: Tensor | NVFP4Tensor | FP8RowTensor, *, scalar: bool = False) -> None:
     if alpha.dtype != torch.float32:
         raise TypeError(f"alpha must be float32, got {alpha.dtype}")
     if alpha.device != x.device:

@@ -44,6 +44,11 @@ def nvfp4_bytes(m: int, k: int, sf_layout: SfLayout = "linear") -> int:
     return m * k // 2 + sf
 
 
+def fp8_bytes(m: int, k: int) -> int:
+    """An [m, k] matrix in E4M3 with a scale a row."""
+    return m * k + 4 * m
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeProblem(Problem):
     """[m, k] -> NVFP4, with the global scale given."""
@@ -62,6 +67,24 @@ class QuantizeProblem(Problem):
     @property
     def bytes(self) -> int:
         return ELEMENT_BYTES[self.x] * self.m * self.k + nvfp4_bytes(self.m, self.k, self.sf_layout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeFp8Problem(Problem):
+    """[m, k] -> E4M3 with a scale a row."""
+
+    op: ClassVar[str] = "quantize_fp8"
+    m: int
+    k: int
+    x: str = "bf16"
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.k
+
+    @property
+    def bytes(self) -> int:
+        return ELEMENT_BYTES[self.x] * self.m * self.k + fp8_bytes(self.m, self.k)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,13 +170,22 @@ class GemmProblem(Problem):
 
     @property
     def bytes(self) -> int:
-        a = {"bf16": 2 * self.m * self.k, "nvfp4": nvfp4_bytes(self.m, self.k), "fp8": self.m * (self.k + 4)}[self.act]
+        m, k = self.m, self.k
+        a = {"bf16": 2 * m * k, "nvfp4": nvfp4_bytes(m, k), "fp8": fp8_bytes(m, k)}[self.act]
         d = nvfp4_bytes(self.m, self.n) if self.out == "nvfp4" else ELEMENT_BYTES[self.out] * self.m * self.n
         return a + nvfp4_bytes(self.n, self.k) + d
 
 
 PROBLEMS: dict[str, type[Problem]] = {
-    p.op: p for p in (QuantizeProblem, DequantProblem, RmsnormQuantizeProblem, SwigluQuantizeProblem, GemmProblem)
+    p.op: p
+    for p in (
+        QuantizeProblem,
+        QuantizeFp8Problem,
+        DequantProblem,
+        RmsnormQuantizeProblem,
+        SwigluQuantizeProblem,
+        GemmProblem,
+    )
 }
 
 

@@ -50,9 +50,11 @@ KERNELS: list[Kernel] = [
     Kernel("dequant_nvfp4", "triton_dequant_nvfp4", "kernels_triton.dequant_nvfp4", _BOTH, exact=True),
     Kernel("rmsnorm_quantize", "triton_rmsnorm_quantize", "kernels_triton.rmsnorm_quantize", _BOTH, exact=True),
     Kernel("swiglu_quantize", "triton_swiglu_quantize", "kernels_triton.swiglu_quantize", _BOTH, exact=True),
+    Kernel("quantize_fp8", "triton_quantize_fp8", "kernels_triton.quantize_fp8", _BOTH, exact=True),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_wgmma", "kernels_cute.gemm_nvfp4_sm90_wgmma", ("sm_90a",)),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_skinny", "kernels_cute.gemm_nvfp4_sm90_skinny", ("sm_90a",)),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90", "kernels_cute.gemm_nvfp4_sm90", ("sm_90a",)),
+    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_fp8", "kernels_cute.gemm_nvfp4_sm90_fp8", ("sm_90a",)),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm100", "kernels_cute.gemm_nvfp4_sm100", ("sm_100a",)),
 ]
 

@@ -18,6 +18,7 @@ from .problem import (
     DequantProblem,
     GemmProblem,
     Problem,
+    QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
     SwigluQuantizeProblem,
@@ -134,6 +135,9 @@ def _walk(
             yield "attention_output", depth, QuantizeProblem(m=rows, k=heads * head_dim // tp, sf_layout=sf_layout)
             low_rank = config["o_groups"] * config["o_lora_rank"] // tp
             yield "o_a_output", depth, QuantizeProblem(m=rows, k=low_rank, sf_layout=sf_layout)
+        elif op == QuantizeFp8Problem.op:
+            for x in layers:
+                yield x.name, x.count, QuantizeFp8Problem(m=rows, k=x.k)
         elif op == RmsnormQuantizeProblem.op:
             yield "attn_norm", depth, RmsnormQuantizeProblem(m=rows, k=d, sf_layout=sf_layout)
             yield "ffn_norm", depth, RmsnormQuantizeProblem(m=rows, k=d, sf_layout=sf_layout)

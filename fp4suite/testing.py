@@ -20,21 +20,23 @@ import torch
 from torch import Tensor
 
 from . import layouts, reference
-from .formats import BLOCK, NVFP4Tensor, SfLayout
+from .formats import BLOCK, FP8RowTensor, NVFP4Tensor, SfLayout
 from .problem import (
     DequantProblem,
     GemmProblem,
     Problem,
+    QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
     SwigluQuantizeProblem,
 )
-from .reference import e2m1
+from .reference import e2m1, fp8
 from .reference.quant import global_scale, scaled_codes
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EPS = 1e-6
 LIMIT = 10.0
+FP8_RUN = 128  # elements of K that an FP8 GEMM sums on the tensor cores alone
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +83,8 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _gemm_case(problem, gen)
     if isinstance(problem, DequantProblem):
         return _dequant_case(problem, gen)
+    if isinstance(problem, QuantizeFp8Problem):
+        return _quantize_fp8_case(problem, gen)
     if isinstance(problem, QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeProblem):
         return _quantize_case(problem, gen)
     raise TypeError(f"no case for {type(problem).__name__}")
@@ -162,7 +166,11 @@ def assert_gemm_close(got: Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> None:
     an MMA step of 16, plus half a unit in the last place of the output type (one for the sum landing on a tie's
     other side).
     """
-    want, room = _product(a, b, alpha)
+    _assert_within(got, *_product(a, b, alpha))
+
+
+def _assert_within(got: Tensor, want: Tensor, room: Tensor) -> None:
+    """Each element as far from `want` as `room` allows, and the output's rounding."""
     bits = {torch.bfloat16: 8, torch.float32: 24, torch.float16: 11}[got.dtype]
     tiny = torch.finfo(got.dtype).smallest_normal
     ulp = torch.exp2(torch.floor(torch.log2(want.abs().clamp_min(tiny)))) * 2.0 ** (1 - bits)
@@ -176,6 +184,19 @@ def assert_gemm_close(got: Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> None:
             f"{int(bad.sum())} of {bad.numel()} elements are out of bound; first at {list(index)}: "
             f"got {got[index].item()}, want {want[index].item()}, room {(room + ulp)[index].item():.3g}"
         )
+
+
+def assert_fp8_gemm_close(got: Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> None:
+    """`assert_gemm_close` for FP8 tensor cores, whose sums over 128 of K are added in FP32.
+
+    An MMA of sm_90 aligns its 32 products and the old sum to the largest of them and cuts each at 13 bits below it. For
+    terms of either sign most of that cancels: at most 5.6 * 2^-13 of the sum of |a b alpha| over 128 of K was seen, and
+    errors of several such runs add as random ones do. The bound is twice that.
+    """
+    want, room = _product(a, b, alpha)
+    runs = zip(a.abs().split(FP8_RUN, -1), b.abs().split(FP8_RUN, -1), strict=True)
+    squares = sum(((x @ y.T) ** 2 for x, y in runs), start=torch.zeros_like(want))
+    _assert_within(got, want, room + squares.sqrt() * alpha.abs() * 11 * 2.0**-13)
 
 
 def assert_gemm_quantized(got: NVFP4Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> None:
@@ -235,15 +256,19 @@ def _gemm_case(p: GemmProblem, gen: torch.Generator) -> Case:
     segments = split(p.n, p.segments)
     alpha = torch.exp2(torch.rand(p.segments, generator=gen, device=device) * 4 - 8)
     b = random_nvfp4(p.n, p.k, gen, alpha=alpha if p.segments > 1 else alpha[0], adversarial=True).with_order(p.order)
-    a: Tensor | NVFP4Tensor
+    a: Tensor | NVFP4Tensor | FP8RowTensor
     if p.act == "bf16":
         a = random_activations((p.m, p.k), gen)
+    elif p.act == "fp8":
+        a, b = fp8.quantize_fp8(random_activations((p.m, p.k), gen)), b.prepare_fp8()
     else:
         a = random_nvfp4(p.m, p.k, gen, adversarial=True)
     operands = (a, b, segments if p.segments > 1 else None)
     per_column = alpha.double().repeat_interleave(torch.tensor(segments, device=device))
 
     def product() -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(a, FP8RowTensor):
+            return fp8.dequant_fp8(a, torch.float64), fp8.dequant_fp8_weight(b, torch.float64), per_column
         a64 = scaled_codes(a).double() * a.alpha.double() if isinstance(a, NVFP4Tensor) else a.double()
         return a64, scaled_codes(b).double(), per_column
 
@@ -253,7 +278,8 @@ def _gemm_case(p: GemmProblem, gen: torch.Generator) -> Case:
         packed = NVFP4Tensor.empty((p.m, p.n), own, "blocked_128x4")
         return Case(p, operands, packed, (), lambda: _poison(packed), lambda: assert_gemm_quantized(packed, *product()))
     out = torch.empty(p.m, p.n, dtype=TORCH_DTYPES[p.out], device=device)
-    return Case(p, operands, out, (), partial(out.fill_, torch.nan), lambda: assert_gemm_close(out, *product()))
+    close = assert_gemm_close if p.act != "fp8" else assert_fp8_gemm_close
+    return Case(p, operands, out, (), partial(out.fill_, torch.nan), lambda: close(out, *product()))
 
 
 def _dequant_case(p: DequantProblem, gen: torch.Generator) -> Case:
@@ -292,6 +318,23 @@ def _quantize_case(p: QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeP
         assert_same_bytes(out.data, ref.data, "data")
 
     return Case(p, operands, out, (p.rule,), lambda: _poison(out), verify)
+
+
+def _quantize_fp8_case(p: QuantizeFp8Problem, gen: torch.Generator) -> Case:
+    x = random_activations((p.m, p.k), gen, TORCH_DTYPES[p.x])
+    data = torch.empty(p.m, p.k, dtype=torch.float8_e4m3fn, device=gen.device)
+    out = FP8RowTensor(data, torch.empty(p.m, device=gen.device))
+
+    def poison() -> None:
+        out.data.view(torch.uint8).fill_(0xFF)
+        out.scale.fill_(torch.nan)
+
+    def verify() -> None:
+        want = fp8.quantize_fp8(x)
+        assert_same_bytes(out.scale, want.scale, "scale")
+        assert_same_bytes(out.data, want.data, "data")
+
+    return Case(p, (x,), out, (), poison, verify)
 
 
 def _poison(t: NVFP4Tensor) -> None:

@@ -13,6 +13,7 @@ is that one's (its module says how data flow) but for the operands and the sums:
 """
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -195,6 +196,26 @@ def default(problem: GemmProblem) -> Config:
     shares = (2, 1) if tiles >= 4 * SM_COUNT else (1,)
     wanted += [Config(tile_m=tile_m, groups_n=2, share=share) for share in shares]
     return next((c for c in wanted if supports(problem, c) is None), replace(Config(), tile_m=min(tile_m, 128)))
+
+
+INVARIANT = "one sum in the order of k, in runs of 128"
+
+
+def arithmetic(problem: GemmProblem, config: Config) -> str:
+    """In which order an element's products are summed. Stages, share and the tile's size have no part in it."""
+    if not config.reduces:
+        return INVARIANT
+    parts = f"{config.split} parts of {-(-problem.k // (STEP * config.split)) * STEP}, in runs of 128"
+    return parts if config.groups_k == 1 else f"{parts} to {config.groups_k} sums by turns"
+
+
+def in_arithmetic(problem: GemmProblem, wanted: str) -> Config | None:
+    """The default among configs of this arithmetic."""
+    first = default(problem)
+    tiles = (tile_m for tile_m in (256, 128, 64, 32, 16) if tile_m <= first.tile_m)
+    parts = itertools.product(tiles, (first.groups_n, 1), SPACE["groups_k"], SPACE["split"])
+    configs = (Config(tile_m=t, groups_n=n, groups_k=groups, split=split) for t, n, groups, split in parts)
+    return next((c for c in configs if arithmetic(problem, c) == wanted and supports(problem, c) is None), None)
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------

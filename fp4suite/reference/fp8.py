@@ -31,8 +31,9 @@ def quantize_fp8(x: Tensor) -> FP8RowTensor:
     wide = x.float()
     amax = wide.abs().amax(-1) if x.shape[-1] else wide.new_zeros(x.shape[:-1])
     amax = amax.clamp_min(LEAST_AMAX)  # a NaN stays one
-    data = (wide * (E4M3_MAX / amax)[..., None]).to(torch.float8_e4m3fn)
-    columns = layouts.to_fp8_columns(data.view(torch.uint8)).view(torch.float8_e4m3fn)
+    scaled = wide * (torch.full_like(amax, E4M3_MAX) / amax)[..., None]  # 448 / amax would be by way of 1 / amax
+    data = scaled.to(torch.float8_e4m3fn).view(torch.uint8).masked_fill(scaled.isnan(), 0x7F)
+    columns = layouts.to_fp8_columns(data).view(torch.float8_e4m3fn)
     return FP8RowTensor(columns, amax / E4M3_MAX)
 
 

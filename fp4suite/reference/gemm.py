@@ -2,20 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..formats import NVFP4Tensor, SfLayout
+from ..formats import FP8RowTensor, NVFP4Tensor, SfLayout
+from .fp8 import dequant_fp8, dequant_fp8_weight, quantize_fp8
 from .quant import quantize_nvfp4, scaled_codes
 
 
 @overload
 def gemm_nvfp4(
-    a: Tensor | NVFP4Tensor,
+    a: Tensor | NVFP4Tensor | FP8RowTensor,
     b: NVFP4Tensor,
     *,
+    act: Literal["fp8"] | None = ...,
     segments: Sequence[int] | None = ...,
     out_dtype: torch.dtype = ...,
     out_alpha: None = ...,
@@ -25,9 +27,10 @@ def gemm_nvfp4(
 
 @overload
 def gemm_nvfp4(
-    a: Tensor | NVFP4Tensor,
+    a: Tensor | NVFP4Tensor | FP8RowTensor,
     b: NVFP4Tensor,
     *,
+    act: Literal["fp8"] | None = ...,
     segments: Sequence[int] | None = ...,
     out_dtype: torch.dtype = ...,
     out_alpha: Tensor,
@@ -36,9 +39,10 @@ def gemm_nvfp4(
 
 
 def gemm_nvfp4(
-    a: Tensor | NVFP4Tensor,
+    a: Tensor | NVFP4Tensor | FP8RowTensor,
     b: NVFP4Tensor,
     *,
+    act: Literal["fp8"] | None = None,
     segments: Sequence[int] | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     out_alpha: Tensor | None = None,
@@ -46,13 +50,19 @@ def gemm_nvfp4(
 ) -> Tensor | NVFP4Tensor:
     """a [..., k] @ b [n, k].T -> [..., n].
 
-    a: a float tensor (W4A16) or an NVFP4Tensor with one alpha (W4A4). b.alpha is one number, or one for each of
-    `segments`, which are runs of output columns that sum to n. d = (sum of a * code * sf) * alpha, rounded once.
+    a: a float tensor (W4A16), an NVFP4Tensor with one alpha (W4A4), or an FP8RowTensor: what act="fp8" makes of a float
+    tensor (W4A8), beside which b is rounded to E4M3 under its row exponents as `fp8` says. b.alpha is one number, or
+    one for each of `segments`, which are runs of output columns that sum to n. d = (sum of a * code * sf) * alpha,
+    rounded once.
     out_alpha: float32 [], makes d NVFP4 under this global scale, rule "absmax", from FP32: `out_dtype` counts nothing.
     """
     n = b.shape[-2]
-    x = scaled_codes(a) if isinstance(a, NVFP4Tensor) else a.float()
-    out = x @ scaled_codes(b).T
+    if act == "fp8" and isinstance(a, Tensor):
+        a = quantize_fp8(a)
+    if isinstance(a, FP8RowTensor):
+        out = dequant_fp8(a) @ dequant_fp8_weight(b).T
+    else:
+        out = (scaled_codes(a) if isinstance(a, NVFP4Tensor) else a.float()) @ scaled_codes(b).T
     alpha = column_alpha(b.alpha, n, segments)
     if isinstance(a, NVFP4Tensor):
         alpha = alpha * a.alpha

@@ -53,6 +53,8 @@ def arguments(name: str) -> tuple[tuple, dict]:
     match name:
         case "quantize_nvfp4":
             return (g(5, 64, dtype=torch.bfloat16),), {"rule": "mse"}
+        case "quantize_fp8":
+            return (g(2, 5, 64, dtype=torch.bfloat16),), {}
         case "dequant_nvfp4":
             return (weight(5, 64),), {"dtype": torch.float32}
         case "rmsnorm_quantize":
