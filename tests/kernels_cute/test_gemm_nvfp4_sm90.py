@@ -7,12 +7,14 @@ import re
 import pytest
 import torch
 
-from fp4suite import dispatch, ops, reference, testing
+from fp4suite import reference, testing
 from fp4suite.built import MAX_SHARED_BYTES, resources, sass
-from fp4suite.formats import BLOCK, NVFP4Tensor
+from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import GemmProblem
 from kernels_cute import gemm_nvfp4_sm90 as kernel
 from kernels_cute.gemm_nvfp4_sm90 import SPACE, Config
+
+from . import sm90_cases
 
 ONE = GemmProblem(m=1, n=64, k=128)
 ACTS = ("bf16", "nvfp4")
@@ -88,19 +90,10 @@ def _operands(m=3, n=64, k=128):
 
 
 def test_launch_refuses_what_it_would_misread():
+    sm90_cases.check_refuses_misfits(kernel, Config(), 128)
     a, b, out = _operands()
-    with pytest.raises(TypeError, match="a must be bfloat16 or an NVFP4Tensor"):
-        kernel.launch(a.float(), b, None, out, Config())
-    with pytest.raises(TypeError, match="out must be bfloat16 or float32"):
-        kernel.launch(a, b, None, out.half(), Config())
-    with pytest.raises(ValueError, match="do not make"):
-        kernel.launch(a, b, None, out[:2], Config())
-    with pytest.raises(ValueError, match="columns of out must be adjacent"):
-        kernel.launch(a, b, None, torch.empty(64, 3).T, Config())
     with pytest.raises(ValueError, match="start at multiples of 16 bytes"):
         kernel.launch(torch.zeros(3, 132, dtype=torch.bfloat16)[:, :128], b, None, out, Config())
-    with pytest.raises(ValueError, match="start at multiples of 16 bytes"):
-        kernel.launch(torch.zeros(3 * 128 + 1, dtype=torch.bfloat16)[1:].view(3, 128), b, None, out, Config())
     with pytest.raises(ValueError, match="b must have linear scales"):
         kernel.launch(a, b.with_sf_layout("blocked_128x4"), None, out, Config())
     wide = _operands(k=256)[1]
@@ -113,70 +106,32 @@ def test_launch_refuses_what_it_would_misread():
 
 
 def test_empty_m_is_nothing_to_do():
-    _, b, _ = _operands()
-    kernel.launch(torch.empty(0, 128, dtype=torch.bfloat16), b, None, torch.empty(0, 64), Config())
+    sm90_cases.check_empty(kernel, Config(), 128)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
-
-
-DEFAULT = Config()
-
-
-def _gemm(a, b, config=DEFAULT, segments=None):
-    """launch into NaN, FP32."""
-    out = torch.full((a.shape[0], b.shape[0]), float("nan"), device=b.device)
-    kernel.launch(a, b, segments, out, config)
-    return out
-
-
-def _one_hot(code_at: tuple[int, int], n: int, k: int, device) -> NVFP4Tensor:
-    """All zero but one code, 0.5 (even k) or -6 (odd k), under its own scale 2."""
-    row, column = code_at
-    data = torch.zeros(n, k // 2, dtype=torch.uint8, device=device)
-    data[row, column // 2] = 0xF0 if column % 2 else 0x01
-    sf = torch.zeros(n, k // BLOCK, device=device)
-    sf[row, column // BLOCK] = 2
-    return NVFP4Tensor(data, sf.to(torch.float8_e4m3fn), torch.ones((), device=device))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [Config(), Config(tile_m=8, tile_n=64, tile_k=128, num_stages=2)], ids=str)
 def test_single_elements_land_where_they_belong(config, device):
     m, n, k = config.tile_m + 3, config.tile_n + 8, 2 * config.tile_k
-    spots_k = [0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 100, k - 1]
-    spots_n = [0, 1, 7, 8, 9, 16, 33, 63, config.tile_n - 1, config.tile_n, n - 1]
-    spots_m = [0, 1, 2, 7, config.tile_m - 1, config.tile_m, m - 1]
-    for column in spots_k:
-        for row in spots_n:
-            b = _one_hot((row, column), n, k, device)
-            value = -12.0 if column % 2 else 1.0
-            a = torch.zeros(m, k, dtype=torch.bfloat16, device=device)
-            for spot in spots_m:
-                a[spot, column] = spot + 1
+    columns = [0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 100, k - 1]
+    rows = [0, 1, 7, 8, 9, 16, 33, 63, config.tile_n - 1, config.tile_n, n - 1]
+    sm90_cases.check_single_elements(kernel, config, m, n, k, columns, rows, device)
+    for column in columns:
+        for row in rows:
+            a, b = (sm90_cases.one_hot(at, column, of, k, device) for at, of in ((m - 1, m), (row, n)))
             want = torch.zeros(m, n, device=device)
-            want[:, row] = a[:, column].float() * value
-            torch.testing.assert_close(_gemm(a, b, config), want, rtol=0, atol=0, msg=f"b[{row}, {column}]")
-            packed = _one_hot((spots_m[-1], column), m, k, device)
-            want = torch.zeros(m, n, device=device)
-            want[spots_m[-1], row] = value * value
-            torch.testing.assert_close(_gemm(packed, b, config), want, rtol=0, atol=0, msg=f"W4A4 b[{row}, {column}]")
+            want[m - 1, row] = 144.0 if column % 2 else 1.0
+            got = sm90_cases.gemm(kernel, a, b, config)
+            torch.testing.assert_close(got, want, rtol=0, atol=0, msg=f"W4A4 b[{row}, {column}]")
 
 
 @pytest.mark.gpu
-def test_every_code_under_every_scale_is_exact(device):
-    """a picks single elements of b, so that d is b decoded: no sum, no rounding."""
-    n, k = 128, 512  # row r has scale byte r (126 at most), and all codes in every position of a block
-    data = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
-    data[:, :128] = torch.arange(128, device=device, dtype=torch.uint8)
-    data[:, 128:] = torch.arange(128, 256, device=device, dtype=torch.uint8)
-    scales = torch.arange(n, device=device, dtype=torch.uint8).clamp(max=126)
-    sf = scales[:, None].expand(n, k // BLOCK).contiguous().view(torch.float8_e4m3fn)
-    b = NVFP4Tensor(data, sf, torch.ones((), device=device))
-    want = reference.dequant_nvfp4(b, torch.float32).T
-    for config in (Config(), Config(tile_m=256, tile_k=128, num_stages=2)):
-        got = _gemm(torch.eye(k, dtype=torch.bfloat16, device=device), b, config)
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+@pytest.mark.parametrize("config", [Config(), Config(tile_m=256, tile_k=128, num_stages=2)], ids=str)
+def test_every_code_under_every_scale_is_exact(config, device):
+    sm90_cases.check_decodes(kernel, config, device)
 
 
 @pytest.mark.gpu
@@ -184,14 +139,7 @@ def test_every_code_under_every_scale_is_exact(device):
 @pytest.mark.parametrize("config", testing.configs(kernel), ids=str)
 def test_configs(config, act, out, device):
     problem = GemmProblem(m=77, n=264, k=640, act=act, out=out, segments=2)
-    if reason := kernel.supports(problem, config):
-        assert "shared memory" in reason or "accumulators" in reason
-        with pytest.raises(ValueError, match=re.escape(reason)):
-            testing.case(problem, device).run(kernel, config)
-        return
-    case = testing.case(problem, device, seed=1)
-    case.run(kernel, config)
-    case.check()
+    sm90_cases.check_runs_or_refuses(kernel, problem, config, device)
 
 
 @pytest.mark.gpu
@@ -221,15 +169,7 @@ def test_model_shapes(m, n, k, act, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("act", ACTS)
 def test_alpha_acts_on_the_sum(act, device):
-    """2^40 and 2^-40 overflow or vanish if folded into scales; as powers of two they must leave all bits in place."""
-    plain = testing.case(GemmProblem(m=9, n=128, k=256, act=act, out="fp32"), device, seed=3)
-    a, b, _ = plain.operands
-    one = _gemm(a, NVFP4Tensor(b.data, b.sf, torch.ones((), device=device)))
-    alphas = torch.tensor([2.0**40, 2.0**-40, -1.0], device=device)
-    segments = (8, 72, 48)
-    got = _gemm(a, NVFP4Tensor(b.data, b.sf, alphas), segments=segments)
-    factors = alphas.repeat_interleave(torch.tensor(segments, device=device))
-    torch.testing.assert_close(got, one * factors, rtol=0, atol=0)
+    sm90_cases.check_alpha_acts_on_the_sum(kernel, Config(), 256, device, act)
 
 
 @pytest.mark.gpu
@@ -240,7 +180,7 @@ def test_zero_blocks_and_the_largest_scale(device):
         sf = torch.full((256, 32), byte, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
         x = NVFP4Tensor(b.data, sf, torch.ones((), device=device))
         a = testing.random_activations((40, 512), gen)
-        got = _gemm(a, x)
+        got = sm90_cases.gemm(kernel, a, x, Config())
         decoded = reference.dequant_nvfp4(x, torch.float64)
         testing.assert_gemm_close(got, a.double(), decoded, torch.ones(256, dtype=torch.float64, device=device))
         assert byte or not got.any()
@@ -248,51 +188,21 @@ def test_zero_blocks_and_the_largest_scale(device):
 
 @pytest.mark.gpu
 def test_strided_rows_are_read_and_written_in_place(device):
+    sm90_cases.check_strided_rows(kernel, Config(), 256, device)
     gen = torch.Generator(device=device).manual_seed(6)
-    b = testing.random_nvfp4(128, 256, gen)
-    wide = testing.random_activations((30, 512), gen)
+    b, wide = testing.random_nvfp4(128, 256, gen), testing.random_activations((30, 512), gen)
     row = wide[3:4].as_strided((1, 256), (3, 1))  # what views of a single row may look like
-    torch.testing.assert_close(_gemm(row, b), _gemm(wide[:4, :256].contiguous(), b)[3:], rtol=0, atol=0)
-    frame = torch.full((30, 200), float("nan"), device=device)
-    kernel.launch(wide[:, 256:], b, None, frame[:, 8:136], Config())
-    torch.testing.assert_close(frame[:, 8:136], _gemm(wide[:, 256:].contiguous(), b), rtol=0, atol=0)
-    assert frame[:, :8].isnan().all()
-    assert frame[:, 136:].isnan().all()
+    want = sm90_cases.gemm(kernel, wide[:4, :256].contiguous(), b, Config())[3:]
+    torch.testing.assert_close(sm90_cases.gemm(kernel, row, b, Config()), want, rtol=0, atol=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("act", ACTS)
 def test_repeated_runs_and_graph_replays_agree_to_the_bit(act, device):
     problem = GemmProblem(m=70, n=2048, k=2048, act=act)
-    config = Config(tile_m=32)
-    kernel.warm(problem, config)
-    case = testing.case(problem, device, seed=8)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    case.poison()
-    with torch.cuda.graph(graph, stream=stream):
-        case.launch(kernel, config)
-    graph.replay()
-    case.check()
-    first = case.out.clone()
-    for _ in range(20):
-        case.poison()
-        graph.replay()
-        assert torch.equal(case.out, first)
-        case.run(kernel, config)
-        assert torch.equal(case.out, first)
+    sm90_cases.check_repeats(kernel, problem, Config(tile_m=32), device)
 
 
 @pytest.mark.gpu
 def test_the_op_runs_it(device):
-    gen = torch.Generator(device=device).manual_seed(9)
-    b = testing.random_nvfp4(256, 512, gen, alpha=torch.tensor([0.5, 2.0], device=device))
-    a = testing.random_activations((2, 5, 512), gen)
-    with dispatch.override(kernel="cute_gemm_nvfp4_sm90", config=Config(tile_m=16)), dispatch.recording() as choices:
-        got = ops.gemm_nvfp4(a, b, segments=(96, 160), out_dtype=torch.float32)
-    assert [c.kernel for c in choices] == ["cute_gemm_nvfp4_sm90"]
-    assert got.shape == (2, 5, 256)
-    decoded = reference.dequant_nvfp4(NVFP4Tensor(b.data, b.sf, torch.ones((), device=device)), torch.float64)
-    alpha = b.alpha.double().repeat_interleave(torch.tensor([96, 160], device=device))
-    testing.assert_gemm_close(got.flatten(0, 1), a.flatten(0, 1).double(), decoded, alpha)
+    sm90_cases.check_the_op_runs_it(kernel, "cute_gemm_nvfp4_sm90", Config(tile_m=16), device)

@@ -7,14 +7,15 @@ from functools import partial
 import pytest
 import torch
 
-from fp4suite import dispatch, layouts, ops, reference, testing
+from fp4suite import layouts, testing
 from fp4suite.built import resources, sass
-from fp4suite.formats import BLOCK, NVFP4Tensor
 from fp4suite.problem import GemmProblem
 from kernels_cute import gemm_nvfp4_sm90_wgmma as kernel
 from kernels_cute.gemm_nvfp4_sm90_wgmma import SPACE, Config
 from ptx_emulator import emulate
 from ptx_emulator.errors import Fault
+
+from . import sm90_cases
 
 Problem = partial(GemmProblem, act="bf16", order=kernel.WEIGHT_ORDER)
 BIG = Problem(m=256, n=7168, k=3072)
@@ -145,30 +146,20 @@ def test_every_code_and_scale_decodes_exactly():
 
 
 def test_launch_refuses_what_it_would_misread():
+    sm90_cases.check_refuses_misfits(kernel, Config(), 1024)
     gen = torch.Generator().manual_seed(0)
     rows = testing.random_nvfp4(64, 1024, gen)
     a, b, out = torch.zeros(3, 1024, dtype=torch.bfloat16), rows.with_order(kernel.WEIGHT_ORDER), torch.empty(3, 64)
     with pytest.raises(ValueError, match="activations in nvfp4"):
         kernel.launch(testing.random_nvfp4(3, 1024, gen), b, None, out, Config())
-    with pytest.raises(TypeError, match="a must be bfloat16"):
-        kernel.launch(a.float(), b, None, out, Config())
-    with pytest.raises(TypeError, match="out must be bfloat16 or float32"):
-        kernel.launch(a, b, None, out.half(), Config())
-    with pytest.raises(ValueError, match="do not make"):
-        kernel.launch(a, b, None, out[:2], Config())
-    with pytest.raises(ValueError, match="columns of out must be adjacent"):
-        kernel.launch(a, b, None, torch.empty(64, 3).T, Config())
     with pytest.raises(ValueError, match="rows of out must start at multiples of 16 bytes"):
         kernel.launch(a, b, None, torch.empty(3, 66)[:, :64], Config())
-    with pytest.raises(ValueError, match="start at multiples of 16 bytes"):
-        kernel.launch(torch.zeros(3 * 1024 + 1, dtype=torch.bfloat16)[1:].view(3, 1024), b, None, out, Config())
     with pytest.raises(ValueError, match="weights in the order rows"):
         kernel.launch(a, rows, None, out, Config())
 
 
 def test_empty_m_is_nothing_to_do():
-    b = testing.random_nvfp4(64, 1024, torch.Generator().manual_seed(0)).with_order(kernel.WEIGHT_ORDER)
-    kernel.launch(torch.empty(0, 1024, dtype=torch.bfloat16), b, None, torch.empty(0, 64), Config())
+    sm90_cases.check_empty(kernel, Config(), 1024)
 
 
 @pytest.mark.parametrize("schedule", ["late", "eager"])
@@ -212,43 +203,19 @@ def test_copies_that_end_in_any_order(turn, stages, monkeypatch):
 DEFAULT = Config()
 
 
-def _gemm(a, b, config=DEFAULT, segments=None):
-    """launch into NaN, FP32."""
-    out = torch.full((a.shape[0], b.shape[0]), float("nan"), device=b.device)
-    kernel.launch(a, b.with_order(kernel.WEIGHT_ORDER), segments, out, config)
-    return out
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [SMALL, WIDE, Config(split=2)], ids=str)
 def test_single_elements_land_where_they_belong(config, device):
-    m, n, k = 6, config.tile_n + 64, 128 * config.split * config.groups_k * 2
-    for column in (0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 200, k // 2, k - 1):
-        for row in (0, 1, 7, 8, 9, 15, 16, 33, config.tile_n - 1, config.tile_n, n - 1):
-            data = torch.zeros(n, k // 2, dtype=torch.uint8, device=device)
-            data[row, column // 2] = 0xF0 if column % 2 else 0x01  # -6 or 0.5
-            sf = torch.zeros(n, k // BLOCK, device=device)
-            sf[row, column // BLOCK] = 2
-            b = NVFP4Tensor(data, sf.to(torch.float8_e4m3fn), torch.ones((), device=device))
-            a = torch.zeros(m, k, dtype=torch.bfloat16, device=device)
-            a[:, column] = torch.arange(1, m + 1, device=device)
-            want = torch.zeros(m, n, device=device)
-            want[:, row] = a[:, column].float() * (-12.0 if column % 2 else 1.0)
-            torch.testing.assert_close(_gemm(a, b, config), want, rtol=0, atol=0, msg=f"b[{row}, {column}]")
+    n, k = config.tile_n + 64, 128 * config.split * config.groups_k * 2
+    columns = [0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 200, k // 2, k - 1]
+    rows = [0, 1, 7, 8, 9, 15, 16, 33, config.tile_n - 1, config.tile_n, n - 1]
+    sm90_cases.check_single_elements(kernel, config, 6, n, k, columns, rows, device)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [SMALL, WIDE], ids=str)
 def test_every_code_under_every_scale_is_exact(config, device):
-    """a picks single elements of b, so that d is b decoded: no sum, no rounding."""
-    n, k = 128, 512  # row r has scale byte r (126 at most), and all codes in every position of a block
-    data = torch.arange(256, device=device, dtype=torch.int32).to(torch.uint8).expand(n, k // 2).contiguous()
-    scales = torch.arange(n, device=device, dtype=torch.uint8).clamp(max=126)
-    sf = scales[:, None].expand(n, k // BLOCK).contiguous().view(torch.float8_e4m3fn)
-    b = NVFP4Tensor(data, sf, torch.ones((), device=device))
-    want = reference.dequant_nvfp4(b, torch.float32).T
-    got = _gemm(torch.eye(k, dtype=torch.bfloat16, device=device), b, config)
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    sm90_cases.check_decodes(kernel, config, device)
 
 
 @pytest.mark.gpu
@@ -259,13 +226,7 @@ def test_configs(config, device):
         Problem(m=1, n=192, k=3072),
         Problem(m=300, n=192, k=1536, segments=2),
     ):
-        if reason := kernel.supports(problem, config):
-            with pytest.raises(ValueError, match=re.escape(reason)):
-                testing.case(problem, device).run(kernel, config)
-            continue
-        case = testing.case(problem, device, seed=1)
-        case.run(kernel, config)
-        case.check()
+        sm90_cases.check_runs_or_refuses(kernel, problem, config, device)
 
 
 @pytest.mark.gpu
@@ -293,64 +254,31 @@ def test_model_shapes(m, n, k, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [SMALL, DEFAULT], ids=str)
 def test_alpha_acts_on_the_sum(config, device):
-    """2^40 and 2^-40 overflow or vanish if folded into scales; as powers of two they must leave all bits in place."""
-    rows = GemmProblem(m=9, n=128, k=1024, act="bf16", out="fp32")
-    a, b, _ = testing.case(rows, device, seed=3).operands
-    one = _gemm(a, NVFP4Tensor(b.data, b.sf, torch.ones((), device=device)), config)
-    alphas = torch.tensor([2.0**40, 2.0**-40, -1.0], device=device)
-    segments = (8, 72, 48)
-    got = _gemm(a, NVFP4Tensor(b.data, b.sf, alphas), config, segments)
-    torch.testing.assert_close(
-        got, one * alphas.repeat_interleave(torch.tensor(segments, device=device)), rtol=0, atol=0
-    )
+    sm90_cases.check_alpha_acts_on_the_sum(kernel, config, 1024, device)
 
 
 @pytest.mark.gpu
 def test_sums_depend_on_neither_tile_nor_other_rows(device):
     """Without parts of K, a row's bits are the same in any batch and under any tile."""
     gen = torch.Generator(device=device).manual_seed(6)
-    b = testing.random_nvfp4(256, 2048, gen, adversarial=True).with_order(kernel.WEIGHT_ORDER)
+    b = testing.random_nvfp4(256, 2048, gen, adversarial=True)
     a = testing.random_activations((300, 2048), gen)
-    whole = _gemm(a, b, WIDE)
+    whole = sm90_cases.gemm(kernel, a, b, WIDE)
     for config in (Config(tile_m=8), Config(tile_m=64, tile_k=256, stages=2), Config(tile_m=128, strips=2, stages=2)):
-        assert torch.equal(_gemm(a, b, config), whole)
-        assert torch.equal(_gemm(a[7:8], b, config), whole[7:8])
+        assert torch.equal(sm90_cases.gemm(kernel, a, b, config), whole)
+        assert torch.equal(sm90_cases.gemm(kernel, a[7:8], b, config), whole[7:8])
 
 
 @pytest.mark.gpu
-def test_strided_rows_are_read_and_written_in_place(device):
-    gen = torch.Generator(device=device).manual_seed(6)
-    b = testing.random_nvfp4(128, 1024, gen).with_order(kernel.WEIGHT_ORDER)
-    wide = testing.random_activations((30, 2048), gen)
-    for config in (SMALL, DEFAULT):
-        frame = torch.full((30, 200), float("nan"), device=device)
-        kernel.launch(wide[:, 1024:], b, None, frame[:, 8:136], config)
-        torch.testing.assert_close(frame[:, 8:136], _gemm(wide[:, 1024:].contiguous(), b, config), rtol=0, atol=0)
-        assert frame[:, :8].isnan().all()
-        assert frame[:, 136:].isnan().all()
+@pytest.mark.parametrize("config", [SMALL, DEFAULT], ids=str)
+def test_strided_rows_are_read_and_written_in_place(config, device):
+    sm90_cases.check_strided_rows(kernel, config, 1024, device)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [SMALL, DEFAULT, Config(tile_m=16, groups_k=2, split=2)], ids=str)
 def test_repeated_runs_and_graph_replays_agree_to_the_bit(config, device):
-    problem = Problem(m=12, n=4096, k=4096)
-    kernel.warm(problem, config)
-    case = testing.case(problem, device, seed=8)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    case.poison()
-    with torch.cuda.graph(graph, stream=stream):
-        case.launch(kernel, config)
-    graph.replay()
-    case.check()
-    first = case.out.clone()
-    for _ in range(20):
-        case.poison()
-        graph.replay()
-        assert torch.equal(case.out, first)
-        case.run(kernel, config)
-        assert torch.equal(case.out, first)
+    sm90_cases.check_repeats(kernel, Problem(m=12, n=4096, k=4096), config, device)
 
 
 @pytest.mark.gpu
@@ -382,12 +310,4 @@ def test_a_chain_of_launches_waits_for_what_it_reads(device):
 
 @pytest.mark.gpu
 def test_the_op_runs_it(device):
-    gen = torch.Generator(device=device).manual_seed(9)
-    b = testing.random_nvfp4(256, 1024, gen).with_order(kernel.WEIGHT_ORDER)
-    a = testing.random_activations((2, 5, 1024), gen)
-    with dispatch.override(kernel="cute_gemm_nvfp4_sm90_wgmma"), dispatch.recording() as choices:
-        got = ops.gemm_nvfp4(a, b, out_dtype=torch.float32)
-    assert [c.kernel for c in choices] == ["cute_gemm_nvfp4_sm90_wgmma"]
-    decoded = reference.dequant_nvfp4(b, torch.float64)
-    ones = torch.ones(256, dtype=torch.float64, device=device)
-    testing.assert_gemm_close(got.flatten(0, 1), a.flatten(0, 1).double(), decoded, ones)
+    sm90_cases.check_the_op_runs_it(kernel, "cute_gemm_nvfp4_sm90_wgmma", Config(), device)
