@@ -95,7 +95,7 @@ def _table(args: argparse.Namespace) -> int:
     for row in rows:
         time = f"{row['median_us']:9.2f} us" if row["measured"] else f"{row['predicted_us'] or 0:9.2f} us predicted"
         dims = " ".join(f"{k}={v}" for k, v in row["problem"].items())
-        mark = " STALE" if row["stale"] else ""
+        mark = " batch-invariant" * row["invariant"] + " STALE" * row["stale"]
         print(f"{row['op']:18} {dims:60} {time}  {row['kernel']} {_knobs(row['config'])}{mark}")
     return 0
 

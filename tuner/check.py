@@ -131,4 +131,4 @@ def _device_here(device: str | None) -> dict[str, str] | None:
 
 
 def _spelled(entry: Entry) -> str:
-    return " ".join(f"{k}={v}" for k, v in entry.problem.items())
+    return " ".join(f"{k}={v}" for k, v in entry.problem.items()) + " (batch-invariant)" * entry.invariant

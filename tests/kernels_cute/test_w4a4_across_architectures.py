@@ -207,7 +207,7 @@ def test_both_ways_on_a_gpu(m: int, device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_graphs_and_compiled_functions(device: torch.device) -> None:
+def test_opcheck_graphs_and_compiled_functions(device: torch.device) -> None:
     problem = GemmProblem(m=24, n=N, k=K, act="nvfp4", order="fragments_sm90")
     (choice,) = warmup([problem], device)
     assert choice.problem == replace(problem, act="bf16")
@@ -217,6 +217,14 @@ def test_graphs_and_compiled_functions(device: torch.device) -> None:
 
     def call(data: Tensor, alpha: Tensor) -> Tensor:
         return ops.gemm_nvfp4(NVFP4Tensor(data, a.sf, alpha), b)
+
+    right = (b.data, b.sf.view(torch.uint8), b.alpha, "linear", "fragments_sm90", [])
+    left = (a.data, a.sf.view(torch.uint8), a.alpha, "linear")
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.fp4suite.gemm_w4a4.default, (*left, *right, torch.bfloat16), test_utils=checks)
+    own = torch.ones((), device=device)
+    operator = torch.ops.fp4suite.gemm_w4a4_quantize.default
+    torch.library.opcheck(operator, (*left, *right, own, "blocked_128x4"), test_utils=checks)
 
     compiled = torch.compile(call, fullgraph=True)
     assert torch.equal(compiled(a.data, a.alpha), call(a.data, a.alpha))
