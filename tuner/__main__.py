@@ -79,7 +79,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
         out=args.out or results / "tables",
         quiet=args.quiet,
         order=args.order,
-        invariant=None if args.batch_invariant is None else dict(args.batch_invariant),
+        invariant=_wanted(args.batch_invariant),
     )
     report = tune.run(chosen, options)
     print(tune.render(report, SHOWN))
@@ -233,10 +233,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--batch-invariant",
         nargs="*",
-        type=_knob,
-        metavar="KNOB=VALUE",
+        metavar="best|KNOB=VALUE",
         help="entries for batch-invariant mode: all m of a weight sum in the order that is in force, "
-        "or as a config with these knobs does, say split=2",
+        "in the one that loses least over all m (best), or as a config with these knobs does, say split=2",
     )
     tune.add_argument("--storage", help="where trials are kept: a journal file, an RDB URL or grpc://host:port")
     tune.add_argument("--out", type=Path, help="folder for tables, or one .json (default results/tables)")
@@ -273,11 +272,17 @@ def _ints(text: str) -> list[int]:
     return sorted(set(found))
 
 
-def _knob(text: str) -> tuple[str, int]:
-    name, _, value = text.partition("=")
-    if not name.isidentifier() or not value.isdecimal():
-        raise argparse.ArgumentTypeError(f"wanted a knob and a number, such as split=2, got {text!r}")
-    return name, int(value)
+def _wanted(words: list[str] | None) -> Any:
+    """How all m are to sum, as `agreement.Wanted`. Raises ValueError for what is no knob and its value."""
+    if words in (None, []):
+        return None if words is None else "in force"
+    if words == ["best"]:
+        return "best"
+    knobs = [word.partition("=") for word in words or ()]
+    for (name, _, value), word in zip(knobs, words or (), strict=True):
+        if not name.isidentifier() or not value.isdecimal():
+            raise ValueError(f'--batch-invariant takes "best", or knobs and numbers such as split=2, got {word!r}')
+    return {name: int(value) for name, _, value in knobs}
 
 
 def _positive(text: str) -> int:

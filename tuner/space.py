@@ -111,16 +111,17 @@ def _agreeing(whole: Space, agreed: tuple[str, str]) -> Space:
     if not found:
         raise NoKernel(f"{problem.op} ({problem}): no config of {kernel} sums as agreed: {arithmetic}")
     config = registry.config_of(kernel, problem, arithmetic)
-    default = found[0] if config is None else whole.nearest(_as_candidate(kernel, config), list(found))
+    default = found[0] if config is None else whole.nearest(candidate(kernel, config), list(found))
     return dataclasses.replace(whole, candidates=found, default=default, agreed=agreed)
 
 
 def default_of(kernel: str, problem: Problem) -> Candidate:
     """What dispatch runs without a table, as a candidate."""
-    return _as_candidate(kernel, registry.default_config(registry.load(kernel), problem))
+    return candidate(kernel, registry.default_config(registry.load(kernel), problem))
 
 
-def _as_candidate(kernel: str, config: Any) -> Candidate:
+def candidate(kernel: str, config: Any) -> Candidate:
+    """A config as the search spells it."""
     module = registry.load(kernel)
     return Candidate(kernel, tuple((name, getattr(config, name)) for name in module.SPACE))
 

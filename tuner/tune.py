@@ -28,14 +28,13 @@ import optuna
 from tabulate import tabulate
 from tqdm import tqdm
 
-from fp4suite import dispatch, registry, table
+from fp4suite import registry, table
 from fp4suite.built import Resources
-from fp4suite.errors import UnsupportedError
 from fp4suite.layouts import Order
-from fp4suite.problem import GemmProblem, Problem, from_dims
+from fp4suite.problem import GemmProblem, Problem
 from fp4suite.table import Entry
 
-from . import builds, cost_model, provenance, space, stats, worker
+from . import agreement, builds, cost_model, provenance, space, stats, worker
 from .builds import Build
 from .evaluate import DefaultFailed, Measured, Predicted, build_of
 from .rejection import Rejected
@@ -96,8 +95,7 @@ class Options:
     out: Path
     quiet: bool = False
     order: Order | None = None  # of a GEMM's weights; None: as a loader lays them out
-    # for batch-invariant mode if not None: knobs of a config that sums as wanted, or none of them for what is in force
-    invariant: Mapping[str, space.Knob] | None = None
+    invariant: agreement.Wanted | None = None  # for batch-invariant mode: how all m of a weight are to sum
 
 
 @dataclass(slots=True)
@@ -141,31 +139,29 @@ def _tasks(target: Target, options: Options, path: Path, report: Report) -> list
     found: dict[Problem, tuple[list[str], int]] = {}
     for op in options.ops:
         found |= problems(options.configs, op, target, options.m, options.tp, options.order)
+    agreed: dict[Problem, agreement.Agreed] = {}
+    if options.invariant is not None:
+        agreed, refused = agreement.agree(
+            found,
+            target,
+            options.invariant,
+            path,
+            rounds=options.budget.final_rounds,
+            seed=options.seed,
+            deadline=options.deadline,
+        )
+        report.unsupported += refused
+        found = {problem: found[problem] for problem in agreed}
     tasks = []
     for problem, (names, count) in found.items():
         try:
-            agreed = _agreed(problem, target, options, path)
-            if agreed is not None and registry.find(agreed[0]).exact:
-                continue  # any config will do, so the entries for any mode
-            whole = space.of(problem, target.arch, agreed)
-        except (space.NoKernel, UnsupportedError) as e:
+            whole = space.of(problem, target.arch, agreed.get(problem))
+        except space.NoKernel as e:
             report.unsupported.append(f"{target.arch}: {e}")
             continue
         seeds = _seeds(whole, options.budget, _winners(problem, path), measured=target.cuda is not None)
         tasks.append(Task(space=whole, device=target.device, layers=tuple(names), count=count, seeds=seeds))
     return tasks
-
-
-def _agreed(problem: Problem, target: Target, options: Options, path: Path) -> tuple[str, str] | None:
-    """The kernel and arithmetic to tune for batch-invariant mode: as asked for, else as in force."""
-    if options.invariant is None:
-        return None
-    where = dispatch.Target(target.arch, target.device)
-    kernel, arithmetic = dispatch.agreed(problem, where, path if path.exists() else None)
-    if options.invariant:
-        config = registry.make_config(registry.load(kernel), dict(options.invariant))
-        arithmetic = registry.arithmetic(kernel, problem, config) or arithmetic
-    return kernel, arithmetic
 
 
 def _winners(problem: Problem, path: Path) -> list[Candidate]:
@@ -423,20 +419,9 @@ def _keep(path: Path, target: Target, new: list[Entry]) -> None:
 
     changed = [e for e in new if not same(e)]
     if changed:
-        table.merge(path, target.device, target.arch, changed, drop=lambda old: any(_disagree(old, e) for e in changed))
-
-
-def _disagree(old: Entry, new: Entry) -> bool:
-    """Whether both are for batch-invariant mode and one weight, but sum in different ways: the newer one holds."""
-
-    def weight(e: Entry) -> dict[str, Any]:
-        return {k: v for k, v in e.problem.items() if k != "m"}
-
-    def sums(e: Entry) -> tuple[str, str | None]:
-        config = registry.make_config(registry.load(e.kernel), dict(e.config))
-        return e.kernel, registry.arithmetic(e.kernel, from_dims(e.op, e.problem), config)
-
-    return old.invariant and new.invariant and (old.op, weight(old)) == (new.op, weight(new)) and sums(old) != sums(new)
+        table.merge(
+            path, target.device, target.arch, changed, drop=lambda old: any(agreement.disagree(old, e) for e in changed)
+        )
 
 
 def _row(task: Task, entry: Entry, search: Search, target: Target) -> dict[str, Any]:

@@ -145,10 +145,9 @@ def test_batch_invariant_entries_share_one_arithmetic(compiled, config, tmp_path
 
 
 @pytest.mark.parametrize("knob", ["split", "2", "split=two", "=2"])
-def test_knobs_that_are_none(knob, config, capsys):
-    with pytest.raises(SystemExit):
-        main(["tune", "--layers-of", str(config), "--batch-invariant", knob])
-    assert "wanted a knob and a number, such as split=2" in capsys.readouterr().err
+def test_knobs_that_are_none(knob, fake, config, capsys):
+    assert main(["tune", "--layers-of", str(config), "--arch", "sm_90a", "--batch-invariant", knob]) == 1
+    assert f'takes "best", or knobs and numbers such as split=2, got {knob!r}' in capsys.readouterr().err
 
 
 def test_the_table_changes_what_dispatch_chooses(compiled, config, tmp_path, capsys):
@@ -306,6 +305,30 @@ def test_measured_winners_beat_the_default_and_state_their_regret(gpu, config, t
     again, document = measured(capsys, config, tmp_path, "--m", "1,64", "--trials", 60)
     assert again == 0
     assert table.read(tmp_path / "some-gpu.json") == read  # nothing was measured again
+
+
+@pytest.mark.parametrize("fastest", [64, 128])
+def test_the_best_arithmetic_loses_least_over_all_m(fastest, gpu, config, tmp_path, capsys, monkeypatch):
+    """Of those that ordinary winners and defaults have: 64 at a time of the default, 128 of a winner."""
+    monkeypatch.setattr(shapes, "linears", lambda c, tp=1: [shapes.Linear(name="q_a", n=512, k=512, count=1)])
+    monkeypatch.setattr(fake_kernel, "INVARIANT", "64 at a time", raising=False)
+    monkeypatch.setattr(fake_kernel, "arithmetic", lambda p, c: f"{c.tile_k} at a time", raising=False)
+    slow = {"tile_k": 64, "tile_m": 16 if fastest == 128 else 32, "tile_n": 256}
+    quick = {"tile_k": 128, "tile_m": 32 if fastest == 128 else 16, "tile_n": 256 if fastest == 128 else 32}
+    configs = {f"{c['tile_k']} at a time": fake_kernel.Config(**c) for c in (slow, quick)}
+    monkeypatch.setattr(fake_kernel, "in_arithmetic", lambda p, wanted: configs[wanted], raising=False)
+    path = tmp_path / "some-gpu.json"
+    problem = GemmProblem(m=64, n=512, k=512)
+    winner = table.Entry(
+        op="gemm_nvfp4", problem=problem.dims(), kernel="fake_gemm", config={"tile_k": 128}, measured=True,
+        source_hash="now", median_us=1.0,
+    )  # fmt: skip
+    table.merge(path, "some-gpu", "sm_90a", [winner])
+    code, _ = measured(capsys, config, tmp_path, "--m", "1,64", "--trials", 4, "--batch-invariant", "best")
+    assert code == 0
+    entries = [e for e in table.read(path).entries if e.invariant]
+    assert [e.problem["m"] for e in entries] == [1, 64]
+    assert {e.config["tile_k"] for e in entries} == {fastest}
 
 
 def test_where_nothing_is_faster_the_default_stays(gpu, config, tmp_path, capsys, monkeypatch):
