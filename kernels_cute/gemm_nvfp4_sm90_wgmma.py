@@ -4,17 +4,18 @@ Bound: reading the packed weights up to some 64 rows of a, the BF16 tensor cores
 are decoded to BF16 in registers, which is exact: E2M1 x E4M3 has at most six significant bits.
 
 The product is computed as d.T = b @ a.T: 64 weight rows of a warpgroup, from registers, by tile_m tokens, from shared
-memory, with WGMMA or, for 8 or 16 tokens, with each warp's own MMAs, whose sums are the same. b lies in memory in the
+memory, with WGMMA or, for 8 tokens, with each warp's own MMAs, whose sums are the same. b lies in memory in the
 order "fragments_sm90" of `fp4suite.layouts`: what a thread needs of 64 rows x 64 of K is one run of 16 bytes of codes
 and one of 8 bytes of scales, and tiles that follow each other along K are neighbours.
 
     load       one warp: bulk copies of codes and scales, TMA for the tokens, `stages` steps of K ahead, into the next
                tile and, for the weights, before the kernel before this one has ended (see `launch`)
-    multiply   warpgroups: decode one step of 64 rows x 64 of K while WGMMA works on the one before; those side by side
-               along n keep a distance, so that one multiplies while another stores
+    multiply   warpgroups: decode one step of 64 rows x 64 of K while WGMMA works on the one before
     share      CTAs of a cluster, side by side along n, receive the same tokens by multicast
     sums       of a tile are kept by one warpgroup, which stores them by TMA, or are spread over `groups_k` warpgroups
                and `split` CTAs of a cluster, and added through shared memory in a fixed order
+    tail       tiles of a last wave that would fill less than half of the GPU are shared along K by two CTAs each, which
+               swap half of their sums
 """
 
 import functools
@@ -52,8 +53,7 @@ MAX_STAGES = 16
 REGISTERS = 65536  # of an SM
 WIDE = (24, 232, 240)  # registers of a thread that loads, and of one that keeps many sums: with one warpgroup, with two
 STORE_ROWS = 64  # tokens of one store of d
-WARP_TOKENS = 16  # up to so many are multiplied by warps, without WGMMA
-LAG = 128  # elements of K that a warpgroup begins behind the one beside it
+WARP_TOKENS = 8  # up to so many are multiplied by warps, without WGMMA
 SM_COUNT = 132  # of an H100; what a launch on CPU tensors assumes
 UNBIAS = 2.0 ** (126 - SCALE_BIAS)
 
@@ -62,7 +62,8 @@ UNBIAS = 2.0 ** (126 - SCALE_BIAS)
 class Config:
     """tile_m: tokens. groups_n: warpgroups side by side, each with `strips` times 64 weight rows; groups_k: warpgroups
     that take steps of K in turn. tile_k: elements of K a step, `stages` steps in flight (0: as many as fit). share,
-    split: CTAs of a cluster side by side along n, and along K. blocks: CTAs that share an SM.
+    split: CTAs of a cluster side by side along n, and along K. tail: CTAs of a cluster that share a tile of the last
+    wave along K. blocks: CTAs that share an SM.
     """
 
     tile_m: int = 64
@@ -73,6 +74,7 @@ class Config:
     stages: int = 0
     share: int = 1
     split: int = 1
+    tail: int = 1
     blocks: int = 1
 
     @property
@@ -125,6 +127,7 @@ SPACE = {
     "tile_k": (64, 128, 256),
     "share": (1, 2),
     "split": (1, 2, 3, 4),
+    "tail": (1, 2),
     "blocks": (1, 2),
 }
 
@@ -205,12 +208,17 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     steps = problem.k // step
     if steps - (config.split - 1) * -(-steps // config.split) < config.groups_k:
         return f"k={problem.k} leaves too little for the last of {config.split} parts of {config.groups_k} warpgroups"
+    if config.tail > 1:
+        if config.reduces or config.share * config.strips > 1 or config.tile_m not in (128, 256):
+            return f"tail={config.tail} is for one strip of 128 or 256 tokens that CTAs neither split nor share"
+        if steps < config.tail:
+            return f"k={problem.k} is too little for {config.tail} CTAs"
     at_launch = REGISTERS // (config.blocks * config.threads)  # a thread
     if config.wide:
         fits = config.groups * WIDE[1] + WIDE[0] <= REGISTERS // WARPGROUP // config.blocks
         fits = fits and at_launch >= config.tile_m // 2 + 30  # ptxas wants to see room for one MMA
     else:
-        fits = at_launch >= 64 + config.tile_m * config.strips // 2
+        fits = at_launch >= (48 if config.by_warp else 64) + config.tile_m * config.strips // 2
     if not fits:
         return f"blocks={config.blocks}: the registers do not hold the sums of so many CTAs"
     need = shared_bytes(config, problem.out)
@@ -245,11 +253,14 @@ INVARIANT = "one sum in the order of k"
 
 def arithmetic(problem: GemmProblem, config: Config) -> str:
     """In which order an element's products are summed. Stages, strips, share and the tile's size have no part in it."""
+    if config.tail > 1:
+        return f"as tiles of {config.tile_m} x {config.tile_n} fall into the last wave of m={problem.m}"
     if not config.reduces:
         return INVARIANT
     step = config.tile_k * config.paired
-    parts = f"{config.split} parts of {-(-problem.k // (step * config.split)) * step}"
-    return parts if config.groups_k == 1 else f"{parts}, steps of {step} to {config.groups_k} sums by turns"
+    parts = [f"{config.split} parts of {-(-problem.k // (step * config.split)) * step}"] if config.split > 1 else []
+    turns = [f"steps of {step} to {config.groups_k} sums by turns"] if config.groups_k > 1 else []
+    return ", ".join(parts + turns)
 
 
 def in_arithmetic(problem: GemmProblem, wanted: str) -> Config | None:
@@ -315,6 +326,14 @@ def load4(address: Int32, *, loc=None, ip=None):
     asm = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];"
     got = llvm.inline_asm(kind, args, asm, "=f,=f,=f,=f,r", has_side_effects=True, loc=loc, ip=ip)
     return [Float32(llvm.extractvalue(T.f32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
+@dsl_user_op
+def store4(address: Int32, numbers, *, loc=None, ip=None):
+    """Four numbers to shared memory."""
+    args = [x.ir_value(loc=loc, ip=ip) for x in (address, *numbers)]
+    asm = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
+    llvm.inline_asm(None, args, asm, "r,f,f,f,f", has_side_effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -405,10 +424,6 @@ class GemmNvfp4Sm90Wgmma:
         self.columns = 128 * 8 // self.out.width  # and weight rows
         self.halves = TILE // self.columns
         self.units = self.atoms * config.strips  # of a step: 64 rows x 64 of K of a warpgroup
-        self.lag = 0  # passes
-        if config.groups_n > 1 and config.tile_m > STORE_ROWS and not config.reduces:
-            passes = LAG // (config.tile_k * config.paired)
-            self.lag = min(passes, (self.stages - 1) // config.paired // (config.groups_n - 1))
 
     @cute.jit
     def __call__(
@@ -444,11 +459,11 @@ class GemmNvfp4Sm90Wgmma:
         m_tiles, n_groups = cute.ceil_div(m, c.tile_m), cute.ceil_div(n, c.tile_n * c.share)
         clusters = m_tiles * n_groups
         if cutlass.const_expr(c.split == 1):
-            clusters = cutlass.min(clusters, max_clusters)
+            clusters = cutlass.min((clusters + c.tail - 1) // c.tail, max_clusters)
         self.kernel(tma, store, b, sfb, mAlpha, mD, m_tiles, n_groups, k, segment_ends).launch(
-            grid=(c.share, c.split, clusters),
+            grid=(c.share, c.split * c.tail, clusters),
             block=(c.threads, 1, 1),
-            cluster=(c.share, c.split, 1),
+            cluster=(c.share, c.split * c.tail, 1),
             stream=stream,
             min_blocks_per_mp=c.blocks,
             preferred_smem_carveout=100,  # percent
@@ -483,13 +498,9 @@ class GemmNvfp4Sm90Wgmma:
     ):
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
-        _, part, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(tidx // 32)
         passes = k // (c.tile_k * c.paired)  # over K, of a whole tile
-        per_part = (passes + c.split - 1) // c.split
-        first = part * per_part
-        count = cutlass.min(per_part, passes - first)
-        first *= c.paired
+        work = self.work(m_tiles * n_groups, passes)
 
         smem = SmemAllocator()
         barriers = smem.allocate_tensor(Int64, cute.make_layout(BARRIER_BYTES // 8), byte_alignment=1024)
@@ -529,16 +540,49 @@ class GemmNvfp4Sm90Wgmma:
                 cute.arch.setmaxregister_decrease(WIDE[0])
             if warp == 4 * c.groups:
                 tiles = (m_tiles, n_groups)
-                self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, tiles, first, count * c.paired)
+                self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, tiles, work)
             if cutlass.const_expr(c.split > 1):
+                self.meet(True)
+            if work[1] > work[0]:
                 self.meet(True)
         else:
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_increase(WIDE[c.groups])
             ring = (sA, sCodes, sScales, full, empty)
-            self.multiply(ring, store, staging, sums, mAlpha, mD, segment_ends, (m_tiles, n_groups), count, tidx)
-        if cutlass.const_expr(c.split * c.share > 1):
+            self.multiply(ring, store, staging, sums, mAlpha, mD, segment_ends, (m_tiles, n_groups), work, tidx)
+        if cutlass.const_expr(c.split * c.share * c.tail > 1):
             self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
+
+    def work(self, tiles, passes):
+        """Of this CTA: its tiles of which no other CTA of the tail takes a part, all its tiles, the first that is
+        shared, and the passes over K of a tile."""
+        c = self.config
+        _, part, cluster = cute.arch.block_idx()
+        _, _, clusters = cute.arch.grid_dim()
+        if c.tail == 1:
+            alone = (tiles - cluster + clusters - 1) // clusters
+            return alone, alone, tiles, passes
+        ctas = clusters * c.tail
+        shared = tiles % ctas
+        shared *= Int32(shared <= clusters)
+        alone = (tiles - shared - (cluster * c.tail + part) + ctas - 1) // ctas
+        return alone, alone + Int32(cluster < shared), tiles - shared, passes
+
+    def item(self, i, work):
+        """This CTA's tile number i: the tile, its first pass over K and how many."""
+        c, (alone, _, first_shared, passes) = self.config, work
+        _, part, cluster = cute.arch.block_idx()
+        _, _, clusters = cute.arch.grid_dim()
+        if c.tail == 1:
+            per_part = (passes + c.split - 1) // c.split
+            first = part * per_part
+            return cluster + i * clusters, first, cutlass.min(per_part, passes - first)
+        per_part = (passes + c.tail - 1) // c.tail
+        shared = Int32(i >= alone)
+        tile = (cluster + i * clusters) * c.tail + part
+        tile += shared * (first_shared + cluster - tile)
+        first = shared * part * per_part
+        return tile, first, passes - shared * (passes - cutlass.min(per_part, passes - first))
 
     @cute.jit
     def meet(self, cluster: cutlass.Constexpr):
@@ -557,11 +601,10 @@ class GemmNvfp4Sm90Wgmma:
         return band * BAND + within % width, within // width * self.config.share + x
 
     @cute.jit
-    def load(self, tma, b, sfb, n, k, sA, sCodes, sScales, full, empty, tiles, first, count):
+    def load(self, tma, b, sfb, n, k, sA, sCodes, sScales, full, empty, tiles, work):
         """Fill the stages: the tokens of this CTA (or its share of the cluster's), its codes and its scales."""
         c = self.config
-        x, part, tile = cute.arch.block_idx()
-        _, _, clusters = cute.arch.grid_dim()
+        x, part, _ = cute.arch.block_idx()
         gA = cute.flat_divide(tma.tma_tensor, (c.tile_m, c.tile_k))
         tAs, tAg = cpasync.tma_partition(
             tma.atom, x, cute.make_layout(c.share), cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2)
@@ -572,8 +615,10 @@ class GemmNvfp4Sm90Wgmma:
         into = (Int32(sCodes.iterator.toint()), Int32(sScales.iterator.toint()))
 
         # weights do not depend on the kernel before this one
+        tile, first, count = self.item(Int32(0), work)
+        first, count = first * c.paired, count * c.paired  # steps
         m_tile, n_tile = self.place(tile, tiles)
-        early = cutlass.min(count, self.stages)
+        early = cutlass.min(count, self.stages) * Int32(work[1] > 0)
         for i in cutlass.range(early, unroll=1):
             self.load_weights(weights, into, n_tile, first + i, i, full + i)
         cute.arch.griddepcontrol_wait()
@@ -581,7 +626,9 @@ class GemmNvfp4Sm90Wgmma:
             cute.copy(tma.atom, tAg[None, m_tile, first + i], tAs[None, i], tma_bar_ptr=full + i, mcast_mask=mask)
         index = early
         start = early
-        while tile < tiles[0] * tiles[1]:
+        for number in cutlass.range(work[1], unroll=1):
+            tile, first, count = self.item(number, work)
+            first, count = first * c.paired, count * c.paired
             m_tile, n_tile = self.place(tile, tiles)
             for i in cutlass.range(start, count, unroll=1):
                 stage = index % self.stages
@@ -592,7 +639,6 @@ class GemmNvfp4Sm90Wgmma:
                 cute.copy(tma.atom, tAg[None, m_tile, first + i], tAs[None, stage], tma_bar_ptr=bar, mcast_mask=mask)
                 index += 1
             start = Int32(0)
-            tile += clusters
 
     @cute.jit
     def load_weights(self, weights, into, n_tile, step, stage, bar):
@@ -610,8 +656,8 @@ class GemmNvfp4Sm90Wgmma:
                     )
 
     @cute.jit
-    def multiply(self, ring, store, staging, sums, mAlpha, mD, segment_ends, tiles, count, tidx):
-        """Sums of this CTA's tiles (or of its part of K of one), and their way out."""
+    def multiply(self, ring, store, staging, sums, mAlpha, mD, segment_ends, tiles, work, tidx):
+        """Sums of this CTA's tiles (or of its parts of K of them), and their way out."""
         c = self.config
         tiled_mma = hopper_helpers.make_trivial_tiled_mma(
             BFloat16,
@@ -630,37 +676,31 @@ class GemmNvfp4Sm90Wgmma:
         rows = TILE * c.groups_n
         acc = [cute.make_rmem_tensor(tiled_mma.partition_shape_C((rows, c.tile_m)), Float32) for _ in range(c.strips)]
 
-        _, _, tile = cute.arch.block_idx()
-        _, _, clusters = cute.arch.grid_dim()
         base = Int32(0)
-        tell_at = Int32(-1)  # the pass after which the next warpgroup may begin
-        if cutlass.const_expr(self.lag > 0):
-            if group_n > 0:
-                cute.arch.barrier(barrier_id=c.groups_n + group_n, number_of_threads=2 * WARPGROUP)
-            if group_n + 1 < c.groups_n:
-                tell_at = cutlass.min(self.lag, count) - 1
-        while tile < tiles[0] * tiles[1]:
+        for number in cutlass.range(work[1], unroll=1):
+            tile, _, count = self.item(number, work)
             for sum in acc:
                 sum.fill(0.0)
             if cutlass.const_expr(c.by_warp):
                 self.add_by_warp(acc, ring, base, count, group_n, group_k, thread)
             else:
-                self.add_by_warpgroup(tiled_mma, acc, ring, base, count, group_n, group_k, thread, tell_at)
-            tell_at = Int32(-1)
+                self.add_by_warpgroup(tiled_mma, acc, ring, base, count, group_n, group_k, thread)
             base += count * c.paired
 
             m_tile, n_tile = self.place(tile, tiles)
             if cutlass.const_expr(c.reduces):
                 self.put(acc, sums, group_n, group_k, thread)
                 self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
-            else:
-                self.store(acc, store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread)
-            tile += clusters
+            elif number < work[0]:
+                self.store(acc, store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, False)
+            elif cutlass.const_expr(c.tail > 1):
+                self.swap(acc[0], Int32(ring[0].iterator.toint()), group_n, thread)
+                self.store(acc, store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, True)
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
 
     @cute.jit
-    def add_by_warpgroup(self, tiled_mma, acc, ring, base, count, group_n, group_k, thread, tell_at):
+    def add_by_warpgroup(self, tiled_mma, acc, ring, base, count, group_n, group_k, thread):
         """Add the products of this warpgroup's steps of a tile; one unit is decoded while another is multiplied."""
         c, (sA, _, _, full, empty) = self.config, ring
         lane = thread % 32
@@ -694,9 +734,6 @@ class GemmNvfp4Sm90Wgmma:
                     slot, phase = self.advance(slot, phase, (c.groups_k - 1) * c.paired + 1)
                     cute.arch.mbarrier_wait(full + slot, phase)
                     self.decode(ring, slot, group_n, 0, thread, frag[0])
-            if cutlass.const_expr(self.lag > 0):  # noqa: SIM102
-                if i == tell_at:
-                    cute.arch.barrier_arrive(barrier_id=c.groups_n + group_n + 1, number_of_threads=2 * WARPGROUP)
         warpgroup.wait_group(0)
         self.release(empty + slot, lane)
 
@@ -780,8 +817,43 @@ class GemmNvfp4Sm90Wgmma:
         return mAlpha[segment]
 
     @cute.jit
-    def store(self, acc, store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread):
-        """d = sum * alpha, rounded once: 64 weight rows by 64 tokens of a warpgroup to shared memory, then by TMA."""
+    def swap(self, acc, start, group_n, thread):
+        """Of a tile whose K two CTAs have shared, the sums of half of its tokens: the first half for the first CTA."""
+        c = self.config
+        _, part, _ = cute.arch.block_idx()
+        half = c.tile_m // 4  # numbers of half of the tokens in a thread
+        stride = 16 * WARPGROUP
+        start += group_n * half // 4 * stride + 16 * thread
+        cute.arch.barrier(barrier_id=1, number_of_threads=WARPGROUP * c.groups)  # stages are free once all are done
+        for j in cutlass.range_constexpr(half // 4):
+            low, high = ([acc[4 * j + e + half * h] for e in range(4)] for h in range(2))
+            store4(start + j * stride, [high[e] if part == 0 else low[e] for e in range(4)])
+            for e in cutlass.range_constexpr(4):
+                acc[4 * j + e] = low[e] if part == 0 else high[e]
+        self.meet(True)
+        for j in cutlass.range_constexpr(half // 4):
+            got = load_peer4(start + j * stride, 1 - part)
+            for e in cutlass.range_constexpr(4):
+                acc[4 * j + e] += got[e]
+
+    @cute.jit
+    def store(
+        self,
+        acc,
+        store,
+        staging,
+        mAlpha,
+        segment_ends,
+        m_tile,
+        n_tile,
+        group_n,
+        thread,
+        shared: cutlass.Constexpr,
+    ):
+        """d = sum * alpha, rounded once: 64 weight rows by 64 tokens of a warpgroup to shared memory, then by TMA.
+
+        shared: the tile is, with another CTA, and this one has half of its tokens.
+        """
         c = self.config
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         g, q = lane // 4, lane % 4
@@ -793,6 +865,11 @@ class GemmNvfp4Sm90Wgmma:
         start = Int32(staging.iterator.toint())
         chunks = c.tile_m // self.chunk
         odd = c.strips * chunks % 2
+        first_chunk = m_tile * chunks
+        if cutlass.const_expr(shared):
+            _, part, _ = cute.arch.block_idx()
+            chunks //= c.tail
+            first_chunk += part * chunks
         for strip in cutlass.range_constexpr(c.strips):
             block = n_tile * self.blocks_n + strip * c.groups_n + group_n
             row = cutlass.min(block * TILE, segment_ends[-1] - TILE) + 16 * warp + g
@@ -823,7 +900,7 @@ class GemmNvfp4Sm90Wgmma:
                 cute.arch.barrier(barrier_id=1 + group_n, number_of_threads=WARPGROUP)
                 if warp == 0:
                     for h in cutlass.range_constexpr(self.halves):
-                        to = (m_tile * chunks + chunk, block * self.halves + h)
+                        to = (first_chunk + chunk, block * self.halves + h)
                         cute.copy(store.atom, tDs[None, buffer + h], tDg[None, *to])
                     cute.arch.cp_async_bulk_commit_group()
 
@@ -905,7 +982,7 @@ compiled, precompile, build = _HOST.compiled, _HOST.precompile, _HOST.build
 @functools.cache
 def _max_clusters(device: int | None, config: Config) -> int:
     """Clusters that run at a time; device None: on an H100 that is not here."""
-    size = config.share * config.split
+    size = config.share * config.split * config.tail
     if device is None:
         return SM_COUNT * config.blocks // size
     return HardwareInfo(device).get_max_active_clusters(size) * config.blocks

@@ -25,6 +25,7 @@ from fp4suite.problem import (
     DequantProblem,
     GemmProblem,
     Problem,
+    QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
     SwigluQuantizeProblem,
@@ -36,6 +37,7 @@ BYTES_IN_FLIGHT_A_THREAD = 64  # four 16-byte loads, what a Triton kernel of thi
 INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the steps of the algorithms
     DequantProblem.op: 4,
     QuantizeProblem.op: 12,
+    QuantizeFp8Problem.op: 6,
     RmsnormQuantizeProblem.op: 16,
     SwigluQuantizeProblem.op: 30,
 }
@@ -87,7 +89,7 @@ MACHINES = {
         clock_ghz=1.755,
         dram=2880,
         l2=5500,
-        mma_tflops={"bf16": 800, "nvfp4": 800},
+        mma_tflops={"bf16": 800, "nvfp4": 800, "fp8": 1600},
         launch_us=0.98,
         latency_us=0.8,
         l2_bytes=50e6,
@@ -311,7 +313,8 @@ def _wgmma_us(p: GemmProblem, config: Any, machine: Machine) -> float:
     """gemm_nvfp4_sm90_wgmma, by 64 rows x 64 of K at a time.
 
     The constants are fitted to 12,000 timings of it on an H100 (nine weight shapes, m of 1 to 8192, 700 configs): 9 %
-    rms, and the best of the eight configs that rank first is 1.3 % behind the best of all on average.
+    rms, and the best of the eight configs that rank first is 1.3 % behind the best of all on average. For
+    gemm_nvfp4_sm90_fp8 they are estimates: half the cycles of an MMA, more instructions, from counting them in SASS.
     """
     c = config
     cluster, clock = c.share * c.split, 1700.0  # cycles a microsecond under load
@@ -319,17 +322,20 @@ def _wgmma_us(p: GemmProblem, config: Any, machine: Machine) -> float:
     ctas = tiles_m * math.ceil(p.n / (c.tile_n * c.share)) * cluster
     sms = CLUSTER_SMS[cluster]
     resident = min(c.blocks, math.ceil(ctas / sms))
-    rounds = math.ceil(ctas / (sms * c.blocks))
+    rounds: float = math.ceil(ctas / (sms * c.blocks))
     k, tokens = p.k / c.split, min(c.tile_m, p.m)
     units = c.tile_n / 64 * k / 64  # of a CTA and tile
-    mma, chain, issue = 2.0 * c.tile_m, (430 + 0.33 * c.tile_m) / (c.groups * resident), 160.0  # cycles a unit
+    a_bytes, mma_cycles, issue = (2, 2.0, 160.0) if p.act == "bf16" else (1, 1.0, 150 + 0.25 * c.tile_m)
+    mma, chain = mma_cycles * c.tile_m, (430 + 0.33 * c.tile_m) / (c.groups * resident)  # cycles a unit
     compute = units * resident * _norm(mma, chain, issue) / clock
-    ingest = (units * 64 * 64 * NVFP4_BYTES + k * tokens * 2 / c.share) * resident / 150e3
+    ingest = (units * 64 * 64 * NVFP4_BYTES + k * tokens * a_bytes / c.share) * resident / 150e3
     if c.reduces:
         through = c.groups_k * tokens * c.tile_n / 1e4 * (1.5 if c.split > 1 else 1.0)
         leave = 1.5 * through + (1.8 if c.split > 1 else 0.0)
     else:
         leave = 1.75 + 0.3 * tokens * c.tile_n / 1e4
+    if p.act == "bf16" and c.tail > 1 and 0 < ctas % (sms * c.blocks) <= sms * c.blocks // 2:
+        rounds -= 0.5  # what two CTAs swap is about what each does not store
     dram = p.bytes / (0.965 * machine.dram * 1e3)
     return 1.2 + _norm(dram, rounds * _norm(compute, ingest)) + leave * rounds
 
@@ -345,6 +351,7 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     GemmProblem: _gemm,
     DequantProblem: _rows,
     QuantizeProblem: _rows,
+    QuantizeFp8Problem: _rows,
     RmsnormQuantizeProblem: _rows,
     SwigluQuantizeProblem: _rows,
 }
