@@ -21,6 +21,7 @@ from . import provenance, worker
 from .rejection import Rejected
 
 TIMEOUT_S = 180.0
+NOW = -1  # the turn of a build that is waited for
 NO_GPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of a child that only compiles
 
 
@@ -84,22 +85,31 @@ class Ahead:
 
     def __init__(self, jobs: int, timeout: float = TIMEOUT_S) -> None:
         self._pool = worker.Pool(jobs, timeout, NO_GPU)
-        self._begun: dict[str, Future[Rejected | None]] = {}
+        self._begun: dict[str, tuple[Future[Rejected | None], worker.Call]] = {}
 
     def begin(self, build: Build, turn: int) -> "Future[Rejected | None]":
-        """Ends with None once the build is in the cache, or with why it never will be. The lowest turn comes first."""
+        """Ends with None once the build is in the cache, or with why it never will be.
+
+        The lowest turn comes first: NOW for a build that is waited for, from 0 on for those that will be.
+        """
         if not env.keeps_kernels() or not hasattr(registry.load(build.kernel), "precompile"):
             return prepared()
         key = build.key
-        if key not in self._begun:
-            mine: Future[Rejected | None] = Future()
-            self._begun[key] = mine
-            knobs = dataclasses.asdict(build.config)
-            compiled = self._pool.submit(
-                turn, precompile_one, build.kernel, build.problem.op, build.problem.dims(), knobs
-            )
-            compiled.add_done_callback(lambda f: _conclude(mine, f))
-        return self._begun[key]
+        if key in self._begun:
+            mine, call = self._begun[key]
+            if not mine.done():
+                self._pool.hasten(call, turn)
+            return mine
+        mine = Future()
+        knobs = dataclasses.asdict(build.config)
+        call = self._pool.submit(turn, precompile_one, build.kernel, build.problem.op, build.problem.dims(), knobs)
+        self._begun[key] = mine, call
+        call.future.add_done_callback(lambda f: _conclude(mine, f))
+        return mine
+
+    def leave_behind(self, turn: int) -> None:
+        """Builds of turns before this one, from 0 on, are no longer wanted."""
+        self._pool.leave_behind(turn)
 
     def close(self) -> None:
         """End everything that is still being compiled."""

@@ -262,10 +262,12 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
         total=len(tasks) * options.budget.trials, desc=target.device, unit="trial", disable=options.quiet or None
     )
     with bar, contextlib.closing(worker.Worker()) as child, contextlib.closing(builds.Ahead(options.jobs)) as ahead:
+        child.wake()
         for index, task in enumerate(tasks):
             for candidate in task.seeds:
                 _begin(ahead, index, task, candidate)
         for index, task in enumerate(tasks):
+            ahead.leave_behind(index)
             bar.set_postfix_str(f"{task.problem.op} {task.problem}", refresh=True)
             share = (options.deadline - time.monotonic()) / (len(tasks) - index)
             if index == 0:
@@ -277,7 +279,7 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
                     judge,
                     deadline=time.monotonic() + share,
                     after=lambda: _tick(bar),
-                    begin=functools.partial(_begin, ahead, index, task),
+                    begin=functools.partial(_begin, ahead, builds.NOW, task),
                     depth=min(options.jobs + 1, IN_HAND),
                 )
                 bar.update((index + 1) * options.budget.trials - bar.n)

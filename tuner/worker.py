@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -69,6 +70,10 @@ class Worker:
         self._deadline = time.monotonic() + (START_S if fresh else timeout)
         self._outcome = None
         self.pipe.send((function, args))
+
+    def wake(self) -> None:
+        """Start the child before there is a call, so that it imports meanwhile."""
+        self._ensure()
 
     @property
     def pipe(self) -> Connection:
@@ -192,6 +197,14 @@ def run_all(
             worker.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Of a Pool: what its caller waits for, and what a thread of the pool does."""
+
+    future: "Future[Any]"
+    run: Callable[[Worker], None]
+
+
 class Pool:
     """`jobs` children that run calls in the background. Futures end with what the call returned or raised, as `call`'s
     do. Children start when there is something to do.
@@ -200,6 +213,7 @@ class Pool:
     def __init__(self, jobs: int, timeout: float, environment: dict[str, str] | None = None) -> None:
         self._timeout = timeout
         self._closed = False
+        self._past = float("-inf")
         self._order = itertools.count()  # among calls of one turn
         self._waiting: queue.PriorityQueue[tuple[float, int, Callable[[Worker], None] | None]] = queue.PriorityQueue()
         self._workers = [Worker(environment) for _ in range(jobs)]
@@ -207,18 +221,30 @@ class Pool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, turn: float, function: Callable[..., Any], *args: Any) -> "Future[Any]":
+    def submit(self, turn: float, function: Callable[..., Any], *args: Any) -> "Call":
         """Run `function(*args)` in a child; calls of a lower turn come first, then those that were submitted first."""
         future: Future[Any] = Future()
+        begun = threading.Lock()
 
         def run(worker: Worker) -> None:
+            if not begun.acquire(blocking=False):
+                return  # it had another turn as well
             try:
                 future.set_result(worker.call(function, *args, timeout=self._timeout))
             except Exception as e:  # whatever it is, who waits for the future raises it again
                 future.set_exception(e)
 
-        self._waiting.put((turn, next(self._order), run))
-        return future
+        call = Call(future, run)
+        self.hasten(call, turn)
+        return call
+
+    def hasten(self, call: "Call", turn: float) -> None:
+        """Give a call an earlier turn; it is run once. This also brings back one that was left behind."""
+        self._waiting.put((turn, next(self._order), call.run))
+
+    def leave_behind(self, turn: float) -> None:
+        """Do not begin calls of turns between 0 and this one any more; their futures do not end."""
+        self._past = turn
 
     def close(self) -> None:
         """End all children, whatever they do; calls that have not begun never will, and their futures never end."""
@@ -234,8 +260,8 @@ class Pool:
     def _work(self, worker: Worker) -> None:
         try:
             while not self._closed:
-                _, _, run = self._waiting.get()
-                if run is not None and not self._closed:
+                turn, _, run = self._waiting.get()
+                if run is not None and not self._closed and not 0 <= turn < self._past:
                     run(worker)
         finally:
             worker.close()

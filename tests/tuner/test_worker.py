@@ -44,6 +44,11 @@ def test_one_child_serves_many_calls(child):
     assert child.call(pid, timeout=30) == child.call(pid, timeout=30) != os.getpid()
 
 
+def test_a_child_that_was_woken_answers(child):
+    child.wake()
+    assert child.call(add, 1, 2, timeout=30) == 3
+
+
 def test_what_the_function_raises_comes_back(child):
     before = child.call(pid, timeout=30)
     with pytest.raises(worker.RemoteError, match="first line\nsecond line") as e:
@@ -105,8 +110,21 @@ def test_a_background_pool_takes_the_lowest_turn_first(pool, tmp_path):
     told = tmp_path / "told"
     first = pool.submit(0, sleep, 0.5)  # keeps the one child busy while the others are handed in
     late, early, second = (pool.submit(turn, tell, str(told), f"{turn} ") for turn in (2, 1, 2))
-    assert [f.result(60) for f in (first, late, early, second)] == [0.5, None, None, None]
+    assert [c.future.result(60) for c in (first, late, early, second)] == [0.5, None, None, None]
     assert told.read_text() == "1 2 2 "
+
+
+def test_a_call_can_be_hastened_or_left_behind_and_runs_once(pool, tmp_path):
+    told = tmp_path / "told"
+    pool.submit(0, sleep, 0.5)
+    calls = [pool.submit(turn, tell, str(told), f"{turn} ") for turn in (0, 1, 2, 3)]
+    pool.hasten(calls[2], -1)
+    pool.leave_behind(2)
+    assert calls[3].future.result(60) is None
+    assert told.read_text() == "2 3 "  # 2 before its turn and once, 0 and 1 not at all
+    pool.hasten(calls[0], -1)
+    assert calls[0].future.result(60) is None
+    assert told.read_text() == "2 3 0 "
 
 
 def tell(path, text):
@@ -115,24 +133,24 @@ def tell(path, text):
 
 
 def test_a_background_pool_hands_over_what_happened(pool):
-    results = [pool.submit(0, *call) for call in ((add, 1, 2), (fail,), (die, "SIGSEGV"), (add, 3, 4))]
+    results = [pool.submit(0, *call).future for call in ((add, 1, 2), (fail,), (die, "SIGSEGV"), (add, 3, 4))]
     assert (results[0].result(60), results[3].result(60)) == (3, 7)
     assert results[1].exception(60).kind == "ValueError"
     assert results[2].exception(60).reason == "crash"
 
 
 def test_a_background_pool_works_while_its_owner_does_not(pool):
-    assert pool.submit(0, add, 0, 0).result(60) == 0
-    done = pool.submit(0, add, 1, 1)
+    assert pool.submit(0, add, 0, 0).future.result(60) == 0
+    done = pool.submit(0, add, 1, 1).future
     time.sleep(1)
     assert done.done()
 
 
 def test_closing_a_background_pool_ends_what_runs_and_what_waits():
     pool = worker.Pool(2, timeout=600)
-    child = pool.submit(0, pid).result(60)
-    running = [pool.submit(0, sleep, 600) for _ in range(2)]
-    waiting = pool.submit(1, add, 1, 1)
+    child = pool.submit(0, pid).future.result(60)
+    running = [pool.submit(0, sleep, 600).future for _ in range(2)]
+    waiting = pool.submit(1, add, 1, 1).future
     time.sleep(0.2)
     began = time.monotonic()
     pool.close()
