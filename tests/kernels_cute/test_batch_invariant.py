@@ -13,8 +13,8 @@ from fp4suite.problem import GemmProblem
 from kernels_cute import gemm_nvfp4_sm90, gemm_nvfp4_sm90_skinny, gemm_nvfp4_sm90_wgmma, gemm_nvfp4_sm100
 from ptx_emulator import emulate
 
-N, K = 192, 512
-M = (1, 7, 64, 200)
+N, K = 128, 512
+M = (1, 7, 64, 130)
 Wgmma, Rows, Sm100 = gemm_nvfp4_sm90_wgmma.Config, gemm_nvfp4_sm90.Config, gemm_nvfp4_sm100.Config
 
 # kernel, activations and configs of one arithmetic, the one for the largest m last

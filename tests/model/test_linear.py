@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from fp4suite import recording
 from fp4suite.formats import FP8BlockTensor, NVFP4Tensor
 from fp4suite.reference.native import dequant_fp8_block, quantize_fp8_block
 from fp4suite.reference.quant import dequant_nvfp4, quantize_nvfp4
 from model.config import ModelConfig
 from model.linear import Format, Linear, Weight
 from model.transformer import Transformer
+from ptx_emulator import emulate
 from tests.model.oracle import cache_for, random_model, relative_error, run
 
 TINY = ModelConfig.named("tiny")
@@ -80,6 +82,23 @@ def test_w4a4_error_is_that_of_quantised_inputs() -> None:
     model = random_model(TINY, weight_format=modelopt, act_format="nvfp4")
     cache = cache_for(TINY)
     assert run(model, cache, [[(cache.open(), IDS)]])[0].isfinite().all()
+
+
+def test_one_weight_in_memory_serves_both_kinds_of_activations() -> None:
+    """Laid out for Hopper's kernel, run by it in the emulator, W4A16 and W4A4 by turns."""
+    gen = torch.Generator().manual_seed(5)
+    layer, x = Linear(128, 256, "nvfp4"), torch.randn(5, 256, generator=gen).bfloat16()
+    layer.weight = quantize_nvfp4(torch.randn(128, 256, generator=gen))
+    exact = dequant_nvfp4(layer.weight, torch.float32).T
+    with emulate("sm_90a"), recording() as choices:
+        for act, inputs in (("float", x), ("nvfp4", dequant_nvfp4(quantize_nvfp4(x), torch.float32))) * 2:
+            layer.act = act
+            layer.lay_out(None, "cpu")
+            assert layer.order == "fragments_sm90"
+            assert relative_error(layer(x, torch.float32), inputs.float() @ exact) < 1e-5
+    gemms = [c for c in choices if c.op == "gemm_nvfp4"]
+    assert {c.kernel for c in gemms} == {"cute_gemm_nvfp4_sm90_wgmma"}
+    assert ["decoded" in c.reason for c in gemms] == [False, True] * 2
 
 
 def test_bf16_model_runs() -> None:
