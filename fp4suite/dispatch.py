@@ -107,9 +107,7 @@ def choose_for(op: str, problem: Problem | None, target: Target) -> Choice:
     return _choose(op, problem, target, _user_table, env.table_path(), is_batch_invariant())
 
 
-def weight_layout(
-    n: int, k: int, device: torch.device | str, *, act: Act = "bf16", segments: int = 1
-) -> WeightLayout:
+def weight_layout(n: int, k: int, device: torch.device | str, *, act: Act = "bf16", segments: int = 1) -> WeightLayout:
     """How a weight [n, k] had best lie for `gemm_nvfp4` on `device`, under activations in `act`.
 
     The layout that kernels of the device's architecture read, a prepared order before rows, and only one in which every
@@ -165,9 +163,13 @@ def use_table(path: str | Path | None) -> None:
         path = Path(path).resolve()
         table.read(path)
         _user_table = path
-    _index.cache_clear()
-    _choose.cache_clear()
-    _agreed.cache_clear()
+    reread_tables()
+
+
+def reread_tables() -> None:
+    """Forget what tables said: their files may have changed."""
+    for cached in (_index, _choose, _agreed):
+        cached.cache_clear()
 
 
 @contextlib.contextmanager
@@ -352,8 +354,6 @@ def agreed(problem: Problem, target: Target, path: Path | None = None) -> tuple[
 
     Raises UnsupportedError where no kernel has one for every m.
     """
-    _index.cache_clear()
-    _agreed.cache_clear()
     found = _agreed(problem.op, _of_m(problem, 1), target, path, env.table_path())
     if isinstance(found, list):
         raise UnsupportedError(_unsupported(problem.op, problem, target, found))

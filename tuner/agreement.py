@@ -53,6 +53,7 @@ def agree(
     where, asked = dispatch.Target(target.arch, target.device), path if path.exists() else None
     families: dict[tuple[Any, ...], dict[Problem, Agreed]] = {}
     refused = []
+    dispatch.reread_tables()
     for problem in problems:
         try:
             kernel, arithmetic = dispatch.agreed(problem, where, asked)

@@ -114,8 +114,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def _forget() -> None:
-    for cached in (dispatch._choose, dispatch._agreed, dispatch._index, registry.load):
-        cached.cache_clear()
+    dispatch.reread_tables()
+    registry.load.cache_clear()
 
 
 def _entry(m: int, tile: int, parts: int, kernel: str = "any", invariant: bool = False) -> table.Entry:

@@ -50,8 +50,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def _forget() -> None:
-    dispatch._choose.cache_clear()
-    dispatch._index.cache_clear()
+    dispatch.reread_tables()
     registry.load.cache_clear()
 
 
