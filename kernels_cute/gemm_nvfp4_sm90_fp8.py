@@ -53,6 +53,7 @@ from .gemm_nvfp4_sm90_wgmma import (
     _pitch as pitch,
     _store_bytes as store_bytes,
     bulk_load,
+    registers_at_launch,
     rotate_right,
 )
 from .nvfp4 import Host, asked, check_packed, check_stored_rows
@@ -80,6 +81,8 @@ class Config:
 
     tile_k: ClassVar[int] = STEP
     strips: ClassVar[int] = 1
+    paired: ClassVar[int] = 1
+    tail: ClassVar[int] = 1
 
     @property
     def tile_n(self) -> int:
@@ -97,7 +100,7 @@ class Config:
     @property
     def registers(self) -> int:
         """Of a thread that multiplies: sums, those of an MMA, and the rest."""
-        return self.tile_m // 2 + self.tile_m // self.runs // 2 + 48
+        return self.tile_m // 2 + self.tile_m // self.runs // 2 + 32
 
     @property
     def wide(self) -> bool:
@@ -170,12 +173,13 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     steps = problem.k // STEP
     if steps - (config.split - 1) * -(-steps // config.split) < config.groups_k:
         return f"k={problem.k} leaves too little for the last of {config.split} parts of {config.groups_k} warpgroups"
+    at_launch = registers_at_launch(config.blocks * config.threads)
     if config.wide:
         fits = config.groups <= 2
         fits = fits and config.groups * WIDE[config.groups] + WIDE[0] <= REGISTERS // WARPGROUP // config.blocks
-        fits = fits and REGISTERS // (config.blocks * config.threads) >= config.tile_m // config.runs // 2 + 30
+        fits = fits and at_launch >= config.tile_m // config.runs // 2 + 30
     else:
-        fits = config.groups <= 4 and REGISTERS // (config.blocks * config.threads) >= config.registers
+        fits = config.groups <= 4 and at_launch >= config.registers
     if not fits:
         return f"{config.blocks} x {config.groups} warpgroups: the registers do not hold sums of {config.tile_m} tokens"
     need = shared_bytes(config, problem.out)
@@ -383,12 +387,8 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
     ):
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
-        _, part, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(tidx // 32)
-        steps = k // STEP
-        per_part = (steps + c.split - 1) // c.split
-        first = part * per_part
-        count = cutlass.min(per_part, steps - first)
+        work = self.work(m_tiles * n_groups, k // STEP)
 
         smem = SmemAllocator()
         barriers = smem.allocate_tensor(Int64, cute.make_layout(BARRIER_BYTES // 8), byte_alignment=1024)
@@ -428,7 +428,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                 cute.arch.setmaxregister_decrease(WIDE[0])
             if warp == 4 * c.groups:
                 tiles = (m_tiles, n_groups)
-                self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, tiles, first, count)
+                self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, tiles, work)
             if cutlass.const_expr(c.split > 1):
                 self.meet(True)
         else:
@@ -436,7 +436,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                 cute.arch.setmaxregister_increase(WIDE[c.groups])
             ring = (sA, sCodes, sScales, full, empty)
             factors = (mExponent, mScale, mAlpha)
-            self.multiply(ring, store, staging, sums, factors, mD, segment_ends, (m_tiles, n_groups), count, tidx)
+            self.multiply(ring, store, staging, sums, factors, mD, segment_ends, (m_tiles, n_groups), work, tidx)
         if cutlass.const_expr(c.split * c.share > 1):
             self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
 
@@ -471,17 +471,16 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         return mma
 
     @cute.jit
-    def multiply(self, ring, store, staging, sums, factors, mD, segment_ends, tiles, count, tidx):
+    def multiply(self, ring, store, staging, sums, factors, mD, segment_ends, tiles, work, tidx):
         """Sums of this CTA's tiles (or of its part of K of one), and their way out."""
         c, (mExponent, mScale, mAlpha) = self.config, factors
         group = cute.arch.make_warp_uniform(tidx // WARPGROUP)
         group_n, group_k = group % c.groups_n, group // c.groups_n
         thread = tidx % WARPGROUP
         acc = cute.make_rmem_tensor(c.tile_m // 2, Float32)
-        _, _, tile = cute.arch.block_idx()
-        _, _, clusters = cute.arch.grid_dim()
         base = Int32(0)
-        while tile < tiles[0] * tiles[1]:
+        for number in cutlass.range(work[1], unroll=1):
+            tile, _, count = self.item(number, work)
             m_tile, n_tile = self.place(tile, tiles)
             block = cutlass.min(n_tile * self.blocks_n + group_n, segment_ends[-1] // TILE - 1)
             row = block * TILE + thread // 32 * 16 + thread % 32 // 4
@@ -494,8 +493,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                 self.put([acc], sums, group_n, group_k, thread)
                 self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
             else:
-                self.store([acc], store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread)
-            tile += clusters
+                self.store([acc], store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, False)
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
 

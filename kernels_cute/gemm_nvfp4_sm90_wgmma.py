@@ -180,6 +180,12 @@ def shared_bytes(config: Config, out: str) -> int:
     return BARRIER_BYTES + (max(stages, store) if config.split > 1 else stages + store)
 
 
+def registers_at_launch(threads: int) -> int:
+    """Of a thread, if so many are to share an SM: each quarter of it has a quarter of the registers."""
+    warps = -(-threads // 128)
+    return REGISTERS // 4 // (32 * warps) // 8 * 8
+
+
 def supports(problem: GemmProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
     if problem.act != "bf16":
@@ -213,7 +219,7 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
             return f"tail={config.tail} is for one strip of 128 or 256 tokens that CTAs neither split nor share"
         if steps < config.tail:
             return f"k={problem.k} is too little for {config.tail} CTAs"
-    at_launch = REGISTERS // (config.blocks * config.threads)  # a thread
+    at_launch = registers_at_launch(config.blocks * config.threads)
     if config.wide:
         fits = config.groups * WIDE[1] + WIDE[0] <= REGISTERS // WARPGROUP // config.blocks
         fits = fits and at_launch >= config.tile_m // 2 + 30  # ptxas wants to see room for one MMA

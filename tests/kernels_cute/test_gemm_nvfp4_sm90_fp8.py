@@ -23,8 +23,8 @@ WIDE = Config(tile_m=256)
 CONFIGS = [
     SMALL,
     Config(tile_m=32, groups_n=1, stages=3, share=2),
-    Config(tile_m=64, groups_n=4, stages=2),
-    Config(tile_m=64, groups_n=2, groups_k=2, stages=4, split=2, share=2),
+    Config(tile_m=32, groups_n=4, stages=2),
+    Config(tile_m=32, groups_n=2, groups_k=2, stages=4, split=2, share=2),
     Config(tile_m=128, groups_n=1, groups_k=2, stages=4, split=2),
     Config(tile_m=128, groups_n=2, stages=3, share=2),
     Config(tile_m=128, groups_n=1, stages=2, blocks=2),
@@ -303,7 +303,7 @@ def test_sums_depend_on_neither_tile_nor_other_rows(device):
     b = testing.random_nvfp4(256, 2048, gen, adversarial=True)
     a = activations((300, 2048), gen)
     whole = _gemm(a, b, WIDE)
-    for config in (Config(tile_m=16), Config(tile_m=64, groups_n=4), Config(tile_m=192, share=2)):
+    for config in (Config(tile_m=16), Config(tile_m=32, groups_n=4), Config(tile_m=192, share=2)):
         assert torch.equal(_gemm(a, b, config), whole)
         assert torch.equal(_gemm(replace(a, data=a.data[7:8], scale=a.scale[7:8]), b, config), whole[7:8])
 
