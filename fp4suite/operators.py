@@ -195,14 +195,22 @@ def _gemm(a: Tensor | NVFP4Tensor, b: NVFP4Tensor, segments: list[int], dtype: t
     out = torch.empty(*lead, n, dtype=dtype, device=b.device)
     if m:
         module = choice.module
-        if isinstance(a, NVFP4Tensor) and choice.problem != problem:  # exact, and alpha is what it was
-            b = replace(b, alpha=b.alpha * a.alpha)
-            a = _dequant_nvfp4(a.data, a.sf.view(torch.uint8), torch.ones_like(a.alpha), a.sf_layout, torch.bfloat16)
+        if isinstance(a, NVFP4Tensor) and choice.problem != problem:
+            a, b = decoded(a, b)
         b = b.with_sf_layout(module.SF_LAYOUT)
         a = a.with_sf_layout(module.SF_LAYOUT) if isinstance(a, NVFP4Tensor) else a.reshape(m, k).contiguous()
         with _on(b.device):
             module.launch(a, b, runs, out.view(m, n), choice.config)
     return out
+
+
+def decoded(a: NVFP4Tensor, b: NVFP4Tensor) -> tuple[Tensor, NVFP4Tensor]:
+    """What a W4A16 kernel takes for the product of a and b: codes times block scales of a in BF16, exactly, and b under
+    the product of both alphas, rounded as the reference has it.
+    """
+    one = torch.ones_like(a.alpha)
+    x = _dequant_nvfp4(a.data, a.sf.view(torch.uint8), one, a.sf_layout, torch.bfloat16)
+    return x, replace(b, alpha=b.alpha * a.alpha)
 
 
 def _reference_gemm(

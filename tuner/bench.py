@@ -193,8 +193,9 @@ def _roofs(target: Target) -> Roofs:
 def _measured(target: Target, problem: Problem, choice: dispatch.Choice, roofs: Roofs, rounds: int, seed: int) -> Row:
     assert target.cuda is not None
     bench = measure.Bench(problem, target.cuda, seed)
+    record = bench.record if choice.problem == problem else bench.record_decoded
     timed = [
-        bench.record(choice.kernel, choice.config),
+        record(choice.kernel, choice.config),
         bench.record_baseline(),
     ]
     times = bench.rounds(timed, rounds)
@@ -208,6 +209,10 @@ def _measured(target: Target, problem: Problem, choice: dispatch.Choice, roofs: 
 
 
 def _predicted(target: Target, problem: Problem, choice: dispatch.Choice) -> Row:
+    if choice.problem is not None and choice.problem != problem:
+        raise ValueError(
+            f"{problem.op} ({problem}) is {choice.reason}: there is no model of both; on a GPU it is measured"
+        )
     us = cost_model.predict_us(problem, choice.config, target.arch)
     return {
         **_row(target, problem, choice, stats.Summary(us, us, us), _roofs(target)),

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from fp4suite import problem as problems, registry, testing
+from fp4suite.operators import decoded
 from fp4suite.problem import Problem
 from fp4suite.testing import Case
 
@@ -136,6 +137,23 @@ class Bench(Timer):
         timed = self.capture(f"{kernel} {config}", lambda case: case.launch(module, config))
         if check:
             self._check_replay(timed)
+        return timed
+
+    def record_decoded(self, kernel: str, config: Any) -> Timed:
+        """As `record`, of a W4A16 kernel on NVFP4 activations, which are decoded first: that counts."""
+        module = registry.load(kernel)
+
+        def launch(case: Case) -> None:
+            a, b, segments = case.laid_out(module)
+            module.launch(*decoded(a, b), segments, case.out, config)
+
+        for case in self.cases[:CHECKED_SETS]:
+            case.poison()
+            launch(case)
+            torch.cuda.synchronize(self.device)
+            case.check()
+        timed = self.capture(f"decoded, {kernel} {config}", launch)
+        self._check_replay(timed)
         return timed
 
     def record_baseline(self) -> Timed:
