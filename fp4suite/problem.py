@@ -13,6 +13,7 @@ from .layouts import Order, blocked_128x4_bytes
 Rule = Literal["absmax", "mse", "modelopt_weight"]
 RULES: tuple[Rule, ...] = ("absmax", "mse", "modelopt_weight")
 Act = Literal["bf16", "nvfp4", "fp8"]  # the format of a GEMM's activations
+ACTS: tuple[Act, ...] = ("bf16", "nvfp4", "fp8")
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from fp4suite import arch as archs
 from fp4suite.errors import UnsupportedError
 from fp4suite.layouts import ORDERS
-from fp4suite.problem import PROBLEMS, GemmProblem
+from fp4suite.problem import ACTS, PROBLEMS, GemmProblem
 
 from . import provenance, worker
 
@@ -79,6 +79,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
         out=args.out or results / "tables",
         quiet=args.quiet,
         order=args.order,
+        act=args.act,
         invariant=_wanted(args.batch_invariant),
     )
     report = tune.run(chosen, options)
@@ -126,6 +127,7 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, An
         seed=args.seed,
         quiet=args.quiet,
         order=args.order,
+        act=args.act,
     )
     print(bench.render(rows))
     return 0, {"files": [str(p) for p in paths], "rows": rows}
@@ -142,6 +144,7 @@ def _bench_peers(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         peers=peers.check_names([] if args.peers == "all" else args.peers.split(",")),
         layers=args.layers.split(",") if args.layers else (),
         order=args.order,
+        act=args.act,
         tp=args.tp,
         seconds=args.seconds,
         jobs=args.jobs or _cores(),
@@ -216,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--m", type=_ints, metavar="1,16,...", help="numbers of tokens")
         sub.add_argument("--tp", type=int, default=1, help="tensor parallel ranks (default 1)")
         sub.add_argument("--order", choices=ORDERS, help="of a GEMM's weights (default: as a loader lays them out)")
+        sub.add_argument("--act", choices=ACTS, help="of a GEMM's activations (default: what the architecture runs)")
         sub.add_argument("--arch", choices=archs.GPU_ARCHS, help="one architecture; predicted unless its GPU is here")
         sub.add_argument("--device", metavar="cuda:N", help="the GPU to measure on (default cuda:0 if there is one)")
         sub.add_argument("--seed", type=int, default=0)

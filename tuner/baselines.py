@@ -6,11 +6,12 @@ from dataclasses import replace
 import torch
 
 from fp4suite import reference
-from fp4suite.formats import NVFP4Tensor
+from fp4suite.formats import FP8RowTensor, NVFP4Tensor
 from fp4suite.problem import (
     DequantProblem,
     GemmProblem,
     Problem,
+    QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
     SwigluQuantizeProblem,
@@ -40,7 +41,10 @@ def function(problem: Problem) -> Callable[[Case], object]:
 
 def _gemm(case: Case) -> Callable[[], object]:
     a, b, _ = case.operands
-    a16 = _bf16(a) if isinstance(a, NVFP4Tensor) else a
+    if isinstance(a, FP8RowTensor):
+        a16 = reference.dequant_fp8(a, torch.bfloat16)
+    else:
+        a16 = _bf16(a) if isinstance(a, NVFP4Tensor) else a
     b16 = _bf16(b)
     out = torch.empty(a16.shape[0], b16.shape[0], dtype=torch.bfloat16, device=b16.device)
     return lambda: torch.matmul(a16, b16.T, out=out)
@@ -56,6 +60,8 @@ def _eager(case: Case) -> Callable[[], object]:
     if isinstance(p, DequantProblem):
         dtype = case.out.dtype
         return lambda: reference.dequant_nvfp4(x[0], dtype)
+    if isinstance(p, QuantizeFp8Problem):
+        return lambda: reference.quantize_fp8(x[0])
     if isinstance(p, QuantizeProblem):
         return lambda: reference.quantize_nvfp4(x[0], alpha=x[1], sf_layout=p.sf_layout, rule=p.rule)
     if isinstance(p, RmsnormQuantizeProblem):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fp4suite import dispatch
 from fp4suite.errors import UnsupportedError
 from fp4suite.layouts import Order
-from fp4suite.problem import GemmProblem, Problem
+from fp4suite.problem import Act, GemmProblem, Problem
 
 from . import baselines, cost_model, measure, provenance, stats
 from .targets import Target, problems
@@ -67,9 +67,10 @@ class Roofs:
         """The roof's name with its rate, and the microseconds it allows."""
         kind, rate = ("read", self.read) if isinstance(problem, GemmProblem) else ("copy", self.copy)
         memory_us = problem.bytes / rate / 1e3
-        mma_us = problem.flops / self.mma / 1e6 if isinstance(problem, GemmProblem) else 0.0
-        if mma_us > memory_us:
-            return f"mma {self.mma:.0f} TFLOP/s", mma_us
+        if isinstance(problem, GemmProblem):
+            mma = self.mma * (2 if problem.act == "fp8" else 1)  # FP8 tensor cores are twice as fast as those for BF16
+            if (mma_us := problem.flops / mma / 1e6) > memory_us:
+                return f"mma {mma:.0f} TFLOP/s", mma_us
         return f"{kind} {rate:.0f} GB/s", memory_us
 
 
@@ -85,6 +86,7 @@ def run(
     seed: int,
     quiet: bool,
     order: Order | None = None,
+    act: Act | None = None,
 ) -> tuple[list[Path], list[Row]]:
     """Time (or predict) every problem on every target; returns the files written and the new rows."""
     paths: list[Path] = []
@@ -92,7 +94,7 @@ def run(
     for target in targets:
         roofs = _roofs(target)
         for op in ops:
-            found = problems(configs, op, target, m or DEFAULT_M, tp, order)
+            found = problems(configs, op, target, m or DEFAULT_M, tp, order, act)
             mine = []
             bar = tqdm(found.items(), desc=f"{target.device} {op}", unit="row", disable=quiet or None)
             for problem, (layers, calls) in bar:
@@ -242,7 +244,7 @@ def _row(target: Target, problem: Problem, choice: dispatch.Choice, time: stats.
         "tflop_per_s": round(problem.flops / time.median_us / 1e6, 3),
         "gb_per_s": round(problem.bytes / time.median_us / 1e3, 1),
         "roof": roof,
-        "share_of_roof": round(roof_us / time.median_us, 4),
+        "share_of_roof": round(roof_us / time.median_us, 6),
         "versions": " ".join(f"{k}={v}" for k, v in provenance.versions().items()),
         "commit": provenance.commit(),
         "date": provenance.today(),

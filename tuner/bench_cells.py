@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4suite import problem as problems, registry, testing
-from fp4suite.formats import BLOCK, NVFP4Tensor, WeightLayout
+from fp4suite import ops, problem as problems, reference, registry, testing
+from fp4suite.formats import BLOCK, FP8RowTensor, NVFP4Tensor, WeightLayout
 from fp4suite.problem import GemmProblem, nvfp4_bytes
 from fp4suite.reference.quant import scaled_codes
 
@@ -61,8 +61,8 @@ class Shape:
             self._layers[peer.name] = [peer.prepare(w, ALPHA) for w in self.weights]
         return self._layers[peer.name]
 
-    def own(self, module: Any) -> list[NVFP4Tensor]:
-        """The weights as a kernel of ours reads them."""
+    def own(self, module: Any, act: str) -> list[NVFP4Tensor]:
+        """The weights as a kernel of ours reads them beside activations in `act`."""
         layout = registry.weight_layout(module)
         if layout not in self._own:
             alpha = self.weights[0].alpha
@@ -70,6 +70,8 @@ class Shape:
                 alpha = alpha.repeat(len(self.segments))
             plain = [NVFP4Tensor(w.data, w.sf, alpha) for w in self.weights]
             self._own[layout] = [w.with_order(layout.order).with_sf_layout(layout.sf_layout) for w in plain]
+        if act == "fp8":
+            self._own[layout] = [w if w.row_exponent is not None else w.prepare_fp8() for w in self._own[layout]]
         return self._own[layout]
 
     def decoded(self, copy: int) -> Tensor:
@@ -101,10 +103,12 @@ class Cell:
         dtype = testing.TORCH_DTYPES[self.problem.out]
         segments = self.shape.segments if len(self.shape.segments) > 1 else None
         launches: list[Launch] = []
-        for x, b in zip(self.x, self.shape.own(module), strict=True):
+        fp8 = self.problem.act == "fp8"
+        for x, b in zip(self.x, self.shape.own(module, self.problem.act), strict=True):
             out = torch.full((self.problem.m, self.problem.n), torch.nan, dtype=dtype, device=x.device)
-            launches.append(partial(_launch_own, module, x, b, segments, out, config))
-        return self._record(OWN, launches, self._check_exactly)
+            a = ops.quantize_fp8(x) if fp8 else x  # once, whatever number of weights it is multiplied by
+            launches.append(partial(_launch_own, module, a, b, segments, out, config))
+        return self._record(OWN, launches, self._check_fp8 if fp8 else self._check_exactly)
 
     def record(self, peer: peers.Peer) -> float:
         launches = [layer(x) for layer, x in zip(self.shape.layers(peer), self.x, strict=True)]
@@ -169,6 +173,16 @@ class Cell:
         testing.assert_gemm_close(got[self.rows], a, self.shape.decoded(copy), alpha)
         return self._check(copy, got)
 
+    def _check_fp8(self, copy: int, got: Tensor) -> float:
+        """Ours from FP8: as close to the product of its own operands as its sums are; the error against the product."""
+        want, scale, _ = self._reference(copy)
+        rows = reference.quantize_fp8(self.x[copy][self.rows])
+        weight = reference.dequant_fp8_weight(self.shape.weights[copy].prepare_fp8(), torch.float64)
+        alpha = torch.full((self.shape.n,), ALPHA, dtype=torch.float64, device=got.device)
+        testing.assert_fp8_gemm_close(got[self.rows], reference.dequant_fp8(rows, torch.float64), weight, alpha)
+        off = (got[self.rows].double() - want) / scale
+        return float(off[scale > 0].square().mean().sqrt())
+
     def _check_size(self, copy: int, got: Tensor) -> float:
         if got.shape != (self.problem.m, self.problem.n):
             raise AssertionError(f"result is {list(got.shape)}, want {[self.problem.m, self.problem.n]}")
@@ -187,7 +201,9 @@ class Cell:
             torch.cuda.synchronize(self.shape.device)
 
 
-def _launch_own(module: Any, x: Tensor, b: NVFP4Tensor, segments: Any, out: Tensor, config: Any) -> Tensor:
+def _launch_own(
+    module: Any, x: Tensor | FP8RowTensor, b: NVFP4Tensor, segments: Any, out: Tensor, config: Any
+) -> Tensor:
     module.launch(x, b, segments, out, config)
     return out
 

@@ -23,13 +23,13 @@ from tqdm import tqdm
 from fp4suite import dispatch
 from fp4suite.errors import UnsupportedError
 from fp4suite.layouts import Order
-from fp4suite.problem import GemmProblem, nvfp4_bytes
+from fp4suite.problem import Act, GemmProblem, nvfp4_bytes
 
 from . import bench_cells, peers_rows, provenance, stats, worker
 from .bench import Roofs, Row
 from .bench_cells import OWN, READ
 from .peers import PEERS
-from .peers_rows import ROOFS, SUFFIX
+from .peers_rows import ROOFS
 from .targets import Target, problems
 
 DEFAULT_M = (1, 4, 16, 32, 64, 128, 256, 512, 2048, 8192)
@@ -59,12 +59,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """peers: names that are asked for. layers: "q_b" or "pro.q_b", none for all. order: see `targets.problems`."""
+    """peers: names that are asked for. layers: "q_b" or "pro.q_b", none for all. order, act: see `targets.problems`."""
 
     m: Sequence[int]
     peers: Sequence[str]
     layers: Sequence[str] = ()
     order: Order | None = None
+    act: Act | None = None
     tp: int = 1
     seconds: float = SECONDS
     jobs: int = 1
@@ -92,11 +93,14 @@ def run(
     start: Callable[[], Any] = worker.Worker,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Time all cells; rows go to out/<device>/gemm_nvfp4-peers.csv. Raises ValueError where there is no GPU."""
+    """Time all cells; rows go to out/<device>/gemm_nvfp4-peers.csv, or gemm_nvfp4-fp8-peers.csv with act="fp8".
+
+    Raises ValueError where there is no GPU.
+    """
     if target.cuda is None:
         raise ValueError(f"--peers measures on a GPU; for {target.arch} there is none here")
     began = time.monotonic()
-    outcome = Outcome(out / target.device / f"{GemmProblem.op}{SUFFIX}.csv", absent=_absent(options.peers, say))
+    outcome = Outcome(out / target.device / f"{peers_rows.stem(options.act)}.csv", absent=_absent(options.peers, say))
     todo = cells(target, configs, options, say)
     if options.resume and outcome.path.exists():
         kept = {row["problem"]: row for row in peers_rows.load(outcome.path) if row["commit"] == provenance.commit()}
@@ -137,9 +141,10 @@ def cells(
     """
     found: list[Cell] = []
     known: set[str] = set()
-    for problem, (layers, _) in problems(configs, GemmProblem.op, target, options.m, options.tp, options.order).items():
+    found_problems = problems(configs, GemmProblem.op, target, options.m, options.tp, options.order, options.act)
+    for problem, (layers, _) in found_problems.items():
         assert isinstance(problem, GemmProblem)
-        if problem.act != "bf16":
+        if problem.act not in ("bf16", "fp8"):
             raise ValueError(f"--peers compares BF16 activations; on {target.arch} the GEMM takes {problem.act}")
         names = {part for name in layers for part in (name, name.partition(".")[2])}
         known |= names

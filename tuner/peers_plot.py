@@ -28,7 +28,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             mine = [name.partition(".")[2] for name in r["layers"].split() if name.startswith(f"{model}.")]
             if mine:
                 panels.setdefault((r["n"], r["k"], ", ".join(mine)), []).append(r)
-        path = folder / f"{rows[0]['device']}-{rows[0]['op']}{peers_rows.SUFFIX}-{model}.png"
+        stem = peers_rows.stem("fp8" if peers_rows.is_fp8(rows) else None)
+        path = folder / f"{rows[0]['device']}-{stem}-{model}.png"
         bench.replace_file(path, _figure(model, panels))
         paths.append(path)
     return paths

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fp4suite.problem import GemmProblem
+
 from . import bench
 from .bench import Row
 from .bench_cells import EMPTY, FP8, OWN, READ
@@ -29,7 +31,19 @@ class Group:
         return f"m = {self.first}..{self.last}"
 
 
-GROUPS = (Group(1, 64, 1.2, 1.0), Group(65, 512, 1.1, 0.97), Group(513, 16384, 1.0, 0.95))
+GROUPS: tuple[Group, ...] = (Group(1, 64, 1.2, 1.0), Group(65, 512, 1.1, 0.97), Group(513, 16384, 1.0, 0.95))
+
+
+FP8_GROUPS = (Group(129, 512, 1.2, 1.0), Group(513, 16384, 1.4, 1.0))  # of act="fp8"
+
+
+def stem(act: str | None) -> str:
+    """Of the file that rows of a run go to, and of its plots."""
+    return f"{GemmProblem.op}{'-fp8' if act == 'fp8' else ''}{SUFFIX}"
+
+
+def is_fp8(rows: Sequence[Row]) -> bool:
+    return any("act=fp8" in r.get("problem", "") for r in rows)
 
 
 def columns() -> tuple[str, ...]:
@@ -144,7 +158,7 @@ def summary(rows: Sequence[Row]) -> str:
     from tabulate import tabulate
 
     lines: list[list[object]] = []
-    for g in GROUPS:
+    for g in FP8_GROUPS if is_fp8(rows) else GROUPS:
         mine = [r for r in rows if g.first <= r["m"] <= g.last]
         known = [r for r in mine if r["ratio"] is not None]
         if not mine:

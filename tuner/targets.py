@@ -11,7 +11,7 @@ import torch
 from fp4suite import arch as archs, dispatch, shapes
 from fp4suite.formats import WeightLayout
 from fp4suite.layouts import Order
-from fp4suite.problem import PROBLEMS, GemmProblem, Problem
+from fp4suite.problem import PROBLEMS, Act, GemmProblem, Problem
 
 from . import measure, worker
 
@@ -78,15 +78,18 @@ def problems(
     m: Sequence[int],
     tp: int,
     order: Order | None = None,
+    act: Act | None = None,
 ) -> dict[Problem, tuple[list[str], int]]:
     """Each problem of an op once, with the layers ("pro.q_b") of all models that have it and the calls of a pass each.
 
-    Weights of a GEMM lie in `order` if they can; by default as a loader lays them out (`dispatch.weight_layout`).
+    Weights of a GEMM lie in `order` if they can; by default as a loader lays them out (`dispatch.weight_layout`). act:
+    format of a GEMM's activations, by default what the architecture runs.
     """
     joined: dict[Problem, tuple[list[str], int]] = {}
     for model, config in configs.items():
         for p in shapes.problems(config, op, arch=target.arch, m=m, tp=tp):
-            problem = _laid_out(p.problem, target, order)
+            asked = replace(p.problem, act=act) if act is not None and isinstance(p.problem, GemmProblem) else p.problem
+            problem = _laid_out(asked, target, order)
             names, calls = joined.get(problem, ([], 0))
             joined[problem] = (names + [f"{model}.{name}" for name in p.layers], calls + p.count)
     return joined

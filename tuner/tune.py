@@ -31,7 +31,7 @@ from tqdm import tqdm
 from fp4suite import registry, table
 from fp4suite.built import Resources
 from fp4suite.layouts import Order
-from fp4suite.problem import GemmProblem, Problem
+from fp4suite.problem import Act, GemmProblem, Problem
 from fp4suite.table import Entry
 
 from . import agreement, builds, cost_model, provenance, space, stats, worker
@@ -95,6 +95,7 @@ class Options:
     out: Path
     quiet: bool = False
     order: Order | None = None  # of a GEMM's weights; None: as a loader lays them out
+    act: Act | None = None  # of a GEMM's activations; None: what the architecture runs
     invariant: agreement.Wanted | None = None  # for batch-invariant mode: how all m of a weight are to sum
 
 
@@ -138,7 +139,7 @@ def _tasks(target: Target, options: Options, path: Path, report: Report) -> list
     """One task a problem, whichever and however many of the models have it."""
     found: dict[Problem, tuple[list[str], int]] = {}
     for op in options.ops:
-        found |= problems(options.configs, op, target, options.m, options.tp, options.order)
+        found |= problems(options.configs, op, target, options.m, options.tp, options.order, options.act)
     agreed: dict[Problem, agreement.Agreed] = {}
     if options.invariant is not None:
         agreed, refused = agreement.agree(

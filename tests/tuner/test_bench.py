@@ -28,6 +28,14 @@ def test_without_a_gpu_every_row_is_marked_predicted(rows, tmp_path):
     assert not list((tmp_path / "bench").glob("*.csv"))
 
 
+def test_act_is_of_the_activations(tmp_path, capsys):
+    arguments = ["bench", "--layers-of", "flash", "--arch", "sm_90a", "--m", "2048", "--act", "fp8"]
+    assert main([*arguments, "--op", "gemm_nvfp4", "--out", str(tmp_path), "--quiet", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert {r["kernel"] for r in found} == {"cute_gemm_nvfp4_sm90_fp8"}
+    assert all("act=fp8" in r["problem"] and "order=fragments_sm90" in r["problem"] for r in found)
+
+
 def test_rows_stand_alone_and_come_back_from_the_file(rows, tmp_path):
     path = tmp_path / "bench" / "predicted" / "sm_100a" / "gemm_nvfp4.csv"
     loaded = bench.load(path)

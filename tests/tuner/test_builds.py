@@ -7,7 +7,7 @@ import pytest
 
 from fp4suite import problem as problems, registry
 from fp4suite.built import Resources
-from fp4suite.problem import PROBLEMS, GemmProblem, QuantizeProblem
+from fp4suite.problem import PROBLEMS, Act, GemmProblem, QuantizeProblem
 from tuner import builds, provenance, worker
 from tuner.builds import Build
 from tuner.rejection import Rejected
@@ -115,10 +115,10 @@ def test_binaries_of_one_key_are_equal(row):
     module = registry.load(row.name)
     config = module.Config()
     if row.op == "gemm_nvfp4":
-        act = "nvfp4" if arch == "sm_100a" else "bf16"
+        acts: tuple[Act, ...] = ("nvfp4",) if arch == "sm_100a" else ("bf16", "fp8")
         shapes = ((1, 128, 2048), (13, 128, 2048), (4096, 128, 256), (40, 7168, 2048))
         order = registry.weight_layout(module).order
-        several = [GemmProblem(m=m, n=n, k=k, act=act, order=order) for m, n, k in shapes]
+        several = [GemmProblem(m=m, n=n, k=k, act=act, order=order) for act in acts for m, n, k in shapes]
     else:
         kind = PROBLEMS[row.op]
         several = [kind(m=m, k=k) for m, k in ((1, 1024), (77, 1024), (64, 5120), (4096, 7168))]
