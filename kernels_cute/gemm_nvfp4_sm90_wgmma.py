@@ -282,7 +282,7 @@ def in_arithmetic(problem: GemmProblem, wanted: str) -> Config | None:
         alone = [Config(tile_m=tile_m, groups_n=1 if tiles <= 3 * SM_COUNT else 2, tile_k=128)]
     parts = itertools.product(
         alone,
-        sorted({tile_m, min(tile_m, 128), min(tile_m, STORE_ROWS)}, reverse=True),
+        sorted(SPACE["tile_m"], key=lambda t: (t > tile_m, abs(t - tile_m))),
         (alone[0].tile_k, *SPACE["tile_k"]),
         SPACE["groups_k"],
         SPACE["split"],
