@@ -61,6 +61,7 @@ from .nvfp4 import Host, asked, check_packed, check_stored_rows
 SF_LAYOUT: SfLayout = "linear"
 WEIGHT_ORDER: Order = "fragments_sm90"
 STEP = 128  # elements of K that are summed by the MMA alone
+FIRST_TURN = 8  # of the named barriers
 MMA_TOKENS = 128  # at most, of one MMA: its sums and those that they are added to take half the registers each
 
 
@@ -68,7 +69,8 @@ MMA_TOKENS = 128  # at most, of one MMA: its sums and those that they are added 
 class Config:
     """tile_m: tokens. groups_n: warpgroups side by side, each with 64 weight rows; groups_k: warpgroups that take steps
     of 128 of K in turn. stages: steps in flight (0: as many as fit). share, split: CTAs of a cluster side by side along
-    n, and along K. blocks: CTAs that share an SM.
+    n, and along K. blocks: CTAs that share an SM. in_turn: warpgroups side by side issue MMAs one after the other, so
+    that one adds up while another multiplies.
     """
 
     tile_m: int = 128
@@ -78,6 +80,7 @@ class Config:
     share: int = 1
     split: int = 1
     blocks: int = 1
+    in_turn: bool = False
 
     tile_k: ClassVar[int] = STEP
     strips: ClassVar[int] = 1
@@ -124,6 +127,7 @@ SPACE = {
     "share": (1, 2),
     "split": (1, 2, 3, 4),
     "blocks": (1, 2),
+    "in_turn": (False, True),
 }
 
 
@@ -165,6 +169,8 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
             return f"{knob}={getattr(config, knob)} is none of {', '.join(map(str, values))}"
     if problem.n % TILE or problem.k % STEP:
         return f"n={problem.n}, k={problem.k}: n must be a multiple of {TILE}, k of {STEP}"
+    if config.in_turn and (config.groups_n == 1 or config.groups_k > 1):
+        return f"{config.groups_n} x {config.groups_k} warpgroups cannot take turns: they do along n only"
     stages = stages_of(config, problem.out)
     if stages <= config.groups_k:
         return f"{stages} stages: {config.groups_k} warpgroups hold 1 each while they wait for the next"
@@ -479,6 +485,9 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         thread = tidx % WARPGROUP
         acc = cute.make_rmem_tensor(c.tile_m // 2, Float32)
         base = Int32(0)
+        if cutlass.const_expr(c.in_turn):  # noqa: SIM102  (one is decided when compiling)
+            if group_n + 1 == c.groups_n:
+                self.pass_turn(group_n)
         for number in cutlass.range(work[1], unroll=1):
             tile, _, count = self.item(number, work)
             m_tile, n_tile = self.place(tile, tiles)
@@ -494,8 +503,18 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                 self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
             else:
                 self.store([acc], store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, False)
+        if cutlass.const_expr(c.in_turn):  # noqa: SIM102
+            if group_n == 0:
+                self.await_turn(group_n)  # the last that is passed
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
+
+    def await_turn(self, group_n):
+        cute.arch.barrier(barrier_id=FIRST_TURN + group_n, number_of_threads=2 * WARPGROUP)
+
+    def pass_turn(self, group_n):
+        following = (group_n + 1) % self.config.groups_n
+        cute.arch.barrier_arrive(barrier_id=FIRST_TURN + following, number_of_threads=2 * WARPGROUP)
 
     @cute.jit
     def add_steps(self, acc, ring, base, count, exponents, group_n, group_k, thread):
@@ -520,6 +539,8 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         for i in cutlass.range(group_k, count, c.groups_k, unroll=1):
             now = slot
             for run in cutlass.range_constexpr(c.runs):
+                if cutlass.const_expr(c.in_turn):
+                    self.await_turn(group_n)
                 for half in cutlass.range_constexpr(2):
                     warpgroup.fence()
                     for s in cutlass.range_constexpr(TILE // 32):
@@ -529,6 +550,8 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                     warpgroup.commit_group()
                     if cutlass.const_expr(run + half == 0):
                         self.decode_half(ring, now, group_n, 1, thread, factors, frag[1])
+                if cutlass.const_expr(c.in_turn):
+                    self.pass_turn(group_n)
                 if cutlass.const_expr(run + 1 == c.runs):  # noqa: SIM102  (one is decided when compiling)
                     if i + c.groups_k < count:
                         slot, phase = self.advance(slot, phase, c.groups_k)

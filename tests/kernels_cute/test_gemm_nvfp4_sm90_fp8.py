@@ -30,6 +30,8 @@ CONFIGS = [
     Config(tile_m=128, groups_n=1, stages=2, blocks=2),
     Config(tile_m=192, groups_n=1, stages=3, split=3),
     Config(tile_m=256, groups_n=1, stages=2, blocks=2),
+    Config(tile_m=32, groups_n=3, stages=2, in_turn=True),
+    replace(WIDE, stages=3, in_turn=True),
     replace(WIDE, stages=3),
     replace(WIDE, stages=3, share=2),
 ]
@@ -52,6 +54,8 @@ CONFIGS = [
         (BIG, Config(tile_m=128, groups_n=2, stages=2, blocks=2), "2 x 2 warpgroups: the registers do not hold"),
         (BIG, Config(groups_n=1, groups_k=2, stages=2), "2 stages: 2 warpgroups hold 1 each"),
         (BIG, Config(groups_n=1, groups_k=2, stages=3), "stages=3 is not a multiple of 2"),
+        (BIG, Config(groups_n=1, in_turn=True), "1 x 1 warpgroups cannot take turns"),
+        (BIG, Config(groups_n=2, groups_k=2, in_turn=True), "2 x 2 warpgroups cannot take turns"),
         (BIG, Config(share=4), "share=4 is none of 1, 2"),
         (replace(BIG, k=512), Config(split=3), "too little for the last of 3 parts"),
         (replace(BIG, k=512), Config(groups_k=2, split=4), "too little for the last of 4 parts of 2 warpgroups"),
@@ -88,7 +92,7 @@ def test_compiles_without_spills(config, out):
     assert ".ftz" not in built.ptx  # codes pass through subnormal numbers
 
 
-@pytest.mark.parametrize("config", [SMALL, WIDE], ids=str)
+@pytest.mark.parametrize("config", [SMALL, WIDE, replace(WIDE, in_turn=True)], ids=str)
 def test_main_loop_keeps_the_tensor_cores_busy(config):
     """No MMA is waited for right after its issue, as ptxas does where registers do not suffice; sums are added once."""
     code = sass(kernel.build(BIG, config))
