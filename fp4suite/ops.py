@@ -184,7 +184,7 @@ def gemm_nvfp4(
     or one for each of `segments`, runs of output columns that sum to n. Sums in FP32, alpha in FP32, rounded once.
     b's order says which kernels can run: UnsupportedError on a GPU where none reads it.
     act: "fp8" quantises a float a by `quantize_fp8` and rounds b to E4M3 row by row, for Hopper's FP8 tensor cores: an
-    error near 3 % on Gaussian data. b is as `NVFP4Tensor.prepare_fp8` gives it. So with an FP8RowTensor for a.
+    error of 3.4 % on Gaussian data. b is as `NVFP4Tensor.prepare_fp8` gives it. So with an FP8RowTensor for a.
     out_alpha: float32 [], the global scale of an NVFP4 result, n a multiple of 16. It is quantised by rule "absmax"
     from FP32 sums times alpha, not rounded in between, in the kernel where one can; `out_dtype` then counts nothing.
     """

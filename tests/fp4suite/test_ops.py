@@ -175,6 +175,42 @@ def test_gemm_with_a_quantized_result(act: str, sf_layout: str, monkeypatch: pyt
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_gemm_in_fp8(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float a is quantised, an FP8RowTensor is one; the reference's numbers, opcheck and one graph."""
+    a, b = g(2, 5, 64, dtype=torch.bfloat16), weight(48, 64, alpha=2).prepare_fp8()
+    want = reference.gemm_nvfp4(a, b, act="fp8", segments=(16, 32))
+    quantized = reference.gemm_nvfp4(a.flatten(0, 1), b, act="fp8", segments=(16, 32), out_alpha=torch.tensor(0.01))
+    calls: list[tuple[str, tuple]] = []
+    left, act = (ops.quantize_fp8(a), None) if packed else (a, "fp8")
+    monkeypatch.setattr(ops, "_ops", Recorder(calls))
+
+    def run() -> torch.Tensor:
+        return ops.gemm_nvfp4(left, b, act=act, segments=(16, 32))  # type: ignore[call-overload]
+
+    assert_same(run(), want)
+    got = ops.gemm_nvfp4(left, b, act=act, segments=(16, 32), out_alpha=torch.tensor(0.01))  # type: ignore[call-overload]
+    assert_same(got.data.flatten(0, 1), quantized.data)
+    assert [name for name, _ in calls][-2:] == ["gemm_w4a8", "quantize_nvfp4"]
+    for operator, args in calls:
+        torch.library.opcheck(getattr(torch.ops.fp4suite, operator).default, args, test_utils=OPCHECKS)
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    assert_same(torch.compile(run, fullgraph=True, backend="aot_eager")(), want)
+
+
+def test_gemm_in_fp8_refuses_what_it_cannot() -> None:
+    a, b = g(5, 64, dtype=torch.bfloat16), weight(48, 64)
+    with pytest.raises(ValueError, match=r"needs the row exponents of b: pass what b.prepare_fp8\(\) gives"):
+        ops.gemm_nvfp4(a, b, act="fp8")
+    with pytest.raises(ValueError, match='act must be "fp8" or None'):
+        ops.gemm_nvfp4(a, b, act="fp4")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="of float activations, got an NVFP4Tensor"):
+        ops.gemm_nvfp4(reference.quantize_nvfp4(a), b, act="fp8")
+    with pytest.raises(ValueError, match="n in multiples of 16, got 40"):
+        ops.gemm_nvfp4(a, weight(40, 64).prepare_fp8(), act="fp8", out_alpha=torch.tensor(0.01))
+
+
 def test_gemm_refuses_a_quantized_result_that_cannot_be() -> None:
     a, alpha = g(5, 64, dtype=torch.bfloat16), torch.tensor(0.01)
     with pytest.raises(ValueError, match="n in multiples of 16, got 40"):
