@@ -197,7 +197,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
         sub.add_argument("--kv-format", choices=KV_FORMATS, default="bf16", help="of cache rows (default bf16)")
         sub.add_argument("--index-format", choices=INDEX_FORMATS, default="bf16", help="of indexer keys (default bf16)")
-        sub.add_argument("--act-format", choices=("float", "nvfp4"), help="nvfp4: W4A4 linears (default on sm_100a)")
+        sub.add_argument(
+            "--act-format",
+            choices=("float", "nvfp4", "fp8"),
+            help="nvfp4: W4A4 linears (default on sm_100a); fp8: W4A8",
+        )
         sub.add_argument("--weights", choices=("stored", "fp32"), default="stored", help="fp32: all dequantised")
 
     a_config = f"{', '.join(SHIPPED)}, or the path of a config.json"

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from fp4suite import by_token, dispatch, ops
 from fp4suite.formats import BLOCK, FP8_BLOCK, FP8BlockTensor, NVFP4Tensor, SfLayout, WeightLayout
 from fp4suite.layouts import Order
+from fp4suite.problem import Act, GemmProblem
 from fp4suite.reference.native import dequant_fp8_block
 
 Format = Literal["bf16", "fp32", "nvfp4", "fp8"]
 WeightFormat = Callable[[str], Format]  # by canonical name
-ActFormat = Literal["float", "nvfp4"]
+ActFormat = Literal["float", "nvfp4", "fp8"]
 AnyWeight = Tensor | NVFP4Tensor | FP8BlockTensor
 
 # Global scale of activations in batch-invariant mode: block maxima from 0.006 to 168 get a scale with all its bits.
@@ -35,11 +36,12 @@ class Weight(nn.Module):
     segments: runs of rows with an alpha of their own in NVFP4 (gate and up), or None for one alpha a matrix.
     """
 
-    PARTS = ("data", "sf", "alpha")
+    PARTS = ("data", "sf", "alpha", "row_exponent")
 
     data: Tensor
     sf: Tensor | None
     alpha: Tensor | None
+    row_exponent: Tensor | None  # follows from sf, so no part of a state dict
     order: Order  # of an NVFP4 weight in memory
 
     def __init__(
@@ -77,7 +79,8 @@ class Weight(nn.Module):
             return data
         if alpha is None:
             return FP8BlockTensor(data, sf)
-        return NVFP4Tensor(data, sf, alpha, "linear" if sf.ndim == data.ndim else "blocked_128x4", self.order)
+        sf_layout: SfLayout = "linear" if sf.ndim == data.ndim else "blocked_128x4"
+        return NVFP4Tensor(data, sf, alpha, sf_layout, self.order, self.row_exponent)
 
     @weight.setter
     def weight(self, value: AnyWeight) -> None:
@@ -88,7 +91,7 @@ class Weight(nn.Module):
             allowed = [lead, [*lead, len(self.segments)]] if self.segments else [lead]
             if list(value.alpha.shape) not in allowed:
                 raise ValueError(f"alpha must be {' or '.join(map(str, allowed))}, got {list(value.alpha.shape)}")
-            parts = {"data": value.data, "sf": value.sf, "alpha": value.alpha}
+            parts = {"data": value.data, "sf": value.sf, "alpha": value.alpha, "row_exponent": value.row_exponent}
         elif isinstance(value, FP8BlockTensor):
             parts = {"data": value.data, "sf": value.sf}
         elif value.is_floating_point() and value.itemsize > 1:
@@ -96,7 +99,7 @@ class Weight(nn.Module):
         else:
             raise TypeError(f"a plain weight must be of a float type of 2 bytes or more, got {value.dtype}")
         for name in self.PARTS:
-            self.register_buffer(name, parts.get(name))
+            self.register_buffer(name, parts.get(name), persistent=name != "row_exponent")
         self.order = value.order if isinstance(value, NVFP4Tensor) else "rows"
 
     def plain(self, dtype: torch.dtype) -> Tensor:
@@ -129,7 +132,8 @@ class Weight(nn.Module):
 
 
 class Linear(Weight):
-    """y [..., n] = x [..., k] Wᵀ. Under act "nvfp4", the input of an NVFP4 weight is quantised on the way (W4A4).
+    """y [..., n] = x [..., k] Wᵀ. Under act "nvfp4", the input of an NVFP4 weight is quantised on the way (W4A4), under
+    "fp8" input and weight are rounded to E4M3 (W4A8) where `lay_out` has found a kernel for that.
 
     The one reader of `ops.gemm_nvfp4`'s weights, so the one that can have them in the layout of a device's kernels.
     """
@@ -152,11 +156,16 @@ class Linear(Weight):
         weight, (n, k) = self.weight, self.shape
         if not isinstance(weight, NVFP4Tensor):
             return
+        segments = max(1, weight.alpha.numel())
         if layout is None:
-            act: Literal["bf16", "nvfp4"] = "nvfp4" if self.act == "nvfp4" else "bf16"
-            layout = dispatch.weight_layout(n, k, device, act=act, segments=max(1, weight.alpha.numel()))
+            act: Act = "bf16" if self.act == "float" else self.act
+            layout = dispatch.weight_layout(n, k, device, act=act, segments=segments)
         if layout.refuses(n, k) is None:
-            self.weight = weight.lay_out_(layout)
+            self.weight = weight = weight.lay_out_(layout)
+        if self.act == "fp8" and weight.sf_layout == "linear":
+            problem = GemmProblem(m=1, n=n, k=k, act="fp8", segments=segments, order=weight.order)
+            if dispatch.is_supported(problem, device):
+                self.weight = weight.prepare_fp8()
 
     def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """out_dtype: of y, summed in FP32 and rounded once; x's by default."""
@@ -166,7 +175,8 @@ class Linear(Weight):
             # one kernel reads both operands' scales: x's get the layout that the weight was given for it
             a = quantized(rows, weight.sf_layout) if self.act == "nvfp4" else rows
             segments = self.segments if weight.alpha.ndim else None
-            y = ops.gemm_nvfp4(a, weight, segments=segments, out_dtype=out_dtype)
+            act: Literal["fp8"] | None = "fp8" if self.act == "fp8" and weight.row_exponent is not None else None
+            y = ops.gemm_nvfp4(a, weight, act=act, segments=segments, out_dtype=out_dtype)
         else:
             y = matmul(rows, self.plain(x.dtype), out_dtype)
         return y.unflatten(0, x.shape[:-1])

@@ -29,7 +29,7 @@ class Transformer(nn.Module):
 
     weight_format: "bf16", "fp32", "nvfp4" or "fp8" by canonical name, e.g. `layers.0.attn.wq_a` or `layers.0.ffn.w13`
     act_dtype:     of activations and residual streams
-    act_format:    "nvfp4" quantises the input of NVFP4 weights (W4A4)
+    act_format:    "nvfp4" quantises the input of NVFP4 weights (W4A4); "fp8" that of dense ones, and them (W4A8)
     """
 
     def __init__(

@@ -34,7 +34,8 @@ def load(
     weights     "stored" keeps each format (MXFP4 experts become NVFP4), "fp32" dequantises everything
     act_dtype   of activations; by default FP32 with weights="fp32", else BF16
     act_format  "nvfp4" quantises what goes into NVFP4 linears (W4A4), "float" does not (W4A16); by default what the
-                device's tensor cores take: NVFP4 on sm_100a, BF16 elsewhere
+                device's tensor cores take: NVFP4 on sm_100a, BF16 elsewhere. "fp8" rounds inputs of dense linears, and
+                their weights in registers, to E4M3 (W4A8) where the device has a kernel for it
     drafts      another checkpoint to take the draft blocks (MTP) from, for one that has none
     layout      of dense NVFP4 weights whose shape allows it; by default what the device's kernels read. A weight is
                 laid out in place as soon as it is whole, so that no second copy is ever held

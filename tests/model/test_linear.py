@@ -84,6 +84,30 @@ def test_w4a4_error_is_that_of_quantised_inputs() -> None:
     assert run(model, cache, [[(cache.open(), IDS)]])[0].isfinite().all()
 
 
+def test_w4a8_runs_where_a_kernel_takes_it() -> None:
+    """In the emulator on Hopper's FP8 tensor cores, with the error of eight bits; other shapes keep their input."""
+    gen = torch.Generator().manual_seed(5)
+    x = torch.randn(5, 256, generator=gen).bfloat16()
+    for n, act in ((128, "fp8"), (136, "bf16")):
+        layer = Linear(n, 256, "nvfp4", act="fp8")
+        layer.weight = quantize_nvfp4(torch.randn(n, 256, generator=gen))
+        exact = x.float() @ dequant_nvfp4(layer.weight, torch.float32).T
+        with emulate("sm_90a"), recording() as choices:
+            layer.lay_out(None, "cpu")
+            error = relative_error(layer(x, torch.float32), exact)
+        assert [c.problem.act for c in choices if c.op == "gemm_nvfp4"] == [act]
+        assert 0.02 < error < 0.05 if act == "fp8" else error < 1e-5
+    model = random_model(TINY, weight_format=modelopt, act_format="fp8")
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.lay_out(None, "cpu")
+    cache, plain = cache_for(TINY), cache_for(TINY)
+    got = run(model, cache, [[(cache.open(), IDS)]])[0]
+    want = run(random_model(TINY, weight_format=modelopt), plain, [[(plain.open(), IDS)]])[0]
+    assert 1e-3 < relative_error(got, want) < 0.3
+    assert not any("row_exponent" in name for name in model.state_dict())
+
+
 def test_one_weight_in_memory_serves_both_kinds_of_activations() -> None:
     """Laid out for Hopper's kernel, run by it in the emulator, W4A16 and W4A4 by turns."""
     gen = torch.Generator().manual_seed(5)
