@@ -14,7 +14,7 @@ is that one's (its module says how data flow) but for the operands and the sums:
 
 import functools
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import cuda.bindings.driver as cuda
@@ -197,15 +197,19 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
 def default(problem: GemmProblem) -> Config:
     """A config for a problem that nobody has tuned."""
     rows = problem.n // TILE
-    tile_m = next((t for t in (16, 32, 64, 128) if t >= problem.m), 256)
-    while tile_m > 128 and rows * -(-problem.m // tile_m) < SM_COUNT:
-        tile_m //= 2
-    tiles = rows * -(-problem.m // tile_m)
-    wanted = [Config(tile_m=tile_m, groups_n=1, groups_k=2 if tile_m <= 128 else 1, split=s) for s in (4, 2)]
-    wanted = [c for c in wanted if tiles * c.split <= SM_COUNT]
-    shares = (2, 1) if tiles >= 4 * SM_COUNT else (1,)
-    wanted += [Config(tile_m=tile_m, groups_n=2, share=share) for share in shares]
-    return next((c for c in wanted if supports(problem, c) is None), replace(Config(), tile_m=min(tile_m, 128)))
+    if problem.m <= MMA_TOKENS:
+        tile_m = next(t for t in SPACE["tile_m"] if t >= problem.m)
+        wanted = [
+            Config(tile_m=tile_m, groups_n=1, groups_k=groups_k, split=split)
+            for split in (s for s in (4, 2, 1) if rows * s <= SM_COUNT or s == 1)
+            for groups_k in (2, 1)
+        ]
+    else:
+        tiles = -(-rows // 2) * -(-problem.m // 256)
+        splits = [s for s in (4, 3, 2) if tiles * s <= SM_COUNT]
+        wanted = [Config(tile_m=256, split=split) for split in splits]
+        wanted += [Config(tile_m=256, share=share) for share in ((2, 1) if tiles >= 2 * SM_COUNT else (1,))]
+    return next((c for c in wanted if supports(problem, c) is None), Config(tile_m=32))
 
 
 INVARIANT = "one sum in the order of k, in runs of 128"
