@@ -398,7 +398,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(tidx // 32)
-        work = self.work(m_tiles * n_groups, k // STEP)
+        work = self.work((m_tiles, n_groups), k // STEP)
 
         smem = SmemAllocator()
         barriers = smem.allocate_tensor(Int64, cute.make_layout(BARRIER_BYTES // 8), byte_alignment=1024)
@@ -437,8 +437,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_decrease(WIDE[0])
             if warp == 4 * c.groups:
-                tiles = (m_tiles, n_groups)
-                self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, tiles, work)
+                self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, work)
             if cutlass.const_expr(c.split > 1):
                 self.meet(True)
         else:
@@ -446,7 +445,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                 cute.arch.setmaxregister_increase(WIDE[c.groups])
             ring = (sA, sCodes, sScales, full, empty)
             factors = (mExponent, mScale, mAlpha)
-            self.multiply(ring, store, staging, sums, factors, mD, segment_ends, (m_tiles, n_groups), work, tidx)
+            self.multiply(ring, store, staging, sums, factors, mD, segment_ends, work, tidx)
         if cutlass.const_expr(c.split * c.share > 1):
             self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
 
@@ -481,7 +480,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         return mma
 
     @cute.jit
-    def multiply(self, ring, store, staging, sums, factors, mD, segment_ends, tiles, work, tidx):
+    def multiply(self, ring, store, staging, sums, factors, mD, segment_ends, work, tidx):
         """Sums of this CTA's tiles (or of its part of K of one), and their way out."""
         c, (mExponent, mScale, mAlpha) = self.config, factors
         group = cute.arch.make_warp_uniform(tidx // WARPGROUP)
@@ -493,8 +492,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
             if group_n + 1 == c.groups_n:
                 self.pass_turn(group_n)
         for number in cutlass.range(work[1], unroll=1):
-            tile, _, count = self.item(number, work)
-            m_tile, n_tile = self.place(tile, tiles)
+            m_tile, n_tile, _, count = self.item(number, work)
             block = cutlass.min(n_tile * self.blocks_n + group_n, segment_ends[-1] // TILE - 1)
             row = block * TILE + thread // 32 * 16 + thread % 32 // 4
             exponents = [Int32(mExponent[row + 8 * r]) for r in range(2)]
@@ -564,7 +562,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                         self.decode_half(ring, slot, group_n, 0, thread, factors, frag[0])
                 warpgroup.wait_group(0)
                 if cutlass.const_expr(run + 1 == c.runs):
-                    self.release(empty + now, lane)
+                    self.release(empty + now, lane, False)
                 for e in cutlass.range_constexpr(self.run // 2):
                     at = run * (self.run // 2) + e
                     acc[at] = add_here(acc[at], fresh[e])

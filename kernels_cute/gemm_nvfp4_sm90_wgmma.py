@@ -14,8 +14,8 @@ and one of 8 bytes of scales, and tiles that follow each other along K are neigh
     share      CTAs of a cluster, side by side along n, receive the same tokens by multicast
     sums       of a tile are kept by one warpgroup, which stores them by TMA, or are spread over `groups_k` warpgroups
                and `split` CTAs of a cluster, and added through shared memory in a fixed order
-    tail       tiles of a last wave that would fill less than half of the GPU are shared along K by two CTAs each, which
-               swap half of their sums
+    tail       tiles of a last wave that would fill at most half of the GPU are each taken by both CTAs of a cluster, in
+               halves of K; they swap half of their sums
 """
 
 import functools
@@ -62,8 +62,8 @@ UNBIAS = 2.0 ** (126 - SCALE_BIAS)
 class Config:
     """tile_m: tokens. groups_n: warpgroups side by side, each with `strips` times 64 weight rows; groups_k: warpgroups
     that take steps of K in turn. tile_k: elements of K a step, `stages` steps in flight (0: as many as fit). share,
-    split: CTAs of a cluster side by side along n, and along K. tail: CTAs of a cluster that share a tile of the last
-    wave along K. blocks: CTAs that share an SM.
+    split: CTAs of a cluster side by side along n, and along K. tail: those side by side that take a tile of the last
+    wave in parts of K. blocks: CTAs that share an SM.
     """
 
     tile_m: int = 64
@@ -215,8 +215,8 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     if steps - (config.split - 1) * -(-steps // config.split) < config.groups_k:
         return f"k={problem.k} leaves too little for the last of {config.split} parts of {config.groups_k} warpgroups"
     if config.tail > 1:
-        if config.reduces or config.share * config.strips > 1 or config.tile_m not in (128, 256):
-            return f"tail={config.tail} is for one strip of 128 or 256 tokens that CTAs neither split nor share"
+        if config.reduces or config.strips > 1 or config.tile_m not in (128, 256) or config.share != config.tail:
+            return f"tail={config.tail} is for one strip of 128 or 256 tokens, share={config.tail} and split=1"
         if steps < config.tail:
             return f"k={problem.k} is too little for {config.tail} CTAs"
     at_launch = registers_at_launch(config.blocks * config.threads)
@@ -238,19 +238,22 @@ def default(problem: GemmProblem) -> Config:
     rows = problem.n // TILE
     if problem.m <= STORE_ROWS:
         tile_m = next(t for t in SPACE["tile_m"] if t >= problem.m)
-        wanted = [
-            Config(tile_m=tile_m, groups_n=1, groups_k=groups_k, tile_k=tile_k, split=split)
-            for split in (s for s in (4, 2, 1) if rows * s <= SM_COUNT or s == 1)
-            for groups_k in ((4, 2) if tile_m <= 32 else (2,))
-            for tile_k in ((256, 128) if tile_m <= 16 and split == 1 else (128,))
-        ]
+        few, tile_k = Config(tile_m=tile_m, groups_n=1, groups_k=2), 256 if tile_m <= 16 else 128
+        many = replace(few, groups_k=4 if tile_m <= 32 else 2)
+        wanted = [replace(few, split=4, blocks=2)] if 4 * rows <= SM_COUNT else []
+        wanted += [replace(many, split=2)] if 2 * rows <= SM_COUNT and problem.k >= 8192 else []
+        wanted += [replace(few, tile_k=tile_k, blocks=2)] if rows > 3 * SM_COUNT else []
+        wanted += [replace(many, tile_k=tile_k), many, few]
     else:
         tile_m = 128 if problem.m <= 128 or rows * -(-problem.m // 256) < SM_COUNT else 256
         tiles = rows * -(-problem.m // tile_m)
         small = Config(tile_m=tile_m, groups_n=1, groups_k=2 if tile_m == 128 else 1, tile_k=64)
+        large = Config(tile_m=tile_m, groups_n=2, tile_k=64, share=2)
+        rest = -(-rows // 4) * -(-problem.m // tile_m) % (SM_COUNT // 2)  # pairs of tiles in the last wave
         wanted = [replace(small, split=2)] if 2 * tiles <= SM_COUNT else []
         wanted += [small] if tiles <= 3 * SM_COUNT else []
-        wanted += [Config(tile_m=tile_m, groups_n=2, tile_k=64)]
+        wanted += [replace(large, tail=2)] if 0 < 4 * rest <= SM_COUNT and problem.k >= 2048 else []
+        wanted += [large]
     return next((c for c in wanted if supports(problem, c) is None), Config())
 
 
@@ -465,11 +468,11 @@ class GemmNvfp4Sm90Wgmma:
         m_tiles, n_groups = cute.ceil_div(m, c.tile_m), cute.ceil_div(n, c.tile_n * c.share)
         clusters = m_tiles * n_groups
         if cutlass.const_expr(c.split == 1):
-            clusters = cutlass.min((clusters + c.tail - 1) // c.tail, max_clusters)
+            clusters = cutlass.min(clusters * c.tail, max_clusters)
         self.kernel(tma, store, b, sfb, mAlpha, mD, m_tiles, n_groups, k, segment_ends).launch(
-            grid=(c.share, c.split * c.tail, clusters),
+            grid=(c.share, c.split, clusters),
             block=(c.threads, 1, 1),
-            cluster=(c.share, c.split * c.tail, 1),
+            cluster=(c.share, c.split, 1),
             stream=stream,
             min_blocks_per_mp=c.blocks,
             preferred_smem_carveout=100,  # percent
@@ -506,7 +509,7 @@ class GemmNvfp4Sm90Wgmma:
         tidx, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(tidx // 32)
         passes = k // (c.tile_k * c.paired)  # over K, of a whole tile
-        work = self.work(m_tiles * n_groups, passes)
+        work = self.work((m_tiles, n_groups), passes)
 
         smem = SmemAllocator()
         barriers = smem.allocate_tensor(Int64, cute.make_layout(BARRIER_BYTES // 8), byte_alignment=1024)
@@ -545,8 +548,7 @@ class GemmNvfp4Sm90Wgmma:
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_decrease(WIDE[0])
             if warp == 4 * c.groups:
-                tiles = (m_tiles, n_groups)
-                self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, tiles, work)
+                self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, work)
             if cutlass.const_expr(c.split > 1):
                 self.meet(True)
             if work[1] > work[0]:
@@ -555,40 +557,46 @@ class GemmNvfp4Sm90Wgmma:
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_increase(WIDE[c.groups])
             ring = (sA, sCodes, sScales, full, empty)
-            self.multiply(ring, store, staging, sums, mAlpha, mD, segment_ends, (m_tiles, n_groups), work, tidx)
-        if cutlass.const_expr(c.split * c.share * c.tail > 1):
+            self.multiply(ring, store, staging, sums, mAlpha, mD, segment_ends, work, tidx)
+        if cutlass.const_expr(c.split * c.share > 1):
             self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
 
     def work(self, tiles, passes):
-        """Of this CTA: its tiles of which no other CTA of the tail takes a part, all its tiles, the first that is
-        shared, and the passes over K of a tile."""
-        c = self.config
-        _, part, cluster = cute.arch.block_idx()
+        """What this cluster does: how many groups of tiles (side by side along n) of whole K and how many items in all;
+        then the first group of the tail, the passes over K of a tile, and how many tiles there are."""
+        c, (m_tiles, n_groups) = self.config, tiles
+        _, _, cluster = cute.arch.block_idx()
         _, _, clusters = cute.arch.grid_dim()
-        if c.tail == 1:
-            alone = (tiles - cluster + clusters - 1) // clusters
-            return alone, alone, tiles, passes
-        ctas = clusters * c.tail
-        shared = tiles % ctas
-        shared *= Int32(shared <= clusters)
-        alone = (tiles - shared - (cluster * c.tail + part) + ctas - 1) // ctas
-        return alone, alone + Int32(cluster < shared), tiles - shared, passes
+        groups = m_tiles * n_groups
+        rest = Int32(0)
+        if c.tail > 1:
+            rest = groups % clusters
+            rest *= Int32(rest * c.tail <= clusters)
+        whole = (groups - rest - cluster + clusters - 1) // clusters
+        return whole, whole + Int32(cluster < rest * c.tail), groups - rest, passes, tiles
 
     def item(self, i, work):
-        """This CTA's tile number i: the tile, its first pass over K and how many."""
-        c, (alone, _, first_shared, passes) = self.config, work
-        _, part, cluster = cute.arch.block_idx()
+        """This CTA's item number i: which tokens, which weight rows, the first pass over K and how many.
+
+        Tokens come first, in bands. In the tail a cluster has one tile, and each of its CTAs a part of K.
+        """
+        c, (whole, _, first_of_tail, passes, (m_tiles, n_groups)) = self.config, work
+        x, part, cluster = cute.arch.block_idx()
         _, _, clusters = cute.arch.grid_dim()
-        if c.tail == 1:
-            per_part = (passes + c.split - 1) // c.split
+        per_part = (passes + c.split * c.tail - 1) // (c.split * c.tail)
+        group, beside, first, count = cluster + i * clusters, x, Int32(0), passes
+        if c.split > 1:
             first = part * per_part
-            return cluster + i * clusters, first, cutlass.min(per_part, passes - first)
-        per_part = (passes + c.tail - 1) // c.tail
-        shared = Int32(i >= alone)
-        tile = (cluster + i * clusters) * c.tail + part
-        tile += shared * (first_shared + cluster - tile)
-        first = shared * part * per_part
-        return tile, first, passes - shared * (passes - cutlass.min(per_part, passes - first))
+            count = cutlass.min(per_part, passes - first)
+        if c.tail > 1:
+            shared = Int32(i >= whole)
+            group += shared * (first_of_tail + cluster // c.tail - group)
+            beside += shared * (cluster % c.tail - x)
+            first = shared * x * per_part
+            count -= shared * (passes - cutlass.min(per_part, passes - first))
+        band, within = group // (BAND * n_groups), group % (BAND * n_groups)
+        width = cutlass.min(m_tiles - band * BAND, BAND)
+        return band * BAND + within % width, within // width * c.share + beside, first, count
 
     @cute.jit
     def meet(self, cluster: cutlass.Constexpr):
@@ -598,53 +606,63 @@ class GemmNvfp4Sm90Wgmma:
         else:
             cute.arch.sync_threads()
 
-    def place(self, tile, tiles):
-        """Of a cluster's tile: which tokens, and which weight rows of this CTA. Tokens come first, in bands."""
-        m_tiles, n_groups = tiles
-        x, _, _ = cute.arch.block_idx()
-        band, within = tile // (BAND * n_groups), tile % (BAND * n_groups)
-        width = cutlass.min(m_tiles - band * BAND, BAND)
-        return band * BAND + within % width, within // width * self.config.share + x
-
     @cute.jit
-    def load(self, tma, b, sfb, n, k, sA, sCodes, sScales, full, empty, tiles, work):
+    def load(self, tma, b, sfb, n, k, sA, sCodes, sScales, full, empty, work):
         """Fill the stages: the tokens of this CTA (or its share of the cluster's), its codes and its scales."""
         c = self.config
-        x, part, _ = cute.arch.block_idx()
         gA = cute.flat_divide(tma.tma_tensor, (c.tile_m, c.tile_k))
-        tAs, tAg = cpasync.tma_partition(
-            tma.atom, x, cute.make_layout(c.share), cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2)
-        )
-        mask = cutlass.Int16(((1 << c.share) - 1) << (part * c.share)) if c.share > 1 else None
-        policy = create_policy(tiles[0] == 1)  # weights that nobody reads again
+        tokens = (tma.atom, cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2))
+        policy = create_policy(work[4][0] == 1)  # weights that nobody reads again
         weights = (b.toint(), sfb.toint(), n // TILE, k // TILE, policy)
         into = (Int32(sCodes.iterator.toint()), Int32(sScales.iterator.toint()))
 
         # weights do not depend on the kernel before this one
-        tile, first, count = self.item(Int32(0), work)
+        m_tile, n_tile, first, count = self.item(Int32(0), work)
         first, count = first * c.paired, count * c.paired  # steps
-        m_tile, n_tile = self.place(tile, tiles)
         early = cutlass.min(count, self.stages) * Int32(work[1] > 0)
         for i in cutlass.range(early, unroll=1):
             self.load_weights(weights, into, n_tile, first + i, i, full + i)
         cute.arch.griddepcontrol_wait()
         for i in cutlass.range(early, unroll=1):
-            cute.copy(tma.atom, tAg[None, m_tile, first + i], tAs[None, i], tma_bar_ptr=full + i, mcast_mask=mask)
+            self.load_tokens(tokens, m_tile, first + i, i, full + i, work[0] == 0)
         index = early
         start = early
         for number in cutlass.range(work[1], unroll=1):
-            tile, first, count = self.item(number, work)
+            m_tile, n_tile, first, count = self.item(number, work)
             first, count = first * c.paired, count * c.paired
-            m_tile, n_tile = self.place(tile, tiles)
             for i in cutlass.range(start, count, unroll=1):
                 stage = index % self.stages
                 if index >= self.stages:
                     cute.arch.mbarrier_wait(empty + stage, (index // self.stages - 1) % 2)
-                bar = full + stage
-                self.load_weights(weights, into, n_tile, first + i, stage, bar)
-                cute.copy(tma.atom, tAg[None, m_tile, first + i], tAs[None, stage], tma_bar_ptr=bar, mcast_mask=mask)
+                self.load_weights(weights, into, n_tile, first + i, stage, full + stage)
+                self.load_tokens(tokens, m_tile, first + i, stage, full + stage, number >= work[0])
                 index += 1
             start = Int32(0)
+
+    @cute.jit
+    def load_tokens(self, tokens, m_tile, step, stage, bar, shared):
+        """Tokens of one step: this CTA's share of them to all CTAs that are side by side, or, of a tile in parts of K,
+        all of them to this CTA."""
+        c, (atom, sA, gA) = self.config, tokens
+        x, part, _ = cute.arch.block_idx()
+        layout = cute.make_layout(c.share)
+        if cutlass.const_expr(c.share == 1):
+            tAs, tAg = cpasync.tma_partition(atom, 0, layout, sA, gA)
+            cute.copy(atom, tAg[None, m_tile, step], tAs[None, stage], tma_bar_ptr=bar)
+        elif cutlass.const_expr(c.tail > 1):
+            if shared:
+                for share in cutlass.range_constexpr(c.share):
+                    tAs, tAg = cpasync.tma_partition(atom, share, layout, sA, gA)
+                    to = cutlass.Int16(1) << cutlass.Int16(x)
+                    cute.copy(atom, tAg[None, m_tile, step], tAs[None, stage], tma_bar_ptr=bar, mcast_mask=to)
+            else:
+                tAs, tAg = cpasync.tma_partition(atom, x, layout, sA, gA)
+                to = cutlass.Int16((1 << c.share) - 1)
+                cute.copy(atom, tAg[None, m_tile, step], tAs[None, stage], tma_bar_ptr=bar, mcast_mask=to)
+        else:
+            tAs, tAg = cpasync.tma_partition(atom, x, layout, sA, gA)
+            to = cutlass.Int16(((1 << c.share) - 1) << (part * c.share))
+            cute.copy(atom, tAg[None, m_tile, step], tAs[None, stage], tma_bar_ptr=bar, mcast_mask=to)
 
     @cute.jit
     def load_weights(self, weights, into, n_tile, step, stage, bar):
@@ -662,7 +680,7 @@ class GemmNvfp4Sm90Wgmma:
                     )
 
     @cute.jit
-    def multiply(self, ring, store, staging, sums, mAlpha, mD, segment_ends, tiles, work, tidx):
+    def multiply(self, ring, store, staging, sums, mAlpha, mD, segment_ends, work, tidx):
         """Sums of this CTA's tiles (or of its parts of K of them), and their way out."""
         c = self.config
         tiled_mma = hopper_helpers.make_trivial_tiled_mma(
@@ -684,16 +702,15 @@ class GemmNvfp4Sm90Wgmma:
 
         base = Int32(0)
         for number in cutlass.range(work[1], unroll=1):
-            tile, _, count = self.item(number, work)
+            m_tile, n_tile, _, count = self.item(number, work)
             for sum in acc:
                 sum.fill(0.0)
             if cutlass.const_expr(c.by_warp):
                 self.add_by_warp(acc, ring, base, count, group_n, group_k, thread)
             else:
-                self.add_by_warpgroup(tiled_mma, acc, ring, base, count, group_n, group_k, thread)
+                shared = number >= work[0]
+                self.add_by_warpgroup(tiled_mma, acc, ring, base, count, group_n, group_k, thread, shared)
             base += count * c.paired
-
-            m_tile, n_tile = self.place(tile, tiles)
             if cutlass.const_expr(c.reduces):
                 self.put(acc, sums, group_n, group_k, thread)
                 self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
@@ -706,7 +723,7 @@ class GemmNvfp4Sm90Wgmma:
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
 
     @cute.jit
-    def add_by_warpgroup(self, tiled_mma, acc, ring, base, count, group_n, group_k, thread):
+    def add_by_warpgroup(self, tiled_mma, acc, ring, base, count, group_n, group_k, thread, shared):
         """Add the products of this warpgroup's steps of a tile; one unit is decoded while another is multiplied."""
         c, (sA, _, _, full, empty) = self.config, ring
         lane = thread % 32
@@ -728,7 +745,7 @@ class GemmNvfp4Sm90Wgmma:
                 warpgroup.wait_group(1)
                 if cutlass.const_expr(u % self.units == 0):  # noqa: SIM102  (one is decided when compiling)
                     if u > 0 or i > group_k:  # the step before this one is multiplied
-                        self.release(empty + before, lane)
+                        self.release(empty + before, lane, shared)
                 if cutlass.const_expr(u + 1 < self.units * c.paired):
                     if cutlass.const_expr((u + 1) % self.units == 0):
                         before = slot
@@ -741,7 +758,7 @@ class GemmNvfp4Sm90Wgmma:
                     cute.arch.mbarrier_wait(full + slot, phase)
                     self.decode(ring, slot, group_n, 0, thread, frag[0])
         warpgroup.wait_group(0)
-        self.release(empty + slot, lane)
+        self.release(empty + slot, lane, shared)
 
     @cute.jit
     def add_by_warp(self, acc, ring, base, count, group_n, group_k, thread):
@@ -769,7 +786,7 @@ class GemmNvfp4Sm90Wgmma:
                             for e in cutlass.range_constexpr(4):
                                 acc[strip][4 * eight + e] = new[e]
             cute.arch.sync_warp()
-            self.release(empty + slot, lane)
+            self.release(empty + slot, lane, False)
             slot, phase = self.advance(slot, phase, c.groups_k)
 
     def advance(self, slot, phase, steps: int):
@@ -778,12 +795,15 @@ class GemmNvfp4Sm90Wgmma:
         return slot + steps - self.stages * over, phase ^ over
 
     @cute.jit
-    def release(self, barrier, lane):
-        """This warp is done with a stage: tell the CTAs that write to it."""
+    def release(self, barrier, lane, shared):
+        """This warp is done with a stage: tell the CTAs that write to it, for a tile in parts of K this one alone."""
         if lane < self.config.share:
             if cutlass.const_expr(self.config.share > 1):
-                _, part, _ = cute.arch.block_idx()
-                cute.arch.mbarrier_arrive(barrier, lane + part * self.config.share)
+                x, part, _ = cute.arch.block_idx()
+                to = lane
+                if cutlass.const_expr(self.config.tail > 1):
+                    to += Int32(shared) * (x - lane)
+                cute.arch.mbarrier_arrive(barrier, to + part * self.config.share)
             else:
                 cute.arch.mbarrier_arrive(barrier)
 
@@ -824,9 +844,9 @@ class GemmNvfp4Sm90Wgmma:
 
     @cute.jit
     def swap(self, acc, start, group_n, thread):
-        """Of a tile whose K two CTAs have shared, the sums of half of its tokens: the first half for the first CTA."""
+        """Of a tile in two parts of K, the sums of half of its tokens: the first half for the first CTA."""
         c = self.config
-        _, part, _ = cute.arch.block_idx()
+        part, _, _ = cute.arch.block_idx()
         half = c.tile_m // 4  # numbers of half of the tokens in a thread
         stride = 16 * WARPGROUP
         start += group_n * half // 4 * stride + 16 * thread
@@ -858,7 +878,7 @@ class GemmNvfp4Sm90Wgmma:
     ):
         """d = sum * alpha, rounded once: 64 weight rows by 64 tokens of a warpgroup to shared memory, then by TMA.
 
-        shared: the tile is, with another CTA, and this one has half of its tokens.
+        shared: another CTA has taken the other part of K, and this one has the sums of half of the tokens.
         """
         c = self.config
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
@@ -873,7 +893,7 @@ class GemmNvfp4Sm90Wgmma:
         odd = c.strips * chunks % 2
         first_chunk = m_tile * chunks
         if cutlass.const_expr(shared):
-            _, part, _ = cute.arch.block_idx()
+            part, _, _ = cute.arch.block_idx()
             chunks //= c.tail
             first_chunk += part * chunks
         for strip in cutlass.range_constexpr(c.strips):
@@ -988,7 +1008,7 @@ compiled, precompile, build = _HOST.compiled, _HOST.precompile, _HOST.build
 @functools.cache
 def _max_clusters(device: int | None, config: Config) -> int:
     """Clusters that run at a time; device None: on an H100 that is not here."""
-    size = config.share * config.split * config.tail
+    size = config.share * config.split
     if device is None:
         return SM_COUNT * config.blocks // size
     return HardwareInfo(device).get_max_active_clusters(size) * config.blocks

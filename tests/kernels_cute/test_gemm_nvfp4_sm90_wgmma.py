@@ -35,8 +35,8 @@ CONFIGS = [
     Config(tile_m=192, groups_n=1, tile_k=64, stages=3, split=3),
     replace(WIDE, stages=3),
     replace(WIDE, stages=3, share=2),
-    replace(WIDE, stages=3, tail=2),
-    Config(tile_m=128, groups_n=3, tile_k=64, stages=3, tail=2),
+    replace(WIDE, stages=3, share=2, tail=2),
+    Config(tile_m=128, groups_n=3, tile_k=64, stages=3, share=2, tail=2),
 ]
 
 # --- anywhere ---------------------------------------------------------------------------------------------------------
@@ -63,9 +63,9 @@ CONFIGS = [
         (replace(BIG, k=512), Config(groups_k=2, split=4), "too little for the last of 4 parts of 2 warpgroups"),
         (BIG, Config(tile_m=128, groups_n=2, strips=1, stages=2, blocks=2), "registers do not hold"),
         (BIG, Config(stages=12), "bytes of shared memory"),
-        (BIG, Config(tail=2), "tail=2 is for one strip of 128 or 256 tokens that CTAs neither split nor share"),
-        (BIG, replace(WIDE, tail=2, share=2), "tail=2 is for one strip of 128 or 256 tokens"),
-        (replace(BIG, k=128), replace(WIDE, tail=2), "k=128 is too little for 2 CTAs"),
+        (BIG, Config(share=2, tail=2), "tail=2 is for one strip of 128 or 256 tokens, share=2 and split=1"),
+        (BIG, replace(WIDE, tail=2), "tail=2 is for one strip of 128 or 256 tokens, share=2 and split=1"),
+        (replace(BIG, k=128), replace(WIDE, share=2, tail=2), "k=128 is too little for 2 CTAs"),
     ],
 )
 def test_refusals(problem, config, message):
@@ -170,7 +170,7 @@ def test_empty_m_is_nothing_to_do():
 def test_in_the_emulator(config, schedule, monkeypatch):
     """Ragged m and n, several tiles a CTA; every element against the FP64 product, every access against the others'."""
     kernel.compiled.cache_clear()
-    monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 2)
+    monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 1 + config.tail)
     step = config.tile_k * config.paired * config.groups_k * config.split
     rounds = max(2, -(-config.stages * config.tile_k // step))
     k = rounds * step if config.split == 1 else 2 * step - config.tile_k * config.paired
