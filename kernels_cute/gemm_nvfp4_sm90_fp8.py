@@ -190,21 +190,21 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
 
 
 def default(problem: GemmProblem) -> Config:
-    """A config for a problem that nobody has tuned."""
-    rows = problem.n // TILE
-    if problem.m <= MMA_TOKENS:
-        tile_m = next(t for t in SPACE["tile_m"] if t >= problem.m)
-        wanted = [
-            Config(tile_m=tile_m, groups_n=1, groups_k=groups_k, split=split)
-            for split in (s for s in (4, 2, 1) if rows * s <= SM_COUNT or s == 1)
-            for groups_k in (2, 1)
-        ]
-    else:
-        tiles = -(-rows // 2) * -(-problem.m // 256)
-        splits = [s for s in (4, 3, 2) if tiles * s <= SM_COUNT]
-        wanted = [Config(tile_m=256, split=split) for split in splits]
-        wanted += [Config(tile_m=256, share=share) for share in ((2, 1) if tiles >= 2 * SM_COUNT else (1,))]
-    return next((c for c in wanted if supports(problem, c) is None), Config(tile_m=32))
+    """A config for a problem that nobody has tuned, after what was best for V4's shapes on an H100."""
+    m, rows = problem.m, problem.n // TILE
+    if m > MMA_TOKENS and -(-m // 256) * -(-rows // 2) > SM_COUNT:
+        return Config(tile_m=256)
+    small = next((t for t in SPACE["tile_m"] if t >= m), MMA_TOKENS)
+    tiles = ((256, 2, 1), (MMA_TOKENS, 1, 2), (TILE, 1, 2)) if m > MMA_TOKENS else ((small, 1, 2), (small, 1, 1))
+    wanted = [
+        Config(tile_m=tile_m, groups_n=groups_n, groups_k=groups_k, split=split)
+        for split in SPACE["split"]
+        for tile_m, groups_n, groups_k in tiles
+    ]
+    fitting = [c for c in wanted if supports(problem, c) is None]
+    ctas = {c: -(-m // c.tile_m) * -(-rows // c.groups_n) * c.split for c in fitting}
+    one_wave = [c for c in fitting if ctas[c] <= SM_COUNT - 12 * (c.split > 2)]  # larger clusters do not reach all SMs
+    return max(one_wave, key=lambda c: ctas[c]) if one_wave else next(iter(fitting), Config())
 
 
 INVARIANT = "one sum in the order of k, in runs of 128"
