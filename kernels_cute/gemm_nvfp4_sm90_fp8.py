@@ -100,8 +100,8 @@ class Config:
 
     @property
     def registers(self) -> int:
-        """Of a thread that multiplies: sums, those of an MMA, and the rest, of which stores by TMA take more."""
-        return self.tile_m // 2 + self.tile_m // self.runs // 2 + (32 if self.reduces else 40)
+        """Of a thread that multiplies: sums, those of an MMA, and the rest."""
+        return self.tile_m // 2 + self.tile_m // self.runs // 2 + 40
 
     @property
     def wide(self) -> bool:
