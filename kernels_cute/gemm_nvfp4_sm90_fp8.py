@@ -60,6 +60,7 @@ from .nvfp4 import Host, asked, check_packed, check_stored_rows, e4m3x2_to_f16x2
 SF_LAYOUT: SfLayout = "linear"
 WEIGHT_ORDER: Order = "fragments_sm90"
 STEP = 128  # elements of K that are summed by the MMA alone
+TURN = 8  # the first of two named barriers
 EXPONENTS = 9  # of rows, from -1 on
 TABLE_BYTES = EXPONENTS * 128 * 8  # for each of them and each scale, the magnitudes of a code in E4M3
 MMA_TOKENS = 128  # at most, of one MMA: its sums and those that they are added to take half the registers each
@@ -69,7 +70,8 @@ MMA_TOKENS = 128  # at most, of one MMA: its sums and those that they are added 
 class Config:
     """tile_m: tokens. groups_n: warpgroups side by side, each with 64 weight rows; groups_k: warpgroups that take steps
     of 128 of K in turn. stages: steps in flight (0: as many as fit). share, split: CTAs of a cluster side by side along
-    n, and along K. blocks: CTAs that share an SM.
+    n, and along K. blocks: CTAs that share an SM. in_turn: two warpgroups multiply one after the other, so that one
+    decodes and adds up while the other multiplies.
     """
 
     tile_m: int = 128
@@ -79,6 +81,7 @@ class Config:
     share: int = 1
     split: int = 1
     blocks: int = 1
+    in_turn: bool = False
 
     tile_k: ClassVar[int] = STEP
     strips: ClassVar[int] = 1
@@ -125,6 +128,7 @@ SPACE = {
     "share": (1, 2),
     "split": (1, 2, 3, 4),
     "blocks": (1, 2),
+    "in_turn": (False, True),
 }
 
 
@@ -164,6 +168,8 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     for knob, values in SPACE.items():
         if getattr(config, knob) not in values:
             return f"{knob}={getattr(config, knob)} is none of {', '.join(map(str, values))}"
+    if config.in_turn and (config.groups_n, config.groups_k) != (2, 1):
+        return f"in_turn is for two warpgroups side by side, not for {config.groups_n} x {config.groups_k}"
     if problem.n % TILE or problem.k % STEP:
         return f"n={problem.n}, k={problem.k}: n must be a multiple of {TILE}, k of {STEP}"
     stages = stages_of(config, problem.out)
@@ -493,13 +499,19 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         thread = tidx % WARPGROUP
         acc = cute.make_rmem_tensor(c.tile_m // 2, Float32)
         base = Int32(0)
+        if cutlass.const_expr(c.in_turn):  # noqa: SIM102  (one is decided when compiling)
+            if group_n == 1:
+                self.pass_turn(group_n)
         for number in cutlass.range(work[1], unroll=1):
             m_tile, n_tile, _, count = self.item(number, work)
             block = cutlass.min(n_tile * self.blocks_n + group_n, segment_ends[-1] // TILE - 1)
             row = block * TILE + thread // 32 * 16 + thread % 32 // 4
             exponents = [Int32(mExponent[row + 8 * r]) for r in range(2)]
             acc.fill(0.0)
-            self.add_steps(acc, ring, base, count, exponents, group_n, group_k, thread)
+            if cutlass.const_expr(c.in_turn):
+                self.add_in_turn(acc, ring, base, count, exponents, group_n, thread)
+            else:
+                self.add_steps(acc, ring, base, count, exponents, group_n, group_k, thread)
             base += count
             self.scale_tokens(acc, mScale, exponents, m_tile * c.tile_m, thread)
             if cutlass.const_expr(c.reduces):
@@ -507,8 +519,65 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                 self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
             else:
                 self.store([acc], store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, False)
+        if cutlass.const_expr(c.in_turn):  # noqa: SIM102
+            if group_n == 0:
+                self.await_turn(group_n)
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
+
+    def await_turn(self, group_n):
+        cute.arch.barrier(barrier_id=TURN + group_n, number_of_threads=2 * WARPGROUP)
+
+    def pass_turn(self, group_n):
+        cute.arch.barrier_arrive(barrier_id=TURN + 1 - group_n, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def add_in_turn(self, acc, ring, base, count, exponents, group_n, thread):
+        """`add_steps`, with a whole step decoded before it is multiplied: in its turn a warpgroup only multiplies.
+
+        The turn ends when half of a run is left, so that the tensor cores never wait.
+        """
+        c, (sA, _, _, full, empty, tables) = self.config, ring
+        lane = thread % 32
+        new, more = self.mma(False), self.mma(True)
+        split = cute.flat_divide(sA, (self.run, STEP))
+        tokens = more.make_fragment_B(more.get_slice(group_n * WARPGROUP).partition_B(split))
+        rows = TILE * c.groups_n
+        fresh = cute.make_rmem_tensor(more.partition_shape_C((rows, self.run)), Float32)
+        frag = [cute.make_rmem_tensor(more.partition_shape_A((rows, TILE)), Float8E4M3FN) for _ in range(2)]
+        own = [tables + Uint32(e + 1) * Uint32(1024) for e in exponents]
+        slot, phase = base % self.stages, base // self.stages % 2
+        cute.arch.mbarrier_wait(full + slot, phase)
+        for half in cutlass.range_constexpr(2):
+            self.decode_half(ring, slot, group_n, half, thread, own, frag[half])
+        for i in cutlass.range(count, unroll=1):
+            now = slot
+            for run in cutlass.range_constexpr(c.runs):
+                last = run + 1 == c.runs
+                self.await_turn(group_n)
+                warpgroup.fence()
+                for half in cutlass.range_constexpr(2):
+                    for s in cutlass.range_constexpr(TILE // 32):
+                        mma = new if half + s == 0 else more
+                        part = tokens[None, None, half * (TILE // 32) + s, run, 0, now]
+                        cute.gemm(mma, fresh, frag[half][None, None, s], part, fresh)
+                    warpgroup.commit_group()
+                warpgroup.wait_group(1)
+                self.pass_turn(group_n)
+                if cutlass.const_expr(last):  # noqa: SIM102
+                    if i + 1 < count:
+                        slot, phase = self.advance(slot, phase, 1)
+                        cute.arch.mbarrier_wait(full + slot, phase)
+                        self.decode_half(ring, slot, group_n, 0, thread, own, frag[0])
+                warpgroup.wait_group(0)
+                if cutlass.const_expr(last):
+                    self.release(empty + now, lane, False)
+                for e in cutlass.range_constexpr(self.run // 2):
+                    at = run * (self.run // 2) + e
+                    acc[at] = add_here(acc[at], fresh[e])
+                if cutlass.const_expr(last):  # noqa: SIM102
+                    if i + 1 < count:
+                        self.decode_half(ring, slot, group_n, 1, thread, own, frag[1])
 
     @cute.jit
     def add_steps(self, acc, ring, base, count, exponents, group_n, group_k, thread):

@@ -32,6 +32,8 @@ CONFIGS = [
     Config(tile_m=192, groups_n=1, stages=2, blocks=2),
     replace(WIDE, stages=3),
     replace(WIDE, stages=3, share=2),
+    Config(tile_m=256, stages=3, in_turn=True),
+    Config(tile_m=64, stages=2, split=2, in_turn=True),
 ]
 
 # --- anywhere ---------------------------------------------------------------------------------------------------------
@@ -56,6 +58,7 @@ CONFIGS = [
         (replace(BIG, k=512), Config(split=3), "too little for the last of 3 parts"),
         (replace(BIG, k=512), Config(groups_k=2, split=4), "too little for the last of 4 parts of 2 warpgroups"),
         (BIG, Config(stages=12), "bytes of shared memory"),
+        (BIG, Config(groups_n=1, in_turn=True), "in_turn is for two warpgroups side by side, not for 1 x 1"),
     ],
 )
 def test_refusals(problem, config, message):
