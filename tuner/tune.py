@@ -267,34 +267,40 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
         for index, task in enumerate(tasks):
             for candidate in task.seeds:
                 _begin(ahead, index, task, candidate)
-        for index, task in enumerate(tasks):
-            ahead.leave_behind(index)
-            bar.set_postfix_str(f"{task.problem.op} {task.problem}", refresh=True)
-            share = (options.deadline - time.monotonic()) / (len(tasks) - index)
-            if index == 0:
-                share += STARTUP_S  # of the child: imports, the device, the first compilation
-            judge = Measured(task, target.cuda, options.budget.rounds, child, seed=options.seed)
-            try:
-                search = Search(task, storage, options.budget.trials, options.seed)
-                search.run(
-                    judge,
-                    deadline=time.monotonic() + share,
-                    after=lambda: _tick(bar),
-                    begin=functools.partial(_begin, ahead, builds.NOW, task),
-                    depth=min(options.jobs + 1, IN_HAND),
-                )
-                bar.update((index + 1) * options.budget.trials - bar.n)
-                if search.evaluated() == 0:
-                    report.left += 1
+        left = tasks
+        for attempt in range(2):  # compiling may lag behind the first problems: they get what time the others left
+            todo, left = left, []
+            for index, task in enumerate(todo):
+                if attempt == 0:
+                    ahead.leave_behind(index)
+                bar.set_postfix_str(f"{task.problem.op} {task.problem}", refresh=True)
+                share = (options.deadline - time.monotonic()) / (len(todo) - index)
+                if attempt + index == 0:
+                    share += STARTUP_S  # of the child: imports, the device, the first compilation
+                judge = Measured(task, target.cuda, options.budget.rounds, child, seed=options.seed)
+                try:
+                    search = Search(task, storage, options.budget.trials, options.seed)
+                    search.run(
+                        judge,
+                        deadline=time.monotonic() + share,
+                        after=lambda: _tick(bar),
+                        begin=functools.partial(_begin, ahead, builds.NOW, task),
+                        depth=min(options.jobs + 1, IN_HAND),
+                    )
+                    if attempt == 0:
+                        bar.update((index + 1) * options.budget.trials - bar.n)
+                    if search.evaluated() == 0:
+                        left.append(task)
+                        continue
+                    if search.running_elsewhere():
+                        continue  # the worker that ends last has the whole picture, and will see to the final
+                    entries[task] = kept_or_final(search, judge, options.budget)
+                except (DefaultFailed, worker.WorkerDied, worker.RemoteError) as e:
+                    report.failed.append(f"{target.device}: {e}")
                     continue
-                if search.running_elsewhere():
-                    continue  # the worker that ends last has the whole picture, and will see to the final
-                entries[task] = kept_or_final(search, judge, options.budget)
-            except (DefaultFailed, worker.WorkerDied, worker.RemoteError) as e:
-                report.failed.append(f"{target.device}: {e}")
-                continue
-            _keep(path, target, [entries[task]])
-            report.rows.append(_row(task, entries[task], search, target))
+                _keep(path, target, [entries[task]])
+                report.rows.append(_row(task, entries[task], search, target))
+        report.left += len(left)
         try:
             _add_regret(target, entries, options, path, child)
         except (DefaultFailed, worker.WorkerDied, worker.RemoteError) as e:

@@ -384,6 +384,25 @@ def test_time_is_shared_among_problems_however_long_compiling_takes(gpu, config,
     assert {e.problem["n"]: e.trials for e in table.read(tmp_path / "some-gpu.json").entries} == {512: 6, 1024: 6}
 
 
+def test_a_problem_that_had_to_wait_gets_the_time_that_others_left(gpu, config, tmp_path, capsys, monkeypatch):
+    linears = [shapes.Linear(name=name, n=n, k=512, count=1) for name, n in (("q_a", 512), ("q_b", 1024))]
+    monkeypatch.setattr(shapes, "linears", lambda c, tp=1: linears)
+    monkeypatch.setattr(tune, "STARTUP_S", 0.0)
+    late = Future()
+
+    def begin(ahead, turn, task, candidate):
+        if turn is builds.NOW and task.problem.n == 1024 and not late.done():
+            late.set_result(None)
+        return late if task.problem.n == 512 else builds.prepared()
+
+    monkeypatch.setattr(tune, "_begin", begin)
+    code, document = measured(capsys, config, tmp_path, "--m", "1", "--trials", 6, "--seconds", 30)
+    assert (code, document["left"]) == (0, 0)
+    found = {e.problem["n"]: e.trials for e in table.read(tmp_path / "some-gpu.json").entries}
+    assert found[1024] == 6
+    assert found[512] >= 1
+
+
 def test_a_wrong_default_is_a_failure_and_no_entry(gpu, config, tmp_path, capsys, monkeypatch):
     class Broken(evaluate.Measured):
         def _ready(self):
