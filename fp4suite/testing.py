@@ -190,14 +190,14 @@ def assert_fp8_gemm_close(got: Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> N
     """`assert_gemm_close` for FP8 tensor cores, whose sums over 128 of K are added in FP32.
 
     An MMA of sm_90 aligns its 32 products and the old sum to the largest of them and cuts each at 13 bits below it. For
-    terms of either sign most of that cancels: at most 5.6 * 2^-13 of the sum of |a b alpha| over 128 of K was seen, and
-    errors of several such runs add as random ones do. The bound is three times that: an H100 was 11.5 off in one of 8
-    million elements.
+    terms of either sign most of that cancels, and errors of several such runs add as random ones do: the root of the
+    sum of squares of what |a b alpha| sums to over each 128 of K. Of that, errors of up to 11.5 * 2^-13 were seen on an
+    H100, in one of 8 million elements, and of 13.0 * 2^-13 in the emulator. The bound is 20 * 2^-13.
     """
     want, room = _product(a, b, alpha)
     runs = zip(a.abs().split(FP8_RUN, -1), b.abs().split(FP8_RUN, -1), strict=True)
     squares = sum(((x @ y.T) ** 2 for x, y in runs), start=torch.zeros_like(want))
-    _assert_within(got, want, room + squares.sqrt() * alpha.abs() * 17 * 2.0**-13)
+    _assert_within(got, want, room + squares.sqrt() * alpha.abs() * 20 * 2.0**-13)
 
 
 def assert_gemm_quantized(got: NVFP4Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> None:

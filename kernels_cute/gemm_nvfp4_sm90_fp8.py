@@ -4,9 +4,8 @@ Opt-in (`act="fp8"`). Bound: the FP8 tensor cores, which are twice as fast as th
 more; below, reading the packed weights. b is the weight of `gemm_nvfp4_sm90_wgmma`, in the same order, and the kernel
 is that one's (its module says how data flow) but for the operands and the sums:
 
-    decode     each code looks its magnitude up in eight bytes, which are code times scale rounded once to E4M3. Shared
-               memory holds these for each scale and each power of two that a row is scaled by, so that E4M3 holds its
-               largest numbers (`NVFP4Tensor.prepare_fp8`)
+    decode     code times scale in FP16, which is exact, then rounded once to E4M3. `NVFP4Tensor.prepare_fp8` says which
+               power of two a row is scaled by, so that E4M3 holds its largest numbers
     sums       the FP8 MMA keeps some 14 bits of a sum. Each 128 of K are summed by themselves and then added to FP32
                sums by ordinary additions, for `tile_m` tokens in up to two runs: while one is multiplied for one
                warpgroup, another adds up
@@ -39,6 +38,7 @@ from .gemm_nvfp4_sm90_wgmma import (
     CODE_BYTES,
     CTA_BYTES,
     CUTE_OUT,
+    MAGNITUDE,
     MAX_STAGES,
     REGISTERS,
     SCALE_BYTES,
@@ -54,15 +54,13 @@ from .gemm_nvfp4_sm90_wgmma import (
     _store_bytes as store_bytes,
     bulk_load,
     registers_at_launch,
+    rotate_right,
 )
-from .nvfp4 import Host, asked, check_packed, check_stored_rows, e4m3x2_to_f16x2, prmt
+from .nvfp4 import Host, asked, check_packed, check_stored_rows
 
 SF_LAYOUT: SfLayout = "linear"
 WEIGHT_ORDER: Order = "fragments_sm90"
 STEP = 128  # elements of K that are summed by the MMA alone
-TURN = 8  # the first of two named barriers
-EXPONENTS = 9  # of rows, from -1 on
-TABLE_BYTES = EXPONENTS * 128 * 8  # for each of them and each scale, the magnitudes of a code in E4M3
 MMA_TOKENS = 128  # at most, of one MMA: its sums and those that they are added to take half the registers each
 
 
@@ -70,8 +68,7 @@ MMA_TOKENS = 128  # at most, of one MMA: its sums and those that they are added 
 class Config:
     """tile_m: tokens. groups_n: warpgroups side by side, each with 64 weight rows; groups_k: warpgroups that take steps
     of 128 of K in turn. stages: steps in flight (0: as many as fit). share, split: CTAs of a cluster side by side along
-    n, and along K. blocks: CTAs that share an SM. in_turn: two warpgroups multiply one after the other, so that one
-    decodes and adds up while the other multiplies.
+    n, and along K. blocks: CTAs that share an SM.
     """
 
     tile_m: int = 128
@@ -81,7 +78,6 @@ class Config:
     share: int = 1
     split: int = 1
     blocks: int = 1
-    in_turn: bool = False
 
     tile_k: ClassVar[int] = STEP
     strips: ClassVar[int] = 1
@@ -103,8 +99,8 @@ class Config:
 
     @property
     def registers(self) -> int:
-        """Of a thread that multiplies: sums, those of an MMA, and the rest."""
-        return self.tile_m // 2 + self.tile_m // self.runs // 2 + 40
+        """Of a thread that multiplies: sums, those of an MMA, and the rest, of which stores by TMA take more."""
+        return self.tile_m // 2 + self.tile_m // self.runs // 2 + (32 if self.reduces else 40)
 
     @property
     def wide(self) -> bool:
@@ -128,7 +124,6 @@ SPACE = {
     "share": (1, 2),
     "split": (1, 2, 3, 4),
     "blocks": (1, 2),
-    "in_turn": (False, True),
 }
 
 
@@ -142,7 +137,7 @@ def stages_of(config: Config, out: str) -> int:
     """Steps in flight: as configured, or as many as fit, a multiple of groups_k: each is always the same one's."""
     if config.stages:
         return config.stages
-    room = (MAX_SHARED_BYTES[ARCH] + CTA_BYTES) // config.blocks - CTA_BYTES - BARRIER_BYTES - TABLE_BYTES
+    room = (MAX_SHARED_BYTES[ARCH] + CTA_BYTES) // config.blocks - CTA_BYTES - BARRIER_BYTES
     store = store_bytes(config, out)  # type: ignore[arg-type]
     if config.split > 1:  # one tile a cluster: its sums lie where the stages were
         fit = room // stage_bytes(config) if store <= room else 0
@@ -154,7 +149,7 @@ def stages_of(config: Config, out: str) -> int:
 def shared_bytes(config: Config, out: str) -> int:
     """Shared memory of one CTA, as the kernel allocates it."""
     stages, store = stages_of(config, out) * stage_bytes(config), store_bytes(config, out)  # type: ignore[arg-type]
-    return BARRIER_BYTES + TABLE_BYTES + (max(stages, store) if config.split > 1 else stages + store)
+    return BARRIER_BYTES + (max(stages, store) if config.split > 1 else stages + store)
 
 
 def supports(problem: GemmProblem, config: Config) -> str | None:
@@ -168,8 +163,6 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     for knob, values in SPACE.items():
         if getattr(config, knob) not in values:
             return f"{knob}={getattr(config, knob)} is none of {', '.join(map(str, values))}"
-    if config.in_turn and (config.groups_n, config.groups_k) != (2, 1):
-        return f"in_turn is for two warpgroups side by side, not for {config.groups_n} x {config.groups_k}"
     if problem.n % TILE or problem.k % STEP:
         return f"n={problem.n}, k={problem.k}: n must be a multiple of {TILE}, k of {STEP}"
     stages = stages_of(config, problem.out)
@@ -237,6 +230,14 @@ def in_arithmetic(problem: GemmProblem, wanted: str) -> Config | None:
 
 
 @dsl_user_op
+def e4m3x4_to_f16x2(x: Uint32, half: int, *, loc=None, ip=None) -> Uint32:
+    """The two low or the two high bytes of a word as E4M3 -> two FP16 numbers in a word, exactly."""
+    names = ("h, rest", "rest, h")[half]
+    asm = f"{{ .reg .b16 h, rest; mov.b32 {{{names}}}, $1; cvt.rn.f16x2.e4m3x2 $0, h; }}"
+    return Uint32(llvm.inline_asm(T.i32(), [x.ir_value(loc=loc, ip=ip)], asm, "=r,r", loc=loc, ip=ip))
+
+
+@dsl_user_op
 def f16x2_to_e4m3x4(x: Uint32, y: Uint32, *, loc=None, ip=None) -> Uint32:
     """Two words of two FP16 numbers -> the four rounded to E4M3, nearest even."""
     asm = (
@@ -255,26 +256,15 @@ def mul_f16x2(x: Uint32, y: Uint32, *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
-def mad_hi(x: Uint32, y: Uint32, z: Uint32, *, loc=None, ip=None) -> Uint32:
-    """The upper word of x * y, plus z."""
-    args = [v.ir_value(loc=loc, ip=ip) for v in (x, y, z)]
-    return Uint32(llvm.inline_asm(T.i32(), args, "mad.hi.u32 $0, $1, $2, $3;", "=r,r,r,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def load_table(address: Uint32, *, loc=None, ip=None):
-    """Eight bytes of shared memory that nobody changes any more."""
-    kind = llvm.StructType.get_literal([T.i32()] * 2)
-    asm = "ld.shared.v2.b32 {$0, $1}, [$2];"
-    got = llvm.inline_asm(kind, [address.ir_value(loc=loc, ip=ip)], asm, "=r,=r,r", loc=loc, ip=ip)
-    return [Uint32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(2)]
-
-
-@dsl_user_op
-def look_up(table, places: Uint32, *, loc=None, ip=None) -> Uint32:
-    """Four bytes of eight, by the four low digits of `places`."""
-    args = [x.ir_value(loc=loc, ip=ip) for x in (*table, places)]
-    return Uint32(llvm.inline_asm(T.i32(), args, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", loc=loc, ip=ip))
+def mul_f16_by_half(x: Uint32, scales: Uint32, half: int, *, loc=None, ip=None) -> Uint32:
+    """Two FP16 products with one half of a word; subnormal operands count in full."""
+    name = ("low", "high")[half]
+    asm = (
+        "{ .reg .b16 low, high; .reg .b32 s; mov.b32 {low, high}, $2; "
+        f"mov.b32 s, {{{name}, {name}}}; mul.rn.f16x2 $0, $1, s; }}"
+    )
+    args = [x.ir_value(loc=loc, ip=ip), scales.ir_value(loc=loc, ip=ip)]
+    return Uint32(llvm.inline_asm(T.i32(), args, asm, "=r,r,r", loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -290,28 +280,23 @@ def add_here(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
     return Float32(llvm.inline_asm(T.f32(), args, asm, "=f,f,f", has_side_effects=True, loc=loc, ip=ip))
 
 
-MAGNITUDES = (0x38000000, 0x3E003C00, 0x42004000, 0x46004400)  # of codes 0 .. 7, two FP16 numbers a word
+F16_SIGN, F16_MAGNITUDE = 0x80008000, 0x0E000E00  # where a pair of codes lies in two FP16 numbers: value times 2 ** -14
+F16_IMAGE = F16_SIGN | F16_MAGNITUDE
 
 
-def selectors(word):
-    """Of a word of "fragments_sm90", the magnitudes of the four codes of row g, and of row g + 8, as digits.
+def code_images(word):
+    """The four pairs of codes of a word of "fragments_sm90", each in two FP16 numbers, times 2 ** -14.
 
-    A code's three bits lie together but for pair 3, whose are gathered where pair 2 has its. The first and the second
-    codes of a pair are 16 bits apart and get 4 apart by one multiplication each; what it puts above counts nothing.
+    An FP16 number has its exponent three bits further left than a BF16 number, which the order was made for: x * 9
+    leaves the sign in place and the others in both places. A mask takes what belongs.
     """
-    upper = Uint32(0x70007000)
-    last = (word & Uint32(0x00190019)) * Uint32((1 << 9) + (1 << 14)) & upper
-    row = mad_hi(word & Uint32(0x01C001C0), Uint32((1 << 26) + (1 << 14)), Uint32(0))
-    below = mad_hi(word & Uint32(0x0E000E00), Uint32((1 << 23) + (1 << 11)), Uint32(0))
-    high = Uint32((1 << 28) + (1 << 16))
-    return mad_hi(word & upper, high, row), mad_hi(last, high, below)
-
-
-def signs(word):
-    """And the signs of these codes, as the top bits of bytes; below lies whatever."""
+    image, sign, magnitude = Uint32(MAGNITUDE), Uint32(F16_SIGN), Uint32(F16_MAGNITUDE)
+    nine = Uint32(9)
     return (
-        prmt(word, word << Uint32(2), 0x4631),
-        prmt(word << Uint32(5), word << Uint32(6), 0x6402),
+        (word & image) * nine & Uint32(F16_IMAGE),
+        word & magnitude | rotate_right(word, 3) & sign,
+        (rotate_right(word, 6) & image) * nine & Uint32(F16_IMAGE),
+        (word & Uint32(0x00190019)) * Uint32((1 << 6) + (1 << 11)) & magnitude | word << Uint32(14) & sign,
     )
 
 
@@ -412,7 +397,6 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         smem = SmemAllocator()
         barriers = smem.allocate_tensor(Int64, cute.make_layout(BARRIER_BYTES // 8), byte_alignment=1024)
         full, empty = barriers.iterator, barriers.iterator + self.stages
-        tables = smem.allocate_tensor(Uint32, cute.make_layout(TABLE_BYTES // 4), byte_alignment=1024)
         layout = self.tokens_layout()
         sA = smem.allocate_tensor(Float8E4M3FN, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         staging = None
@@ -425,10 +409,10 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         numbers = c.groups_k * c.tile_m * pitch(c)  # type: ignore[arg-type]
         sums = None
         if cutlass.const_expr(c.split > 1):
-            extra = shared_bytes(c, self.variant.out) - BARRIER_BYTES - TABLE_BYTES - self.stages * stage_bytes(c)
+            extra = shared_bytes(c, self.variant.out) - BARRIER_BYTES - self.stages * stage_bytes(c)
             if cutlass.const_expr(extra > 0):
                 smem.allocate_tensor(Uint32, cute.make_layout(extra // 4), byte_alignment=16)
-            start = Int32(tables.iterator.toint()) + TABLE_BYTES
+            start = Int32(barriers.iterator.toint()) + BARRIER_BYTES
             pointer = cute.make_ptr(Float32, start, cute.AddressSpace.smem, assumed_align=16)
             sums = cute.make_tensor(pointer, cute.make_layout(numbers))
         elif cutlass.const_expr(c.groups_k > 1):
@@ -440,7 +424,6 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                     cute.arch.mbarrier_init(full + i, 1)
                     cute.arch.mbarrier_init(empty + i, 4 * c.groups_n * c.share)
         cute.arch.mbarrier_init_fence()
-        self.fill_tables(tables, tidx)
         self.meet(c.share > 1)  # nobody may signal a barrier that is not there yet
         cute.arch.griddepcontrol_launch_dependents()
 
@@ -454,7 +437,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         else:
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_increase(WIDE[c.groups])
-            ring = (sA, sCodes, sScales, full, empty, Uint32(tables.iterator.toint()))
+            ring = (sA, sCodes, sScales, full, empty)
             factors = (mExponent, mScale, mAlpha)
             self.multiply(ring, store, staging, sums, factors, mD, segment_ends, work, tidx)
         if cutlass.const_expr(c.split * c.share > 1):
@@ -499,19 +482,13 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         thread = tidx % WARPGROUP
         acc = cute.make_rmem_tensor(c.tile_m // 2, Float32)
         base = Int32(0)
-        if cutlass.const_expr(c.in_turn):  # noqa: SIM102  (one is decided when compiling)
-            if group_n == 1:
-                self.pass_turn(group_n)
         for number in cutlass.range(work[1], unroll=1):
             m_tile, n_tile, _, count = self.item(number, work)
             block = cutlass.min(n_tile * self.blocks_n + group_n, segment_ends[-1] // TILE - 1)
             row = block * TILE + thread // 32 * 16 + thread % 32 // 4
             exponents = [Int32(mExponent[row + 8 * r]) for r in range(2)]
             acc.fill(0.0)
-            if cutlass.const_expr(c.in_turn):
-                self.add_in_turn(acc, ring, base, count, exponents, group_n, thread)
-            else:
-                self.add_steps(acc, ring, base, count, exponents, group_n, group_k, thread)
+            self.add_steps(acc, ring, base, count, exponents, group_n, group_k, thread)
             base += count
             self.scale_tokens(acc, mScale, exponents, m_tile * c.tile_m, thread)
             if cutlass.const_expr(c.reduces):
@@ -519,65 +496,8 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                 self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
             else:
                 self.store([acc], store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, False)
-        if cutlass.const_expr(c.in_turn):  # noqa: SIM102
-            if group_n == 0:
-                self.await_turn(group_n)
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
-
-    def await_turn(self, group_n):
-        cute.arch.barrier(barrier_id=TURN + group_n, number_of_threads=2 * WARPGROUP)
-
-    def pass_turn(self, group_n):
-        cute.arch.barrier_arrive(barrier_id=TURN + 1 - group_n, number_of_threads=2 * WARPGROUP)
-
-    @cute.jit
-    def add_in_turn(self, acc, ring, base, count, exponents, group_n, thread):
-        """`add_steps`, with a whole step decoded before it is multiplied: in its turn a warpgroup only multiplies.
-
-        The turn ends when half of a run is left, so that the tensor cores never wait.
-        """
-        c, (sA, _, _, full, empty, tables) = self.config, ring
-        lane = thread % 32
-        new, more = self.mma(False), self.mma(True)
-        split = cute.flat_divide(sA, (self.run, STEP))
-        tokens = more.make_fragment_B(more.get_slice(group_n * WARPGROUP).partition_B(split))
-        rows = TILE * c.groups_n
-        fresh = cute.make_rmem_tensor(more.partition_shape_C((rows, self.run)), Float32)
-        frag = [cute.make_rmem_tensor(more.partition_shape_A((rows, TILE)), Float8E4M3FN) for _ in range(2)]
-        own = [tables + Uint32(e + 1) * Uint32(1024) for e in exponents]
-        slot, phase = base % self.stages, base // self.stages % 2
-        cute.arch.mbarrier_wait(full + slot, phase)
-        for half in cutlass.range_constexpr(2):
-            self.decode_half(ring, slot, group_n, half, thread, own, frag[half])
-        for i in cutlass.range(count, unroll=1):
-            now = slot
-            for run in cutlass.range_constexpr(c.runs):
-                last = run + 1 == c.runs
-                self.await_turn(group_n)
-                warpgroup.fence()
-                for half in cutlass.range_constexpr(2):
-                    for s in cutlass.range_constexpr(TILE // 32):
-                        mma = new if half + s == 0 else more
-                        part = tokens[None, None, half * (TILE // 32) + s, run, 0, now]
-                        cute.gemm(mma, fresh, frag[half][None, None, s], part, fresh)
-                    warpgroup.commit_group()
-                warpgroup.wait_group(1)
-                self.pass_turn(group_n)
-                if cutlass.const_expr(last):  # noqa: SIM102
-                    if i + 1 < count:
-                        slot, phase = self.advance(slot, phase, 1)
-                        cute.arch.mbarrier_wait(full + slot, phase)
-                        self.decode_half(ring, slot, group_n, 0, thread, own, frag[0])
-                warpgroup.wait_group(0)
-                if cutlass.const_expr(last):
-                    self.release(empty + now, lane, False)
-                for e in cutlass.range_constexpr(self.run // 2):
-                    at = run * (self.run // 2) + e
-                    acc[at] = add_here(acc[at], fresh[e])
-                if cutlass.const_expr(last):  # noqa: SIM102
-                    if i + 1 < count:
-                        self.decode_half(ring, slot, group_n, 1, thread, own, frag[1])
 
     @cute.jit
     def add_steps(self, acc, ring, base, count, exponents, group_n, group_k, thread):
@@ -585,7 +505,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
 
         Half of a step is decoded while the other is multiplied; the sums of a run of tokens are added when it is done.
         """
-        c, (sA, _, _, full, empty, tables) = self.config, ring
+        c, (sA, _, _, full, empty) = self.config, ring
         lane = thread % 32
         new, more = self.mma(False), self.mma(True)
         split = cute.flat_divide(sA, (self.run, STEP))
@@ -593,11 +513,12 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         rows = TILE * c.groups_n
         fresh = cute.make_rmem_tensor(more.partition_shape_C((rows, self.run)), Float32)
         frag = [cute.make_rmem_tensor(more.partition_shape_A((rows, TILE)), Float8E4M3FN) for _ in range(2)]
-        own = [tables + Uint32(e + 1) * Uint32(1024) for e in exponents]
+        # 2 ** (14 - exponent) in two FP16 numbers
+        factors = [Uint32(29 - e) * Uint32(0x04000400) for e in exponents]
         index = base + group_k
         slot, phase = index % self.stages, index // self.stages % 2
         cute.arch.mbarrier_wait(full + slot, phase)
-        self.decode_half(ring, slot, group_n, 0, thread, own, frag[0])
+        self.decode_half(ring, slot, group_n, 0, thread, factors, frag[0])
         for i in cutlass.range(group_k, count, c.groups_k, unroll=1):
             now = slot
             for run in cutlass.range_constexpr(c.runs):
@@ -609,13 +530,13 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                         cute.gemm(mma, fresh, frag[half][None, None, s], part, fresh)
                     warpgroup.commit_group()
                     if cutlass.const_expr(run + half == 0):
-                        self.decode_half(ring, now, group_n, 1, thread, own, frag[1])
+                        self.decode_half(ring, now, group_n, 1, thread, factors, frag[1])
                 if cutlass.const_expr(run + 1 == c.runs):  # noqa: SIM102  (one is decided when compiling)
                     if i + c.groups_k < count:
                         slot, phase = self.advance(slot, phase, c.groups_k)
                         cute.arch.mbarrier_wait(full + slot, phase)
                         warpgroup.wait_group(1)
-                        self.decode_half(ring, slot, group_n, 0, thread, own, frag[0])
+                        self.decode_half(ring, slot, group_n, 0, thread, factors, frag[0])
                 warpgroup.wait_group(0)
                 if cutlass.const_expr(run + 1 == c.runs):
                     self.release(empty + now, lane, False)
@@ -623,36 +544,23 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                     at = run * (self.run // 2) + e
                     acc[at] = add_here(acc[at], fresh[e])
 
-    def decode_half(self, ring, stage, group_n, half: int, thread, own, frag):
-        """This thread's part of 64 weight rows x 64 of K, in E4M3: for each 16 of K, a word of row g, one of g + 8.
-
-        own: of both rows, the address of the tables of its exponent.
-        """
-        _, sCodes, sScales, _, _, _ = ring
+    def decode_half(self, ring, stage, group_n, half: int, thread, factors, frag):
+        """This thread's part of 64 weight rows x 64 of K, in E4M3: for each 16 of K, a word of row g, one of g + 8."""
+        _, sCodes, sScales, _, _ = ring
         tile = (stage * self.blocks_n + group_n) * self.atoms + half
         codes, scales = cute.make_rmem_tensor(4, Uint32), cute.make_rmem_tensor(2, Uint32)
         at = tile * (CODE_BYTES // 4) + thread * 4
         cute.autovec_copy(cute.make_tensor(sCodes.iterator + cute.assume(at, divby=4), cute.make_layout(4)), codes)
         at = tile * (SCALE_BYTES // 4) + thread // 4 * 2
         cute.autovec_copy(cute.make_tensor(sScales.iterator + cute.assume(at, divby=2), cute.make_layout(2)), scales)
+        # scale * 2 ** (14 - exponent), at most 61440; of two steps of 16
+        pairs = [[mul_f16x2(e4m3x4_to_f16x2(scales[r], p), factors[r]) for p in range(2)] for r in range(2)]
         words = cute.recast_tensor(frag, Uint32)
         for s in range(4):
-            places = selectors(codes[s]), signs(codes[s])
+            images = code_images(codes[s])
             for r in range(2):
-                byte = scales[r] << Uint32(3) if s == 0 else scales[r] >> Uint32(8 * s - 3)  # times 8
-                table = load_table(byte & Uint32(0x3F8) | own[r])
-                words[2 * s + r] = look_up(table, places[0][r]) | places[1][r] & Uint32(0x80808080)
-
-    @cute.jit
-    def fill_tables(self, tables, tidx):
-        """For each exponent of a row and each scale: 0, 0.5, 1, 1.5, 2, 3, 4 and 6 times scale * 2 ** -exponent."""
-        for i in cutlass.range(tidx, TABLE_BYTES // 8, self.config.threads, unroll=1):
-            scale = Uint32(i % 128)
-            power = Uint32(16 - i // 128) * Uint32(0x04000400)  # 2 ** -exponent in two FP16 numbers
-            factor = mul_f16x2(e4m3x2_to_f16x2(scale | scale << Uint32(8)), power)
-            for half in cutlass.range_constexpr(2):
-                first, second = (mul_f16x2(Uint32(pair), factor) for pair in MAGNITUDES[2 * half : 2 * half + 2])
-                tables[2 * i + half] = f16x2_to_e4m3x4(first, second)
+                first, second = (mul_f16_by_half(images[r + 2 * p], pairs[r][s // 2], s % 2) for p in range(2))
+                words[2 * s + r] = f16x2_to_e4m3x4(first, second)
 
     @cute.jit
     def scale_tokens(self, acc, mScale, exponents, m0, thread):
