@@ -117,7 +117,7 @@ def _best(
 def _candidates(
     family: Mapping[Problem, Agreed], kernel: str, in_force: str, path: Path | None
 ) -> dict[str, list[Any]]:
-    """Arithmetics that defaults and winners of this kernel have somewhere, each with its default config for every m."""
+    """Every arithmetic that defaults and winners of this kernel have somewhere, with its default config for each m."""
     found: dict[str | None, None] = {in_force: None}
     problem = next(iter(family))
     entries = table.read(path).entries if path is not None else []
