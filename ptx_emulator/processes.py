@@ -9,6 +9,7 @@ out to have read what others wrote is refused afterwards, and leaves no trace in
 import ctypes
 import gc
 import multiprocessing
+import os
 import signal
 import sys
 import warnings
@@ -145,7 +146,7 @@ def _collect(launch: "Launch", parts: Sequence[Sequence["Dim3"]]) -> list[_Share
     try:
         for n, part in enumerate(parts):
             receiver, sender = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(launch, part, sender), daemon=True)
+            worker = context.Process(target=_work, args=(launch, part, sender, os.getpid()), daemon=True)
             with warnings.catch_warnings():
                 # threads of torch or BLAS are no danger: a child runs numpy only, whose BLAS knows of forks
                 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -183,12 +184,14 @@ def _end(code: int | None) -> str:
     return f"ended with status {code}"
 
 
-def _work(launch: "Launch", places: Sequence["Dim3"], sender: Any) -> None:
+def _work(launch: "Launch", places: Sequence["Dim3"], sender: Any, parent: int) -> None:
     """The child: never outlives its parent, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # to look through the parent's objects would copy their pages
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before the line above
+            os._exit(1)
     marks = launch.memory.marks = Marks()
     fault: BaseException | None = None
     try:

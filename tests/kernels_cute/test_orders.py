@@ -15,7 +15,7 @@ def test_one_order(row):
     own, config = getattr(module, "WEIGHT_ORDER", "rows"), module.Config()
     supported = [
         p
-        for act in ("bf16", "nvfp4")
+        for act in ("bf16", "nvfp4", "fp8")
         if module.supports(p := GemmProblem(m=3, n=512, k=4096, act=act, order=own), config) is None
     ]
     assert supported
