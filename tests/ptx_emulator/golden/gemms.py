@@ -15,7 +15,12 @@ import torch
 
 from fp4suite import testing
 from fp4suite.problem import GemmProblem
-from kernels_cute import gemm_nvfp4_sm90 as sm90, gemm_nvfp4_sm90_skinny as skinny, gemm_nvfp4_sm90_wgmma as wgmma
+from kernels_cute import (
+    gemm_nvfp4_sm90 as sm90,
+    gemm_nvfp4_sm90_fp8 as fp8,
+    gemm_nvfp4_sm90_skinny as skinny,
+    gemm_nvfp4_sm90_wgmma as wgmma,
+)
 
 FILE = Path(__file__).parent / "gemms_sm90.npz"
 PREPARED = wgmma.WEIGHT_ORDER
@@ -36,11 +41,15 @@ CASES = [
     (GemmProblem(m=13, n=192, k=1024, segments=2, order=PREPARED), wgmma.Config(tile_m=16, groups_n=1, split=2)),
     (GemmProblem(m=70, n=192, k=512, out="fp32", order=PREPARED), wgmma.Config(share=2)),
     (GemmProblem(m=260, n=192, k=256, order=PREPARED), wgmma.Config(tile_m=256, tile_k=64)),
+    (GemmProblem(m=13, n=192, k=1024, act="fp8", order=PREPARED), fp8.Config(tile_m=16, groups_n=1, split=2)),
+    (GemmProblem(m=70, n=128, k=512, act="fp8", out="fp32", order=PREPARED), fp8.Config(tile_m=64, groups_k=2)),
+    (GemmProblem(m=150, n=192, k=640, act="fp8", segments=3, order=PREPARED), fp8.Config(share=2)),
+    (GemmProblem(m=260, n=192, k=384, act="fp8", out="fp32", order=PREPARED), fp8.Config(tile_m=256)),
 ]
 
 
 def kernel_of(config: Any) -> ModuleType:
-    return next(module for module in (sm90, skinny, wgmma) if isinstance(config, module.Config))
+    return next(module for module in (sm90, skinny, wgmma, fp8) if isinstance(config, module.Config))
 
 
 def digest(problem: GemmProblem, config: Any) -> str:
