@@ -39,6 +39,17 @@ def widen(x):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr, CVT: tl.constexpr):
+    """FP32 -> dtype, to nearest even. Without CVT, BF16 by integer arithmetic: Triton's interpreter truncates."""
+    if CVT or dtype != tl.bfloat16:
+        return x.to(dtype)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FFF).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def magnitude_bits(x):
     """|x| as int32: in the order of the numbers, with NaN above infinity, so that a maximum loses no NaN."""
     return x.to(tl.int32, bitcast=True) & MAGNITUDE

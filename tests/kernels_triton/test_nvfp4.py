@@ -25,6 +25,12 @@ def _round(x_ptr, out_ptr):
 
 
 @triton.jit
+def _narrow(x_ptr, out_ptr, CVT: tl.constexpr):
+    at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    tl.store(out_ptr + at, nvfp4.narrow(tl.load(x_ptr + at), out_ptr.dtype.element_ty, CVT))
+
+
+@triton.jit
 def _e4m3(t_ptr, byte_ptr, back_ptr):
     at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
     byte = nvfp4.e4m3_encode(tl.load(t_ptr + at))
@@ -150,3 +156,15 @@ def test_squared_errors_of_rule_mse(device, num_warps):
     d = x * inv - q * sf[:, None]
     assert torch.equal(out, e2m1.pair_sum(d * d))
     assert not torch.equal(out.cpu(), (d * d).cpu().cumsum(-1)[:, -1])  # another order gives other bits
+
+
+def test_narrow_rounds_to_nearest_even(device):
+    """Each BF16 number, the tie above it and both neighbours of the tie; infinities, NaN, numbers that overflow."""
+    low = torch.arange(65536, dtype=torch.int64)[:, None] << 16
+    bits = low + torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    x = torch.where(bits >= 2**31, bits - 2**32, bits).int().flatten().view(torch.float32).to(device)
+    for dtype in (torch.bfloat16, torch.float32):
+        for cvt in {False, device.type == "cuda"}:
+            out = torch.zeros(len(x), dtype=dtype, device=device)
+            _narrow[(len(x) // 1024,)](x, out, cvt)
+            torch.testing.assert_close(out, x.to(dtype), rtol=0, atol=0, equal_nan=True)
