@@ -8,6 +8,11 @@ A row is rounded to BF16 first (not in the fp32 format), once, after norm and Ro
     mxfp4 (index) per 32 dims: e = ceil(log2(max(amax, 6 · 2^-126) / 6)), stored E2M1(x / 2^e) and the byte e + 127
 
 RoPE dims of KV rows stay BF16. fp8_ds_mla and the index formats are those of vLLM 0.33 and SGLang 0.5.23.
+
+Nothing that is not finite is hidden: where amax is infinite or NaN, e is what FP32's largest number has, so that in
+fp8 formats an infinity is decoded as one and a NaN (0x7F) too, while finite numbers beside it lose most of their bits;
+an nvfp4 row has an alpha that is infinite or NaN; mxfp4, whose codes have no NaN, stores 6 for it, which comes out
+infinite.
 """
 
 import torch
@@ -16,11 +21,12 @@ from torch import Tensor
 from ..formats import BLOCK, E4M3_MAX, MX_BLOCK, IndexCache, PagedCache
 from . import e2m1
 from .e8m0 import ceil_log2, pow2
-from .norm import rms_norm, wide
+from .norm import rms_norm_wide
 from .rope import rotate
 
 FP8_GROUP = 64  # dims under one scale of fp8_ds_mla
 FP8_FLOOR = 1e-4  # the smallest amax that gets a scale of its own
+MX_FLOOR = 6 * 2.0**-126
 
 
 def kv_norm_rope_insert(
@@ -31,7 +37,7 @@ def kv_norm_rope_insert(
     weight: [head_dim]; positions: int32 [tokens]; table: FP32 [positions, rope_dim]; slots: int32 [tokens], -1 stores
     nothing. Slots that are stored to differ from each other.
     """
-    write_rows(cache, slots, rotate(rms_norm(wide(kv), weight, eps), positions, table))
+    write_rows(cache, slots, rotate(rms_norm_wide(kv, weight, eps), positions, table))
 
 
 def write_rows(cache: PagedCache | IndexCache, slots: Tensor, rows: Tensor) -> None:
@@ -62,20 +68,21 @@ def encode_rows(cache: PagedCache | IndexCache, rows: Tensor) -> list[Tensor]:
         if cache.format == "fp8":
             exponent = ceil_log2(rows.float().abs().amax(-1, keepdim=True).clamp(min=FP8_FLOOR), E4M3_MAX)
             scale = pow2(exponent)
-            return [_bytes((rows.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)), _bytes(scale)]
+            return [_e4m3(rows.float() / scale), _bytes(scale)]
         blocks = rows.float().unflatten(-1, (-1, MX_BLOCK))
-        exponent = ceil_log2(blocks.abs().amax(-1).clamp(min=6 * 2.0**-126), e2m1.MAX)  # [n, blocks]
+        exponent = ceil_log2(blocks.abs().amax(-1).clamp(min=MX_FLOOR), e2m1.MAX)  # [n, blocks]
         codes = e2m1.encode((blocks / pow2(exponent)[..., None]).flatten(-2))
         return [e2m1.pack(codes), (exponent + 127).to(torch.uint8)]
     nope, rope = rows.split((cache.head_dim - cache.rope_dim, cache.rope_dim), dim=-1)
     if cache.format == "fp8_ds_mla":
         blocks = nope.float().unflatten(-1, (-1, FP8_GROUP))
         exponent = ceil_log2(blocks.abs().amax(-1).clamp(min=FP8_FLOOR), E4M3_MAX)  # [n, blocks]
-        data = (blocks / pow2(exponent)[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(-2)
+        data = _e4m3(blocks / pow2(exponent)[..., None]).flatten(-2)
         scales = torch.zeros(len(rows), cache.layout.scale_bytes, dtype=torch.uint8, device=rows.device)
         scales[:, : exponent.shape[1]] = (exponent + 127).to(torch.uint8)
-        return [torch.cat((_bytes(data), _bytes(rope)), dim=-1), scales]
+        return [torch.cat((data, _bytes(rope)), dim=-1), scales]
     alpha = nope.float().abs().amax(-1) / torch.tensor(e2m1.MAX * E4M3_MAX, device=rows.device)  # [n]
+    alpha = torch.where(alpha.isnan(), torch.nan, alpha)  # one of the NaNs
     codes, sf = e2m1.quantize_blocks(nope.float(), alpha[:, None])
     return [torch.cat((e2m1.pack(codes), _bytes(sf), _bytes(alpha[:, None]), _bytes(rope)), dim=-1)]
 
@@ -112,6 +119,11 @@ def _addresses(cache: PagedCache | IndexCache, slots: Tensor) -> list[Tensor]:
     if layout.scale_bytes:
         starts.append((page + p * layout.row_bytes + row * layout.scale_bytes, layout.scale_bytes))
     return [at[:, None] + torch.arange(size, device=slots.device) for at, size in starts]
+
+
+def _e4m3(x: Tensor) -> Tensor:
+    """FP32 -> E4M3 bytes, saturating; a NaN of either sign gives 0x7F."""
+    return _bytes(x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)).masked_fill(x.isnan(), 0x7F)
 
 
 def _bytes(x: Tensor) -> Tensor:

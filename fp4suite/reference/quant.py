@@ -129,11 +129,11 @@ def row_alpha(alpha: Tensor, shape: Sequence[int], segments: Sequence[int] | Non
     raise ValueError(f"alpha of {list(shape)}, segments {segments}, must be [] or {want}, got {list(alpha.shape)}")
 
 
-def rmsnorm_fp32(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x [..., k] with weight [k] as the module's docstring defines it: float32 [..., k]."""
-    x, weight = _fp32(x, "x"), _fp32(weight, "weight")
+def rmsnorm_fp32(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm of x [..., k] with weight [k], or without one, as the module's docstring defines it: float32 [..., k]."""
+    x = _fp32(x, "x")
     k = x.shape[-1]
-    if list(weight.shape) != [k]:
+    if weight is not None and list(weight.shape) != [k]:
         raise ValueError(f"weight must be [{k}], got {list(weight.shape)}")
     square = x * x
     padded = max(1, 1 << (k - 1).bit_length())
@@ -143,7 +143,8 @@ def rmsnorm_fp32(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         square = square[..., :half] + square[..., half:]
     mean = pair_sum(square) / constant(float(k), x.device)
     r = constant(1.0, x.device) / sqrt_rn(mean + constant(eps, x.device))
-    return (x * r[..., None]) * weight
+    y = x * r[..., None]
+    return y if weight is None else y * _fp32(weight, "weight")
 
 
 def swiglu_fp32(x: Tensor, limit: float) -> Tensor:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .norm import rms_norm, wide
+from .norm import rms_norm_wide, wide
 
 
 def rope_frequencies(
@@ -65,7 +65,7 @@ def qnorm_rope(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tenso
 
     positions: int32 [tokens], table: FP32 [positions, rope_dim] of `rope_table`. Rounded once, after the rotation.
     """
-    return rotate(rms_norm(wide(q), None, eps), positions, table).to(q.dtype)
+    return rotate(rms_norm_wide(q, None, eps), positions, table).to(q.dtype)
 
 
 def rope_inverse(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:

@@ -181,6 +181,27 @@ def test_values_at_the_ends_of_the_range(format: str) -> None:
     assert got[3, 7] < -0.9 * big
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("format", ["bf16", "fp8_ds_mla", "nvfp4", "fp8", "mxfp4"])
+def test_nothing_that_is_not_finite_is_hidden(format: str, value: float) -> None:
+    """It comes back as what it is, but for a NaN in mxfp4 and all of an nvfp4 row; the other rows are as without it."""
+    cache = index_cache(format) if format in INDEX and format != "bf16" else kv_cache(format)
+    x = rows(6, cache.head_dim)
+    write_rows(cache, torch.arange(6).int(), x)
+    plain = read_rows(cache, torch.arange(6).int())
+    x[4, 9] = value
+    write_rows(cache, torch.arange(6).int(), x)
+    got = read_rows(cache, torch.arange(6).int())
+    if format == "nvfp4":
+        assert not got[4, : cache.head_dim - 64].isfinite().any()
+    else:
+        want = math.inf if format == "mxfp4" and math.isnan(value) else value
+        torch.testing.assert_close(got[4, 9], torch.tensor(want), equal_nan=True)
+        assert got[4].isfinite().sum() == cache.head_dim - 1
+    others = [0, 1, 2, 3, 5]
+    assert torch.equal(got[others], plain[others])
+
+
 def test_kv_norm_rope_insert() -> None:
     """FP64: norm with weight, turn the last dims, one rounding; rows of padding go nowhere."""
     cache = kv_cache("bf16", d=96, rope=32)

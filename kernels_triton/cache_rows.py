@@ -1,0 +1,180 @@
+"""Storing rows in paged caches: FP32 numbers in registers to the bytes of `fp4suite.reference.cache`, any format.
+
+    cache_rows.store(y, slots, cache_ptr, **cache_rows.constants(cache), E2M1_CVT=..., ROWS=..., PADDED=...)
+
+y      FP32 [ROWS, PADDED] after norm and RoPE, PADDED a power of two >= head_dim; columns from head_dim on are ignored
+slots  int [ROWS], row s % page_size of page s // page_size; a negative one stores nothing
+cache  uint8 pages from cache_ptr on, one behind the other
+
+`constants` gives the constexpr arguments that a PagedCache or IndexCache stands for, `refuse` what cannot be stored.
+The formats' layouts are those of `formats.kv_layout` and `index_layout`, roundings those of `rounding` and `nvfp4`.
+Each row must have a slot of its own. Infinities and NaN: as `reference.cache` says.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from fp4suite.formats import BLOCK as _BLOCK, MX_BLOCK as _MX_BLOCK, IndexCache, PagedCache
+from fp4suite.reference import cache as reference
+
+from .nvfp4 import AMAX_TO_ALPHA, BLOCK, pack_e2m1, quantize_blocks
+from .rounding import bf16_bits, bf16_round, e4m3_bits, e8m0_of_6, e8m0_of_448, e8m0_reciprocal, largest
+
+MX_BLOCK = tl.constexpr(_MX_BLOCK)
+FP8_GROUP = tl.constexpr(reference.FP8_GROUP)
+FP8_FLOOR = tl.constexpr(reference.FP8_FLOOR)
+MX_FLOOR = tl.constexpr(reference.MX_FLOOR)
+
+
+def constants(cache: PagedCache | IndexCache) -> dict[str, Any]:
+    """The constexpr arguments of `store` that say where the parts of a row lie."""
+    layout = cache.layout
+    return {
+        "FORMAT": cache.format if isinstance(cache, PagedCache) else f"index_{cache.format}",
+        "HEAD_DIM": cache.head_dim,
+        "ROPE_DIM": cache.rope_dim if isinstance(cache, PagedCache) else 0,
+        "PAGE_SIZE": cache.page_size,
+        "ROW_BYTES": layout.row_bytes,
+        "SCALE_BYTES": layout.scale_bytes,
+        "PAGE_BYTES": layout.page_bytes,
+    }
+
+
+def refuse(format: str, head_dim: int, rope_dim: int) -> str | None:
+    """Why rows of a format cannot be stored, or None. Two-byte numbers have to lie at even addresses."""
+    if format == "nvfp4" and (head_dim - rope_dim) % (2 * _BLOCK):
+        return f"nvfp4 rows are stored with a multiple of {2 * _BLOCK} dims beside RoPE, got {head_dim - rope_dim}"
+    if head_dim % 2 or rope_dim % 2:
+        return f"rows are stored with an even number of dims, got head_dim={head_dim} rope_dim={rope_dim}"
+    return None
+
+
+@triton.jit
+def store(
+    y, slots, cache_ptr, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
+    E2M1_CVT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Store row i of y at slots[i], see the module."""
+    NOPE: tl.constexpr = HEAD_DIM - ROPE_DIM
+    stored = slots >= 0
+    slots = tl.where(stored, slots, 0).to(tl.int64)  # before the multiply: a cache passes 2**31 bytes
+    page, row = slots // PAGE_SIZE, slots % PAGE_SIZE
+    rows = page * PAGE_BYTES + row * ROW_BYTES
+    scales = page * PAGE_BYTES + row * SCALE_BYTES + PAGE_SIZE * ROW_BYTES
+    pairs = page * (PAGE_BYTES // 2) + row * (ROW_BYTES // 2)  # rows, in units of two bytes
+    if FORMAT == "fp32" or FORMAT == "index_fp32":
+        cols = tl.arange(0, PADDED)
+        words = page * (PAGE_BYTES // 4) + row * (ROW_BYTES // 4)
+        at = cache_ptr.to(tl.pointer_type(tl.float32), bitcast=True) + words[:, None] + cols[None, :]
+        tl.store(at, y, mask=stored[:, None] & (cols < HEAD_DIM)[None, :])
+    elif FORMAT == "bf16" or FORMAT == "index_bf16":
+        _store_bf16(y, pairs, stored, cache_ptr, 0, HEAD_DIM, PADDED)
+    elif FORMAT == "fp8_ds_mla":
+        _store_bf16(y, pairs - NOPE // 2, stored, cache_ptr, NOPE, HEAD_DIM, PADDED)
+        _store_fp8_groups(bf16_round(y), rows, scales, stored, cache_ptr, NOPE, SCALE_BYTES, ROWS, PADDED)
+    elif FORMAT == "nvfp4":
+        START: tl.constexpr = NOPE // 2 + NOPE // BLOCK + 4  # where the BF16 dims begin
+        _store_bf16(y, pairs + (START // 2 - NOPE), stored, cache_ptr, NOPE, HEAD_DIM, PADDED)
+        _store_nvfp4(bf16_round(y), rows, stored, cache_ptr, NOPE, E2M1_CVT, ROWS, PADDED)
+    elif FORMAT == "index_fp8":
+        _store_fp8_rows(bf16_round(y), rows, scales, stored, cache_ptr, HEAD_DIM, ROWS, PADDED)
+    else:
+        tl.static_assert(FORMAT == "index_mxfp4", "unknown cache format")
+        _store_mxfp4(bf16_round(y), rows, scales, stored, cache_ptr, HEAD_DIM, E2M1_CVT, ROWS, PADDED)
+
+
+@triton.jit
+def _store_bf16(y, pairs, stored, cache_ptr, FIRST: tl.constexpr, LAST: tl.constexpr, PADDED: tl.constexpr):
+    """Columns FIRST .. LAST as BF16, column c in the two bytes from 2 (pairs + c) on."""
+    cols = tl.arange(0, PADDED)
+    at = cache_ptr.to(tl.pointer_type(tl.int16), bitcast=True) + pairs[:, None] + cols[None, :]
+    tl.store(at, bf16_bits(y), mask=stored[:, None] & ((cols >= FIRST) & (cols < LAST))[None, :])
+
+
+@triton.jit
+def _store_word(bits, at, stored, cache_ptr, ROWS: tl.constexpr):
+    """int32 [ROWS] as four bytes at `at`, which need not be aligned."""
+    byte = tl.arange(0, 4)
+    value = (bits[:, None] >> (8 * byte)[None, :]).to(tl.uint8)
+    tl.store(cache_ptr + at[:, None] + byte[None, :], value, mask=stored[:, None])
+
+
+@triton.jit
+def _at_least(bits, least: tl.constexpr):
+    return tl.maximum(bits, tl.full([1], least, tl.float32).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _store_fp8_groups(
+    y, rows, scales, stored, cache_ptr, NOPE: tl.constexpr, SCALE_BYTES: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """E4M3 in groups of 64 columns, then a byte of E8M0 a group in the page's scales, zeros behind."""
+    GROUPS: tl.constexpr = PADDED // FP8_GROUP
+    groups = tl.arange(0, GROUPS)
+    y = y.reshape(ROWS, GROUPS, FP8_GROUP)
+    byte = e8m0_of_448(_at_least(largest(y, 2), FP8_FLOOR))  # [ROWS, GROUPS]
+    data = e4m3_bits(y * e8m0_reciprocal(byte)[:, :, None]).reshape(ROWS, PADDED)
+    cols = tl.arange(0, PADDED)
+    tl.store(cache_ptr + rows[:, None] + cols[None, :], data, mask=stored[:, None] & (cols < NOPE)[None, :])
+    byte = tl.where((groups < NOPE // FP8_GROUP)[None, :], byte, 0).to(tl.uint8)
+    at = cache_ptr + scales[:, None] + groups[None, :]
+    tl.store(at, byte, mask=stored[:, None] & (groups < SCALE_BYTES)[None, :])
+    if GROUPS < SCALE_BYTES:
+        behind = tl.arange(0, SCALE_BYTES)
+        at = cache_ptr + scales[:, None] + behind[None, :]
+        nothing = tl.zeros([ROWS, SCALE_BYTES], tl.uint8)
+        tl.store(at, nothing, mask=stored[:, None] & (behind >= GROUPS)[None, :])
+
+
+@triton.jit
+def _store_fp8_rows(
+    y, rows, scales, stored, cache_ptr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
+    """E4M3 under one FP32 power of two a row, which goes to the page's scales."""
+    cols = tl.arange(0, PADDED)
+    inside = (cols < HEAD_DIM)[None, :]
+    byte = e8m0_of_448(_at_least(largest(tl.where(inside, y, 0.0), 1), FP8_FLOOR))  # [ROWS]
+    data = e4m3_bits(y * e8m0_reciprocal(byte)[:, None])
+    tl.store(cache_ptr + rows[:, None] + cols[None, :], data, mask=stored[:, None] & inside)
+    _store_word(byte << 23, scales, stored, cache_ptr, ROWS)
+
+
+@triton.jit
+def _store_mxfp4(
+    y, rows, scales, stored, cache_ptr, HEAD_DIM: tl.constexpr, E2M1_CVT: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """E2M1 in blocks of 32 columns, then a byte of E8M0 a block in the page's scales."""
+    BLOCKS: tl.constexpr = PADDED // MX_BLOCK
+    y = y.reshape(ROWS, BLOCKS, MX_BLOCK)
+    byte = e8m0_of_6(_at_least(largest(y, 2), MX_FLOOR))  # [ROWS, BLOCKS]
+    y = (y * e8m0_reciprocal(byte)[:, :, None]).reshape(ROWS, PADDED // BLOCK, BLOCK)
+    packed = pack_e2m1(y, ROWS, PADDED // BLOCK, E2M1_CVT).reshape(ROWS, PADDED // 2)
+    pairs, blocks = tl.arange(0, PADDED // 2), tl.arange(0, BLOCKS)
+    mask = stored[:, None] & (pairs < HEAD_DIM // 2)[None, :]
+    tl.store(cache_ptr + rows[:, None] + pairs[None, :], packed, mask=mask)
+    mask = stored[:, None] & (blocks < HEAD_DIM // MX_BLOCK)[None, :]
+    tl.store(cache_ptr + scales[:, None] + blocks[None, :], byte.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _store_nvfp4(
+    y, rows, stored, cache_ptr, NOPE: tl.constexpr, E2M1_CVT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
+    """Codes of the first NOPE columns, their block scales, and the row's alpha in FP32."""
+    BLOCKS: tl.constexpr = PADDED // BLOCK
+    cols, pairs, blocks = tl.arange(0, PADDED), tl.arange(0, PADDED // 2), tl.arange(0, BLOCKS)
+    y = tl.where((cols < NOPE)[None, :], y, 0.0)
+    alpha = tl.div_rn(largest(y, 1).to(tl.float32, bitcast=True), AMAX_TO_ALPHA)  # [ROWS]
+    packed, byte = quantize_blocks(y.reshape(ROWS, BLOCKS, BLOCK), alpha[:, None], "absmax", ROWS, BLOCKS, E2M1_CVT)
+    at = cache_ptr + rows[:, None]
+    mask = stored[:, None] & (pairs < NOPE // 2)[None, :]
+    tl.store(at + pairs[None, :], packed.reshape(ROWS, PADDED // 2), mask=mask)
+    mask = stored[:, None] & (blocks < NOPE // BLOCK)[None, :]
+    tl.store(at + NOPE // 2 + blocks[None, :], byte.to(tl.uint8), mask=mask)
+    bits = tl.where(alpha != alpha, float("nan"), alpha).to(tl.int32, bitcast=True)
+    _store_word(bits, rows + NOPE // 2 + NOPE // BLOCK, stored, cache_ptr, ROWS)
