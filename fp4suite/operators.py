@@ -17,9 +17,18 @@ from .formats import BLOCK, FP8RowTensor, IndexCache, NVFP4Tensor, PagedCache, S
 from .problem import (
     DequantProblem,
     GemmProblem,
+    KvNormRopeInsertProblem,
+    HyperConnectionHeadProblem,
+    HyperConnectionPostPreProblem,
+    HyperConnectionPostProblem,
+    HyperConnectionPreProblem,
+    IndexTopkProblem,
+    QnormRopeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
+    RopeInverseProblem,
+    RopeInverseQuantizeProblem,
     Rule,
     SwigluQuantizeProblem,
 )
@@ -316,10 +325,19 @@ def _moe(
 
 def _kv_norm_rope_insert(
     kv: Tensor, weight: Tensor, positions: Tensor, table: Tensor, eps: float,
-    data: Tensor, format: str, page_size: int, head_dim: int, rope_dim: int, slots: Tensor,
+    data: Tensor, format: Any, page_size: int, head_dim: int, rope_dim: int, slots: Tensor,
 ) -> None:  # fmt: skip
-    cache = _cache(data, format, page_size, head_dim, rope_dim)
-    reference.kv_norm_rope_insert(kv, weight, positions, table, eps, cache, slots)
+    cache = PagedCache(data, format, page_size, head_dim, rope_dim)
+    problem = KvNormRopeInsertProblem(
+        m=len(kv), head_dim=head_dim, rope_dim=rope_dim, format=format, page_size=page_size, x=_any_dtype_name(kv)
+    )
+    choice = dispatch.choose("kv_norm_rope_insert", problem, kv.device)
+    if choice.is_reference:
+        reference.kv_norm_rope_insert(kv, weight, positions, table, eps, cache, slots)
+        return
+    operands = (_adjacent(kv), weight.contiguous(), positions.contiguous(), table, eps, slots.contiguous())
+    with _on(kv.device):
+        choice.module.launch(*operands, cache, choice.config)
 
 
 def _compress_kv(
@@ -345,6 +363,110 @@ def _index_logits(
     )
 
 
+def _index_topk(
+    logits: Tensor, block_table: Tensor, positions: Tensor, sequence_ids: Tensor, ratio: int, topk: int, page_size: int
+) -> Tensor:
+    m, entries = logits.shape
+    problem = IndexTopkProblem(m=m, entries=entries, topk=topk, page_size=page_size)
+    choice = dispatch.choose("index_topk", problem, logits.device)
+    if choice.is_reference:
+        return reference.index_topk(
+            logits, block_table, positions=positions, sequence_ids=sequence_ids, ratio=ratio, topk=topk,
+            page_size=page_size,
+        ).contiguous()  # fmt: skip
+    out = torch.empty(m, min(topk, entries), dtype=torch.int32, device=logits.device)
+    rows, table = _unit_stride(logits), _unit_stride(block_table)
+    with _on(logits.device):
+        choice.module.launch(
+            rows, table, positions.contiguous(), sequence_ids.contiguous(), ratio, page_size, out, choice.config
+        )
+    return out
+
+
+def _hyper_connection_pre(
+    h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor | None, norm_eps: float, eps: float,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = HyperConnectionPreProblem(m=h.shape[0], k=h.shape[2], n=h.shape[1], x=dtype_name(h, "h"))
+    choice = dispatch.choose("hyper_connection_pre", problem, h.device)
+    if choice.is_reference:
+
+        def plain(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+            y, post, comb = reference.hyper_connection_pre(*args, norm_eps=norm_eps, eps=eps, iterations=iterations)
+            return y.contiguous(), post.contiguous(), comb.contiguous()
+
+        return _reference(choice, plain, (h, fn, base, scale, weight))  # type: ignore[no-any-return]
+    out = _fake_pre(h, fn, base, scale, weight, norm_eps, eps, iterations)
+    numbers = (norm_eps, eps, iterations)
+    with _on(h.device):
+        choice.module.launch(_unit_stride(h), *_fp32(fn, base, scale), weight, *numbers, out, choice.config)
+    return out
+
+
+def _hyper_connection_post(y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    problem = HyperConnectionPostProblem(m=h.shape[0], k=h.shape[2], n=h.shape[1], x=dtype_name(h, "h"))
+    choice = dispatch.choose("hyper_connection_post", problem, h.device)
+    if choice.is_reference:
+        return reference.hyper_connection_post(y, h, post, comb).contiguous()
+    out = h.new_empty(h.shape)
+    with _on(h.device):
+        choice.module.launch(_unit_stride(y), _unit_stride(h), *_fp32(post, comb), out, choice.config)
+    return out
+
+
+def _hyper_connection_head(
+    h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor | None, norm_eps: float, eps: float
+) -> Tensor:
+    problem = HyperConnectionHeadProblem(m=h.shape[0], k=h.shape[2], n=h.shape[1], x=dtype_name(h, "h"))
+    choice = dispatch.choose("hyper_connection_head", problem, h.device)
+    if choice.is_reference:
+
+        def plain(*args: Any) -> Tensor:
+            return reference.hyper_connection_head(*args, norm_eps=norm_eps, eps=eps).contiguous()
+
+        return _reference(choice, plain, (h, fn, base, scale, weight))  # type: ignore[no-any-return]
+    out = h.new_empty(h.shape[0], h.shape[2])
+    with _on(h.device):
+        choice.module.launch(_unit_stride(h), *_fp32(fn, base, scale), weight, norm_eps, eps, out, choice.config)
+    return out
+
+
+def _hyper_connection_post_pre(
+    y: Tensor, h: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor | None,
+    norm_eps: float, eps: float, iterations: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    problem = HyperConnectionPostPreProblem(m=h.shape[0], k=h.shape[2], n=h.shape[1], x=dtype_name(h, "h"))
+    choice = dispatch.choose("hyper_connection_post_pre", problem, h.device)
+    if choice.is_reference:
+
+        def plain(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            found = reference.hyper_connection_post_pre(*args, norm_eps=norm_eps, eps=eps, iterations=iterations)
+            streams, x, post, comb = (t.contiguous() for t in found)
+            return streams, x, post, comb
+
+        return _reference(choice, plain, (y, h, post, comb, fn, base, scale, weight))  # type: ignore[no-any-return]
+    out = _fake_post_pre(y, h, post, comb, fn, base, scale, weight, norm_eps, eps, iterations)
+    operands = (_unit_stride(y), _unit_stride(h), *_fp32(post, comb, fn, base, scale), weight)
+    with _on(h.device):
+        choice.module.launch(*operands, norm_eps, eps, iterations, out, choice.config)
+    return out
+
+
+def _fp32(*tensors: Tensor) -> list[Tensor]:
+    """Coefficients as kernels read them: FP32, contiguous. They are so already where a model keeps them."""
+    return [t.float().contiguous() for t in tensors]
+
+
+def _reference(choice: dispatch.Choice, impl: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """The reference of an op that has a kernel; token by token in batch-invariant mode."""
+    return by_token.run(choice.op, impl, args) if choice.invariant else impl(*args)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """x [..., n], copied if its last axis is not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _sparse_attention(
     q: Tensor,
     data: list[Tensor],
@@ -358,14 +480,69 @@ def _sparse_attention(
     return reference.sparse_attention(q, caches, indices, sink, scale)
 
 
+def _qnorm_rope(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tensor:
+    problem = QnormRopeProblem(**_heads_of(q, table))
+    choice = dispatch.choose("qnorm_rope", problem, q.device)
+    if choice.is_reference:
+        return reference.qnorm_rope(q, positions, table, eps).contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    with _on(q.device):
+        choice.module.launch(_adjacent(q), positions.contiguous(), table, eps, out, choice.config)
+    return out
+
+
+def _rope_inverse(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+    problem = RopeInverseProblem(**_heads_of(o, table))
+    choice = dispatch.choose("rope_inverse", problem, o.device)
+    if choice.is_reference:
+        return reference.rope_inverse(o, positions, table).contiguous()
+    out = torch.empty(o.shape, dtype=o.dtype, device=o.device)
+    with _on(o.device):
+        choice.module.launch(_adjacent(o), positions.contiguous(), table, out, choice.config)
+    return out
+
+
+def _rope_inverse_alpha(o: Tensor, positions: Tensor, table: Tensor, groups: int) -> Tensor:
+    _refuse_alpha_of_all_rows()
+    problem = RopeInverseQuantizeProblem(**_heads_of(o, table), groups=groups)
+    choice = dispatch.choose("rope_inverse_quantize", problem, o.device)
+    plain = lambda: global_scale(reference.rope_inverse(o, positions, table).flatten(1))  # noqa: E731
+    if choice.is_reference:
+        return plain()
+    return _alpha(choice, plain, o.device, _adjacent(o), positions.contiguous(), table)
+
+
 def _rope_inverse_quantize(
-    o: Tensor, positions: Tensor, table: Tensor, groups: int, alpha: Tensor | None, sf_layout: SfLayout, rule: Rule
-) -> tuple[Tensor, Tensor, Tensor]:
-    if alpha is None:
-        _refuse_alpha_of_all_rows()
-    t = reference.rope_inverse_quantize(o, positions, table, groups=groups, alpha=alpha, sf_layout=sf_layout, rule=rule)
-    # an operator must not hand back its own input
-    return t.data.contiguous(), t.sf.view(torch.uint8).contiguous(), t.alpha if alpha is None else t.alpha.clone()
+    o: Tensor, positions: Tensor, table: Tensor, groups: int, alpha: Tensor, sf_layout: SfLayout, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    problem = RopeInverseQuantizeProblem(**_heads_of(o, table), groups=groups, rule=rule, sf_layout=sf_layout)
+    choice = dispatch.choose("rope_inverse_quantize", problem, o.device)
+    if choice.is_reference:
+        t = reference.rope_inverse_quantize(
+            o, positions, table, groups=groups, alpha=alpha, sf_layout=sf_layout, rule=rule
+        )
+        return t.data.contiguous(), t.sf.view(torch.uint8).contiguous()
+    out = NVFP4Tensor.empty((groups, problem.m, problem.k), alpha, sf_layout)
+    operands = (_adjacent(o), positions.contiguous(), table, groups, alpha, out, rule)
+    with _on(o.device):
+        choice.module.launch(*operands, choice.config)
+    return out.data, out.sf.view(torch.uint8)
+
+
+def _heads_of(x: Tensor, table: Tensor) -> dict[str, Any]:
+    """Dimensions of the problems that turn x [m, heads, head_dim]."""
+    m, heads, head_dim = x.shape
+    return {"m": m, "heads": heads, "head_dim": head_dim, "rope_dim": table.shape[1], "x": _any_dtype_name(x)}
+
+
+def _any_dtype_name(x: Tensor) -> str:
+    """As `dtype_name`, with FP64, which the reference takes."""
+    return "fp64" if x.dtype == torch.float64 else dtype_name(x, "the input")
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """x, or a copy whose last dim has unit stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _without_kernel(op: str, impl: Callable[..., Any]) -> Callable[..., Any]:
@@ -433,7 +610,14 @@ def _fake_pre(
     iterations: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tokens, n, d = h.shape
-    return h.new_empty(tokens, d), fn.new_empty(tokens, n), fn.new_empty(tokens, n, n)
+    post, comb = h.new_empty(tokens, n, dtype=torch.float32), h.new_empty(tokens, n, n, dtype=torch.float32)
+    return h.new_empty(tokens, d), post, comb
+
+
+def _fake_post_pre(
+    y: Tensor, h: Tensor, post: Tensor, comb: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return h.new_empty(h.shape), *_fake_pre(h, *rest)
 
 
 def _fake_index_logits(
@@ -449,18 +633,18 @@ def _fake_index_topk(
 
 
 def _fake_rope_inverse_quantize(
-    o: Tensor, positions: Tensor, table: Tensor, groups: int, alpha: Tensor | None, sf_layout: str, rule: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    o: Tensor, positions: Tensor, table: Tensor, groups: int, alpha: Tensor, sf_layout: str, rule: str
+) -> tuple[Tensor, Tensor]:
     tokens, k = o.shape[0], o.shape[1] * o.shape[2] // groups
     data, sf = _packed(tokens, k, o, sf_layout)
-    own = o.new_empty((), dtype=torch.float32)
-    return data.new_empty(groups, *data.shape), sf.new_empty(groups, *sf.shape), own
+    return data.new_empty(groups, *data.shape), sf.new_empty(groups, *sf.shape)
 
 
 _SF = "str sf_layout, str rule"
 _CACHE = "Tensor(a!) data, str format, int page_size, int head_dim, int rope_dim"
 _B = "Tensor b, Tensor b_sf, Tensor b_alpha, str b_layout, str b_order"
 _A = "Tensor a, Tensor? a_sf, Tensor? a_alpha"
+_FOLD = "Tensor fn, Tensor base, Tensor scale, Tensor? weight, float norm_eps, float eps"
 
 _register(
     f"quantize_nvfp4(Tensor x, Tensor alpha, {_SF}) -> (Tensor, Tensor)",
@@ -519,6 +703,52 @@ _register(
         a.shape[0], b.shape[0], a, sf_layout
     ),
 )
+_register(
+    "index_topk(Tensor logits, Tensor block_table, Tensor positions, Tensor sequence_ids, int ratio, int topk, "
+    "int page_size) -> Tensor",
+    _index_topk,
+    _fake_index_topk,
+)
+_register(
+    f"hyper_connection_pre(Tensor h, {_FOLD}, int iterations) -> (Tensor, Tensor, Tensor)",
+    _hyper_connection_pre,
+    _fake_pre,
+)
+_register(
+    "hyper_connection_post(Tensor y, Tensor h, Tensor post, Tensor comb) -> Tensor",
+    _hyper_connection_post,
+    lambda y, h, post, comb: h.new_empty(h.shape),
+)
+_register(
+    f"hyper_connection_head(Tensor h, {_FOLD}) -> Tensor",
+    _hyper_connection_head,
+    lambda h, *_: h.new_empty(h.shape[0], h.shape[2]),
+)
+_register(
+    f"hyper_connection_post_pre(Tensor y, Tensor h, Tensor post, Tensor comb, {_FOLD}, int iterations) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _hyper_connection_post_pre,
+    _fake_post_pre,
+)
+_register("qnorm_rope(Tensor q, Tensor positions, Tensor table, float eps) -> Tensor", _qnorm_rope, _same)
+_register(
+    f"kv_norm_rope_insert(Tensor kv, Tensor weight, Tensor positions, Tensor table, float eps, {_CACHE}, "
+    "Tensor slots) -> ()",
+    _kv_norm_rope_insert,
+    _nothing,
+)
+_register("rope_inverse(Tensor o, Tensor positions, Tensor table) -> Tensor", _rope_inverse, _same)
+_register(
+    "rope_inverse_alpha(Tensor o, Tensor positions, Tensor table, int groups) -> Tensor",
+    _rope_inverse_alpha,
+    _fp32_scalar,
+)
+_register(
+    f"rope_inverse_quantize(Tensor o, Tensor positions, Tensor table, int groups, Tensor alpha, {_SF}) "
+    "-> (Tensor, Tensor)",
+    _rope_inverse_quantize,
+    _fake_rope_inverse_quantize,
+)
 for _schema, _impl, _fake in (
     (
         f"grouped_gemm_nvfp4({_A}, {_B}, Tensor offsets, int[] segments, ScalarType dtype) -> Tensor",
@@ -551,37 +781,6 @@ for _schema, _impl, _fake in (
         lambda y, order, ids, weights, shared: y.new_empty(ids.shape[0], y.shape[1]),
     ),
     (
-        "hyper_connection_pre(Tensor h, Tensor fn, Tensor base, Tensor scale, Tensor? weight, float norm_eps, "
-        "float eps, int iterations) -> (Tensor, Tensor, Tensor)",
-        lambda h, fn, base, scale, weight, norm_eps, eps, iterations: tuple(
-            t.contiguous()
-            for t in reference.hyper_connection_pre(
-                h, fn, base, scale, weight, norm_eps=norm_eps, eps=eps, iterations=iterations
-            )
-        ),
-        _fake_pre,
-    ),
-    (
-        "hyper_connection_post(Tensor y, Tensor h, Tensor post, Tensor comb) -> Tensor",
-        reference.hyper_connection_post,
-        lambda y, h, post, comb: h.new_empty(h.shape),
-    ),
-    (
-        "hyper_connection_head(Tensor h, Tensor fn, Tensor base, Tensor scale, Tensor? weight, float norm_eps, "
-        "float eps) -> Tensor",
-        lambda h, fn, base, scale, weight, norm_eps, eps: reference.hyper_connection_head(
-            h, fn, base, scale, weight, norm_eps=norm_eps, eps=eps
-        ),
-        lambda h, *_: h.new_empty(h.shape[0], h.shape[2]),
-    ),
-    ("qnorm_rope(Tensor q, Tensor positions, Tensor table, float eps) -> Tensor", reference.qnorm_rope, _same),
-    (
-        "kv_norm_rope_insert(Tensor kv, Tensor weight, Tensor positions, Tensor table, float eps, "
-        f"{_CACHE}, Tensor slots) -> ()",
-        _kv_norm_rope_insert,
-        _nothing,
-    ),
-    (
         "compress_kv(Tensor kv, Tensor gate, Tensor ape, Tensor weight, Tensor table, float eps, Tensor(b!) state, "
         f"{_CACHE}, Tensor positions, Tensor sequence_ids, Tensor cu_seqlens, Tensor state_slots, Tensor slots, "
         "int ratio, bool hadamard) -> ()",
@@ -602,31 +801,10 @@ for _schema, _impl, _fake in (
         _fake_index_logits,
     ),
     (
-        "index_topk(Tensor logits, Tensor block_table, Tensor positions, Tensor sequence_ids, int ratio, int topk, "
-        "int page_size) -> Tensor",
-        lambda logits, block_table, positions, sequence_ids, ratio, topk, page_size: reference.index_topk(
-            logits,
-            block_table,
-            positions=positions,
-            sequence_ids=sequence_ids,
-            ratio=ratio,
-            topk=topk,
-            page_size=page_size,
-        ),
-        _fake_index_topk,
-    ),
-    (
         "sparse_attention(Tensor q, Tensor[] data, str[] formats, int[] geometry, Tensor[] indices, Tensor sink, "
         "float scale) -> Tensor",
         _sparse_attention,
         _same,
-    ),
-    ("rope_inverse(Tensor o, Tensor positions, Tensor table) -> Tensor", reference.rope_inverse, _same),
-    (
-        f"rope_inverse_quantize(Tensor o, Tensor positions, Tensor table, int groups, Tensor? alpha, {_SF}) "
-        "-> (Tensor, Tensor, Tensor)",
-        _rope_inverse_quantize,
-        _fake_rope_inverse_quantize,
     ),
     (
         "sample(Tensor logits, Tensor temperature, Tensor top_p, Tensor uniform) -> Tensor",

@@ -7,14 +7,16 @@ hashable, made of host integers and strings only, and `dims()` is how tables and
 from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar, Literal
 
-from .formats import BLOCK, SfLayout
+from .formats import BLOCK, KVFormat, SfLayout, kv_layout
 from .layouts import Order, blocked_128x4_bytes
 
 Rule = Literal["absmax", "mse", "modelopt_weight"]
 RULES: tuple[Rule, ...] = ("absmax", "mse", "modelopt_weight")
 Act = Literal["bf16", "nvfp4", "fp8"]  # the format of a GEMM's activations
 ACTS: tuple[Act, ...] = ("bf16", "nvfp4", "fp8")
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+RouteChoice = Literal["score", "bias", "table"]
+ROUTE_CHOICES: tuple[RouteChoice, ...] = ("score", "bias", "table")
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,11 @@ def nvfp4_bytes(m: int, k: int, sf_layout: SfLayout = "linear") -> int:
 def fp8_bytes(m: int, k: int) -> int:
     """An [m, k] matrix in E4M3 with a scale a row."""
     return m * k + 4 * m
+
+
+def rope_bytes(m: int, rope_dim: int) -> int:
+    """Positions of m tokens, and a row of the RoPE table for each."""
+    return m * (4 + 4 * rope_dim)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +184,305 @@ class GemmProblem(Problem):
         return a + nvfp4_bytes(self.n, self.k) + d
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexTopkProblem(Problem):
+    """The topk best of `entries` FP32 scores, all visible, of each of m queries -> cache slots in pages of page_size."""
+
+    op: ClassVar[str] = "index_topk"
+    m: int
+    entries: int
+    topk: int
+    page_size: int = 64
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.entries  # an order and a comparison a score
+
+    @property
+    def bytes(self) -> int:
+        return 4 * self.m * (self.entries + min(self.topk, self.entries))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteProblem(Problem):
+    """topk of `experts` for each of m tokens from logits [m, experts]: by score, score and bias, or a table by token."""
+
+    op: ClassVar[str] = "route"
+    m: int
+    experts: int
+    topk: int
+    choice: RouteChoice = "bias"
+    x: str = "fp32"
+
+    @property
+    def flops(self) -> int:
+        scored = self.topk if self.choice == "table" else self.experts
+        return 45 * self.m * scored  # of a score; a comparison is none
+
+    @property
+    def bytes(self) -> int:
+        scored = self.topk if self.choice == "table" else self.experts
+        chosen = self.m * (8 + 4 * self.topk) if self.choice == "table" else 0  # token ids and rows of the table
+        bias = 4 * self.experts if self.choice == "bias" else 0
+        return ELEMENT_BYTES[self.x] * self.m * scored + chosen + bias + 8 * self.m * self.topk
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PermuteProblem(Problem):
+    """m * topk slots sorted by expert, with the first place of each expert."""
+
+    op: ClassVar[str] = "permute"
+    m: int
+    topk: int
+    experts: int
+
+    @property
+    def flops(self) -> int:
+        return 0
+
+    @property
+    def bytes(self) -> int:
+        return 8 * self.m * self.topk + 4 * (self.experts + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CombineProblem(Problem):
+    """Weighted sum of topk rows [k] for each of m tokens, plus `shared` (0 or 1) row of its own."""
+
+    op: ClassVar[str] = "combine"
+    m: int
+    topk: int
+    k: int
+    shared: int = 1
+    x: str = "bf16"
+
+    @property
+    def flops(self) -> int:
+        return (2 * self.topk + self.shared) * self.m * self.k
+
+    @property
+    def bytes(self) -> int:
+        slots = self.m * self.topk  # each with its place, its expert and its weight
+        return ELEMENT_BYTES[self.x] * self.k * (slots + (1 + self.shared) * self.m) + 12 * slots
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleProblem(Problem):
+    """A token for each of m rows of logits [m, vocab], greedy or by nucleus sampling."""
+
+    op: ClassVar[str] = "sample"
+    m: int
+    vocab: int
+    x: str = "fp32"
+
+    @property
+    def flops(self) -> int:
+        return 30 * self.m * self.vocab  # of a weight
+
+    @property
+    def bytes(self) -> int:
+        return ELEMENT_BYTES[self.x] * self.m * self.vocab + 20 * self.m
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QnormRopeProblem(Problem):
+    """RMSNorm without weight of each head of q [m, heads, head_dim], then RoPE on its last dims."""
+
+    op: ClassVar[str] = "qnorm_rope"
+    m: int
+    heads: int
+    head_dim: int = 512
+    rope_dim: int = 64
+    x: str = "bf16"
+
+    @property
+    def k(self) -> int:
+        """Elements of a token."""
+        return self.heads * self.head_dim
+
+    @property
+    def flops(self) -> int:
+        return self.m * self.heads * (4 * self.head_dim + 3 * self.rope_dim)
+
+    @property
+    def bytes(self) -> int:
+        return 2 * ELEMENT_BYTES[self.x] * self.m * self.heads * self.head_dim + rope_bytes(self.m, self.rope_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvNormRopeInsertProblem(Problem):
+    """RMSNorm with weight and RoPE of rows kv [m, head_dim], stored in a paged cache's format."""
+
+    op: ClassVar[str] = "kv_norm_rope_insert"
+    m: int
+    head_dim: int = 512
+    rope_dim: int = 64
+    format: KVFormat = "fp8_ds_mla"
+    page_size: int = 64
+    x: str = "bf16"
+
+    @property
+    def k(self) -> int:
+        """Elements of a token."""
+        return self.head_dim
+
+    @property
+    def flops(self) -> int:
+        return self.m * (7 * self.head_dim + 3 * self.rope_dim)
+
+    @property
+    def bytes(self) -> int:
+        layout = kv_layout(self.format, self.page_size, self.head_dim, self.rope_dim)
+        rows = ELEMENT_BYTES[self.x] * (self.m + 1) * self.head_dim  # and the weight
+        slots = 4 * self.m
+        return rows + rope_bytes(self.m, self.rope_dim) + slots + self.m * (layout.row_bytes + layout.scale_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeInverseProblem(Problem):
+    """RoPE undone on the last dims of each head of o [m, heads, head_dim]."""
+
+    op: ClassVar[str] = "rope_inverse"
+    m: int
+    heads: int
+    head_dim: int = 512
+    rope_dim: int = 64
+    x: str = "bf16"
+
+    @property
+    def k(self) -> int:
+        """Elements of a token."""
+        return self.heads * self.head_dim
+
+    @property
+    def flops(self) -> int:
+        return 3 * self.m * self.heads * self.rope_dim
+
+    @property
+    def bytes(self) -> int:
+        return 2 * ELEMENT_BYTES[self.x] * self.m * self.heads * self.head_dim + rope_bytes(self.m, self.rope_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeInverseQuantizeProblem(Problem):
+    """RoPE undone, then NVFP4 by group of heads, with the global scale given: `groups` matrices [m, k]."""
+
+    op: ClassVar[str] = "rope_inverse_quantize"
+    m: int
+    heads: int
+    groups: int
+    head_dim: int = 512
+    rope_dim: int = 64
+    x: str = "bf16"
+    rule: Rule = "absmax"
+    sf_layout: SfLayout = "linear"
+
+    @property
+    def k(self) -> int:
+        """Elements of a token in one group."""
+        return self.heads // self.groups * self.head_dim
+
+    @property
+    def flops(self) -> int:
+        return self.m * self.heads * (2 * self.head_dim + 3 * self.rope_dim)
+
+    @property
+    def bytes(self) -> int:
+        read = ELEMENT_BYTES[self.x] * self.m * self.heads * self.head_dim + rope_bytes(self.m, self.rope_dim)
+        return read + self.groups * nvfp4_bytes(self.m, self.k, self.sf_layout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HyperConnectionPreProblem(Problem):
+    """Input of a site and its coefficients, of m tokens with n streams of k columns; normed, with a weight of x's type."""
+
+    op: ClassVar[str] = "hyper_connection_pre"
+    m: int
+    k: int
+    n: int = 4
+    x: str = "bf16"
+
+    @property
+    def flops(self) -> int:
+        outputs = self.n * (self.n + 2)
+        return self.m * (2 * outputs * self.n * self.k + 4 * self.n * self.k + 4 * self.k)
+
+    @property
+    def bytes(self) -> int:
+        return hyper_connection_bytes(self, self.n * (self.n + 2)) + 4 * self.m * self.n * (self.n + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HyperConnectionHeadProblem(Problem):
+    """n streams of k columns of each of m tokens folded into one; normed, with a weight of x's type."""
+
+    op: ClassVar[str] = "hyper_connection_head"
+    m: int
+    k: int
+    n: int = 4
+    x: str = "bf16"
+
+    @property
+    def flops(self) -> int:
+        return self.m * (2 * self.n * self.n * self.k + 4 * self.n * self.k + 4 * self.k)
+
+    @property
+    def bytes(self) -> int:
+        return hyper_connection_bytes(self, self.n)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HyperConnectionPostProblem(Problem):
+    """n streams of k columns of each of m tokens, mixed with a site's output."""
+
+    op: ClassVar[str] = "hyper_connection_post"
+    m: int
+    k: int
+    n: int = 4
+    x: str = "bf16"
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.n * (self.n + 1) * self.k
+
+    @property
+    def bytes(self) -> int:
+        return self.m * (ELEMENT_BYTES[self.x] * (2 * self.n + 1) * self.k + 4 * self.n * (self.n + 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HyperConnectionPostPreProblem(Problem):
+    """The end of one site and the beginning of the next: the streams are read once and written once."""
+
+    op: ClassVar[str] = "hyper_connection_post_pre"
+    m: int
+    k: int
+    n: int = 4
+    x: str = "bf16"
+
+    @property
+    def flops(self) -> int:
+        return self._post.flops + self._pre.flops
+
+    @property
+    def bytes(self) -> int:
+        return self._post.bytes + self._pre.bytes - ELEMENT_BYTES[self.x] * self.m * self.n * self.k
+
+    @property
+    def _post(self) -> HyperConnectionPostProblem:
+        return HyperConnectionPostProblem(m=self.m, k=self.k, n=self.n, x=self.x)
+
+    @property
+    def _pre(self) -> HyperConnectionPreProblem:
+        return HyperConnectionPreProblem(m=self.m, k=self.k, n=self.n, x=self.x)
+
+
+def hyper_connection_bytes(p: HyperConnectionPreProblem | HyperConnectionHeadProblem, outputs: int) -> int:
+    """Streams, FP32 weights of `outputs` coefficients, the norm's weight, and what the streams are folded into."""
+    weights = 4 * outputs * (p.n * p.k + 1) + ELEMENT_BYTES[p.x] * p.k
+    return ELEMENT_BYTES[p.x] * p.m * (p.n + 1) * p.k + weights
+
+
 PROBLEMS: dict[str, type[Problem]] = {
     p.op: p
     for p in (
@@ -185,7 +491,20 @@ PROBLEMS: dict[str, type[Problem]] = {
         DequantProblem,
         RmsnormQuantizeProblem,
         SwigluQuantizeProblem,
+        QnormRopeProblem,
+        KvNormRopeInsertProblem,
+        RopeInverseProblem,
+        RopeInverseQuantizeProblem,
+        RouteProblem,
+        PermuteProblem,
+        CombineProblem,
+        SampleProblem,
         GemmProblem,
+        IndexTopkProblem,
+        HyperConnectionPreProblem,
+        HyperConnectionPostProblem,
+        HyperConnectionHeadProblem,
+        HyperConnectionPostPreProblem,
     )
 }
 

@@ -13,29 +13,39 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .formats import KVFormat
 from .problem import (
     PROBLEMS,
     DequantProblem,
     GemmProblem,
+    IndexTopkProblem,
+    KvNormRopeInsertProblem,
     Problem,
+    QnormRopeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
+    RopeInverseProblem,
+    RopeInverseQuantizeProblem,
     SwigluQuantizeProblem,
 )
 
+KV_FORMATS: tuple[KVFormat, ...] = ("fp8_ds_mla", "nvfp4", "bf16")  # of which a cache has one
 OVERLAP_RATIO = 4  # the compress ratio whose entries pool two windows (CSA); its compressor has two lanes
+INDEX_CONTEXTS = ((32768, 16384), (131072, 1024), (1048576, 64))  # tokens behind a query, the most queries of a step
 FIELDS = (
     "hidden_size",
     "moe_intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "head_dim",
+    "qk_rope_head_dim",
     "q_lora_rank",
     "o_lora_rank",
     "o_groups",
     "index_n_heads",
     "index_head_dim",
+    "index_topk",
     "compress_ratios",
 )
 
@@ -119,6 +129,7 @@ def _walk(
 ) -> Iterator[tuple[str, int, Problem]]:
     layers = linears(config, tp)
     depth, d, rq = config["num_hidden_layers"], config["hidden_size"], config["q_lora_rank"]
+    csa = list(config["compress_ratios"])[:depth].count(OVERLAP_RATIO)
     act: Literal["bf16", "nvfp4"] = "nvfp4" if arch == "sm_100a" else "bf16"
     sf_layout: Literal["linear", "blocked_128x4"] = "blocked_128x4" if arch == "sm_100a" else "linear"
     if op == DequantProblem.op:
@@ -142,6 +153,26 @@ def _walk(
             yield "attn_norm", depth, RmsnormQuantizeProblem(m=rows, k=d, sf_layout=sf_layout)
             yield "ffn_norm", depth, RmsnormQuantizeProblem(m=rows, k=d, sf_layout=sf_layout)
             yield "q_norm", depth, RmsnormQuantizeProblem(m=rows, k=rq, sf_layout=sf_layout)
+        elif op == IndexTopkProblem.op:
+            for context, most in INDEX_CONTEXTS:
+                if rows <= most:
+                    entries = context // OVERLAP_RATIO
+                    yield "index_topk", csa, IndexTopkProblem(m=rows, entries=entries, topk=config["index_topk"])
         elif op == SwigluQuantizeProblem.op:
             inter = config["moe_intermediate_size"]
             yield "shared_expert", depth, SwigluQuantizeProblem(m=rows, k=inter, sf_layout=sf_layout)
+        elif op in (QnormRopeProblem.op, RopeInverseProblem.op, RopeInverseQuantizeProblem.op):
+            heads = {"heads": config["num_attention_heads"] // tp, "head_dim": config["head_dim"]}
+            heads["rope_dim"] = config["qk_rope_head_dim"]
+            if op == QnormRopeProblem.op:
+                yield "queries", depth, QnormRopeProblem(m=rows, **heads)
+            elif op == RopeInverseProblem.op:
+                yield "attention_output", depth, RopeInverseProblem(m=rows, **heads)
+            else:
+                groups = config["o_groups"] // tp
+                problem = RopeInverseQuantizeProblem(m=rows, **heads, groups=groups, sf_layout=sf_layout)
+                yield "attention_output", depth, problem
+        elif op == KvNormRopeInsertProblem.op:
+            dims = {"head_dim": config["head_dim"], "rope_dim": config["qk_rope_head_dim"]}
+            for format in KV_FORMATS:
+                yield "window", depth, KvNormRopeInsertProblem(m=rows, **dims, format=format)

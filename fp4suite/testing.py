@@ -8,6 +8,7 @@ Quantising kernels must give the reference's bytes. A GEMM is compared with the 
 the tolerance covers the order of FP32 accumulation and the rounding of the output, not the loss of four bits.
 """
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -20,14 +21,19 @@ import torch
 from torch import Tensor
 
 from . import layouts, reference
-from .formats import BLOCK, FP8RowTensor, NVFP4Tensor, SfLayout
+from .formats import BLOCK, FP8RowTensor, NVFP4Tensor, PagedCache, SfLayout, kv_layout
 from .problem import (
     DequantProblem,
     GemmProblem,
+    KvNormRopeInsertProblem,
+    IndexTopkProblem,
     Problem,
+    QnormRopeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
+    RopeInverseProblem,
+    RopeInverseQuantizeProblem,
     SwigluQuantizeProblem,
 )
 from .reference import e2m1, fp8
@@ -36,12 +42,17 @@ from .reference.quant import global_scale, scaled_codes
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EPS = 1e-6
 LIMIT = 10.0
+POSITIONS = 1 << 16  # of RoPE's table in cases
+VERIFIED_TOKENS = 1024  # at a time, to bound what the reference needs
 FP8_RUN = 128  # elements of K that an FP8 GEMM sums on the tensor cores alone
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """A problem with its operands. `operands` and `tail` go to launch around `out`; `poison` and `verify` act on it."""
+    """A problem with its operands. `operands` and `tail` go to launch around `out`; `poison` and `verify` act on it.
+
+    eager: the reference on these operands, for a benchmark to compare with.
+    """
 
     problem: Problem
     operands: tuple[Any, ...]
@@ -49,6 +60,7 @@ class Case:
     tail: tuple[Any, ...]
     poison: Callable[[], Any]
     verify: Callable[[], None]
+    eager: Callable[[], object] | None = None
     _laid_out: dict[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
 
     def run(self, module: ModuleType, config: Any) -> None:
@@ -87,6 +99,12 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _quantize_fp8_case(problem, gen)
     if isinstance(problem, QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeProblem):
         return _quantize_case(problem, gen)
+    if isinstance(problem, IndexTopkProblem):
+        return _index_topk_case(problem, gen)
+    if isinstance(problem, QnormRopeProblem | RopeInverseProblem | RopeInverseQuantizeProblem):
+        return _heads_case(problem, gen)
+    if isinstance(problem, KvNormRopeInsertProblem):
+        return _kv_norm_rope_insert_case(problem, gen)
     raise TypeError(f"no case for {type(problem).__name__}")
 
 
@@ -336,6 +354,31 @@ def _quantize_fp8_case(p: QuantizeFp8Problem, gen: torch.Generator) -> Case:
         assert_same_bytes(out.data, want.data, "data")
 
     return Case(p, (x,), out, (), poison, verify)
+
+
+def _index_topk_case(p: IndexTopkProblem, gen: torch.Generator) -> Case:
+    """Every entry visible; every 16th query with scores that are equal, rising, zero or not finite."""
+    device, ratio, sequences = gen.device, 4, min(p.m, 4)
+    pages = -(-p.entries // p.page_size)
+    logits = torch.randn(p.m, p.entries, generator=gen, device=device)
+    hard = logits[15::16]
+    hard[0::4] = hard[0::4].round()
+    hard[1::4] = hard[1::4].sort(-1).values
+    hard[2::4] = torch.where(hard[2::4] < 1, hard[2::4] * 0.0, hard[2::4])
+    hard[3::4] = torch.where(hard[3::4] > 2, torch.nan, torch.where(hard[3::4] < -2, -torch.inf, hard[3::4]))
+    block_table = torch.stack([torch.randperm(pages, generator=gen, device=device) for _ in range(sequences)]).int()
+    positions = torch.full((p.m,), p.entries * ratio, dtype=torch.int32, device=device)
+    sequence_ids = (torch.arange(p.m, device=device) * sequences // p.m).int()
+    out = torch.empty(p.m, min(p.topk, p.entries), dtype=torch.int32, device=device)
+    operands = (logits, block_table, positions, sequence_ids, ratio, p.page_size)
+
+    eager = partial(
+        reference.index_topk, logits, block_table,
+        positions=positions, sequence_ids=sequence_ids, ratio=ratio, topk=p.topk, page_size=p.page_size,
+    )  # fmt: skip
+    return Case(
+        p, operands, out, (), partial(out.fill_, -2), lambda: assert_same_bytes(out, eager(), "slots"), eager
+    )
 
 
 def _poison(t: NVFP4Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -10,10 +11,14 @@ from fp4suite.formats import FP8RowTensor, NVFP4Tensor
 from fp4suite.problem import (
     DequantProblem,
     GemmProblem,
+    KvNormRopeInsertProblem,
     Problem,
+    QnormRopeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
+    RopeInverseProblem,
+    RopeInverseQuantizeProblem,
     SwigluQuantizeProblem,
 )
 from fp4suite.testing import Case
@@ -57,6 +62,8 @@ def _bf16(t: NVFP4Tensor) -> torch.Tensor:
 
 def _eager(case: Case) -> Callable[[], object]:
     p, x = case.problem, case.operands
+    if case.eager is not None:
+        return case.eager
     if isinstance(p, DequantProblem):
         dtype = case.out.dtype
         return lambda: reference.dequant_nvfp4(x[0], dtype)
@@ -68,4 +75,14 @@ def _eager(case: Case) -> Callable[[], object]:
         return lambda: reference.rmsnorm_quantize(x[0], x[1], x[2], alpha=x[3], sf_layout=p.sf_layout, rule=p.rule)
     if isinstance(p, SwigluQuantizeProblem):
         return lambda: reference.swiglu_quantize(x[0], limit=x[1], alpha=x[2], sf_layout=p.sf_layout, rule=p.rule)
+    if isinstance(p, QnormRopeProblem):
+        return lambda: reference.qnorm_rope(*x)
+    if isinstance(p, RopeInverseProblem):
+        return lambda: reference.rope_inverse(*x)
+    if isinstance(p, KvNormRopeInsertProblem):
+        return lambda: reference.kv_norm_rope_insert(*x[:5], case.out, x[5])
+    if isinstance(p, RopeInverseQuantizeProblem):
+        o, at, table, groups, alpha = x
+        given: dict[str, Any] = {"groups": groups, "alpha": alpha, "sf_layout": p.sf_layout, "rule": p.rule}
+        return lambda: reference.rope_inverse_quantize(o, at, table, **given)
     raise TypeError(f"no baseline for {type(p).__name__}")
