@@ -39,7 +39,7 @@ class WeightLayout:
 
     def refuses(self, n: int, k: int) -> str | None:
         """Why a weight [n, k] cannot lie so, or None if it can."""
-        return None if self.order == "rows" else layouts.refuse_fragments_sm90(n, k)
+        return None if self.order == "rows" else layouts.refuse_fragments(n, k, self.order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,8 @@ class NVFP4Tensor:
     sf:    float8_e4m3fn [..., m, k / 16] ("linear"), or [..., bytes] ("blocked_128x4", see `layouts`)
     alpha: float32 [], or [segments] (runs of rows m), or [experts], or [experts, segments]; on the device, so that
            using it never synchronises
-    order: of data and sf in memory: "rows", or a weight's "fragments_sm90" (see `layouts`), under the same shapes
+    order: of data and sf in memory: "rows", or a weight's "fragments_sm90" or "fragments_sm90_fp8" (see `layouts`), under
+           the same shapes
     row_exponent: int8 [..., m] of a weight that was made ready for act="fp8" (`prepare_fp8`), else None
     """
 
@@ -101,7 +102,7 @@ class NVFP4Tensor:
             raise ValueError(f"order must be one of {', '.join(layouts.ORDERS)}, got {self.order!r}")
         if self.sf_layout != "linear":
             raise ValueError(f'the order "{self.order}" has linear scales, got {self.sf_layout}')
-        if why := layouts.refuse_fragments_sm90(m, k):
+        if why := layouts.refuse_fragments(m, k, self.order):
             raise ValueError(why)
         if not (self.data.is_contiguous() and self.sf.is_contiguous()):
             raise ValueError(f'data and sf must be contiguous in the order "{self.order}"')
@@ -139,14 +140,14 @@ class NVFP4Tensor:
     def prepare_fp8(self) -> "NVFP4Tensor":
         """The same weight over the same memory, with the exponents that `gemm_nvfp4(..., act="fp8")` reads.
 
-        A row is decoded to E4M3 as code * sf * 2 ** -row_exponent, rounded to nearest even. The exponent, -1 to 7,
-        moves the row's largest scale to 2 .. 3.75, so that no number is above 22.5. Where that would take less than -1,
-        no number is too small for E4M3 with -1. Raises ValueError for blocked scales.
+        A row is decoded to E4M3 as code * sf * 2 ** -row_exponent, rounded to nearest even. The exponent, -12 to 3,
+        moves the row's largest scale to 32 .. 60 (below, where it is subnormal), so that no number is above 360 and few
+        are too small for E4M3. Raises ValueError for blocked scales.
         """
         if self.sf_layout != "linear":
             raise ValueError(f'act="fp8" reads linear scales, got {self.sf_layout}')
         biased = (layouts.row_maxima(self.sf, self.order) >> 3).to(torch.int8)  # by 7, above three bits of mantissa
-        return replace(self, row_exponent=(biased - 8).clamp_min(-1))
+        return replace(self, row_exponent=biased - 12)
 
     def with_sf_layout(self, sf_layout: SfLayout) -> "NVFP4Tensor":
         """The same values with their scales in another layout (a copy of the scales only).
@@ -209,10 +210,10 @@ class NVFP4Tensor:
         if order == self.order:
             return self
         done = replace(self, order=order)  # refuses what cannot be before anything moves
-        if order == "rows":
-            layouts.from_fragments_sm90_(self.data, self.sf)
-        else:
-            layouts.to_fragments_sm90_(self.data, self.sf)
+        if self.order != "rows":
+            layouts.from_fragments_(self.data, self.sf, self.order)
+        if order != "rows":
+            layouts.to_fragments_(self.data, self.sf, order)
         if self.data.is_cuda:  # kernels may read weights before earlier work on their stream has ended
             torch.cuda.current_stream(self.data.device).synchronize()
         return done
@@ -222,7 +223,7 @@ class NVFP4Tensor:
 class FP8RowTensor:
     """Activations [..., m, k] in E4M3 with one scale a row.
 
-    data:  float8_e4m3fn [..., m, k], columns in the order of `layouts.to_fp8_columns`
+    data:  float8_e4m3fn [..., m, k], columns in the order of `layouts.fp8_columns`
     scale: float32 [..., m]
     """
 
@@ -232,8 +233,8 @@ class FP8RowTensor:
     def __post_init__(self) -> None:
         _expect(self.data, "data", torch.float8_e4m3fn, "one E4M3 number an element")
         _expect(self.scale, "scale", torch.float32, "one scale a row")
-        if self.data.ndim < 2 or self.data.shape[-1] % BLOCK:
-            raise ValueError(f"data must be [..., m, k] with k a multiple of {BLOCK}, got {list(self.data.shape)}")
+        if self.data.ndim < 2 or self.data.shape[-1] % layouts.TILE:
+            raise ValueError(f"data must be [..., m, k] with k a multiple of {layouts.TILE}, got {list(self.data.shape)}")
         if self.scale.shape != self.data.shape[:-1] or self.scale.device != self.data.device:
             raise ValueError(
                 f"data {list(self.data.shape)} on {self.data.device} needs scale {list(self.data.shape[:-1])} there, "

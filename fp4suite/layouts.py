@@ -25,11 +25,19 @@ adjacent, 2048 bytes of codes and 256 of scales each. n and k are multiples of 6
             R(2) = rotate_right(W, 6) & 0x81C081C0   R(3) = (W & 0x001B001B) * (2^3 + 2^8 + 2^14) & 0x81C081C0
     scales  byte 64 w + 8 g + 4 h + s of a tile is that of row 16 w + g + 8 h (h < 2), columns 16 s .. 16 s + 15
 
+"fragments_sm90_fp8" orders them for the FP8 tensor cores: tiles of the same size, in which a lane has a whole block of
+16 columns of two rows, so that it can look up what the block's codes are under their scale.
+
+    codes   bytes 16 t .. 16 t + 15 of a tile belong to lane t as above: a little-endian word for each step j < 2 and
+            each h < 2: row 16 w + g + 8 h, columns 16 q + 8 j .. + 7.
+    word    magnitude i < 8 at bits 4 i + 2 .. 4 i; the sign of code i at bit 8 i + 7 for i < 4, else at bit 8 (i - 4) + 3
+    scales  byte 2 t + h of a tile is that of lane t's block in row 16 w + g + 8 h
+
 FP8 activations
 ---------------
-Decoded to E4M3, the same codes are A of `wgmma` m64nNk32, where a lane's register holds four neighbours of K. What a
-lane has of every 16 columns is 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 instead, so FP8 rows keep these four together: place p
-of every 16 holds column FP8_COLUMNS[p]. A product over K does not mind.
+Decoded to E4M3, a lane's codes are its registers of A of two `wgmma` m64nNk32, each register four neighbours of K: places
+32 j + 16 i + 4 q .. + 3 of every 64 (i < 2), where the lane has columns 16 q + 8 j + 4 i .. + 3. So FP8 rows have the
+words of every 64 columns transposed, as 4 x 4. A product over K does not mind.
 """
 
 import functools
@@ -39,19 +47,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Order = Literal["rows", "fragments_sm90"]
+_Move = Callable[[Tensor], Tensor]
+Order = Literal["rows", "fragments_sm90", "fragments_sm90_fp8"]
 ROWS_ORDER: Order = "rows"
 FRAGMENTS_SM90: Order = "fragments_sm90"
-ORDERS: tuple[Order, ...] = (ROWS_ORDER, FRAGMENTS_SM90)
+FRAGMENTS_SM90_FP8: Order = "fragments_sm90_fp8"
+ORDERS: tuple[Order, ...] = (ROWS_ORDER, FRAGMENTS_SM90, FRAGMENTS_SM90_FP8)
 
 ROWS, COLS = 128, 4  # one atom of the blocked layout: 512 bytes
-TILE = 64  # rows, and columns of K, of a tile of "fragments_sm90"
-FP8_COLUMNS = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)  # that the places of every 16 hold
+TILE = 64  # rows, and columns of K, of a tile of fragments
 SCRATCH_BYTES = 1 << 20  # that are reordered at once, in whole blocks of rows; scratch is five times that at most
 
 # Where bits 0 .. 3 (mantissa, two of exponent, sign) of the first code of each pair lie in a word of "fragments_sm90";
 # those of the second lie 16 bits on, modulo 32.
-_PLACES = ((6, 7, 8, 15), (9, 10, 11, 18), (12, 13, 14, 21), (3, 4, 0, 1))
+_PAIRS = ((6, 7, 8, 15), (9, 10, 11, 18), (12, 13, 14, 21), (3, 4, 0, 1))
+_PLACES = tuple((low + 16 * second) % 32 for pair in _PAIRS for second in (0, 1) for low in pair)
+# and where the bits of eight codes lie in a word of "fragments_sm90_fp8"
+_PLACES_FP8 = tuple(
+    place for i in range(8) for place in (4 * i, 4 * i + 1, 4 * i + 2, 8 * i + 7 if i < 4 else 8 * (i - 4) + 3)
+)
 
 
 def blocked_128x4_bytes(m: int, ks: int) -> int:
@@ -118,25 +132,27 @@ def _row_blocks(t: Tensor, size: int) -> tuple[Tensor, ...]:
     return t.view(torch.uint8).view(-1, size).split(max(1, SCRATCH_BYTES // size))
 
 
-def refuse_fragments_sm90(n: int, k: int) -> str | None:
-    """Why a weight [n, k] cannot lie in the order "fragments_sm90", or None if it can."""
+def refuse_fragments(n: int, k: int, order: Order) -> str | None:
+    """Why a weight [n, k] cannot lie in an order of fragments, or None if it can."""
     if n % TILE or k % TILE:
-        return f'the order "{FRAGMENTS_SM90}" is of tiles of {TILE} x {TILE}, got n={n}, k={k}'
+        return f'the order "{order}" is of tiles of {TILE} x {TILE}, got n={n}, k={k}'
     return None
 
 
-def to_fragments_sm90_(data: Tensor, sf: Tensor) -> None:
-    """Reorder codes uint8 [..., n, k / 2] and one-byte linear scales [..., n, k / 16] in place: rows -> fragments_sm90.
+def to_fragments_(data: Tensor, sf: Tensor, order: Order = FRAGMENTS_SM90) -> None:
+    """Reorder codes uint8 [..., n, k / 2] and one-byte linear scales [..., n, k / 16] in place: rows -> `order`.
 
     Works a few blocks of 64 rows at a time (`SCRATCH_BYTES`). Raises ValueError unless n and k are multiples of 64, the
     shapes agree and both are contiguous.
     """
-    _reorder_(data, sf, _codes_to_fragments, _scales_to_fragments)
+    codes, _, scales, _ = _MOVES[order]
+    _reorder_(data, sf, order, codes, scales)
 
 
-def from_fragments_sm90_(data: Tensor, sf: Tensor) -> None:
-    """Undoes `to_fragments_sm90_`, in place as well."""
-    _reorder_(data, sf, _codes_from_fragments, _scales_from_fragments)
+def from_fragments_(data: Tensor, sf: Tensor, order: Order = FRAGMENTS_SM90) -> None:
+    """Undoes `to_fragments_`, in place as well."""
+    _, codes, _, scales = _MOVES[order]
+    _reorder_(data, sf, order, codes, scales)
 
 
 def row_maxima(sf: Tensor, order: Order) -> Tensor:
@@ -145,23 +161,21 @@ def row_maxima(sf: Tensor, order: Order) -> Tensor:
     raw = sf.view(torch.uint8)
     if order == ROWS_ORDER:
         return raw.amax(-1)
-    tiles = raw.view(*lead, n // TILE, ks // 4, 4, 8, 2, 4).amax(dim=(-5, -1))  # ..., w, g, h
+    if order == FRAGMENTS_SM90:
+        tiles = raw.view(*lead, n // TILE, ks // 4, 4, 8, 2, 4).amax(dim=(-5, -1))  # ..., w, g, h
+    else:
+        tiles = raw.view(*lead, n // TILE, ks // 4, 4, 8, 4, 2).amax(dim=(-5, -2))
     return tiles.transpose(-1, -2).reshape(*lead, n)
 
 
-def to_fp8_columns(x: Tensor) -> Tensor:
-    """[..., k] -> the same numbers with the columns of every 16 in the order of FP8_COLUMNS."""
-    return x.unflatten(-1, (-1, 2, 4, 2)).transpose(-2, -3).flatten(-4)
+def fp8_columns(x: Tensor) -> Tensor:
+    """[..., k] -> the same numbers with the words of every 64 columns transposed, as 4 x 4. It is its own inverse."""
+    return x.unflatten(-1, (-1, 4, 4, 4)).transpose(-2, -3).flatten(-4)
 
 
-def from_fp8_columns(x: Tensor) -> Tensor:
-    """Undoes `to_fp8_columns`."""
-    return x.unflatten(-1, (-1, 4, 2, 2)).transpose(-2, -3).flatten(-4)
-
-
-def _reorder_(data: Tensor, sf: Tensor, codes: Callable[[Tensor], Tensor], scales: Callable[[Tensor], Tensor]) -> None:
+def _reorder_(data: Tensor, sf: Tensor, order: Order, codes: _Move, scales: _Move) -> None:
     n, half = data.shape[-2:]
-    if why := refuse_fragments_sm90(n, 2 * half):
+    if why := refuse_fragments(n, 2 * half, order):
         raise ValueError(why)
     if sf.shape != (*data.shape[:-1], half // 8):
         raise ValueError(
@@ -178,12 +192,12 @@ def _codes_to_fragments(blocks: Tensor) -> Tensor:
     """[blocks, 64, k / 2] by rows -> as many bytes in the order of fragments."""
     b, _, half = blocks.shape
     pairs = blocks.view(b, 4, 2, 8, half // 32, 4, 2, 4)  # block, w, p % 2, g, tile, s, p // 2, q
-    return _permute_bits(pairs.permute(0, 4, 1, 3, 7, 5, 6, 2).reshape(-1, 4), _to_word(blocks.device))
+    return _permute_bits(pairs.permute(0, 4, 1, 3, 7, 5, 6, 2).reshape(-1, 4), _to_word(_PLACES, blocks.device))
 
 
 def _codes_from_fragments(blocks: Tensor) -> Tensor:
     b, _, half = blocks.shape
-    words = _permute_bits(blocks.view(-1, 4), _from_word(blocks.device))
+    words = _permute_bits(blocks.view(-1, 4), _from_word(_PLACES, blocks.device))
     pairs = words.view(b, half // 32, 4, 8, 4, 4, 2, 2)  # block, tile, w, g, q, s, p // 2, p % 2
     return pairs.permute(0, 2, 7, 3, 1, 5, 6, 4).reshape(blocks.shape)
 
@@ -202,6 +216,38 @@ def _scales_from_fragments(blocks: Tensor) -> Tensor:
     )  # block, w, h, g, tile, s
 
 
+def _codes_to_fp8(blocks: Tensor) -> Tensor:
+    b, _, half = blocks.shape
+    words = blocks.view(b, 4, 2, 8, half // 32, 4, 2, 4)  # block, w, h, g, tile, q, j, byte
+    return _permute_bits(words.permute(0, 4, 1, 3, 5, 6, 2, 7).reshape(-1, 4), _to_word(_PLACES_FP8, blocks.device))
+
+
+def _codes_from_fp8(blocks: Tensor) -> Tensor:
+    b, _, half = blocks.shape
+    words = _permute_bits(blocks.view(-1, 4), _from_word(_PLACES_FP8, blocks.device))
+    codes = words.view(b, half // 32, 4, 8, 4, 2, 2, 4)  # block, tile, w, g, q, j, h, byte
+    return codes.permute(0, 2, 6, 3, 1, 4, 5, 7).reshape(blocks.shape)
+
+
+def _scales_to_fp8(blocks: Tensor) -> Tensor:
+    b, _, ks = blocks.shape
+    rows = blocks.view(b, 4, 2, 8, ks // 4, 4)  # block, w, h, g, tile, q
+    return rows.permute(0, 4, 1, 3, 5, 2).reshape(blocks.shape)
+
+
+def _scales_from_fp8(blocks: Tensor) -> Tensor:
+    b, _, ks = blocks.shape
+    rows = blocks.view(b, ks // 4, 4, 8, 4, 2)  # block, tile, w, g, q, h
+    return rows.permute(0, 2, 5, 3, 1, 4).reshape(blocks.shape)
+
+
+# into fragments and back, of codes and of scales
+_MOVES: dict[Order, tuple[_Move, _Move, _Move, _Move]] = {
+    FRAGMENTS_SM90: (_codes_to_fragments, _codes_from_fragments, _scales_to_fragments, _scales_from_fragments),
+    FRAGMENTS_SM90_FP8: (_codes_to_fp8, _codes_from_fp8, _scales_to_fp8, _scales_from_fp8),
+}
+
+
 def _permute_bits(words: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
     """Words as bytes [count, 4] -> the same with their bits moved; tables: what each value of each byte becomes."""
     moved = tables[0].index_select(0, words[:, 0].int())
@@ -211,18 +257,17 @@ def _permute_bits(words: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
 
 
 @functools.cache
-def _to_word(device: torch.device) -> tuple[Tensor, ...]:
-    """Tables of `_permute_bits` from four bytes, a pair of codes each, to a word."""
-    return _tables([(low + 16 * second) % 32 for pair in _PLACES for second in (0, 1) for low in pair], device)
+def _to_word(places: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Tables of `_permute_bits` from four bytes, two codes each, to a word in which bit i lies at places[i]."""
+    return _tables(places, device)
 
 
 @functools.cache
-def _from_word(device: torch.device) -> tuple[Tensor, ...]:
-    places = [(low + 16 * second) % 32 for pair in _PLACES for second in (0, 1) for low in pair]
-    return _tables([places.index(bit) for bit in range(32)], device)
+def _from_word(places: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    return _tables(tuple(places.index(bit) for bit in range(32)), device)
 
 
-def _tables(places: list[int], device: torch.device) -> tuple[Tensor, ...]:
+def _tables(places: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
     """For each byte of a word and each of its values, int32 [256]: the word with bit i moved to places[i]."""
     value = torch.arange(256, device=device)
     tables = []

@@ -55,13 +55,13 @@ def quantize_nvfp4(
 
 
 def quantize_fp8(x: Tensor) -> FP8RowTensor:
-    """x [..., m, k] (bfloat16, float16 or float32) -> E4M3 with a scale a row, k a multiple of 16.
+    """x [..., m, k] (bfloat16, float16 or float32) -> E4M3 with a scale a row, k a multiple of 64.
 
     scale = amax / 448 of the row in FP32; see `reference.quantize_fp8` for rows of zeros, infinities and NaN. One such
     tensor serves all weights that x is multiplied by.
     """
     dtype_name(x, "x")
-    if x.ndim < 2 or x.shape[-1] % BLOCK:
+    if x.ndim < 2 or x.shape[-1] % layouts.TILE:
         raise ValueError(f"x must be [..., m, k] with k a multiple of {BLOCK}, got {list(x.shape)}")
     data, scale = _ops.quantize_fp8(_rows(x))
     return FP8RowTensor(data.view(x.shape).view(torch.float8_e4m3fn), scale.view(x.shape[:-1]))
@@ -345,12 +345,17 @@ def hyper_connection_pre(
     eps: float,
     iterations: int = 20,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A site's normed input y [tokens, d], post [tokens, n] and comb [tokens, n, n] of streams h [tokens, n, d]."""
+    """A site's normed input y [tokens, d], post [tokens, n] and comb [tokens, n, n] of streams h [tokens, n, d].
+
+    A token with an infinity or NaN in its streams gets NaN in y, post and comb.
+    """
+    _check_fold(h, fn, base, scale, weight, sites=h.shape[1] + 2)
     return _ops.hyper_connection_pre(h, fn, base, scale, weight, norm_eps, eps, iterations)
 
 
 def hyper_connection_post(y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    """Streams after a site [tokens, n, d]: post_k y + sum_j comb[j, k] h_j."""
+    """Streams after a site [tokens, n, d]: post_k y + sum_j comb[j, k] h_j. Infinities and NaN spread along columns."""
+    _check_site(y, h, post, comb)
     return _ops.hyper_connection_post(y, h, post, comb)
 
 
@@ -358,21 +363,89 @@ def hyper_connection_head(
     h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor | None, *, norm_eps: float, eps: float
 ) -> Tensor:
     """The streams h [tokens, n, d] folded and normed for the language-model head: [tokens, d]."""
+    _check_fold(h, fn, base, scale, weight, sites=1)
     return _ops.hyper_connection_head(h, fn, base, scale, weight, norm_eps, eps)
+
+
+def hyper_connection_post_pre(
+    y: Tensor,
+    h: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    *,
+    norm_eps: float,
+    eps: float,
+    iterations: int = 20,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`hyper_connection_post` of a site, and `hyper_connection_pre` of the next on what it leaves.
+
+    Returns the streams [tokens, n, d] and the next site's y [tokens, d], post [tokens, n] and comb [tokens, n, n].
+    """
+    _check_site(y, h, post, comb)
+    _check_fold(h, fn, base, scale, weight, sites=h.shape[1] + 2)
+    return _ops.hyper_connection_post_pre(y, h, post, comb, fn, base, scale, weight, norm_eps, eps, iterations)
+
+
+def _check_fold(h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor | None, *, sites: int) -> None:
+    """h [tokens, n, d] and what a product of `sites` n coefficients of it takes."""
+    if h.ndim != 3:
+        raise ValueError(f"h must be [tokens, n, d], got {list(h.shape)}")
+    _, n, d = h.shape
+    wanted = {"fn": (fn, [sites * n, n * d]), "base": (base, [sites * n]), "scale": (scale, [1 if sites == 1 else 3])}
+    wanted |= {"weight": (weight, [d])} if weight is not None else {}
+    for name, (given, shape) in wanted.items():
+        if list(given.shape) != shape:
+            raise ValueError(f"h {list(h.shape)} needs {name} {shape}, got {list(given.shape)}")
+
+
+def _check_site(y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> None:
+    """The output y of a site, its streams h [tokens, n, d] and its coefficients."""
+    if h.ndim != 3:
+        raise ValueError(f"h must be [tokens, n, d], got {list(h.shape)}")
+    tokens, n, d = h.shape
+    for name, given, shape in (("y", y, [tokens, d]), ("post", post, [tokens, n]), ("comb", comb, [tokens, n, n])):
+        if list(given.shape) != shape:
+            raise ValueError(f"h {list(h.shape)} needs {name} {shape}, got {list(given.shape)}")
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
 def qnorm_rope(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tensor:
-    """Per-head RMSNorm without weight, then RoPE: q [tokens, heads, head_dim] -> the same shape and dtype."""
+    """Per-head RMSNorm without weight, then RoPE: q [tokens, heads, head_dim] -> the same shape and dtype.
+
+    positions: int32 [tokens], each less than the length of table, float32 [positions, rope_dim] of
+    `reference.rope_table`.
+    """
+    _check_heads(q, "q")
+    _check_rope(q, positions, table)
     return _ops.qnorm_rope(q, positions, table, eps)
 
 
 def kv_norm_rope_insert(
     kv: Tensor, weight: Tensor, positions: Tensor, table: Tensor, eps: float, cache: PagedCache, slots: Tensor
 ) -> None:
-    """RMSNorm, RoPE and quantise rows kv [tokens, head_dim], then store row t at slots[t]; changes cache.data."""
+    """RMSNorm, RoPE and quantise rows kv [tokens, head_dim], then store row t at slots[t]; changes cache.data.
+
+    weight: [head_dim]; positions: int32 [tokens]; table: as for `qnorm_rope`; slots: int32 [tokens], -1 stores nothing;
+    those that are stored to differ from each other and lie in the cache. See `reference.cache` for infinities and NaN.
+    """
+    if kv.ndim != 2 or kv.shape[1] != cache.head_dim or list(weight.shape) != [cache.head_dim]:
+        raise ValueError(
+            f"kv must be [tokens, {cache.head_dim}] and weight [{cache.head_dim}], "
+            f"got {list(kv.shape)} and {list(weight.shape)}"
+        )
+    _check_rope(kv, positions, table)
+    if table.shape[1] != cache.rope_dim:
+        raise ValueError(f"the cache has {cache.rope_dim} RoPE dims, table {table.shape[1]}")
+    if slots.dtype != torch.int32 or list(slots.shape) != [len(kv)]:
+        raise ValueError(f"slots must be int32 [{len(kv)}], got {slots.dtype} {list(slots.shape)}")
+    if not cache.data.is_contiguous():
+        raise ValueError(f"cache.data must be contiguous, got strides {cache.data.stride()}")
     _ops.kv_norm_rope_insert(kv, weight, positions, table, eps, cache.data, *_geometry(cache), slots)
 
 
@@ -464,7 +537,12 @@ def sparse_attention(
 
 
 def rope_inverse(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
-    """Undo the rotation that values carry at the query's position: o [tokens, heads, head_dim] -> the same."""
+    """Undo the rotation that values carry at the query's position: o [tokens, heads, head_dim] -> the same.
+
+    positions and table: as for `qnorm_rope`.
+    """
+    _check_heads(o, "o")
+    _check_rope(o, positions, table)
     return _ops.rope_inverse(o, positions, table)
 
 
@@ -478,9 +556,21 @@ def rope_inverse_quantize(
     sf_layout: SfLayout = "linear",
     rule: Rule = "absmax",
 ) -> NVFP4Tensor:
-    """`rope_inverse`, then NVFP4 by output group: [groups, tokens, heads / groups * head_dim] with one alpha."""
-    data, sf, own = _ops.rope_inverse_quantize(o, positions, table, groups, alpha, sf_layout, rule)
-    return NVFP4Tensor(data, sf.view(torch.float8_e4m3fn), own if alpha is None else alpha, sf_layout)
+    """`rope_inverse`, then NVFP4 by output group: [groups, tokens, heads / groups * head_dim] with one alpha.
+
+    alpha: float32 []; None takes it from all of o, which costs another pass over it.
+    """
+    dtype_name(o, "o")
+    _check_heads(o, "o")
+    _check_rope(o, positions, table)
+    _, heads, head_dim = o.shape
+    if groups < 1 or heads % groups or heads // groups * head_dim % BLOCK:
+        raise ValueError(f"heads={heads} of {head_dim} dims do not make {groups} groups in blocks of {BLOCK}")
+    if alpha is None:
+        alpha = _ops.rope_inverse_alpha(o, positions, table, groups)
+    _check_alpha(alpha, o, scalar=True)
+    data, sf = _ops.rope_inverse_quantize(o, positions, table, groups, alpha, sf_layout, rule)
+    return as_nvfp4(data, sf, alpha, sf_layout)
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
@@ -498,6 +588,27 @@ def _check_alpha(alpha: Tensor, x: Tensor | NVFP4Tensor | FP8RowTensor, *, scala
         raise ValueError(f"alpha must be on {x.device} beside x, got {alpha.device}")
     if scalar and alpha.ndim:
         raise ValueError(f"alpha must be one number [], got {list(alpha.shape)}")
+
+
+def _check_heads(x: Tensor, name: str) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"{name} must be [tokens, heads, head_dim], got {list(x.shape)}")
+
+
+def _check_rope(x: Tensor, positions: Tensor, table: Tensor) -> None:
+    """positions of the tokens of x [tokens, ..., head_dim], and RoPE's table."""
+    if positions.dtype != torch.int32 or list(positions.shape) != [x.shape[0]]:
+        raise ValueError(f"positions must be int32 [{x.shape[0]}], got {positions.dtype} {list(positions.shape)}")
+    rope = table.shape[-1]
+    if table.dtype != torch.float32 or table.ndim != 2 or rope % 2 or rope > x.shape[-1] or not table.is_contiguous():
+        raise ValueError(
+            f"table must be float32 [positions, an even number of up to {x.shape[-1]} dims], contiguous, "
+            f"got {table.dtype} {list(table.shape)}"
+        )
+    if not x.device == positions.device == table.device:
+        raise ValueError(
+            f"positions and table must be on {x.device} beside their rows, got {positions.device}, {table.device}"
+        )
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """NVFP4 GEMM for Hopper's FP8 tensor cores: d[m, n] = a[m, k] @ b[n, k].T, a in E4M3 with a scale a row (W4A8).
 
 Opt-in (`act="fp8"`). Bound: the FP8 tensor cores, which are twice as fast as those for BF16, for some 256 rows of a and
-more; below, reading the packed weights. b is the weight of `gemm_nvfp4_sm90_wgmma`, in the same order, and the kernel
-is that one's (its module says how data flow) but for the operands and the sums:
+more; below, reading the packed weights. b lies in the order "fragments_sm90_fp8" of `fp4suite.layouts`, in which a
+thread has whole blocks of 16. The kernel is that of `gemm_nvfp4_sm90_wgmma` (its module says how data flow) but for the
+operands and the sums:
 
-    decode     code times scale in FP16, which is exact, then rounded once to E4M3. `NVFP4Tensor.prepare_fp8` says which
-               power of two a row is scaled by, so that E4M3 holds its largest numbers
+    decode     of each block a table: its scale times the eight magnitudes in FP16, which is exact, then rounded once to
+               E4M3. Codes are the selectors of byte permutations that look up four at a time.
+               `NVFP4Tensor.prepare_fp8` says which power of two a row is scaled by, so that E4M3 holds its numbers
     sums       the FP8 MMA keeps some 14 bits of a sum. Each 128 of K are summed by themselves and then added to FP32
                sums by ordinary additions, for `tile_m` tokens in up to two runs: while one is multiplied for one
                warpgroup, another adds up
@@ -19,7 +21,7 @@ from typing import Any, ClassVar
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float8E4M3FN, Float32, Int8, Int32, Int64, Uint32, cute
+from cutlass import Boolean, Float8E4M3FN, Float32, Int8, Int32, Int64, Uint16, Uint32, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -38,7 +40,6 @@ from .gemm_nvfp4_sm90_wgmma import (
     CODE_BYTES,
     CTA_BYTES,
     CUTE_OUT,
-    MAGNITUDE,
     MAX_STAGES,
     REGISTERS,
     SCALE_BYTES,
@@ -50,25 +51,25 @@ from .gemm_nvfp4_sm90_wgmma import (
     WIDE,
     GemmNvfp4Sm90Wgmma,
     Variant,
-    _pitch as pitch,
-    _store_bytes as store_bytes,
     bulk_load,
+    pitch,
     registers_at_launch,
-    rotate_right,
+    store_bytes,
 )
-from .nvfp4 import Host, asked, check_packed, check_stored_rows
+from .nvfp4 import Host, asked, check_packed, check_stored_rows, e4m3x2_to_f16x2
 
 SF_LAYOUT: SfLayout = "linear"
-WEIGHT_ORDER: Order = "fragments_sm90"
+WEIGHT_ORDER: Order = "fragments_sm90_fp8"
 STEP = 128  # elements of K that are summed by the MMA alone
-MMA_TOKENS = 128  # at most, of one MMA: its sums and those that they are added to take half the registers each
+MMA_TOKENS = 192  # at most, of one MMA: its sums and those that they are added to take half the registers each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """tile_m: tokens. groups_n: warpgroups side by side, each with 64 weight rows; groups_k: warpgroups that take steps
     of 128 of K in turn. stages: steps in flight (0: as many as fit). share, split: CTAs of a cluster side by side along
-    n, and along K. blocks: CTAs that share an SM.
+    n, and along K. tail: those side by side that take a tile of the last wave in parts of K. promote: steps that are
+    summed by the MMA alone. blocks: CTAs that share an SM.
     """
 
     tile_m: int = 128
@@ -77,12 +78,13 @@ class Config:
     stages: int = 0
     share: int = 1
     split: int = 1
+    tail: int = 1
+    promote: int = 1
     blocks: int = 1
 
     tile_k: ClassVar[int] = STEP
     strips: ClassVar[int] = 1
     paired: ClassVar[int] = 1
-    tail: ClassVar[int] = 1
 
     @property
     def tile_n(self) -> int:
@@ -105,7 +107,7 @@ class Config:
     @property
     def wide(self) -> bool:
         """Whether the sums take so many registers that the loading warps give theirs away."""
-        return self.runs > 1
+        return self.tile_m > 128
 
     @property
     def threads(self) -> int:
@@ -118,11 +120,13 @@ class Config:
 
 
 SPACE = {
-    "tile_m": (16, 32, 64, 128, 192, 256),
+    "tile_m": (8, 16, 32, 64, 128, 192, 256),
     "groups_n": (1, 2, 3, 4),
     "groups_k": (1, 2),
     "share": (1, 2),
     "split": (1, 2, 3, 4),
+    "tail": (1, 2),
+    "promote": (1, 2, 4),
     "blocks": (1, 2),
 }
 
@@ -133,12 +137,17 @@ def stage_bytes(config: Config) -> int:
     return weights + config.tile_m * STEP
 
 
+def fixed_bytes(config: Config) -> int:
+    """Of shared memory, for barriers and the tokens' scales, a copy for each warpgroup."""
+    return BARRIER_BYTES + 4 * config.groups * config.tile_m
+
+
 def stages_of(config: Config, out: str) -> int:
     """Steps in flight: as configured, or as many as fit, a multiple of groups_k: each is always the same one's."""
     if config.stages:
         return config.stages
-    room = (MAX_SHARED_BYTES[ARCH] + CTA_BYTES) // config.blocks - CTA_BYTES - BARRIER_BYTES
-    store = store_bytes(config, out)  # type: ignore[arg-type]
+    room = (MAX_SHARED_BYTES[ARCH] + CTA_BYTES) // config.blocks - CTA_BYTES - fixed_bytes(config)
+    store = store_bytes(config, out)
     if config.split > 1:  # one tile a cluster: its sums lie where the stages were
         fit = room // stage_bytes(config) if store <= room else 0
     else:
@@ -148,8 +157,8 @@ def stages_of(config: Config, out: str) -> int:
 
 def shared_bytes(config: Config, out: str) -> int:
     """Shared memory of one CTA, as the kernel allocates it."""
-    stages, store = stages_of(config, out) * stage_bytes(config), store_bytes(config, out)  # type: ignore[arg-type]
-    return BARRIER_BYTES + (max(stages, store) if config.split > 1 else stages + store)
+    stages, store = stages_of(config, out) * stage_bytes(config), store_bytes(config, out)
+    return fixed_bytes(config) + (max(stages, store) if config.split > 1 else stages + store)
 
 
 def supports(problem: GemmProblem, config: Config) -> str | None:
@@ -170,9 +179,18 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         return f"{stages} stages: {config.groups_k} warpgroups hold 1 each while they wait for the next"
     if stages % config.groups_k:
         return f"stages={stages} is not a multiple of {config.groups_k}: each belongs to the same warpgroups always"
+    if config.share > 1 and config.tile_m % (8 * config.share):
+        return f"tile_m={config.tile_m} is not shared by {config.share} CTAs in parts of 8 tokens"
     steps = problem.k // STEP
     if steps - (config.split - 1) * -(-steps // config.split) < config.groups_k:
         return f"k={problem.k} leaves too little for the last of {config.split} parts of {config.groups_k} warpgroups"
+    if config.promote > 1 and config.runs > 1:
+        return f"promote={config.promote} is for tiles of at most {MMA_TOKENS} tokens"
+    if config.tail > 1:
+        if config.reduces or config.tile_m not in (128, 256) or config.share != config.tail:
+            return f"tail={config.tail} is for 128 or 256 tokens, share={config.tail} and split=1"
+        if steps < config.tail:
+            return f"k={problem.k} is too little for {config.tail} CTAs"
     at_launch = registers_at_launch(config.blocks * config.threads)
     if config.wide:
         fits = config.groups <= 2
@@ -211,6 +229,8 @@ INVARIANT = "one sum in the order of k, in runs of 128"
 
 def arithmetic(problem: GemmProblem, config: Config) -> str:
     """In which order an element's products are summed. Stages, share and the tile's size have no part in it."""
+    if config.tail > 1:
+        return f"as tiles of {config.tile_m} x {config.tile_n} fall into the last wave of m={problem.m}"
     if not config.reduces:
         return INVARIANT
     parts = f"{config.split} parts of {-(-problem.k // (STEP * config.split)) * STEP}, in runs of 128"
@@ -227,14 +247,6 @@ def in_arithmetic(problem: GemmProblem, wanted: str) -> Config | None:
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
-
-
-@dsl_user_op
-def e4m3x4_to_f16x2(x: Uint32, half: int, *, loc=None, ip=None) -> Uint32:
-    """The two low or the two high bytes of a word as E4M3 -> two FP16 numbers in a word, exactly."""
-    names = ("h, rest", "rest, h")[half]
-    asm = f"{{ .reg .b16 h, rest; mov.b32 {{{names}}}, $1; cvt.rn.f16x2.e4m3x2 $0, h; }}"
-    return Uint32(llvm.inline_asm(T.i32(), [x.ir_value(loc=loc, ip=ip)], asm, "=r,r", loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -268,6 +280,13 @@ def mul_f16_by_half(x: Uint32, scales: Uint32, half: int, *, loc=None, ip=None) 
 
 
 @dsl_user_op
+def permute(x: Uint32, y: Uint32, selectors: Uint32, *, loc=None, ip=None) -> Uint32:
+    """Four bytes of (x, y), picked by the four low digits of the selectors from 0 (lowest of x) to 7."""
+    args = [v.ir_value(loc=loc, ip=ip) for v in (x, y, selectors)]
+    return Uint32(llvm.inline_asm(T.i32(), args, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", loc=loc, ip=ip))
+
+
+@dsl_user_op
 def bits_float(x: Uint32, *, loc=None, ip=None) -> Float32:
     return Float32(llvm.bitcast(T.f32(), x.ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
 
@@ -280,24 +299,20 @@ def add_here(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
     return Float32(llvm.inline_asm(T.f32(), args, asm, "=f,f,f", has_side_effects=True, loc=loc, ip=ip))
 
 
-F16_SIGN, F16_MAGNITUDE = 0x80008000, 0x0E000E00  # where a pair of codes lies in two FP16 numbers: value times 2 ** -14
-F16_IMAGE = F16_SIGN | F16_MAGNITUDE
+MAGNITUDES = (0x38000000, 0x3E003C00, 0x42004000, 0x46004400)  # 0 and 0.5, 1 and 1.5, 2 and 3, 4 and 6 in FP16
 
 
-def code_images(word):
-    """The four pairs of codes of a word of "fragments_sm90", each in two FP16 numbers, times 2 ** -14.
+def table(scales, row: int):
+    """What the eight magnitudes give under one half of a word of two FP16 scales: E4M3, a byte each of two words."""
+    products = [mul_f16_by_half(Uint32(pair), scales, row) for pair in MAGNITUDES]
+    return f16x2_to_e4m3x4(*products[:2]), f16x2_to_e4m3x4(*products[2:])
 
-    An FP16 number has its exponent three bits further left than a BF16 number, which the order was made for: x * 9
-    leaves the sign in place and the others in both places. A mask takes what belongs.
-    """
-    image, sign, magnitude = Uint32(MAGNITUDE), Uint32(F16_SIGN), Uint32(F16_MAGNITUDE)
-    nine = Uint32(9)
-    return (
-        (word & image) * nine & Uint32(F16_IMAGE),
-        word & magnitude | rotate_right(word, 3) & sign,
-        (rotate_right(word, 6) & image) * nine & Uint32(F16_IMAGE),
-        (word & Uint32(0x00190019)) * Uint32((1 << 6) + (1 << 11)) & magnitude | word << Uint32(14) & sign,
-    )
+
+def decode_word(word, low, high):
+    """Eight codes of a word of "fragments_sm90_fp8" -> two words of four E4M3 numbers, looked up in a table."""
+    signs, selectors = Uint32(0x80808080), word & Uint32(0x77777777)
+    first = permute(low, high, selectors) | word & signs
+    return first, permute(low, high, selectors >> Uint32(16)) | word << Uint32(4) & signs
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
@@ -357,7 +372,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         m_tiles, n_groups = cute.ceil_div(m, c.tile_m), cute.ceil_div(n, c.tile_n * c.share)
         clusters = m_tiles * n_groups
         if cutlass.const_expr(c.split == 1):
-            clusters = cutlass.min(clusters, max_clusters)
+            clusters = cutlass.min(clusters * c.tail, max_clusters)
         self.kernel(tma, store, b, sfb, mExponent, mScale, mAlpha, mD, m_tiles, n_groups, k, segment_ends).launch(
             grid=(c.share, c.split, clusters),
             block=(c.threads, 1, 1),
@@ -405,11 +420,12 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
             staging = smem.allocate_tensor(self.out, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         weights = self.stages * self.blocks_n * self.atoms
         sCodes = smem.allocate_tensor(Uint32, cute.make_layout(weights * CODE_BYTES // 4), byte_alignment=128)
-        sScales = smem.allocate_tensor(Uint32, cute.make_layout(weights * SCALE_BYTES // 4), byte_alignment=128)
-        numbers = c.groups_k * c.tile_m * pitch(c)  # type: ignore[arg-type]
+        sScales = smem.allocate_tensor(Uint16, cute.make_layout(weights * SCALE_BYTES // 2), byte_alignment=128)
+        numbers = c.groups_k * c.tile_m * pitch(c)
+        sScale = smem.allocate_tensor(Float32, cute.make_layout(c.groups * c.tile_m), byte_alignment=16)
         sums = None
         if cutlass.const_expr(c.split > 1):
-            extra = shared_bytes(c, self.variant.out) - BARRIER_BYTES - self.stages * stage_bytes(c)
+            extra = shared_bytes(c, self.variant.out) - fixed_bytes(c) - self.stages * stage_bytes(c)
             if cutlass.const_expr(extra > 0):
                 smem.allocate_tensor(Uint32, cute.make_layout(extra // 4), byte_alignment=16)
             start = Int32(barriers.iterator.toint()) + BARRIER_BYTES
@@ -434,11 +450,13 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                 self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, work)
             if cutlass.const_expr(c.split > 1):
                 self.meet(True)
+            if work[1] > work[0]:
+                self.meet(True)
         else:
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_increase(WIDE[c.groups])
             ring = (sA, sCodes, sScales, full, empty)
-            factors = (mExponent, mScale, mAlpha)
+            factors = (mExponent, mScale, mAlpha, sScale)
             self.multiply(ring, store, staging, sums, factors, mD, segment_ends, work, tidx)
         if cutlass.const_expr(c.split * c.share > 1):
             self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
@@ -475,104 +493,144 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
 
     @cute.jit
     def multiply(self, ring, store, staging, sums, factors, mD, segment_ends, work, tidx):
-        """Sums of this CTA's tiles (or of its part of K of one), and their way out."""
-        c, (mExponent, mScale, mAlpha) = self.config, factors
+        """Sums of this CTA's tiles (or of its parts of K of them), and their way out."""
+        c, (mExponent, mScale, mAlpha, sScale) = self.config, factors
         group = cute.arch.make_warp_uniform(tidx // WARPGROUP)
         group_n, group_k = group % c.groups_n, group // c.groups_n
         thread = tidx % WARPGROUP
         acc = cute.make_rmem_tensor(c.tile_m // 2, Float32)
+        scales = cute.make_rmem_tensor((c.tile_m + WARPGROUP - 1) // WARPGROUP, Float32)  # of tokens, a thread's own
         base = Int32(0)
         for number in cutlass.range(work[1], unroll=1):
             m_tile, n_tile, _, count = self.item(number, work)
             block = cutlass.min(n_tile * self.blocks_n + group_n, segment_ends[-1] // TILE - 1)
             row = block * TILE + thread // 32 * 16 + thread % 32 // 4
             exponents = [Int32(mExponent[row + 8 * r]) for r in range(2)]
+            # 2 ** -exponent of both rows in FP16
+            factor = Uint32((15 - exponents[1]) << 26 | (15 - exponents[0]) << 10)
+            powers = [bits_float(Uint32(e + 127) << Uint32(23)) for e in exponents]
+            tokens = (mScale, m_tile * c.tile_m, scales)
             acc.fill(0.0)
-            self.add_steps(acc, ring, base, count, exponents, group_n, group_k, thread)
+            self.add_steps(acc, ring, base, count, factor, tokens, group_n, group_k, thread, number >= work[0])
             base += count
-            self.scale_tokens(acc, mScale, exponents, m_tile * c.tile_m, thread)
+            self.scale_tokens(acc, scales, sScale, powers, group, thread)
             if cutlass.const_expr(c.reduces):
                 self.put([acc], sums, group_n, group_k, thread)
                 self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
-            else:
-                self.store([acc], store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, False)
+            elif number < work[0]:
+                self.store([acc], store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, False, powers)
+            elif cutlass.const_expr(c.tail > 1):
+                self.swap(acc, Int32(ring[0].iterator.toint()), group_n, thread)
+                self.store([acc], store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, True, powers)
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
 
     @cute.jit
-    def add_steps(self, acc, ring, base, count, exponents, group_n, group_k, thread):
+    def add_steps(self, acc, ring, base, count, factor, tokens, group_n, group_k, thread, shared):
         """Add the products of this warpgroup's steps of a tile to acc.
 
-        Half of a step is decoded while the other is multiplied; the sums of a run of tokens are added when it is done.
+        Half of a step is decoded while the other is multiplied, in two parts: what needs no registers of an MMA under way
+        (`fetch`), and the rest once those are free. The sums of a run of tokens are added when it is done.
         """
-        c, (sA, _, _, full, empty) = self.config, ring
+        c, (sA, _, _, full, empty), (mScale, m0, scales) = self.config, ring, tokens
         lane = thread % 32
         new, more = self.mma(False), self.mma(True)
         split = cute.flat_divide(sA, (self.run, STEP))
-        tokens = more.make_fragment_B(more.get_slice(group_n * WARPGROUP).partition_B(split))
+        operand = more.make_fragment_B(more.get_slice(group_n * WARPGROUP).partition_B(split))
         rows = TILE * c.groups_n
         fresh = cute.make_rmem_tensor(more.partition_shape_C((rows, self.run)), Float32)
         frag = [cute.make_rmem_tensor(more.partition_shape_A((rows, TILE)), Float8E4M3FN) for _ in range(2)]
-        # 2 ** (14 - exponent) in two FP16 numbers
-        factors = [Uint32(29 - e) * Uint32(0x04000400) for e in exponents]
+        packed = cute.make_rmem_tensor(8, Uint32)
         index = base + group_k
-        slot, phase = index % self.stages, index // self.stages % 2
+        slot, phase, before = index % self.stages, index // self.stages % 2, Int32(0)
         cute.arch.mbarrier_wait(full + slot, phase)
-        self.decode_half(ring, slot, group_n, 0, thread, factors, frag[0])
+        for i in cutlass.range_constexpr(cute.size(scales)):  # only now what comes before this kernel has surely ended
+            scales[i] = mScale[cutlass.min(m0 + i * WARPGROUP + thread, mScale.shape - 1)]
+        self.fetch(ring, slot, group_n, 0, thread, factor, packed)
+        self.decode(packed, frag[0])
+        self.fetch(ring, slot, group_n, 1, thread, factor, packed)
         for i in cutlass.range(group_k, count, c.groups_k, unroll=1):
-            now = slot
+            now, first, last = slot, Boolean(True), Boolean(True)
+            if cutlass.const_expr(c.promote > 1):
+                first = i % (c.promote * c.groups_k) == group_k
+                last = (i + c.groups_k) % (c.promote * c.groups_k) == group_k
+                last = last or i + c.groups_k >= count
             for run in cutlass.range_constexpr(c.runs):
                 for half in cutlass.range_constexpr(2):
                     warpgroup.fence()
                     for s in cutlass.range_constexpr(TILE // 32):
-                        mma = new if half + s == 0 else more
-                        part = tokens[None, None, half * (TILE // 32) + s, run, 0, now]
+                        mma = more
+                        if cutlass.const_expr(half + s == 0):
+                            mma = new if c.promote == 1 else self.mma(not first)
+                        part = operand[None, None, half * (TILE // 32) + s, run, 0, now]
                         cute.gemm(mma, fresh, frag[half][None, None, s], part, fresh)
                     warpgroup.commit_group()
                     if cutlass.const_expr(run + half == 0):
-                        self.decode_half(ring, now, group_n, 1, thread, factors, frag[1])
+                        if cutlass.const_expr(c.promote > 1):
+                            warpgroup.wait_group(1)
+                            if not first:
+                                self.release(empty + before, lane, shared)
+                        self.decode(packed, frag[1])
                 if cutlass.const_expr(run + 1 == c.runs):  # noqa: SIM102  (one is decided when compiling)
                     if i + c.groups_k < count:
                         slot, phase = self.advance(slot, phase, c.groups_k)
                         cute.arch.mbarrier_wait(full + slot, phase)
+                        self.fetch(ring, slot, group_n, 0, thread, factor, packed)
                         warpgroup.wait_group(1)
-                        self.decode_half(ring, slot, group_n, 0, thread, factors, frag[0])
-                warpgroup.wait_group(0)
-                if cutlass.const_expr(run + 1 == c.runs):
-                    self.release(empty + now, lane, False)
-                for e in cutlass.range_constexpr(self.run // 2):
-                    at = run * (self.run // 2) + e
-                    acc[at] = add_here(acc[at], fresh[e])
+                        self.decode(packed, frag[0])
+                        self.fetch(ring, slot, group_n, 1, thread, factor, packed)
+                if last:
+                    warpgroup.wait_group(0)
+                    if cutlass.const_expr(run + 1 == c.runs):
+                        self.release(empty + now, lane, shared)
+                    for e in cutlass.range_constexpr(self.run // 2):
+                        at = run * (self.run // 2) + e
+                        acc[at] = add_here(acc[at], fresh[e])
+            before = now
 
-    def decode_half(self, ring, stage, group_n, half: int, thread, factors, frag):
-        """This thread's part of 64 weight rows x 64 of K, in E4M3: for each 16 of K, a word of row g, one of g + 8."""
+    def fetch(self, ring, stage, group_n, half: int, thread, factor, packed):
+        """This thread's part of 64 weight rows x 64 of K: the codes of a block of 16 of row g and of one of row g + 8,
+        and both blocks' tables."""
         _, sCodes, sScales, _, _ = ring
         tile = (stage * self.blocks_n + group_n) * self.atoms + half
-        codes, scales = cute.make_rmem_tensor(4, Uint32), cute.make_rmem_tensor(2, Uint32)
+        codes = cute.make_rmem_tensor(4, Uint32)
         at = tile * (CODE_BYTES // 4) + thread * 4
         cute.autovec_copy(cute.make_tensor(sCodes.iterator + cute.assume(at, divby=4), cute.make_layout(4)), codes)
-        at = tile * (SCALE_BYTES // 4) + thread // 4 * 2
-        cute.autovec_copy(cute.make_tensor(sScales.iterator + cute.assume(at, divby=2), cute.make_layout(2)), scales)
-        # scale * 2 ** (14 - exponent), at most 61440; of two steps of 16
-        pairs = [[mul_f16x2(e4m3x4_to_f16x2(scales[r], p), factors[r]) for p in range(2)] for r in range(2)]
+        pair = Uint32(sScales[tile * (SCALE_BYTES // 2) + thread])
+        scales = mul_f16x2(e4m3x2_to_f16x2(pair), factor)  # times 2 ** -exponent, at most 60
+        for i in range(4):
+            packed[i] = codes[i]
+        for row in range(2):
+            packed[4 + 2 * row], packed[5 + 2 * row] = table(scales, row)
+
+    def decode(self, packed, frag):  # type: ignore[override]
+        """What `fetch` found in E4M3, as WGMMA takes it."""
         words = cute.recast_tensor(frag, Uint32)
-        for s in range(4):
-            images = code_images(codes[s])
-            for r in range(2):
-                first, second = (mul_f16_by_half(images[r + 2 * p], pairs[r][s // 2], s % 2) for p in range(2))
-                words[2 * s + r] = f16x2_to_e4m3x4(first, second)
+        for row in range(2):
+            for j in range(2):
+                low, high = packed[4 + 2 * row], packed[5 + 2 * row]
+                words[4 * j + row], words[4 * j + 2 + row] = decode_word(packed[2 * j + row], low, high)
 
     @cute.jit
-    def scale_tokens(self, acc, mScale, exponents, m0, thread):
-        """Times each token's scale and the row's power of two, over what the epilogue multiplies by."""
-        last = mScale.shape - 1
-        powers = [bits_float(Uint32(e + 127) << Uint32(23)) * Float32(1 / UNBIAS) for e in exponents]
-        for eight in cutlass.range_constexpr(self.config.tile_m // 8):
+    def scale_tokens(self, acc, scales, sScale, powers, group, thread):
+        """Times each token's scale; where sums are spread, times the row's power of two over `reduce`'s factor."""
+        c = self.config
+        for i in cutlass.range_constexpr(cute.size(scales)):
+            token = i * WARPGROUP + thread
+            if token < c.tile_m:
+                sScale[group * c.tile_m + token] = scales[i]
+        cute.arch.barrier(barrier_id=8 + group, number_of_threads=WARPGROUP)
+        pair = cute.make_rmem_tensor(2, Float32)
+        start = sScale.iterator + cute.assume(group * c.tile_m + thread % 4 * 2, divby=2)
+        for eight in cutlass.range_constexpr(c.tile_m // 8):
+            cute.autovec_copy(cute.make_tensor(start + 8 * eight, cute.make_layout(2)), pair)
             for i in cutlass.range_constexpr(2):
-                scale = mScale[cutlass.min(m0 + 8 * eight + thread % 4 * 2 + i, last)]
                 for r in cutlass.range_constexpr(2):
-                    at = 4 * eight + 2 * r + i
-                    acc[at] = acc[at] * (scale * powers[r])
+                    by = pair[i] * (powers[r] * Float32(1 / UNBIAS)) if c.reduces else pair[i]
+                    acc[4 * eight + 2 * r + i] *= by
+
+    def scaled(self, acc, alphas, eights):
+        return [[acc[4 * eight + 2 * r + i] * alphas[r] for i in range(2)] for eight in eights for r in range(2)]
 
 
 # --- host -------------------------------------------------------------------------------------------------------------
@@ -606,7 +664,7 @@ def _max_clusters(device: int | None, config: Config) -> int:
 def launch(a: FP8RowTensor, b: NVFP4Tensor, segments: tuple[int, ...] | None, out: Tensor, config: Config) -> None:
     """out[m, n] = a[m, k] @ b[n, k].T * alpha on the current stream.
 
-    a: rows 16 bytes aligned; b: in the order "fragments_sm90" with its row exponents (`NVFP4Tensor.prepare_fp8`),
+    a: rows 16 bytes aligned; b: in the order "fragments_sm90_fp8" with its row exponents (`NVFP4Tensor.prepare_fp8`),
     b.alpha one number, or one a segment of columns; out: BF16 or FP32 with rows 16 bytes aligned. Raises ValueError or
     TypeError.
 

@@ -110,6 +110,11 @@ class Config:
         return 2 if self.tile_k * self.strips == TILE and not self.by_warp else 1
 
     @property
+    def ahead(self) -> bool:
+        """Whether scales are decoded before the MMA whose registers the result takes is done."""
+        return self.tile_m >= 64 and self.tile_k * self.strips > TILE
+
+    @property
     def turn(self) -> int:
         """What the number of stages is a multiple of.
 
@@ -149,15 +154,15 @@ def stage_bytes(config: Config) -> int:
     return weights + config.tile_m * config.tile_k * 2
 
 
-def _pitch(config: Config) -> int:
+def pitch(config: Config) -> int:
     """Numbers between two tokens' sums: eight lanes of four tokens touch every bank once."""
     return config.tile_n + 4
 
 
-def _store_bytes(config: Config, out: str) -> int:
+def store_bytes(config: Config, out: str) -> int:
     """Shared memory through which the sums of a tile leave."""
     if config.reduces:
-        return config.groups_k * config.tile_m * _pitch(config) * 4
+        return config.groups_k * config.tile_m * pitch(config) * 4
     return config.groups_n * 2 * min(config.tile_m, STORE_ROWS) * TILE * CUTE_OUT[out].width // 8
 
 
@@ -166,7 +171,7 @@ def stages_of(config: Config, out: str) -> int:
     if config.stages:
         return config.stages
     room = (MAX_SHARED_BYTES[ARCH] + CTA_BYTES) // config.blocks - CTA_BYTES - BARRIER_BYTES
-    store = _store_bytes(config, out)
+    store = store_bytes(config, out)
     if config.split > 1:  # one tile a cluster: its sums lie where the stages were
         fit = room // stage_bytes(config) if store <= room else 0
     else:
@@ -176,7 +181,7 @@ def stages_of(config: Config, out: str) -> int:
 
 def shared_bytes(config: Config, out: str) -> int:
     """Shared memory of one CTA, as the kernel allocates it."""
-    stages, store = stages_of(config, out) * stage_bytes(config), _store_bytes(config, out)
+    stages, store = stages_of(config, out) * stage_bytes(config), store_bytes(config, out)
     return BARRIER_BYTES + (max(stages, store) if config.split > 1 else stages + store)
 
 
@@ -343,6 +348,14 @@ def store4(address: Int32, numbers, *, loc=None, ip=None):
     args = [x.ir_value(loc=loc, ip=ip) for x in (address, *numbers)]
     asm = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
     llvm.inline_asm(None, args, asm, "r,f,f,f,f", has_side_effects=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def settle(words, never: Int32, address: Int32, *, loc=None, ip=None):
+    """Have four words computed here: the compiler would put that after the next wait."""
+    args = [x.ir_value(loc=loc, ip=ip) for x in (never, address, *words)]
+    asm = "{ .reg .pred p; setp.ne.b32 p, $0, 0; @p st.shared.v4.b32 [$1], {$2, $3, $4, $5}; }"
+    llvm.inline_asm(None, args, asm, "r,r,r,r,r,r", has_side_effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -523,7 +536,7 @@ class GemmNvfp4Sm90Wgmma:
         weights = self.stages * self.blocks_n * self.atoms
         sCodes = smem.allocate_tensor(Uint32, cute.make_layout(weights * CODE_BYTES // 4), byte_alignment=128)
         sScales = smem.allocate_tensor(Uint32, cute.make_layout(weights * SCALE_BYTES // 4), byte_alignment=128)
-        numbers = c.groups_k * c.tile_m * _pitch(c)
+        numbers = c.groups_k * c.tile_m * pitch(c)
         sums = None
         if cutlass.const_expr(c.split > 1):
             extra = shared_bytes(c, self.variant.out) - BARRIER_BYTES - self.stages * stage_bytes(c)
@@ -724,7 +737,11 @@ class GemmNvfp4Sm90Wgmma:
 
     @cute.jit
     def add_by_warpgroup(self, tiled_mma, acc, ring, base, count, group_n, group_k, thread, shared):
-        """Add the products of this warpgroup's steps of a tile; one unit is decoded while another is multiplied."""
+        """Add the products of this warpgroup's steps of a tile; one unit is decoded while another is multiplied.
+
+        Where a step has several units, what can be done without the registers for the result is done before those are
+        free. A step of one would have to wait for the next step's bytes before it hands back its own.
+        """
         c, (sA, _, _, full, empty) = self.config, ring
         lane = thread % 32
         tokens = tiled_mma.make_fragment_B(tiled_mma.get_slice(group_n * WARPGROUP).partition_B(sA))
@@ -732,8 +749,9 @@ class GemmNvfp4Sm90Wgmma:
         frag = [cute.make_rmem_tensor(shape, BFloat16) for _ in range(2)]
         index = base + group_k * c.paired
         slot, phase, before = index % self.stages, index // self.stages % 2, Int32(0)
+        never = Int32(count < 0) if c.ahead else None
         cute.arch.mbarrier_wait(full + slot, phase)
-        self.decode(ring, slot, group_n, 0, thread, frag[0])
+        self.decode(self.fetch(ring, slot, group_n, 0, thread), frag[0])
         for i in cutlass.range(group_k, count, c.groups_k, unroll=1):
             for u in cutlass.range_constexpr(self.units * c.paired):
                 kk, strip = u % self.units // c.strips, u % c.strips
@@ -742,21 +760,31 @@ class GemmNvfp4Sm90Wgmma:
                     part = tokens[None, None, kk * (TILE // 16) + s, slot]
                     cute.gemm(tiled_mma, acc[strip], frag[u % 2][None, None, s], part, acc[strip])
                 warpgroup.commit_group()
-                warpgroup.wait_group(1)
-                if cutlass.const_expr(u % self.units == 0):  # noqa: SIM102  (one is decided when compiling)
-                    if u > 0 or i > group_k:  # the step before this one is multiplied
-                        self.release(empty + before, lane, shared)
+                if cutlass.const_expr(not c.ahead):
+                    warpgroup.wait_group(1)
+                    if cutlass.const_expr(u % self.units == 0):  # noqa: SIM102  (one is decided when compiling)
+                        if u > 0 or i > group_k:  # the step before this one is multiplied
+                            self.release(empty + before, lane, shared)
                 if cutlass.const_expr(u + 1 < self.units * c.paired):
                     if cutlass.const_expr((u + 1) % self.units == 0):
                         before = slot
                         slot, phase = self.advance(slot, phase, 1)
                         cute.arch.mbarrier_wait(full + slot, phase)
-                    self.decode(ring, slot, group_n, (u + 1) % self.units, thread, frag[(u + 1) % 2])
+                    packed = self.fetch(ring, slot, group_n, (u + 1) % self.units, thread, never)
+                    if cutlass.const_expr(c.ahead):
+                        warpgroup.wait_group(1)
+                        if cutlass.const_expr(u == 0):  # noqa: SIM102
+                            if i > group_k:
+                                self.release(empty + before, lane, shared)
+                    self.decode(packed, frag[(u + 1) % 2])
                 elif i + c.groups_k < count:
                     before = slot
                     slot, phase = self.advance(slot, phase, (c.groups_k - 1) * c.paired + 1)
                     cute.arch.mbarrier_wait(full + slot, phase)
-                    self.decode(ring, slot, group_n, 0, thread, frag[0])
+                    packed = self.fetch(ring, slot, group_n, 0, thread, never)
+                    if cutlass.const_expr(c.ahead):
+                        warpgroup.wait_group(1)
+                    self.decode(packed, frag[0])
         warpgroup.wait_group(0)
         self.release(empty + slot, lane, shared)
 
@@ -777,7 +805,7 @@ class GemmNvfp4Sm90Wgmma:
                 at = [half + (stage + kk * c.tile_m * 128) for half in halves]
                 tokens = [[load_matrices(a + eight * 1024) for a in at] for eight in range(c.tile_m // 8)]
                 for strip in cutlass.range_constexpr(c.strips):
-                    words = self.decoded(ring, slot, group_n, kk * c.strips + strip, thread)
+                    words = self.decoded(self.fetch(ring, slot, group_n, kk * c.strips + strip, thread))
                     for s in cutlass.range_constexpr(TILE // 16):
                         for eight in cutlass.range_constexpr(c.tile_m // 8):
                             pair = tokens[eight][s // 2][s % 2 * 2 : s % 2 * 2 + 2]
@@ -807,14 +835,11 @@ class GemmNvfp4Sm90Wgmma:
             else:
                 cute.arch.mbarrier_arrive(barrier)
 
-    def decode(self, ring, stage, group_n, unit: int, thread, frag):
-        """This thread's part of 64 weight rows x 64 of K, as WGMMA takes it."""
-        words = cute.recast_tensor(frag, Uint32)
-        for i, word in enumerate(self.decoded(ring, stage, group_n, unit, thread)):
-            words[i] = word
+    def fetch(self, ring, stage, group_n, unit: int, thread, never=None):
+        """This thread's part of 64 weight rows x 64 of K: four words of codes, and scales for rows g and g + 8.
 
-    def decoded(self, ring, stage, group_n, unit: int, thread):
-        """This thread's part of 64 weight rows x 64 of K: four words of operand A for each 16 of K."""
+        never: 0, which the compiler does not know.
+        """
         c, (_, sCodes, sScales, _, _) = self.config, ring
         kk, strip = unit // c.strips, unit % c.strips
         tile = stage * (self.blocks_n * self.atoms) + (strip * c.groups_n + group_n) * self.atoms + kk
@@ -824,7 +849,20 @@ class GemmNvfp4Sm90Wgmma:
         at = tile * (SCALE_BYTES // 4) + thread // 4 * 2
         cute.autovec_copy(cute.make_tensor(sScales.iterator + cute.assume(at, divby=2), cute.make_layout(2)), scales)
         pairs = [scale_pairs(scales[h]) for h in range(2)]
+        if c.ahead and never is not None:
+            settle([*pairs[0], *pairs[1]], never, Int32(sCodes.iterator.toint()))
+        return [codes[s] for s in range(4)], pairs
+
+    def decoded(self, packed):
+        """What `fetch` found: four words of operand A for each 16 of K."""
+        codes, pairs = packed
         return [w for s in range(4) for w in decode_word(codes[s], (pairs[0][s % 2], pairs[1][s % 2]), s // 2)]
+
+    def decode(self, packed, frag):
+        """The same as WGMMA takes it."""
+        words = cute.recast_tensor(frag, Uint32)
+        for i, word in enumerate(self.decoded(packed)):
+            words[i] = word
 
     def scaled(self, acc, alphas, eights):
         """Of each of these groups of eight tokens, this thread's two of row g, then of row g + 8, times alpha."""
@@ -875,10 +913,12 @@ class GemmNvfp4Sm90Wgmma:
         group_n,
         thread,
         shared: cutlass.Constexpr,
+        powers=None,
     ):
         """d = sum * alpha, rounded once: 64 weight rows by 64 tokens of a warpgroup to shared memory, then by TMA.
 
-        shared: another CTA has taken the other part of K, and this one has the sums of half of the tokens.
+        shared: another CTA has taken the other part of K, and this one has the sums of half of the tokens. powers: what
+        else rows g and g + 8 are multiplied by.
         """
         c = self.config
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
@@ -900,6 +940,8 @@ class GemmNvfp4Sm90Wgmma:
             block = n_tile * self.blocks_n + strip * c.groups_n + group_n
             row = cutlass.min(block * TILE, segment_ends[-1] - TILE) + 16 * warp + g
             alphas = [self.factor(mAlpha, segment_ends, row + 8 * r) for r in range(2)]
+            if cutlass.const_expr(powers is not None):
+                alphas = [alpha * power for alpha, power in zip(alphas, powers, strict=True)]
             for chunk in cutlass.range_constexpr(chunks):
                 turn = (strip * chunks + chunk) % 2
                 buffer = (group_n * 2 + turn) * self.halves
@@ -939,10 +981,10 @@ class GemmNvfp4Sm90Wgmma:
         cute.arch.barrier(barrier_id=1, number_of_threads=WARPGROUP * c.groups)
         for strip in cutlass.range_constexpr(c.strips):
             row = (strip * c.groups_n + group_n) * TILE + 16 * warp + lane // 4
-            at = (group_k * c.tile_m + lane % 4 * 2) * _pitch(c) + row
+            at = (group_k * c.tile_m + lane % 4 * 2) * pitch(c) + row
             for eight in cutlass.range_constexpr(c.tile_m // 8):
                 for e in cutlass.range_constexpr(4):
-                    sums[at + (8 * eight + e % 2) * _pitch(c) + 8 * (e // 2)] = acc[strip][4 * eight + e]
+                    sums[at + (8 * eight + e % 2) * pitch(c) + 8 * (e // 2)] = acc[strip][4 * eight + e]
         if cutlass.const_expr(c.split > 1):
             self.meet(True)
         else:
@@ -965,11 +1007,11 @@ class GemmNvfp4Sm90Wgmma:
             got = []
             for j in cutlass.range_constexpr(batch):
                 index = cutlass.min(part * share + i + j * threads + tidx, valid - 1)
-                at = start + 4 * (index // pieces * _pitch(c) + index % pieces * 4)
+                at = start + 4 * (index // pieces * pitch(c) + index % pieces * 4)
                 quads = []
                 for rank in cutlass.range_constexpr(c.split):
                     for g in cutlass.range_constexpr(c.groups_k):
-                        where = at + 4 * g * c.tile_m * _pitch(c)
+                        where = at + 4 * g * c.tile_m * pitch(c)
                         quads.append(load4(where) if c.split == 1 else load_peer4(where, Int32(rank) * c.share + x))
                 got.append(quads)
             for j in cutlass.range_constexpr(batch):

@@ -1,4 +1,4 @@
-"""BF16, FP16 or FP32 -> E4M3 with one FP32 scale a row, columns in the order of `layouts.to_fp8_columns`.
+"""BF16, FP16 or FP32 -> E4M3 with one FP32 scale a row, columns in the order of `layouts.fp8_columns`.
 
 Memory bound: reads 2 bytes (BF16) and writes 1 an element. One program holds block_m whole rows, read once.
 """
@@ -75,13 +75,13 @@ def _quantize_fp8(
     amax = tl.maximum(tl.max(magnitude_bits(x), axis=1), least).to(tl.float32, bitcast=True)
     tl.store(scale_ptr + rows, tl.div_rn(amax, E4M3_MAX), mask=rows < M)
     data = _encode(x * tl.div_rn(E4M3_MAX, amax)[:, None], FP8_CVT)
-    # of every 16 columns 8 h + 2 q + i, place 4 q + 2 h + i
-    data = data.reshape(BLOCK_M, BLOCK_K // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BLOCK_M, BLOCK_K)
+    # words of every 64 columns, transposed as 4 x 4
+    data = data.reshape(BLOCK_M, BLOCK_K // 64, 4, 4, 4).permute(0, 1, 3, 2, 4).reshape(BLOCK_M, BLOCK_K)
     tl.store(data_ptr + rows[:, None] * K + cols[None, :], data, mask=inside)
 
 
 def launch(x: Tensor, out: FP8RowTensor, config: Config) -> None:
-    """x [m, k], rows of any stride, k a multiple of 16 -> out, which is contiguous."""
+    """x [m, k], rows of any stride, k a multiple of 64 -> out, which is contiguous."""
     m, k = x.shape
     if m == 0:
         return
