@@ -36,12 +36,16 @@ def combine(
     """Weighted sum over a token's slots, in the order of its choices, plus the shared expert's output if given.
 
     y: [tokens · topk, hidden] in the order of `permute`; topk_weights: FP32 [tokens, topk]; shared: [tokens, hidden].
-    Returns [tokens, hidden] in y's dtype, summed in FP32 and rounded once. Rows of y for id -1 are not used.
+    Returns [tokens, hidden] in y's dtype, summed in FP32 from 0 and rounded once: each product on its own, added choice
+    by choice, then shared. Rows of y and weights for id -1 are not used.
     """
     slots = torch.empty_like(y)
     slots[order.long()] = y
-    slots = torch.where(topk_ids.flatten()[:, None] >= 0, slots, 0.0).view(*topk_ids.shape, y.shape[1])
-    out = (wide(slots) * topk_weights.to(wide(y).dtype)[:, :, None]).sum(1)
+    slots = slots.view(*topk_ids.shape, y.shape[1])
+    out = wide(y).new_zeros(len(topk_ids), y.shape[1])
+    for j in range(topk_ids.shape[1]):
+        product = wide(slots[:, j]) * topk_weights[:, j, None].to(out.dtype)
+        out += torch.where(topk_ids[:, j, None] >= 0, product, 0.0)
     return (out if shared is None else out + wide(shared)).to(y.dtype)
 
 

@@ -3,12 +3,34 @@
     w_j = s_j / (Σ s + 1e-20) · scale
 
 The first layers choose by a table of the token id instead; their weights still come from s.
+
+Scores that nearly tie decide which experts run, so every backend has to find the same ones: in FP32 s is made of
+operations that are rounded alone, in a fixed order, and the sum is a tree of adjacent pairs over the choices, padded
+with zeros to a power of two.
+
+    softplus(x) = max(x, 0) + log1p(e), e = exp(-|x|) by `exp_neg`, 0 from |x| = 87 on
+    log1p(e) = e (c0 + c1 e + ...)
 """
 
 import torch
 from torch import Tensor
 
+from .e2m1 import pair_sum
 from .norm import wide
+from .quant import exp_neg, sqrt_rn
+
+UNDERFLOW = 87.0
+# log1p(e) / e on 0 < e <= 1, within 2e-7 relative: our own least-maximum fit
+LOG1P_COEFFICIENTS = (
+    0.9999998211860657,
+    -0.4999740421772003,
+    0.33275479078292847,
+    -0.2449546456336975,
+    0.1774524301290512,
+    -0.10768172889947891,
+    0.04408963769674301,
+    -0.008539209142327309,
+)
 
 
 def route(
@@ -33,9 +55,7 @@ def route(
         raise ValueError("token_ids and table go together: one was given without the other")
     if table is not None and bias is not None:
         raise ValueError("experts are chosen by bias or by table, not by both")
-    logits = wide(logits)
-    # log1p form: softplus of a very negative logit keeps its tail instead of rounding to log(1)
-    score = (logits.clamp(min=0) + torch.log1p(torch.exp(-logits.abs()))).sqrt()
+    score = affinity(wide(logits))
     if table is not None and token_ids is not None:
         if table.shape[1] != topk:
             raise ValueError(f"table must be [vocab, {topk}], got {list(table.shape)}")
@@ -44,5 +64,18 @@ def route(
         ranked = score if bias is None else score + bias.to(score.dtype)
         ids = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[:, :topk]
     weights = score.gather(-1, ids)
-    weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * scale
-    return ids.int(), weights
+    padded = torch.nn.functional.pad(weights, (0, (1 << (topk - 1).bit_length()) - topk))
+    return ids.int(), weights / (pair_sum(padded)[:, None] + 1e-20) * scale
+
+
+def affinity(logits: Tensor) -> Tensor:
+    """sqrt(softplus(logits)) in FP32 by the operations above, or in FP64."""
+    magnitude = logits.abs()
+    # log1p form: softplus of a very negative logit keeps its tail instead of rounding to log(1)
+    if logits.dtype == torch.float64:
+        return (logits.clamp(min=0) + torch.log1p(torch.exp(-magnitude))).sqrt()
+    e = torch.where(magnitude < UNDERFLOW, exp_neg(magnitude), 0.0)
+    p = torch.full_like(e, LOG1P_COEFFICIENTS[-1])
+    for c in LOG1P_COEFFICIENTS[-2::-1]:
+        p = p * e + c
+    return sqrt_rn(logits.clamp(min=0) + p * e)

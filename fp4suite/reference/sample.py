@@ -1,26 +1,50 @@
-"""Next token from logits: greedy, or nucleus (top-p) sampling with the caller's uniform numbers."""
+"""Next token from logits: greedy, or nucleus (top-p) sampling with the caller's uniform numbers.
+
+A token's mass is an integer, so that sums are exact in any order and every backend draws the same token:
+
+    mass = floor(2^40 exp(-(top - logit) / temperature))
+
+exp in FP32 is `exp_neg`. Less than 2^-40 of the most probable token's mass counts as none.
+"""
 
 import torch
 from torch import Tensor
 
 from .norm import wide
+from .quant import exp_neg
+
+MASS_BITS = 40  # of the most probable token; 2^22 tokens of it fit into int64
+UNDERFLOW = 87.0
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     """int64 [rows] from logits [rows, vocab]; temperature, top_p and uniform (in [0, 1)) are FP32 [rows].
 
-    temperature 0 is greedy (the lowest id among equals). Otherwise tokens are ranked by probability, the smallest set
-    that reaches top_p is kept, and `uniform` picks from it by inverse transform: the same numbers give the same tokens.
+    temperature 0 is greedy (the lowest id among equals). Otherwise tokens are ranked by logit, the smallest set whose
+    mass reaches top_p of all is kept, and `uniform` picks from it by inverse transform: the same numbers give the same
+    tokens. Among equal logits the lower id ranks first, above all others NaN; if the first is NaN or infinite, only
+    its equals can be drawn.
     """
-    logits = wide(logits)
-    ranked, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
-    heat = temperature.clamp(min=torch.finfo(torch.float32).tiny).to(ranked.dtype)
-    probability = torch.softmax((ranked - ranked[:, :1]) / heat[:, None], dim=-1)
-    before = probability.cumsum(-1) - probability  # mass ranked above each token
-    kept = torch.where(before < top_p[:, None], probability, 0.0)
-    kept[:, 0] = probability[:, 0]  # top_p = 0 keeps the first
-    mass = kept.cumsum(-1)
-    pick = torch.searchsorted(mass, uniform.to(mass.dtype)[:, None] * mass[:, -1:], right=True)
-    last = (kept > 0).sum(-1, keepdim=True) - 1  # rounding must not step past the kept set
-    drawn = ids.gather(-1, torch.minimum(pick, last)).squeeze(-1)
-    return torch.where(temperature == 0, ids[:, 0], drawn)
+    ranked, ids = torch.sort(wide(logits), dim=-1, descending=True, stable=True)
+    mass = _mass(ranked, temperature)
+    reached = mass.cumsum(-1)
+    limit = _share(top_p, reached[:, -1:]).ceil().long().clamp(min=1)  # top_p = 0 keeps the first
+    kept = torch.where(reached - mass < limit, reached, 0).amax(-1, keepdim=True)
+    target = torch.minimum(_share(uniform, kept).floor().long(), kept - 1)
+    pick = (reached <= target).sum(-1, keepdim=True)
+    return torch.where(temperature == 0, ids[:, 0], ids.gather(-1, pick).squeeze(-1))
+
+
+def _mass(ranked: Tensor, temperature: Tensor) -> Tensor:
+    """int64 [rows, vocab] of logits that fall along a row."""
+    top = ranked[:, :1]
+    heat = temperature.clamp(min=torch.finfo(torch.float32).tiny).to(ranked.dtype)[:, None]
+    first = (ranked == top) | ranked.isnan()
+    z = torch.where(first, 0.0, (top - ranked) / heat)
+    e = torch.exp(-z) if z.dtype == torch.float64 else torch.where(z < UNDERFLOW, exp_neg(z), 0.0)
+    return (e.nan_to_num(0.0) * 2.0**MASS_BITS).long()
+
+
+def _share(part: Tensor, mass: Tensor) -> Tensor:
+    """part [rows] of mass int64 [rows, 1], in FP64."""
+    return part.double()[:, None].clamp(0.0, 1.0) * mass.double()

@@ -1,0 +1,204 @@
+"""A token's expert rows, weighted and summed in the order of its choices, plus the shared expert's row.
+
+Memory bound: reads topk + 1 rows a token and writes one. One program a [block_m, block_k] tile of the output.
+
+`order` says which slot lies at a place; a token needs the places of its slots. Where slots are few, each program looks
+for its own in all of `order` (`search`), and one launch does; else a launch before turns `order` around, as a search by
+every program would read more than the rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp4suite.built import Built
+from fp4suite.problem import CombineProblem
+
+from . import host
+from .nvfp4 import narrow, widen
+
+SEARCH = 512  # places compared at a time
+MOST_SEARCHED = 8192  # slots
+MOST_TOPK = 32
+TURN = 1024  # places a program turns around
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """block_m tokens by block_k columns a program; search: in one launch."""
+
+    block_m: int = 1
+    block_k: int = 1024
+    num_warps: int = 4
+    search: bool = False
+
+
+SPACE = {
+    "block_m": (1, 2, 4),
+    "block_k": (256, 512, 1024, 2048),
+    "num_warps": (1, 2, 4, 8),
+    "search": (False, True),
+}
+
+
+def default(problem: CombineProblem) -> Config:
+    """One launch up to 128 tokens of six slots."""
+    return Config(search=problem.m * problem.topk <= 768)
+
+
+def supports(problem: CombineProblem, config: Config) -> str | None:
+    """Why this problem cannot run with this config, or None if it can."""
+    if problem.x not in host.DTYPES:
+        return f"rows in {problem.x}, not one of {', '.join(host.DTYPES)}"
+    if not 1 <= problem.topk <= MOST_TOPK:
+        return f"topk={problem.topk} is not in 1 .. {MOST_TOPK}"
+    slots = problem.m * problem.topk
+    if slots >= 2**31:
+        return f"{slots} slots do not fit into int32"
+    if config.search and slots > MOST_SEARCHED:
+        return f"search=True is for {MOST_SEARCHED} slots at most, got {slots}"
+    held = config.block_m * config.block_k / (32 * config.num_warps)
+    if not 4 <= held <= 32:
+        return f"{held:g} columns a thread, not 4 to 32"
+    if config.search and config.block_m * triton.next_power_of_2(problem.topk) * SEARCH > 4096 * config.num_warps:
+        return f"block_m={config.block_m} num_warps={config.num_warps}: a search of too many slots a thread"
+    return None
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _turn_around(order_ptr, place_ptr, slots, TURN: tl.constexpr):
+    places = tl.program_id(0) * TURN + tl.arange(0, TURN)
+    slot = tl.load(order_ptr + places, mask=places < slots, other=-1)
+    tl.store(place_ptr + slot, places, mask=(slot >= 0) & (slot < slots))
+
+
+@triton.jit
+def _find(order_ptr, wanted, slots, WANTED: tl.constexpr, SEARCH: tl.constexpr):
+    """Where in order [slots] each of wanted (int32 [WANTED]) lies."""
+    place = tl.full((WANTED,), 0, tl.int32)
+    for start in range(0, slots, SEARCH):
+        at = start + tl.arange(0, SEARCH)
+        slot = tl.load(order_ptr + at, mask=at < slots, other=-1)
+        place += tl.sum(tl.where(slot[None, :] == wanted[:, None], at[None, :], 0), axis=1)
+    return place
+
+
+@triton.jit(do_not_specialize=["M"])
+def _combine(
+    y_ptr,
+    stride_y,
+    place_ptr,
+    ids_ptr,
+    weights_ptr,
+    shared_ptr,
+    stride_shared,
+    out_ptr,
+    M,
+    K,
+    SHARED: tl.constexpr,
+    SEARCHED: tl.constexpr,
+    SEARCH: tl.constexpr,
+    TOPK: tl.constexpr,
+    CHOICES: tl.constexpr,
+    COMPILED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = rows < M
+    cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = in_rows[:, None] & (cols < K)[None, :]
+    choice = tl.arange(0, CHOICES)
+    if SEARCHED:
+        wanted = tl.where(choice[None, :] < TOPK, rows[:, None] * TOPK + choice[None, :], -2)
+        found = _find(place_ptr, wanted.reshape(BLOCK_M * CHOICES), M * TOPK, BLOCK_M * CHOICES, SEARCH)
+        found = found.reshape(BLOCK_M, CHOICES)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for j in tl.static_range(TOPK):
+        slot = rows * TOPK + j
+        if SEARCHED:
+            place = tl.sum(tl.where(choice[None, :] == j, found, 0), axis=1)
+        else:
+            place = tl.load(place_ptr + slot, mask=in_rows, other=0)
+        live = in_rows & (tl.load(ids_ptr + slot, mask=in_rows, other=-1) >= 0)
+        # int64 before the multiply: the rows of a long batch pass 2**31 elements
+        at = place.to(tl.int64)[:, None] * stride_y + cols[None, :]
+        x = widen(tl.load(y_ptr + at, mask=inside & live[:, None], other=0.0))
+        weight = tl.load(weights_ptr + slot, mask=live, other=0.0)
+        acc += x * weight[:, None]
+    at = rows.to(tl.int64)[:, None]
+    if SHARED:
+        acc += widen(tl.load(shared_ptr + at * stride_shared + cols[None, :], mask=inside, other=0.0))
+    tl.store(out_ptr + at * K + cols[None, :], narrow(acc, out_ptr.dtype.element_ty, COMPILED), mask=inside)
+
+
+def launch(
+    y: Tensor,
+    order: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    shared: Tensor | None,
+    out: Tensor,
+    config: Config,
+) -> None:
+    """y [m * topk, k] at the places of order int32 [m * topk], ids int32 and weights float32 [m, topk] -> out [m, k].
+
+    y and shared [m, k] have rows of any stride, all else is contiguous. Raises ValueError for types that differ.
+    """
+    m, topk = topk_ids.shape
+    k = y.shape[1]
+    if shared is not None and shared.dtype != y.dtype:
+        raise ValueError(f"shared must have the rows' type {y.dtype}, got {shared.dtype}")
+    if m == 0:
+        return
+    places = order
+    if not config.search:
+        places = torch.empty_like(order)
+        _turn_around[(triton.cdiv(m * topk, TURN),)](order, places, m * topk, TURN=TURN, num_warps=4)
+    stride_shared = host.row_stride(shared) if shared is not None else 0
+    constants = _constants(topk, shared is not None, y.is_cuda, config)
+    operands = (y, host.row_stride(y), places, topk_ids, topk_weights, shared, stride_shared, out, m, k)
+    grid = (triton.cdiv(m, config.block_m), triton.cdiv(k, config.block_k))
+    _combine[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
+
+
+def warm(problem: CombineProblem, config: Config) -> None:
+    """Compile for the current device what launches of `problem` need."""
+    y = torch.zeros(problem.topk, problem.k, dtype=host.DTYPES[problem.x], device="cuda")
+    order = torch.arange(problem.topk, dtype=torch.int32, device="cuda")
+    ids, weights = order.view(1, -1), torch.zeros(1, problem.topk, device="cuda")
+    launch(y, order, ids, weights, y[:1] if problem.shared else None, torch.empty_like(y[:1]), config)
+
+
+def build_key(problem: CombineProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on: its sizes are read at launch."""
+    return problem.x, problem.topk, problem.shared
+
+
+def build(problem: CombineProblem, config: Config, arch: str) -> Built:
+    """The summing kernel compiled for `arch` without a GPU."""
+    types = {"y_ptr": f"*{problem.x}", "stride_y": "i32", "place_ptr": "*i32", "ids_ptr": "*i32"}
+    types |= {"weights_ptr": "*fp32", "stride_shared": "i32", "out_ptr": f"*{problem.x}", "M": "i32", "K": "i32"}
+    constants = _constants(problem.topk, bool(problem.shared), True, config)
+    if problem.shared:
+        types["shared_ptr"] = f"*{problem.x}"
+    else:
+        constants["shared_ptr"] = None
+    return host.build(_combine, types, constants, arch, config.num_warps, unaligned=("M",))
+
+
+def _constants(topk: int, shared: bool, compiled: bool, config: Config) -> dict[str, Any]:
+    return {
+        "SHARED": shared,
+        "SEARCHED": config.search,
+        "SEARCH": SEARCH,
+        "TOPK": topk,
+        "CHOICES": triton.next_power_of_2(topk),
+        "COMPILED": compiled,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+    }
