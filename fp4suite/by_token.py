@@ -115,17 +115,15 @@ def _present(args: Arguments) -> Iterator[Arguments]:
 
 
 # integers only, or every number from its own row by operations that are each rounded alone
-EXACT = {"permute", "index_topk", "rope_inverse_quantize"}
+EXACT = {"index_topk", "hyper_connection_post"}
 CUTS: dict[str, Cut] = {
     "grouped_gemm_nvfp4": _slots,
     "moe_nvfp4": _rows(0, 1, -3, -2),
     "route": _rows(0, 4),
     "combine": _combined,
     "hyper_connection_pre": _rows(0),
-    "hyper_connection_post": _rows(0, 1, 2, 3),
     "hyper_connection_head": _rows(0),
-    "qnorm_rope": _rows(0, 1),
-    "kv_norm_rope_insert": _rows(0, 2, -1),
+    "hyper_connection_post_pre": _rows(0, 1, 2, 3),
     "compress_kv": _steps,
     "index_query": _rows(0, 1),
     "index_logits": _pages,

@@ -395,7 +395,7 @@ def _hyper_connection_pre(
             y, post, comb = reference.hyper_connection_pre(*args, norm_eps=norm_eps, eps=eps, iterations=iterations)
             return y.contiguous(), post.contiguous(), comb.contiguous()
 
-        return _reference(choice, plain, (h, fn, base, scale, weight))  # type: ignore[no-any-return]
+        return _reference(choice, plain, (h, fn, base, scale, weight))
     out = _fake_pre(h, fn, base, scale, weight, norm_eps, eps, iterations)
     numbers = (norm_eps, eps, iterations)
     with _on(h.device):
@@ -424,7 +424,7 @@ def _hyper_connection_head(
         def plain(*args: Any) -> Tensor:
             return reference.hyper_connection_head(*args, norm_eps=norm_eps, eps=eps).contiguous()
 
-        return _reference(choice, plain, (h, fn, base, scale, weight))  # type: ignore[no-any-return]
+        return _reference(choice, plain, (h, fn, base, scale, weight))
     out = h.new_empty(h.shape[0], h.shape[2])
     with _on(h.device):
         choice.module.launch(_unit_stride(h), *_fp32(fn, base, scale), weight, norm_eps, eps, out, choice.config)
@@ -444,7 +444,7 @@ def _hyper_connection_post_pre(
             streams, x, post, comb = (t.contiguous() for t in found)
             return streams, x, post, comb
 
-        return _reference(choice, plain, (y, h, post, comb, fn, base, scale, weight))  # type: ignore[no-any-return]
+        return _reference(choice, plain, (y, h, post, comb, fn, base, scale, weight))
     out = _fake_post_pre(y, h, post, comb, fn, base, scale, weight, norm_eps, eps, iterations)
     operands = (_unit_stride(y), _unit_stride(h), *_fp32(post, comb, fn, base, scale), weight)
     with _on(h.device):

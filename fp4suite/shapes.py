@@ -19,6 +19,10 @@ from .problem import (
     DequantProblem,
     GemmProblem,
     IndexTopkProblem,
+    HyperConnectionHeadProblem,
+    HyperConnectionPostPreProblem,
+    HyperConnectionPostProblem,
+    HyperConnectionPreProblem,
     KvNormRopeInsertProblem,
     Problem,
     QnormRopeProblem,
@@ -162,6 +166,14 @@ def _walk(
             inter = config["moe_intermediate_size"]
             yield "shared_expert", depth, SwigluQuantizeProblem(m=rows, k=inter, sf_layout=sf_layout)
         elif op in (QnormRopeProblem.op, RopeInverseProblem.op, RopeInverseQuantizeProblem.op):
+        elif op in (HyperConnectionPreProblem.op, HyperConnectionPostProblem.op):
+            kind = HyperConnectionPreProblem if op == HyperConnectionPreProblem.op else HyperConnectionPostProblem
+            yield "attn_site", depth, kind(m=rows, k=d, n=config["hc_mult"])
+            yield "ffn_site", depth, kind(m=rows, k=d, n=config["hc_mult"])
+        elif op == HyperConnectionPostPreProblem.op:
+            yield "between_sites", 2 * depth - 1, HyperConnectionPostPreProblem(m=rows, k=d, n=config["hc_mult"])
+        elif op == HyperConnectionHeadProblem.op:
+            yield "head", 1, HyperConnectionHeadProblem(m=rows, k=d, n=config["hc_mult"])
             heads = {"heads": config["num_attention_heads"] // tp, "head_dim": config["head_dim"]}
             heads["rope_dim"] = config["qk_rope_head_dim"]
             if op == QnormRopeProblem.op:

@@ -25,7 +25,10 @@ from .formats import BLOCK, FP8RowTensor, NVFP4Tensor, PagedCache, SfLayout, kv_
 from .problem import (
     DequantProblem,
     GemmProblem,
-    KvNormRopeInsertProblem,
+    HyperConnectionHeadProblem,
+    HyperConnectionPostPreProblem,
+    HyperConnectionPostProblem,
+    HyperConnectionPreProblem,
     IndexTopkProblem,
     Problem,
     QnormRopeProblem,
@@ -118,6 +121,10 @@ def configs(module: ModuleType, most: int = 24, seed: int = 0) -> list[Any]:
         return [module.Config(**dict(zip(names, v, strict=True))) for v in itertools.product(*module.SPACE.values())]
     rng = random.Random(seed)
     chosen = [module.Config()]
+    if isinstance(problem, HyperConnectionPreProblem | HyperConnectionHeadProblem):
+        return _fold_case(problem, gen)
+    if isinstance(problem, HyperConnectionPostProblem | HyperConnectionPostPreProblem):
+        return _site_case(problem, gen)
     for name, values in module.SPACE.items():
         for value in values:
             knobs = {n: rng.choice(vs) for n, vs in module.SPACE.items()} | {name: value}
@@ -384,3 +391,131 @@ def _index_topk_case(p: IndexTopkProblem, gen: torch.Generator) -> Case:
 def _poison(t: NVFP4Tensor) -> None:
     t.data.fill_(0xFF)
     t.sf.view(torch.uint8).fill_(0xFF)
+
+
+def assert_folded(
+    got: tuple[Tensor, ...],
+    h: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    *,
+    norm_eps: float = EPS,
+    eps: float = EPS,
+    iterations: int = 20,
+) -> None:
+    """got (y, post, comb), or (y,) of the head, against the FP64 fold of streams h [tokens, n, d].
+
+    Errors of an FP32 sum of terms of either sign grow as the root of the sum of their squares, q: bound 2^-18 q, 32
+    units in the last place. (fn in BF16 would be off by 2^-9 q, in TF32 by 2^-12 q.) The coefficients pass it on by the
+    slopes of sigmoid and of exp, which Sinkhorn's normalisations may add up. y may fall on the other side of a
+    rounding, before the norm and after it: one unit in its last place each, but in few elements.
+    """
+    n, head = h.shape[1], len(got) == 1
+    h64, u = h.double(), h.double().flatten(1)
+    norm = torch.rsqrt(u.square().mean(1, keepdim=True) + norm_eps)
+    m = (u @ fn.double().T) * norm
+    room = 2.0**-18 * (u.square() @ fn.double().T.square()).sqrt() * norm + 2.0**-20 * m.abs()
+    s = scale.double().abs().repeat_interleave(torch.tensor([n] if head else [n, n, n * n], device=h.device))
+    logit_room = room * s + 2.0**-22 * (m.abs() * s + base.double().abs())  # [tokens, outputs]
+
+    how: dict[str, Any] = {"norm_eps": norm_eps, "eps": eps} | ({} if head else {"iterations": iterations})
+    op: Callable[..., Any] = reference.hyper_connection_head if head else reference.hyper_connection_pre
+    exact = op(h64, fn, base, scale, None, **how)
+    pre = torch.sigmoid(m[:, :n] * scale[0] + base[:n]) + eps
+    y_room = ((logit_room[:, :n] / 4 + 2.0**-21 * pre)[:, :, None] * h64.abs()).sum(1)
+    if head:
+        y = exact
+    else:
+        y, post, comb = exact
+        _assert_within(got[1], post, logit_room[:, n : 2 * n] / 2 + 2.0**-21 * post)
+        worst = logit_room[:, 2 * n :].amax(1)[:, None, None]
+        _assert_within(got[2], comb, (16 * worst + 2.0**-17) * comb)
+
+    if weight is not None:
+        rounded = y.to(h.dtype).double()
+        squares = rounded.square().sum(1, keepdim=True)
+        gain = weight.double() * torch.rsqrt(squares / h.shape[2] + norm_eps)
+        drift = 2 * (rounded.abs() * y_room).sum(1, keepdim=True) / squares.clamp_min(1e-300) + 2.0**-20
+        y_room = (y_room + _ulp(y, h.dtype)) * gain.abs() + drift * (rounded * gain).abs()
+        y = rounded * gain
+    _assert_within(got[0], y, y_room)
+    if h.dtype != torch.float32:
+        plain = op(h, fn, base, scale, weight, **how)
+        off = int((got[0] != (plain if head else plain[0])).sum())
+        if off > max(3, got[0].numel() // 50):
+            raise AssertionError(f"{off} of {got[0].numel()} elements of y are rounded another way")
+
+
+def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A unit in the last place of FP64 numbers as numbers of dtype."""
+    info = torch.finfo(dtype)
+    return torch.exp2(torch.floor(torch.log2(x.abs().clamp_min(info.smallest_normal)))) * info.eps
+
+
+def random_streams(m: int, k: int, n: int, gen: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Streams [m, n, k] of several amplitudes; the second token is zero, the third large, the fourth has equal ones."""
+    h = random_activations((m, n, k), gen, dtype)
+    h[1:2] = 0
+    h[2:3] *= 2.0 ** (30 if dtype != torch.float16 else 2)
+    h[3:4] = h[3:4, :1].clone()
+    return h
+
+
+def _fold_weights(outputs: int, k: int, n: int, dtype: torch.dtype, gen: torch.Generator) -> tuple[Tensor, ...]:
+    """fn, base, scale and the norm's weight: `outputs` coefficients of n streams of k columns, of unlike magnitude."""
+    fn = torch.randn(outputs, n * k, generator=gen, device=gen.device) * (n * k) ** -0.5
+    fn = fn * torch.exp2(torch.randint(-4, 3, (outputs, 1), generator=gen, device=gen.device).float())
+    base = torch.randn(outputs, generator=gen, device=gen.device)
+    scale = torch.tensor([0.7, 1.3, 2.0] if outputs > n else [0.7], device=gen.device)
+    weight = 1 + 0.2 * torch.randn(k, generator=gen, device=gen.device)
+    return fn, base, scale, weight.to(dtype)
+
+
+def _fold_case(p: HyperConnectionPreProblem | HyperConnectionHeadProblem, gen: torch.Generator) -> Case:
+    h = random_streams(p.m, p.k, p.n, gen, TORCH_DTYPES[p.x])
+    y = h.new_empty(p.m, p.k)
+    if isinstance(p, HyperConnectionHeadProblem):
+        fold = (h, *_fold_weights(p.n, p.k, p.n, h.dtype, gen))
+        return Case(
+            p, (*fold, EPS, EPS), y, (), partial(_poison_all, (y,)), lambda: assert_folded((y,), *fold),
+            lambda: reference.hyper_connection_head(*fold, norm_eps=EPS, eps=EPS),
+        )  # fmt: skip
+    fold = (h, *_fold_weights(p.n * (p.n + 2), p.k, p.n, h.dtype, gen))
+    out = (y, *(torch.empty(p.m, *shape, device=gen.device) for shape in ((p.n,), (p.n, p.n))))
+    return Case(
+        p, (*fold, EPS, EPS, 20), out, (), partial(_poison_all, out), lambda: assert_folded(out, *fold),
+        lambda: reference.hyper_connection_pre(*fold, norm_eps=EPS, eps=EPS),
+    )  # fmt: skip
+
+
+def _site_case(p: HyperConnectionPostProblem | HyperConnectionPostPreProblem, gen: torch.Generator) -> Case:
+    h = random_streams(p.m, p.k, p.n, gen, TORCH_DTYPES[p.x])
+    y = random_activations((p.m, p.k), gen, h.dtype)
+    post = 2 * torch.rand(p.m, p.n, generator=gen, device=gen.device)
+    comb = torch.rand(p.m, p.n, p.n, generator=gen, device=gen.device)
+    site, streams = (y, h, post, comb), torch.empty_like(h)
+
+    def verify_streams() -> None:
+        assert_same_bytes(streams, reference.hyper_connection_post(*site), "streams")
+
+    if isinstance(p, HyperConnectionPostProblem):
+        eager: Callable[[], object] = lambda: reference.hyper_connection_post(*site)  # noqa: E731
+        return Case(p, site, streams, (), partial(_poison_all, (streams,)), verify_streams, eager)
+    weights = _fold_weights(p.n * (p.n + 2), p.k, p.n, h.dtype, gen)
+    out = (streams, h.new_empty(p.m, p.k), torch.empty_like(post), torch.empty_like(comb))
+
+    def verify() -> None:
+        verify_streams()
+        assert_folded(out[1:], streams, *weights)
+
+    return Case(
+        p, (*site, *weights, EPS, EPS, 20), out, (), partial(_poison_all, out), verify,
+        lambda: reference.hyper_connection_post_pre(*site, *weights, norm_eps=EPS, eps=EPS),
+    )  # fmt: skip
+
+
+def _poison_all(tensors: tuple[Tensor, ...]) -> None:
+    for t in tensors:
+        t.fill_(torch.nan)

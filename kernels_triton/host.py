@@ -70,11 +70,13 @@ def build(
     num_warps: int,
     *,
     unaligned: tuple[str, ...] = (),
+    **options: Any,
 ) -> Built:
     """Compile for `arch` without a GPU, as a launch with aligned operands would.
 
     types: argument -> "*bf16", "i32", "fp32" ...; pointers and integers count as multiples of 16 but for those in
-    `unaligned`. constants: the constexpr arguments. Raises RuntimeError in a process where Triton interprets.
+    `unaligned`. constants: the constexpr arguments; options: what a launch gives beside num_warps. Raises RuntimeError
+    in a process where Triton interprets.
     """
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError("Triton interprets in this process (TRITON_INTERPRET): build in one where it does not")
@@ -84,5 +86,5 @@ def build(
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in even}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attrs)
     target = GPUTarget("cuda", CAPABILITY[arch], 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps, **OPTIONS})
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps, **OPTIONS, **options})
     return Built(arch, compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)

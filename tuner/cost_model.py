@@ -25,6 +25,12 @@ from fp4suite.problem import (
     DequantProblem,
     GemmProblem,
     Problem,
+    HyperConnectionHeadProblem,
+    HyperConnectionPostPreProblem,
+    HyperConnectionPostProblem,
+    HyperConnectionPreProblem,
+    KvNormRopeInsertProblem,
+    PermuteProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
@@ -219,6 +225,99 @@ def _gemm(problem: GemmProblem, config: Any, arch: str, resources: Resources | N
     a_bytes = 2.0 if p.act == "bf16" else NVFP4_BYTES
     # rows past m and n cost no traffic (TMA does not read them, cp.async finds them in L1), but the MMA computes them
     rows, columns = min(tile_m, p.m), min(tile_n, p.n)
+def _site(problem: HyperConnectionPostProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """A program block_d columns of all streams."""
+    p, threads = problem, 32 * config.num_warps
+    cta_bytes = config.block_d * (2 * p.n + 1) * ELEMENT_BYTES[p.x]
+    return Work(
+        ctas=p.m * math.ceil(p.k / config.block_d),
+        threads=threads,
+        cta_bytes=cta_bytes,
+        in_flight=min(cta_bytes, threads * BYTES_IN_FLIGHT_A_THREAD),
+        cta_instructions=config.block_d * p.n * (2 * p.n + 4),
+    )
+
+
+def _fold(problem: Any, config: Any, arch: str, resources: Resources | None) -> Work:
+    """The product of the streams with fn, in parts; the fold that follows counts as ramps and a second reading."""
+    p, threads = problem, 32 * config.num_warps
+    size, outputs = ELEMENT_BYTES[p.x], p.n if isinstance(p, HyperConnectionHeadProblem) else p.n * (p.n + 2)
+    columns = math.ceil(p.k / (config.block_d * config.splits)) * config.block_d * p.n
+    rows = min(config.block_m, p.m)
+    moved = (2 * p.n + 1) / p.n if isinstance(p, HyperConnectionPostPreProblem) else 1  # streams in and out, and y
+    step = config.block_d * p.n * (rows * size * moved + 4 * outputs)
+    return Work(
+        ctas=math.ceil(p.m / config.block_m) * config.splits,
+        threads=threads,
+        cta_bytes=columns * (rows * size * moved + 4 * outputs),
+        in_flight=max(1, config.num_stages - 1) * step,
+        cta_instructions=columns * (config.block_m * 5 * moved + 32 * 10),
+        ramps=3,  # its own; the fold's, which begins when all parts are there
+        unshared_bytes=p.bytes + p.m * p.n * p.k * size,
+    )
+
+
+def _route(problem: RouteProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """A program block_m tokens, held in registers."""
+    p, block_m = problem, config.block_m
+    scored = p.topk if p.choice == "table" else p.experts
+    each = SCORE_INSTRUCTIONS + (0 if p.choice == "table" else ROUND_INSTRUCTIONS * p.topk)
+    return _moved(
+        math.ceil(p.m / block_m), block_m * p.bytes / max(1, p.m), config.num_warps, block_m * scored * each,
+        ramps=3 if p.choice == "table" else 2,
+    )  # fmt: skip
+
+
+def _permute(problem: PermuteProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """All pairs of slots at once, or two launches that count: the second waits for the first and reads its counts."""
+    slots = problem.m * problem.topk
+    queries, ramps = slots + problem.experts + 1, 2
+    instructions = 4.0 * config.block_s * slots
+    cta_bytes = 4.0 * slots
+    if hasattr(config, "chunk"):
+        queries, ramps = slots, 4 + config.block_s // config.chunk
+        instructions = 3.0 * config.block_s * config.chunk
+        cta_bytes = 12.0 * config.block_s + 4.0 * problem.experts * math.ceil(slots / config.block_s)
+    return _moved(math.ceil(queries / config.block_s), cta_bytes, config.num_warps, instructions, ramps=ramps)
+
+
+def _combine(problem: CombineProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """A program a tile of the output; the places of its rows are found in its own search or by a launch before."""
+    p, elements = problem, config.block_m * config.block_k
+    slots = p.m * p.topk
+    searched = 8.0 * slots * config.block_m if config.search else 0.0
+    return _moved(
+        math.ceil(p.m / config.block_m) * math.ceil(p.k / config.block_k),
+        elements * ELEMENT_BYTES[p.x] * (p.topk + p.shared + 1) + (4.0 * slots if config.search else 0.0),
+        config.num_warps,
+        elements * 4 * (p.topk + 2) + searched,
+        ramps=3 if config.search else 5,
+    )
+
+
+def _sample(problem: SampleProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """Four launches, of which three read the logits."""
+    p = problem
+    chunks = math.ceil(p.vocab / config.chunk)
+    return _moved(
+        p.m * chunks, 3 * config.chunk * ELEMENT_BYTES[p.x], config.num_warps, config.chunk * SAMPLE_INSTRUCTIONS,
+        ramps=8,
+    )  # fmt: skip
+
+
+def _moved(ctas: int, cta_bytes: float, num_warps: int, instructions: float, *, ramps: int) -> Work:
+    """Programs whose loads are all in flight at once, as far as their threads can hold them."""
+    threads = 32 * num_warps
+    return Work(
+        ctas=ctas,
+        threads=threads,
+        cta_bytes=cta_bytes,
+        in_flight=min(cta_bytes, threads * BYTES_IN_FLIGHT_A_THREAD),
+        cta_instructions=instructions,
+        ramps=ramps,
+    )
+
+
     loaded = (
         rows * a_bytes / cluster_n + columns * NVFP4_BYTES / cluster_m
     ) * k  # multicast shares a tile in a cluster
@@ -372,3 +471,15 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     RmsnormQuantizeProblem: _rows,
     SwigluQuantizeProblem: _rows,
 }
+    RouteProblem: _route,
+    PermuteProblem: _permute,
+    CombineProblem: _combine,
+    SampleProblem: _sample,
+    HyperConnectionPreProblem: _fold,
+    HyperConnectionPostProblem: _site,
+    HyperConnectionHeadProblem: _fold,
+    HyperConnectionPostPreProblem: _fold,
+    QnormRopeProblem: _rows,
+    KvNormRopeInsertProblem: _rows,
+    RopeInverseProblem: _rows,
+    RopeInverseQuantizeProblem: _rows,

@@ -12,6 +12,7 @@ from .gemm import gemm_nvfp4 as gemm_nvfp4, grouped_gemm_nvfp4 as grouped_gemm_n
 from .hyper_connection import (
     hyper_connection_head as hyper_connection_head,
     hyper_connection_post as hyper_connection_post,
+    hyper_connection_post_pre as hyper_connection_post_pre,
     hyper_connection_pre as hyper_connection_pre,
 )
 from .indexer import (

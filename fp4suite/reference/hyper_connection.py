@@ -53,8 +53,34 @@ def hyper_connection_pre(
 
 def hyper_connection_post(y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """Streams after a site, [tokens, n, d]: its output y [tokens, d] and the streams h [tokens, n, d] that entered."""
-    mixed = torch.einsum("tjk,tjd->tkd", comb.to(wide(h).dtype), wide(h))
-    return (post.to(mixed.dtype)[:, :, None] * wide(y)[:, None, :] + mixed).to(h.dtype)
+    x, y = wide(h), wide(y)
+    post, comb = post.to(x.dtype), comb.to(x.dtype)
+    mixed = comb[:, 0, :, None] * x[:, 0, None]  # [tokens, n, d]
+    for j in range(1, h.shape[1]):  # one order of the sum, and each operation rounded alone: the same bytes anywhere
+        mixed = mixed + comb[:, j, :, None] * x[:, j, None]
+    return (post[:, :, None] * y[:, None, :] + mixed).to(h.dtype)
+
+
+def hyper_connection_post_pre(
+    y: Tensor,
+    h: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    *,
+    norm_eps: float,
+    eps: float,
+    iterations: int = 20,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`hyper_connection_post` of one site, and `hyper_connection_pre` of the next on the streams that it leaves.
+
+    Returns these streams [tokens, n, d], and the next site's y, post and comb.
+    """
+    h = hyper_connection_post(y, h, post, comb)
+    return h, *hyper_connection_pre(h, fn, base, scale, weight, norm_eps=norm_eps, eps=eps, iterations=iterations)
 
 
 def hyper_connection_head(

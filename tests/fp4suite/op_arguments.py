@@ -80,6 +80,10 @@ def arguments(name: str) -> tuple[tuple, dict]:
             return (h, fn, base, scale, g(hidden, seed=4)), {"norm_eps": 1e-6, "eps": 1e-6}
         case "hyper_connection_post":
             return (g(tokens, hidden), h, g(tokens, n), g(tokens, n, n)), {}
+        case "hyper_connection_post_pre":
+            fn, base, scale = g(24, n * hidden, seed=1), g(24, seed=2), g(3, seed=3)
+            site = g(tokens, hidden), h, g(tokens, n), g(tokens, n, n)
+            return (*site, fn, base, scale, g(hidden, seed=4)), {"norm_eps": 1e-6, "eps": 1e-6}
         case "hyper_connection_head":
             return (h, g(n, n * hidden, seed=1), g(n), g(1), None), {"norm_eps": 1e-6, "eps": 1e-6}
         case "qnorm_rope":

@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 
+from fp4suite import registry, shapes
 from fp4suite.built import Resources
 from fp4suite.problem import (
-    PROBLEMS,
     DequantProblem,
     GemmProblem,
     Problem,
@@ -17,6 +17,7 @@ from fp4suite.problem import (
 )
 from tuner import cost_model
 from tuner.cost_model import MACHINES, occupancy, predict_us
+from tuner.targets import load_configs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +117,14 @@ def test_block_scaled_nvfp4_output_stores_less():
     assert packed.bytes < whole.bytes
 
 
-def test_every_problem_has_a_model():
-    for kind in PROBLEMS.values():
-        if kind is not GemmProblem:
-            assert predict_us(kind(m=64, k=1024), Rows(), "sm_90a") > 0
-    assert predict_us(GemmProblem(m=64, n=1024, k=1024), Gemm(), "sm_90a") > 0
+@pytest.mark.parametrize("op", dict.fromkeys(k.op for k in registry.KERNELS))
+def test_every_op_with_a_kernel_has_a_model(op):
+    """Of the default config; more tokens take no less."""
+    module = registry.load(registry.kernels(op)[0].name)
+    config = load_configs(["flash"])["flash"]
+    few, many = (shapes.problems(config, op, arch="sm_90a", m=(m,))[0].problem for m in (64, 4096))
+    times = [predict_us(p, registry.default_config(module, p), "sm_90a") for p in (few, many)]
+    assert 0 < times[0] <= times[1]
 
 
 def test_what_has_no_model_is_refused():

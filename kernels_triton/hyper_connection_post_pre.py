@@ -1,0 +1,85 @@
+"""The end of one site and the input of the next, without a pass over the streams for the next one's product.
+
+Memory bound: reads 10 bytes a column (streams and output, BF16), writes the new streams (8) and the next input (2). Two
+launches (see `hyper_connection`): the first makes and writes the new streams and multiplies them while it has them, the
+second reads them again to fold them, from L2 as far as that holds them. The streams are `hyper_connection_post`'s to
+the bit.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4suite.built import Built
+from fp4suite.problem import HyperConnectionPostPreProblem
+
+from . import host, hyper_connection
+from .hyper_connection import INVARIANT as INVARIANT, SPACE as SPACE, Config as Config
+
+OUTPUTS = hyper_connection.STREAMS * (hyper_connection.STREAMS + 2)
+
+
+def default(problem: HyperConnectionPostPreProblem) -> Config:
+    """As many programs as fill the GPU."""
+    return hyper_connection.default(problem.m)
+
+
+def supports(problem: HyperConnectionPostPreProblem, config: Config) -> str | None:
+    """Why this problem cannot run with this config, or None if it can."""
+    return hyper_connection.refuse(problem.n, problem.k, problem.x, config, post=True)
+
+
+def arithmetic(problem: HyperConnectionPostPreProblem, config: Config) -> str:
+    """In which order a config sums."""
+    return hyper_connection.arithmetic(config)
+
+
+def in_arithmetic(problem: HyperConnectionPostPreProblem, wanted: str) -> Config | None:
+    """The config of an arithmetic, None for one that is not the default's for any number of tokens."""
+    return hyper_connection.in_arithmetic(wanted)
+
+
+def launch(
+    y: Tensor,
+    h: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+    out: tuple[Tensor, Tensor, Tensor, Tensor],
+    config: Config,
+) -> None:
+    """The operands of `hyper_connection_post`, then those of `hyper_connection_pre` -> out: the results of both."""
+    if h.shape[0] == 0:
+        return
+    streams, *rest = out
+    parts = hyper_connection.launch_sums(h, fn, config, y=y, post=post, comb=comb, out=streams)
+    result = (rest[0], rest[1], rest[2])
+    hyper_connection.launch_fold(streams, parts, base, scale, weight, norm_eps, eps, iterations, result, config)
+
+
+def warm(problem: HyperConnectionPostPreProblem, config: Config) -> None:
+    """Compile for the current device what launches of `problem` need."""
+    dtype, k, n = host.DTYPES[problem.x], problem.k, problem.n
+    h, fn = torch.zeros(1, n, k, dtype=dtype, device="cuda"), torch.zeros(OUTPUTS, n * k, device="cuda")
+    post, comb = fn.new_zeros(1, n), fn.new_zeros(1, n, n)
+    base, scale, weight = fn.new_zeros(OUTPUTS), fn.new_zeros(3), h.new_zeros(k)
+    out = torch.empty_like(h), h.new_empty(1, k), torch.empty_like(post), torch.empty_like(comb)
+    for norm in (weight, None):
+        launch(h[:, 0], h, post, comb, fn, base, scale, norm, 1.0, 1.0, 1, out, config)
+
+
+def build_key(problem: HyperConnectionPostPreProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on: its sizes are read at launch."""
+    return (problem.x,)
+
+
+def build(problem: HyperConnectionPostPreProblem, config: Config, arch: str) -> Built:
+    """The launch that multiplies, compiled for `arch` without a GPU."""
+    return hyper_connection.build_sums(problem.x, config, arch, outputs=OUTPUTS, post=True)

@@ -1,0 +1,77 @@
+"""The input of a site and its coefficients, from four residual streams.
+
+Memory bound: reads the streams (8 bytes a column in BF16) and writes 2 bytes a column. Two launches, the product with
+fn and the fold (see `hyper_connection`): each reads the streams, the second time from L2 as far as that holds them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4suite.built import Built
+from fp4suite.problem import HyperConnectionPreProblem
+
+from . import host, hyper_connection
+from .hyper_connection import INVARIANT as INVARIANT, SPACE as SPACE, Config as Config
+
+OUTPUTS = hyper_connection.STREAMS * (hyper_connection.STREAMS + 2)
+
+
+def default(problem: HyperConnectionPreProblem) -> Config:
+    """As many programs as fill the GPU."""
+    return hyper_connection.default(problem.m)
+
+
+def supports(problem: HyperConnectionPreProblem, config: Config) -> str | None:
+    """Why this problem cannot run with this config, or None if it can."""
+    return hyper_connection.refuse(problem.n, problem.k, problem.x, config)
+
+
+def arithmetic(problem: HyperConnectionPreProblem, config: Config) -> str:
+    """In which order a config sums."""
+    return hyper_connection.arithmetic(config)
+
+
+def in_arithmetic(problem: HyperConnectionPreProblem, wanted: str) -> Config | None:
+    """The config of an arithmetic, None for one that is not the default's for any number of tokens."""
+    return hyper_connection.in_arithmetic(wanted)
+
+
+def launch(
+    h: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+    out: tuple[Tensor, Tensor, Tensor],
+    config: Config,
+) -> None:
+    """h [tokens, 4, d] of any strides whose last is 1 -> out: y [tokens, d], post [tokens, 4], comb [tokens, 4, 4]."""
+    if h.shape[0] == 0:
+        return
+    parts = hyper_connection.launch_sums(h, fn, config)
+    hyper_connection.launch_fold(h, parts, base, scale, weight, norm_eps, eps, iterations, out, config)
+
+
+def warm(problem: HyperConnectionPreProblem, config: Config) -> None:
+    """Compile for the current device what launches of `problem` need."""
+    dtype, k, n = host.DTYPES[problem.x], problem.k, problem.n
+    h, fn = torch.zeros(1, n, k, dtype=dtype, device="cuda"), torch.zeros(OUTPUTS, n * k, device="cuda")
+    base, scale, weight = fn.new_zeros(OUTPUTS), fn.new_zeros(3), h.new_zeros(k)
+    out = h.new_empty(1, k), fn.new_empty(1, n), fn.new_empty(1, n, n)
+    for norm in (weight, None):
+        launch(h, fn, base, scale, norm, 1.0, 1.0, 1, out, config)
+
+
+def build_key(problem: HyperConnectionPreProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on: its sizes are read at launch."""
+    return (problem.x,)
+
+
+def build(problem: HyperConnectionPreProblem, config: Config, arch: str) -> Built:
+    """The launch that multiplies, compiled for `arch` without a GPU."""
+    return hyper_connection.build_sums(problem.x, config, arch, outputs=OUTPUTS)
