@@ -147,32 +147,58 @@ def same_bytes(a: NVFP4Tensor, b: NVFP4Tensor) -> bool:
     return torch.equal(a.data, b.data) and torch.equal(a.sf.view(torch.uint8), b.sf.view(torch.uint8))
 
 
+FRAGMENTS = ("fragments_sm90", "fragments_sm90_fp8")
+
+
+@pytest.mark.parametrize("order", FRAGMENTS)
 @pytest.mark.parametrize("shape", [(128, 192), (3, 64, 128)])
-def test_order_is_another_way_to_lie_in_memory(shape):
+def test_order_is_another_way_to_lie_in_memory(shape, order):
     t = random_nvfp4(*shape)
     kept = random_nvfp4(*shape)
     kept.data.copy_(t.data)
     kept.sf.view(torch.uint8).copy_(t.sf.view(torch.uint8))
-    f = t.with_order("fragments_sm90")
+    f = t.with_order(order)
     assert same_bytes(t, kept)  # a copy
-    assert (f.order, f.shape, f.sf_layout) == ("fragments_sm90", shape, "linear")
+    assert (f.order, f.shape, f.sf_layout) == (order, shape, "linear")
     assert not same_bytes(f, t)
-    assert f.with_order("fragments_sm90") is f
-    assert f.to("cpu").order == f.with_sf_layout("linear").order == "fragments_sm90"
+    assert f.with_order(order) is f
+    assert f.to("cpu").order == f.with_sf_layout("linear").order == order
     assert same_bytes(f.with_order("rows"), t)
     assert torch.equal(reference.dequant_nvfp4(f, torch.float64), reference.dequant_nvfp4(t, torch.float64))
 
-    inside = t.reorder_("fragments_sm90")
+    inside = t.reorder_(order)
     assert inside.data.data_ptr() == t.data.data_ptr()
     assert inside.sf.data_ptr() == t.sf.data_ptr()
     assert same_bytes(inside, f)
-    assert inside.reorder_("fragments_sm90") is inside
+    assert inside.reorder_(order) is inside
     back = inside.reorder_("rows")
     assert back.order == "rows"
     assert same_bytes(back, kept)
 
 
-LAYOUTS = (WeightLayout(), WeightLayout(sf_layout="blocked_128x4"), WeightLayout(order="fragments_sm90"))
+@pytest.mark.parametrize(("start", "end"), list(itertools.permutations(("rows", *FRAGMENTS), 2)))
+def test_every_order_from_every_other(start, end):
+    """From one order of fragments into the other as well, by a copy or in place, with the row exponents kept."""
+    rows = random_nvfp4(128, 192).prepare_fp8()
+    before, want = rows.with_order(start), rows.with_order(end)
+    kept = before.data.clone()
+    copy = before.with_order(end)
+    assert torch.equal(before.data, kept)
+    inside = before.reorder_(end)
+    assert inside.data.data_ptr() == before.data.data_ptr()
+    assert not torch.equal(inside.data, kept)
+    for made in (copy, inside):
+        assert made.order == end
+        assert same_bytes(made, want)
+        assert torch.equal(made.row_exponent, rows.row_exponent)
+        assert torch.equal(made.prepare_fp8().row_exponent, rows.row_exponent)
+
+
+LAYOUTS = (
+    WeightLayout(),
+    WeightLayout(sf_layout="blocked_128x4"),
+    *(WeightLayout(order=order) for order in FRAGMENTS),
+)
 
 
 @pytest.mark.parametrize("shape", [(128, 192), (2, 64, 64)])
@@ -193,17 +219,18 @@ def test_every_layout_from_every_other(shape):
         assert start != end or made is t
 
 
+@pytest.mark.parametrize("order", FRAGMENTS)
 @pytest.mark.parametrize("blocked", [False, True])
-def test_a_layout_that_cannot_be_changes_nothing(blocked):
+def test_a_layout_that_cannot_be_changes_nothing(blocked, order):
     t = random_nvfp4(128, 96)
     t = t.with_sf_layout("blocked_128x4") if blocked else t
     before = NVFP4Tensor(t.data.clone(), t.sf.clone(), t.alpha, t.sf_layout)
-    fragments = WeightLayout(order="fragments_sm90")
-    assert fragments.refuses(128, 96) == 'the order "fragments_sm90" is of tiles of 64 x 64, got n=128, k=96'
+    fragments = WeightLayout(order=order)
+    assert fragments.refuses(128, 96) == f'the order "{order}" is of tiles of 64 x 64, got n=128, k=96'
     with pytest.raises(ValueError, match="tiles of 64 x 64"):
         t.lay_out_(fragments)
     with pytest.raises(ValueError, match="has linear scales, got blocked_128x4"):
-        t.lay_out_(WeightLayout("fragments_sm90", "blocked_128x4"))
+        t.lay_out_(WeightLayout(order, "blocked_128x4"))
     assert same_bytes(t, before)
     fits = random_nvfp4(128, 64).with_sf_layout(t.sf_layout)
     strided = replace(fits, data=fits.data.T.contiguous().T)
@@ -213,19 +240,21 @@ def test_a_layout_that_cannot_be_changes_nothing(blocked):
     assert torch.equal(strided.sf.view(torch.uint8), scales.view(torch.uint8))
 
 
-def test_order_of_strided_parts():
+@pytest.mark.parametrize("order", FRAGMENTS)
+def test_order_of_strided_parts(order):
     """A copy may start from any strides; in place needs memory that is the tensor's alone."""
     wide = random_nvfp4(128, 256)
     part = NVFP4Tensor(wide.data[:, 32:96], wide.sf[:, 4:12], wide.alpha)
     whole = NVFP4Tensor(part.data.contiguous(), part.sf.contiguous(), part.alpha)
-    assert same_bytes(part.with_order("fragments_sm90"), whole.with_order("fragments_sm90"))
-    with pytest.raises(ValueError, match="data and sf must be contiguous in the order"):
-        part.reorder_("fragments_sm90")
-    f = wide.with_order("fragments_sm90")
+    assert same_bytes(part.with_order(order), whole.with_order(order))
+    with pytest.raises(ValueError, match=f'data and sf must be contiguous in the order "{order}"'):
+        part.reorder_(order)
+    f = wide.with_order(order)
     with pytest.raises(ValueError, match="must be contiguous"):
         replace(f, data=f.data[:, 32:96], sf=f.sf[:, 4:12])
 
 
+@pytest.mark.parametrize("order", FRAGMENTS)
 @pytest.mark.parametrize(
     ("t", "message"),
     [
@@ -234,21 +263,26 @@ def test_order_of_strided_parts():
         (random_nvfp4(128, 64).with_sf_layout("blocked_128x4"), "has linear scales, got blocked_128x4"),
     ],
 )
-def test_order_refusals(t, message):
+def test_order_refusals(t, message, order):
     before = t.data.clone()
     for make in (t.with_order, t.reorder_, lambda order: replace(t, order=order)):
-        with pytest.raises(ValueError, match=message):
-            make("fragments_sm90")
+        with pytest.raises(ValueError, match=f'the order "{order}".*{message}'):
+            make(order)
     assert torch.equal(t.data, before)
 
 
 def test_unknown_order_and_blocked_scales_of_an_order():
-    with pytest.raises(ValueError, match="order must be one of rows, fragments_sm90, got 'columns'"):
+    with pytest.raises(
+        ValueError, match="order must be one of rows, fragments_sm90, fragments_sm90_fp8, got 'columns'"
+    ):
         random_nvfp4(64, 64).with_order("columns")  # type: ignore[arg-type]
-    f = random_nvfp4(64, 64).with_order("fragments_sm90")
-    with pytest.raises(ValueError, match=r'have no blocked_128x4 layout: ask for with_order\("rows"\)'):
-        f.with_sf_layout("blocked_128x4")
-    assert NVFP4Tensor.empty((64, 128), torch.ones(()), order="fragments_sm90").order == "fragments_sm90"
+    for order in FRAGMENTS:
+        f = random_nvfp4(64, 64).with_order(order)
+        with pytest.raises(
+            ValueError, match=rf'order "{order}" have no blocked_128x4 layout: ask for with_order\("rows"\)'
+        ):
+            f.with_sf_layout("blocked_128x4")
+        assert NVFP4Tensor.empty((64, 128), torch.ones(()), order=order).order == order
 
 
 def test_native_refusals():

@@ -1,4 +1,6 @@
-"""blocked_128x4 and fragments_sm90 against their formulas in plain loops, and both ways round."""
+"""blocked_128x4 and both orders of fragments against their formulas in plain loops, and both ways round."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -93,6 +95,7 @@ def test_wrong_size():
 
 
 MASK = 0x81C081C0  # a pair in a register: sign, exponent, mantissa at bits 15, 8 .. 6 and 31, 24 .. 22
+FRAGMENTS = tuple(order for order in layouts.ORDERS if order != layouts.ROWS_ORDER)
 
 
 def random_weight(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,8 +117,9 @@ def rotate_left(x: int, by: int) -> int:
     return (x << by | x >> (32 - by)) & 0xFFFFFFFF if by else x
 
 
-def word_of(pairs: list[tuple[int, int]]) -> int:
+def word_of_pairs(codes: list[int]) -> int:
     """The word of four pairs, from the definition: three registers rotated, the fourth into the bits left over."""
+    pairs = list(zip(codes[::2], codes[1::2], strict=True))
     word = 0
     for pair, turn in zip(pairs[:3], (0, 3, 6), strict=True):
         word |= rotate_left(register(*pair), turn)
@@ -135,113 +139,219 @@ def registers_of(word: int) -> list[int]:
     ]
 
 
-def one_word(pairs: list[tuple[int, int]]) -> int:
-    """The word that `layouts` makes of lane 0, step 0 when those are its codes and all others 0."""
+def codes_of_pairs(word: int) -> list[int]:
+    """Undoes `word_of_pairs` by a kernel's operations."""
+    halves = [r >> shift & 0xFFFF for r in registers_of(word) for shift in (0, 16)]
+    return [half >> 12 & 8 | half >> 6 & 7 for half in halves]
+
+
+def word_of_selectors(codes: list[int]) -> int:
+    """The word of eight neighbours: each magnitude a digit, signs where two bytes of four numbers have theirs."""
+    word = 0
+    for i, code in enumerate(codes):
+        word |= (code & 7) << 4 * i
+        word |= (code >> 3) << (8 * i + 7 if i < 4 else 8 * (i - 4) + 3)
+    return word
+
+
+def codes_of_selectors(word: int) -> list[int]:
+    """Undoes `word_of_selectors` by a kernel's operations: digits select, signs are those of bytes, shifted or not."""
+    signs = [half >> 8 * i + 7 & 1 for half in (word, word << 4) for i in range(4)]
+    return [word >> 4 * i & 7 | sign << 3 for i, sign in enumerate(signs)]
+
+
+WORD_OF = {"fragments_sm90": word_of_pairs, "fragments_sm90_fp8": word_of_selectors}
+CODES_OF = {"fragments_sm90": codes_of_pairs, "fragments_sm90_fp8": codes_of_selectors}
+
+
+def word_place(order: str, lane: int, index: int) -> list[tuple[int, int]]:
+    """Row and column of the eight codes of one of a lane's four words in a tile, from the definition."""
+    w, g, q = lane // 32, lane % 32 // 4, lane % 4
+    row = 16 * w + g
+    if order == "fragments_sm90":
+        pairs = [(row + 8 * (p % 2), 16 * index + 2 * q + 8 * (p // 2)) for p in range(4)]
+        return [(r, c + i) for r, c in pairs for i in range(2)]
+    j, h = index // 2, index % 2
+    return [(row + 8 * h, 16 * q + 8 * j + i) for i in range(8)]
+
+
+def scale_place(order: str, byte: int) -> tuple[int, int]:
+    """Row and block of the scale at a byte of a tile, from the definition."""
+    if order == "fragments_sm90":
+        w, g, h, s = byte // 64, byte // 8 % 8, byte // 4 % 2, byte % 4
+        return 16 * w + g + 8 * h, s
+    t, h = byte // 2, byte % 2
+    return 16 * (t // 32) + t % 32 // 4 + 8 * h, t % 4
+
+
+def one_word(order: str, lane: int, index: int, codes: list[int]) -> bytes:
+    """The tile that `layouts` makes when those are the codes of one word and all others 0."""
     data, sf = torch.zeros(64, 32, dtype=torch.uint8), torch.zeros(64, 4, dtype=torch.uint8)
-    for p, (low, high) in enumerate(pairs):
-        data[8 * (p % 2), 4 * (p // 2)] = low | high << 4
-    layouts.to_fragments_sm90_(data, sf)
-    return int.from_bytes(bytes(data.view(-1)[:4].tolist()), "little")
+    for (row, column), code in zip(word_place(order, lane, index), codes, strict=True):
+        data[row, column // 2] |= code << 4 * (column % 2)
+    layouts.to_fragments_(data, sf, order)
+    return bytes(data.view(-1).tolist())
 
 
-def test_every_code_of_every_pair():
-    """All 256 values of each pair, alone and with every other bit of the word set."""
+@pytest.mark.parametrize("order", FRAGMENTS)
+def test_every_code_in_every_place_of_a_word(order):
+    """Each of the eight codes, alone and with every other bit of the word set; nothing lies outside of its word."""
+    for others in (0, 15):
+        for i in range(8):
+            for code in range(16):
+                codes = [others] * 8
+                codes[i] = code
+                word = WORD_OF[order](codes)
+                assert CODES_OF[order](word) == codes
+                tile = one_word(order, 0, 0, codes)
+                assert int.from_bytes(tile[:4], "little") == word
+                assert not any(tile[4:])
+
+
+@pytest.mark.parametrize("order", FRAGMENTS)
+def test_every_word_of_every_lane_has_its_place(order):
+    """Eight different codes at the places of one word fill that word and no other."""
+    codes = [9, 2, 15, 4, 13, 6, 7, 8]
+    want = WORD_OF[order](codes).to_bytes(4, "little")
+    for lane in (0, 1, 5, 31, 32, 70, 127):
+        for index in range(4):
+            tile = one_word(order, lane, index, codes)
+            at = 16 * lane + 4 * index
+            assert tile[at : at + 4] == want
+            assert not any(tile[:at] + tile[at + 4 :])
+
+
+@pytest.mark.parametrize("order", FRAGMENTS)
+def test_a_word_is_its_codes(order):
+    """Any 32 bits are eight codes: no bit is spare, none is shared."""
+    for word in [0, 0xFFFFFFFF, *(1 << bit for bit in range(32))]:
+        data, sf = torch.zeros(64, 32, dtype=torch.uint8), torch.zeros(64, 4, dtype=torch.uint8)
+        data.view(-1)[:4] = torch.tensor(list(word.to_bytes(4, "little")), dtype=torch.uint8)
+        layouts.from_fragments_(data, sf, order)
+        codes = [int(data[r, c // 2]) >> 4 * (c % 2) & 15 for r, c in word_place(order, 0, 0)]
+        assert WORD_OF[order](codes) == word
+        assert CODES_OF[order](word) == codes
+    gen = torch.Generator().manual_seed(1)
+    for word in torch.randint(0, 2**32, (100_000,), generator=gen).tolist():
+        assert WORD_OF[order](CODES_OF[order](word)) == word
+
+
+def test_pairs_are_registers():
+    """A kernel's four operations give each pair its register: all 256 values, beside zeros and beside ones."""
     for others in (0, 15):
         for p in range(4):
             for byte in range(256):
                 pairs = [(others, others)] * 4
                 pairs[p] = (byte & 15, byte >> 4)
-                word = one_word(pairs)
-                assert word == word_of(pairs)
+                word = word_of_pairs([code for pair in pairs for code in pair])
                 assert registers_of(word) == [register(*pair) for pair in pairs]
 
 
-def test_a_word_is_its_registers():
-    """Any 32 bits are four pairs: no bit is spare, none is shared."""
-    gen = torch.Generator().manual_seed(1)
-    for word in [0, 0xFFFFFFFF, *(1 << bit for bit in range(32))]:
-        data, sf = torch.zeros(64, 32, dtype=torch.uint8), torch.zeros(64, 4, dtype=torch.uint8)
-        data.view(-1)[:4] = torch.tensor(list(word.to_bytes(4, "little")), dtype=torch.uint8)
-        layouts.from_fragments_sm90_(data, sf)
-        pairs = [(b & 15, b >> 4) for b in (int(data[8 * (p % 2), 4 * (p // 2)]) for p in range(4))]
-        assert word_of(pairs) == word
-        assert registers_of(word) == [register(*pair) for pair in pairs]
-    for word in torch.randint(0, 2**32, (100_000,), generator=gen).tolist():
-        first, second, third, fourth = registers_of(word)
-        signs, rest = fourth & 0x80008000, fourth & 0x01C001C0
-        last = rest >> 3 & 0x00180018 | rest >> 8 & 0x00010001 | signs >> 14 & 0x00020002
-        assert first | rotate_left(second, 3) | rotate_left(third, 6) | last == word
-
-
+@pytest.mark.parametrize("order", FRAGMENTS)
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (128, 192), (192, 64)])
-def test_fragments_formula(n, k):
+def test_fragments_formula(order, n, k):
     """Element by element: which row and column every bit of every word comes from, and every scale."""
     data, sf = random_weight(n, k)
     code = torch.stack((data & 15, data >> 4), -1).flatten(-2).tolist()  # [n, k]
     scale = sf.tolist()
-    words = [0] * (n * k // 8)
-    scales = [0] * (n * k // 16)
+    words, scales = [], []
     for i in range(n // 64):
         for j in range(k // 64):
-            tile = i * (k // 64) + j
-            for w in range(4):
-                for g in range(8):
-                    row = 64 * i + 16 * w + g
-                    for q in range(4):
-                        lane = 32 * w + 4 * g + q
-                        for s in range(4):
-                            pairs = []
-                            for p in range(4):
-                                r, c = row + 8 * (p % 2), 64 * j + 16 * s + 2 * q + 8 * (p // 2)
-                                pairs.append((code[r][c], code[r][c + 1]))
-                            words[tile * 512 + lane * 4 + s] = word_of(pairs)
-                    for h in range(2):
-                        for s in range(4):
-                            scales[tile * 256 + 64 * w + 8 * g + 4 * h + s] = scale[row + 8 * h][4 * j + s]
-    layouts.to_fragments_sm90_(data, sf)
+            for lane in range(128):
+                for index in range(4):
+                    places = word_place(order, lane, index)
+                    words.append(WORD_OF[order]([code[64 * i + r][64 * j + c] for r, c in places]))
+            for byte in range(256):
+                row, block = scale_place(order, byte)
+                scales.append(scale[64 * i + row][4 * j + block])
+    layouts.to_fragments_(data, sf, order)
     assert bytes(data.view(-1).tolist()) == b"".join(word.to_bytes(4, "little") for word in words)
     assert sf.view(-1).tolist() == scales
 
 
+def test_a_block_of_the_fp8_order_and_its_scale_belong_to_one_lane():
+    """What the order is for: a lane's two words of a row are 16 columns under one scale, which is at bytes 2 t + h."""
+    for lane in range(128):
+        for h in range(2):
+            places = [place for j in range(2) for place in word_place("fragments_sm90_fp8", lane, 2 * j + h)]
+            row, block = scale_place("fragments_sm90_fp8", 2 * lane + h)
+            assert places == [(row, 16 * block + i) for i in range(16)]
+
+
+@pytest.mark.parametrize("order", FRAGMENTS)
 @pytest.mark.parametrize("shape", [(64, 64), (320, 448), (3, 128, 192), (2, 2, 64, 128), (0, 64), (64, 0), (0, 64, 64)])
 @pytest.mark.parametrize("scratch", [1, 2 * 64 * 224, layouts.SCRATCH_BYTES])
-def test_fragments_inverse(shape, scratch, monkeypatch):
+def test_fragments_inverse(order, shape, scratch, monkeypatch):
     """There and back, and back and there; a block at a time, two (the last alone), or all at once give the same."""
     data, sf = random_weight(*shape)
     want_data, want_sf = data.clone(), sf.clone()
-    layouts.to_fragments_sm90_(want_data, want_sf)
+    layouts.to_fragments_(want_data, want_sf, order)
     monkeypatch.setattr(layouts, "SCRATCH_BYTES", scratch)
     moved_data, moved_sf = data.clone(), sf.clone().view(torch.float8_e4m3fn)
-    layouts.to_fragments_sm90_(moved_data, moved_sf)
+    layouts.to_fragments_(moved_data, moved_sf, order)
     assert torch.equal(moved_data, want_data)
     assert torch.equal(moved_sf.view(torch.uint8), want_sf)
-    layouts.from_fragments_sm90_(moved_data, moved_sf)
+    layouts.from_fragments_(moved_data, moved_sf, order)
     assert torch.equal(moved_data, data)
     assert torch.equal(moved_sf.view(torch.uint8), sf)
-    layouts.from_fragments_sm90_(moved_data, moved_sf)
-    layouts.to_fragments_sm90_(moved_data, moved_sf)
+    layouts.from_fragments_(moved_data, moved_sf, order)
+    layouts.to_fragments_(moved_data, moved_sf, order)
     assert torch.equal(moved_data, data)
     assert torch.equal(moved_sf.view(torch.uint8), sf)
 
 
-def test_experts_are_reordered_each_for_itself():
+@pytest.mark.parametrize("order", FRAGMENTS)
+def test_experts_are_reordered_each_for_itself(order):
     data, sf = random_weight(3, 128, 64)
     one_data, one_sf = data[1].clone(), sf[1].clone()
-    layouts.to_fragments_sm90_(data, sf)
-    layouts.to_fragments_sm90_(one_data, one_sf)
+    layouts.to_fragments_(data, sf, order)
+    layouts.to_fragments_(one_data, one_sf, order)
     assert torch.equal(data[1], one_data)
     assert torch.equal(sf[1], one_sf)
 
 
-def test_rows_of_a_weight_are_reordered_as_they_arrive():
+@pytest.mark.parametrize("order", FRAGMENTS)
+def test_rows_of_a_weight_are_reordered_as_they_arrive(order):
     """Blocks of 64 rows keep their bytes: shards of a weight can be done one by one, in any order."""
     data, sf = random_weight(256, 192)
     whole_data, whole_sf = data.clone(), sf.clone()
-    layouts.to_fragments_sm90_(whole_data, whole_sf)
+    layouts.to_fragments_(whole_data, whole_sf, order)
     for rows in (slice(192, 256), slice(0, 128), slice(128, 192)):
-        layouts.to_fragments_sm90_(data[rows], sf[rows])
+        layouts.to_fragments_(data[rows], sf[rows], order)
     assert torch.equal(data, whole_data)
     assert torch.equal(sf, whole_sf)
+
+
+@pytest.mark.parametrize("order", layouts.ORDERS)
+@pytest.mark.parametrize("shape", [(64, 64), (2, 128, 192)])
+def test_row_maxima_in_any_order(order, shape):
+    data, sf = random_weight(*shape)
+    want = sf.amax(-1)
+    if order != layouts.ROWS_ORDER:
+        layouts.to_fragments_(data, sf, order)
+    assert torch.equal(layouts.row_maxima(sf.view(torch.float8_e4m3fn), order), want)
+
+
+def test_fp8_columns():
+    """Place by place from the definition: A of two MMAs of k = 32, each of a lane's registers four neighbours of K."""
+    columns = torch.arange(192).repeat(2, 1)
+    placed = layouts.fp8_columns(columns)
+    for base in range(0, 192, 64):
+        for q in range(4):
+            for j in range(2):
+                for i in range(2):
+                    for c in range(4):
+                        assert placed[1, base + 32 * j + 16 * i + 4 * q + c] == base + 16 * q + 8 * j + 4 * i + c
+    assert torch.equal(layouts.fp8_columns(placed), columns)
+
+
+def test_fp8_columns_follow_the_codes_of_a_lane():
+    """The four bytes of a lane's register of A: columns of codes in its words, and of tokens at the MMA's places."""
+    placed = layouts.fp8_columns(torch.arange(64)).tolist()
+    for lane in range(4):
+        codes = [column for j in range(2) for _, column in word_place("fragments_sm90_fp8", lane, 2 * j)]
+        places = [32 * j + 16 * i + 4 * lane + c for j in range(2) for i in range(2) for c in range(4)]
+        assert [placed[at] for at in places] == codes
 
 
 class Largest(TorchDispatchMode):
@@ -266,8 +376,8 @@ class Largest(TorchDispatchMode):
 
 
 REORDERS = {
-    "to_fragments": layouts.to_fragments_sm90_,
-    "from_fragments": layouts.from_fragments_sm90_,
+    **{f"to_{order}": partial(layouts.to_fragments_, order=order) for order in FRAGMENTS},
+    **{f"from_{order}": partial(layouts.from_fragments_, order=order) for order in FRAGMENTS},
     "to_blocked": lambda data, sf: layouts.to_blocked_128x4_(sf),
     "from_blocked": lambda data, sf: layouts.from_blocked_128x4_(sf.view(-1), *sf.shape),
 }
@@ -289,22 +399,23 @@ def test_scratch_is_bounded(name, monkeypatch):
     assert 0 < peaks[0] == peaks[1] <= 5 * layouts.SCRATCH_BYTES
 
 
-@pytest.mark.parametrize(
-    ("n", "k", "message"),
-    [(96, 64, "tiles of 64 x 64, got n=96, k=64"), (64, 96, "tiles of 64 x 64, got n=64, k=96")],
-)
-def test_fragments_refuse_other_shapes(n, k, message):
-    assert message in layouts.refuse_fragments_sm90(n, k)
-    for reorder in (layouts.to_fragments_sm90_, layouts.from_fragments_sm90_):
+@pytest.mark.parametrize("order", FRAGMENTS)
+@pytest.mark.parametrize(("n", "k"), [(96, 64), (64, 96)])
+def test_fragments_refuse_other_shapes(order, n, k):
+    message = f'the order "{order}" is of tiles of 64 x 64, got n={n}, k={k}'
+    assert layouts.refuse_fragments(n, k, order) == message
+    assert layouts.refuse_fragments(64, 128, order) is None
+    for reorder in (layouts.to_fragments_, layouts.from_fragments_):
         with pytest.raises(ValueError, match=message):
-            reorder(*random_weight(n, k))
+            reorder(*random_weight(n, k), order)
 
 
-def test_fragments_refuse_other_scales_and_strides():
+@pytest.mark.parametrize("order", FRAGMENTS)
+def test_fragments_refuse_other_scales_and_strides(order):
     data, sf = random_weight(128, 64)
     with pytest.raises(ValueError, match=r"needs linear sf \[128, 4\], got \[512\]"):
-        layouts.to_fragments_sm90_(data, layouts.to_blocked_128x4(sf))
+        layouts.to_fragments_(data, layouts.to_blocked_128x4(sf), order)
     before = data.clone()
     with pytest.raises(ValueError, match="must be contiguous"):
-        layouts.to_fragments_sm90_(data, random_weight(4, 2048)[1].T)
+        layouts.to_fragments_(data, random_weight(4, 2048)[1].T, order)
     assert torch.equal(data, before)
