@@ -73,16 +73,6 @@ def _slots(args: Arguments) -> Iterator[Arguments]:
         yield (*one[:8], (offsets - i).clamp(0, 1), *one[9:])
 
 
-def _combined(args: Arguments) -> Iterator[Arguments]:
-    """A token's slots, in the order in which they lie among the others."""
-    y, order, topk_ids, topk_weights, shared = args
-    topk = topk_ids.shape[1]
-    places = torch.argsort(order.long()).view(-1, topk).sort(1).values  # [tokens, topk]
-    for i, mine in enumerate(places):
-        own = order[mine] - i * topk
-        yield y[mine], own, _row(topk_ids, i), _row(topk_weights, i), None if shared is None else _row(shared, i)
-
-
 def _steps(args: Arguments) -> Iterator[Arguments]:
     """Tokens of `compress_kv` as steps of one token: what lies before them is in the ring."""
     for i, one in enumerate(_rows(0, 1, -7, -6, -3)(args)):
@@ -119,8 +109,6 @@ EXACT = {"index_topk", "hyper_connection_post"}
 CUTS: dict[str, Cut] = {
     "grouped_gemm_nvfp4": _slots,
     "moe_nvfp4": _rows(0, 1, -3, -2),
-    "route": _rows(0, 4),
-    "combine": _combined,
     "hyper_connection_pre": _rows(0),
     "hyper_connection_head": _rows(0),
     "hyper_connection_post_pre": _rows(0, 1, 2, 3),
@@ -128,6 +116,4 @@ CUTS: dict[str, Cut] = {
     "index_query": _rows(0, 1),
     "index_logits": _pages,
     "sparse_attention": _present,
-    "rope_inverse": _rows(0, 1),
-    "sample": _rows(0, 1, 2, 3),
 }

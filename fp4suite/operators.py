@@ -15,21 +15,26 @@ from torch import Tensor
 from . import by_token, dispatch, layouts, reference
 from .formats import BLOCK, FP8RowTensor, IndexCache, NVFP4Tensor, PagedCache, SfLayout
 from .problem import (
+    CombineProblem,
     DequantProblem,
     GemmProblem,
-    KvNormRopeInsertProblem,
     HyperConnectionHeadProblem,
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
     HyperConnectionPreProblem,
     IndexTopkProblem,
+    KvNormRopeInsertProblem,
+    PermuteProblem,
     QnormRopeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
+    RouteChoice,
+    RouteProblem,
     Rule,
+    SampleProblem,
     SwigluQuantizeProblem,
 )
 from .reference.quant import global_scale, rmsnorm_fp32, swiglu_fp32
@@ -506,10 +511,8 @@ def _rope_inverse_alpha(o: Tensor, positions: Tensor, table: Tensor, groups: int
     _refuse_alpha_of_all_rows()
     problem = RopeInverseQuantizeProblem(**_heads_of(o, table), groups=groups)
     choice = dispatch.choose("rope_inverse_quantize", problem, o.device)
-    plain = lambda: global_scale(reference.rope_inverse(o, positions, table).flatten(1))  # noqa: E731
-    if choice.is_reference:
-        return plain()
-    return _alpha(choice, plain, o.device, _adjacent(o), positions.contiguous(), table)
+    operands = (_adjacent(o), positions.contiguous(), table)
+    return _alpha(choice, lambda: global_scale(reference.rope_inverse(*operands).flatten(1)), o.device, *operands)
 
 
 def _rope_inverse_quantize(
@@ -527,6 +530,64 @@ def _rope_inverse_quantize(
     with _on(o.device):
         choice.module.launch(*operands, choice.config)
     return out.data, out.sf.view(torch.uint8)
+
+
+def _route(
+    logits: Tensor, topk: int, scale: float, bias: Tensor | None, token_ids: Tensor | None, table: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    m, experts = logits.shape
+    how: RouteChoice = "table" if table is not None else "bias" if bias is not None else "score"
+    problem = RouteProblem(m=m, experts=experts, topk=topk, choice=how, x=_any_dtype_name(logits))
+    choice = dispatch.choose("route", problem, logits.device)
+    if choice.is_reference:
+        return reference.route(logits, topk=topk, scale=scale, bias=bias, token_ids=token_ids, table=table)
+    ids = torch.empty(m, topk, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(m, topk, dtype=torch.float32, device=logits.device)
+    added = bias.float().contiguous() if bias is not None else None
+    tokens = token_ids.contiguous() if token_ids is not None else None
+    rows = table.contiguous() if table is not None else None
+    with _on(logits.device):
+        choice.module.launch(_adjacent(logits), added, tokens, rows, scale, (ids, weights), choice.config)
+    return ids, weights
+
+
+def _permute(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    m, topk = topk_ids.shape
+    choice = dispatch.choose("permute", PermuteProblem(m=m, topk=topk, experts=experts), topk_ids.device)
+    if choice.is_reference:
+        return reference.permute(topk_ids, experts)
+    order = torch.empty(m * topk, dtype=torch.int32, device=topk_ids.device)
+    offsets = torch.empty(experts + 1, dtype=torch.int32, device=topk_ids.device)
+    with _on(topk_ids.device):
+        choice.module.launch(topk_ids.contiguous(), experts, (order, offsets), choice.config)
+    return order, offsets
+
+
+def _combine(y: Tensor, order: Tensor, topk_ids: Tensor, topk_weights: Tensor, shared: Tensor | None) -> Tensor:
+    (m, topk), k = topk_ids.shape, y.shape[1]
+    problem = CombineProblem(m=m, topk=topk, k=k, shared=int(shared is not None), x=_any_dtype_name(y))
+    choice = dispatch.choose("combine", problem, y.device)
+    if choice.is_reference:
+        return reference.combine(y, order, topk_ids, topk_weights, shared=shared).contiguous()
+    out = torch.empty(m, k, dtype=y.dtype, device=y.device)
+    slots = order.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
+    added = _adjacent(shared) if shared is not None else None
+    with _on(y.device):
+        choice.module.launch(_adjacent(y), *slots, added, out, choice.config)
+    return out
+
+
+def _sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
+    m, vocab = logits.shape
+    problem = SampleProblem(m=m, vocab=vocab, x=_any_dtype_name(logits))
+    choice = dispatch.choose("sample", problem, logits.device)
+    if choice.is_reference:
+        return reference.sample(logits, temperature, top_p, uniform)
+    out = torch.empty(m, dtype=torch.int64, device=logits.device)
+    asked = temperature.contiguous(), top_p.contiguous(), uniform.contiguous()
+    with _on(logits.device):
+        choice.module.launch(_adjacent(logits), *asked, out, choice.config)
+    return out
 
 
 def _heads_of(x: Tensor, table: Tensor) -> dict[str, Any]:
@@ -749,6 +810,22 @@ _register(
     _rope_inverse_quantize,
     _fake_rope_inverse_quantize,
 )
+_register(
+    "route(Tensor logits, int topk, float scale, Tensor? bias, Tensor? token_ids, Tensor? table) -> (Tensor, Tensor)",
+    _route,
+    _fake_route,
+)
+_register("permute(Tensor topk_ids, int experts) -> (Tensor, Tensor)", _permute, _fake_permute)
+_register(
+    "combine(Tensor y, Tensor order, Tensor topk_ids, Tensor topk_weights, Tensor? shared) -> Tensor",
+    _combine,
+    lambda y, order, ids, weights, shared: y.new_empty(ids.shape[0], y.shape[1]),
+)
+_register(
+    "sample(Tensor logits, Tensor temperature, Tensor top_p, Tensor uniform) -> Tensor",
+    _sample,
+    lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
+)
 for _schema, _impl, _fake in (
     (
         f"grouped_gemm_nvfp4({_A}, {_B}, Tensor offsets, int[] segments, ScalarType dtype) -> Tensor",
@@ -765,20 +842,6 @@ for _schema, _impl, _fake in (
         lambda x, x_sf, x_alpha, w13, *rest: x.new_empty(
             (x.shape[0], rest[4].shape[1]), dtype=x.dtype if x_sf is None else torch.bfloat16
         ),
-    ),
-    (
-        "route(Tensor logits, int topk, float scale, Tensor? bias, Tensor? token_ids, Tensor? table) "
-        "-> (Tensor, Tensor)",
-        lambda logits, topk, scale, bias, token_ids, table: reference.route(
-            logits, topk=topk, scale=scale, bias=bias, token_ids=token_ids, table=table
-        ),
-        _fake_route,
-    ),
-    ("permute(Tensor topk_ids, int experts) -> (Tensor, Tensor)", reference.permute, _fake_permute),
-    (
-        "combine(Tensor y, Tensor order, Tensor topk_ids, Tensor topk_weights, Tensor? shared) -> Tensor",
-        lambda y, order, ids, weights, shared: reference.combine(y, order, ids, weights, shared=shared),
-        lambda y, order, ids, weights, shared: y.new_empty(ids.shape[0], y.shape[1]),
     ),
     (
         "compress_kv(Tensor kv, Tensor gate, Tensor ape, Tensor weight, Tensor table, float eps, Tensor(b!) state, "
@@ -805,11 +868,6 @@ for _schema, _impl, _fake in (
         "float scale) -> Tensor",
         _sparse_attention,
         _same,
-    ),
-    (
-        "sample(Tensor logits, Tensor temperature, Tensor top_p, Tensor uniform) -> Tensor",
-        reference.sample,
-        lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64),
     ),
 ):
     _register(_schema, _without_kernel(_schema.partition("(")[0], _impl), _fake)

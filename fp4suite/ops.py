@@ -309,25 +309,57 @@ def route(
     token_ids: Tensor | None = None,
     table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Experts int32 and weights float32 [tokens, topk] from router logits [tokens, experts]; see `reference.route`."""
+    """Experts int32 and weights float32 [tokens, topk] from router logits [tokens, experts]; see `reference.route`.
+
+    On a GPU a token id outside of the table gets the experts -1 with weight 0, in place of the CPU's IndexError.
+    """
+    if logits.ndim != 2 or not 1 <= topk <= logits.shape[1]:
+        raise ValueError(f"logits must be [tokens, {topk} or more experts], got {list(logits.shape)}")
+    if bias is not None and list(bias.shape) != [logits.shape[1]]:
+        raise ValueError(f"bias must be [{logits.shape[1]}], got {list(bias.shape)}")
     if (token_ids is None) != (table is None):
         raise ValueError("token_ids and table go together: one was given without the other")
     if table is not None and bias is not None:
         raise ValueError("experts are chosen by bias or by table, not by both")
     if table is not None and table.shape[1] != topk:
         raise ValueError(f"table must be [vocab, {topk}], got {list(table.shape)}")
+    if token_ids is not None and list(token_ids.shape) != [len(logits)]:
+        raise ValueError(f"token_ids must be [{len(logits)}], got {list(token_ids.shape)}")
     return _ops.route(logits, topk, scale, bias, token_ids, table)
 
 
 def permute(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Slots in expert order: order int32 [tokens * topk] and offsets int32 [experts + 1]; see `reference.permute`."""
+    """Slots in expert order: order int32 [tokens * topk] and offsets int32 [experts + 1]; see `reference.permute`.
+
+    On a GPU an id of `experts` or above counts as -1, in place of the CPU's error.
+    """
+    if topk_ids.dtype != torch.int32 or topk_ids.ndim != 2:
+        raise ValueError(f"topk_ids must be int32 [tokens, topk], got {topk_ids.dtype} {list(topk_ids.shape)}")
+    if experts < 1:
+        raise ValueError(f"experts must be positive, got {experts}")
     return _ops.permute(topk_ids, experts)
 
 
 def combine(
     y: Tensor, order: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, shared: Tensor | None = None
 ) -> Tensor:
-    """Weighted sum of slots [tokens * topk, hidden] (order of `permute`), plus `shared` -> [tokens, hidden]."""
+    """Weighted sum of slots y [tokens * topk, hidden] (order of `permute`), plus `shared` -> [tokens, hidden].
+
+    topk_ids: int32, topk_weights: float32 [tokens, topk]; shared: [tokens, hidden].
+    """
+    if topk_ids.dtype != torch.int32 or topk_ids.ndim != 2 or topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_ids must be int32 [tokens, topk] and topk_weights of its shape, "
+            f"got {topk_ids.dtype} {list(topk_ids.shape)} and {list(topk_weights.shape)}"
+        )
+    slots = topk_ids.numel()
+    if y.ndim != 2 or len(y) != slots or order.dtype != torch.int32 or list(order.shape) != [slots]:
+        raise ValueError(
+            f"y must be [{slots}, hidden] and order int32 [{slots}], "
+            f"got {list(y.shape)} and {order.dtype} {list(order.shape)}"
+        )
+    if shared is not None and list(shared.shape) != [len(topk_ids), y.shape[1]]:
+        raise ValueError(f"shared must be [{len(topk_ids)}, {y.shape[1]}], got {list(shared.shape)}")
     return _ops.combine(y, order, topk_ids, topk_weights, shared)
 
 
@@ -574,7 +606,15 @@ def rope_inverse_quantize(
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
-    """Next tokens int64 [rows] from logits [rows, vocab]: greedy at temperature 0, else nucleus sampling."""
+    """Next tokens int64 [rows] from logits [rows, vocab]: greedy at temperature 0, else nucleus sampling.
+
+    temperature, top_p, uniform: float32 [rows]; see `reference.sample`. The same tokens on every device.
+    """
+    if logits.ndim != 2 or not logits.shape[1]:
+        raise ValueError(f"logits must be [rows, vocab], got {list(logits.shape)}")
+    for name, given in (("temperature", temperature), ("top_p", top_p), ("uniform", uniform)):
+        if given.dtype != torch.float32 or list(given.shape) != [len(logits)]:
+            raise ValueError(f"{name} must be float32 [{len(logits)}], got {given.dtype} {list(given.shape)}")
     return _ops.sample(logits, temperature, top_p, uniform)
 
 

@@ -7,7 +7,7 @@ hashable, made of host integers and strings only, and `dims()` is how tables and
 from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar, Literal
 
-from .formats import BLOCK, KVFormat, SfLayout, kv_layout
+from .formats import BLOCK, KVFormat, SfLayout, index_layout, kv_layout
 from .layouts import Order, blocked_128x4_bytes
 
 Rule = Literal["absmax", "mse", "modelopt_weight"]
@@ -182,6 +182,60 @@ class GemmProblem(Problem):
         a = {"bf16": 2 * m * k, "nvfp4": nvfp4_bytes(m, k), "fp8": fp8_bytes(m, k)}[self.act]
         d = nvfp4_bytes(self.m, self.n) if self.out == "nvfp4" else ELEMENT_BYTES[self.out] * self.m * self.n
         return a + nvfp4_bytes(self.n, self.k) + d
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressKvProblem(Problem):
+    """m tokens, in equal shares of `sequences` sequences, into their rings, and the entries that they complete.
+
+    A share of several tokens begins in the middle of a window. Of shares of one token the first completes an entry, and
+    so does every `ratio`-th after it. format: of `formats.kv_layout`, or "index_" and one of `index_layout`.
+    """
+
+    op: ClassVar[str] = "compress_kv"
+    m: int
+    ratio: int
+    overlaps: int  # windows that an entry pools
+    head_dim: int
+    rope_dim: int
+    format: str
+    sequences: int = 1
+    hadamard: int = 0
+    page_size: int = 64
+    x: str = "fp32"
+    weight: str = "bf16"
+
+    @property
+    def entries(self) -> int:
+        """Entries that are completed."""
+        each, rest = self.m // self.sequences, -(-self.sequences // self.ratio)
+        return rest if each == 1 else self.sequences * ((each + self.ratio // 2) // self.ratio)
+
+    @property
+    def row_bytes(self) -> int:
+        """An entry in the cache."""
+        name = self.format.removeprefix("index_")
+        if name == self.format:
+            layout = kv_layout(name, 1, self.head_dim, self.rope_dim)  # type: ignore[arg-type]
+        else:
+            layout = index_layout(name, 1, self.head_dim)  # type: ignore[arg-type]
+        return layout.row_bytes + layout.scale_bytes
+
+    @property
+    def flops(self) -> int:
+        return 20 * self.m * self.overlaps * self.head_dim
+
+    @property
+    def bytes(self) -> int:
+        pooled, channels = self.overlaps * self.ratio, 2 * self.head_dim
+        tokens = (ELEMENT_BYTES[self.x] * self.m + 4 * min(self.m, self.sequences * pooled)) * self.overlaps * channels
+        if self.m == self.sequences:
+            kept = self.entries * (pooled - 1)
+        else:
+            kept = self.sequences * (pooled - self.ratio + self.ratio // 2)
+            kept += self.sequences * (self.overlaps - 1) * (self.ratio // 2)
+        constants = 4 * self.ratio * self.overlaps * self.head_dim + ELEMENT_BYTES[self.weight] * self.head_dim
+        return tokens + 4 * kept * channels + self.entries * (self.row_bytes + 4 * self.rope_dim) + constants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -394,7 +448,9 @@ class RopeInverseQuantizeProblem(Problem):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HyperConnectionPreProblem(Problem):
-    """Input of a site and its coefficients, of m tokens with n streams of k columns; normed, with a weight of x's type."""
+    """Normed input of a site and its coefficients, of m tokens with n streams of k columns; the norm's weight is of x's
+    type.
+    """
 
     op: ClassVar[str] = "hyper_connection_pre"
     m: int
@@ -500,6 +556,7 @@ PROBLEMS: dict[str, type[Problem]] = {
         CombineProblem,
         SampleProblem,
         GemmProblem,
+        CompressKvProblem,
         IndexTopkProblem,
         HyperConnectionPreProblem,
         HyperConnectionPostProblem,

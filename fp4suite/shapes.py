@@ -16,14 +16,16 @@ from typing import Any, Literal
 from .formats import KVFormat
 from .problem import (
     PROBLEMS,
+    CombineProblem,
     DequantProblem,
     GemmProblem,
-    IndexTopkProblem,
     HyperConnectionHeadProblem,
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
     HyperConnectionPreProblem,
+    IndexTopkProblem,
     KvNormRopeInsertProblem,
+    PermuteProblem,
     Problem,
     QnormRopeProblem,
     QuantizeFp8Problem,
@@ -31,10 +33,13 @@ from .problem import (
     RmsnormQuantizeProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
+    RouteProblem,
+    SampleProblem,
     SwigluQuantizeProblem,
 )
 
 KV_FORMATS: tuple[KVFormat, ...] = ("fp8_ds_mla", "nvfp4", "bf16")  # of which a cache has one
+SAMPLED = 4096  # sequences whose next token one step draws, at most
 OVERLAP_RATIO = 4  # the compress ratio whose entries pool two windows (CSA); its compressor has two lanes
 INDEX_CONTEXTS = ((32768, 16384), (131072, 1024), (1048576, 64))  # tokens behind a query, the most queries of a step
 FIELDS = (
@@ -47,6 +52,10 @@ FIELDS = (
     "q_lora_rank",
     "o_lora_rank",
     "o_groups",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "num_hash_layers",
+    "vocab_size",
     "index_n_heads",
     "index_head_dim",
     "index_topk",
@@ -157,15 +166,6 @@ def _walk(
             yield "attn_norm", depth, RmsnormQuantizeProblem(m=rows, k=d, sf_layout=sf_layout)
             yield "ffn_norm", depth, RmsnormQuantizeProblem(m=rows, k=d, sf_layout=sf_layout)
             yield "q_norm", depth, RmsnormQuantizeProblem(m=rows, k=rq, sf_layout=sf_layout)
-        elif op == IndexTopkProblem.op:
-            for context, most in INDEX_CONTEXTS:
-                if rows <= most:
-                    entries = context // OVERLAP_RATIO
-                    yield "index_topk", csa, IndexTopkProblem(m=rows, entries=entries, topk=config["index_topk"])
-        elif op == SwigluQuantizeProblem.op:
-            inter = config["moe_intermediate_size"]
-            yield "shared_expert", depth, SwigluQuantizeProblem(m=rows, k=inter, sf_layout=sf_layout)
-        elif op in (QnormRopeProblem.op, RopeInverseProblem.op, RopeInverseQuantizeProblem.op):
         elif op in (HyperConnectionPreProblem.op, HyperConnectionPostProblem.op):
             kind = HyperConnectionPreProblem if op == HyperConnectionPreProblem.op else HyperConnectionPostProblem
             yield "attn_site", depth, kind(m=rows, k=d, n=config["hc_mult"])
@@ -174,6 +174,26 @@ def _walk(
             yield "between_sites", 2 * depth - 1, HyperConnectionPostPreProblem(m=rows, k=d, n=config["hc_mult"])
         elif op == HyperConnectionHeadProblem.op:
             yield "head", 1, HyperConnectionHeadProblem(m=rows, k=d, n=config["hc_mult"])
+        elif op == IndexTopkProblem.op:
+            for context, most in INDEX_CONTEXTS:
+                if rows <= most:
+                    entries = context // OVERLAP_RATIO
+                    yield "index_topk", csa, IndexTopkProblem(m=rows, entries=entries, topk=config["index_topk"])
+        elif op == RouteProblem.op:
+            sizes, hashed = _choice(config), config["num_hash_layers"]
+            yield "router", depth - hashed, RouteProblem(m=rows, **sizes)
+            yield "hash_router", hashed, RouteProblem(m=rows, **sizes, choice="table")
+        elif op == PermuteProblem.op:
+            yield "experts", depth, PermuteProblem(m=rows, **_choice(config))
+        elif op == CombineProblem.op:
+            yield "experts", depth, CombineProblem(m=rows, topk=config["num_experts_per_tok"], k=d)
+        elif op == SampleProblem.op:
+            if rows <= SAMPLED:
+                yield "sampler", 1, SampleProblem(m=rows, vocab=config["vocab_size"])
+        elif op == SwigluQuantizeProblem.op:
+            inter = config["moe_intermediate_size"]
+            yield "shared_expert", depth, SwigluQuantizeProblem(m=rows, k=inter, sf_layout=sf_layout)
+        elif op in (QnormRopeProblem.op, RopeInverseProblem.op, RopeInverseQuantizeProblem.op):
             heads = {"heads": config["num_attention_heads"] // tp, "head_dim": config["head_dim"]}
             heads["rope_dim"] = config["qk_rope_head_dim"]
             if op == QnormRopeProblem.op:
@@ -188,3 +208,8 @@ def _walk(
             dims = {"head_dim": config["head_dim"], "rope_dim": config["qk_rope_head_dim"]}
             for format in KV_FORMATS:
                 yield "window", depth, KvNormRopeInsertProblem(m=rows, **dims, format=format)
+
+
+def _choice(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How many experts a token has the choice of, and how many it takes."""
+    return {"experts": config["n_routed_experts"], "topk": config["num_experts_per_tok"]}

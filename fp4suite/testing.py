@@ -23,13 +23,17 @@ from torch import Tensor
 from . import layouts, reference
 from .formats import BLOCK, FP8RowTensor, NVFP4Tensor, PagedCache, SfLayout, kv_layout
 from .problem import (
+    CombineProblem,
     DequantProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
     HyperConnectionPreProblem,
+    CompressKvProblem,
     IndexTopkProblem,
+    KvNormRopeInsertProblem,
+    PermuteProblem,
     Problem,
     QnormRopeProblem,
     QuantizeFp8Problem,
@@ -37,6 +41,8 @@ from .problem import (
     RmsnormQuantizeProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
+    RouteProblem,
+    SampleProblem,
     SwigluQuantizeProblem,
 )
 from .reference import e2m1, fp8
@@ -102,12 +108,26 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _quantize_fp8_case(problem, gen)
     if isinstance(problem, QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeProblem):
         return _quantize_case(problem, gen)
+    if isinstance(problem, CompressKvProblem):
+        return _compress_kv_case(problem, gen)
     if isinstance(problem, IndexTopkProblem):
         return _index_topk_case(problem, gen)
+    if isinstance(problem, RouteProblem):
+        return _route_case(problem, gen)
+    if isinstance(problem, PermuteProblem):
+        return _permute_case(problem, gen)
+    if isinstance(problem, CombineProblem):
+        return _combine_case(problem, gen)
+    if isinstance(problem, SampleProblem):
+        return _sample_case(problem, gen)
     if isinstance(problem, QnormRopeProblem | RopeInverseProblem | RopeInverseQuantizeProblem):
         return _heads_case(problem, gen)
     if isinstance(problem, KvNormRopeInsertProblem):
         return _kv_norm_rope_insert_case(problem, gen)
+    if isinstance(problem, HyperConnectionPreProblem | HyperConnectionHeadProblem):
+        return _fold_case(problem, gen)
+    if isinstance(problem, HyperConnectionPostProblem | HyperConnectionPostPreProblem):
+        return _site_case(problem, gen)
     raise TypeError(f"no case for {type(problem).__name__}")
 
 
@@ -121,10 +141,6 @@ def configs(module: ModuleType, most: int = 24, seed: int = 0) -> list[Any]:
         return [module.Config(**dict(zip(names, v, strict=True))) for v in itertools.product(*module.SPACE.values())]
     rng = random.Random(seed)
     chosen = [module.Config()]
-    if isinstance(problem, HyperConnectionPreProblem | HyperConnectionHeadProblem):
-        return _fold_case(problem, gen)
-    if isinstance(problem, HyperConnectionPostProblem | HyperConnectionPostPreProblem):
-        return _site_case(problem, gen)
     for name, values in module.SPACE.items():
         for value in values:
             knobs = {n: rng.choice(vs) for n, vs in module.SPACE.items()} | {name: value}
@@ -363,6 +379,66 @@ def _quantize_fp8_case(p: QuantizeFp8Problem, gen: torch.Generator) -> Case:
     return Case(p, (x,), out, (), poison, verify)
 
 
+def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
+    """Rings full of older rows, slots in random order; gates far apart in some channels, windows of zeros in others."""
+    device, width, name = gen.device, p.overlaps * p.head_dim, p.format.removeprefix("index_")
+    each = p.m // p.sequences
+    sizes = torch.full((p.sequences,), each, device=device)
+    sizes[: p.m % p.sequences] += 1
+    far = 1000 * p.ratio
+    # shares of one token at every place of a window, longer ones from its middle on
+    starts = far + (p.ratio - 1 - torch.arange(p.sequences, device=device) % p.ratio if each == 1 else p.ratio // 2)
+    sequence = torch.arange(p.sequences, device=device).repeat_interleave(sizes, output_size=p.m)
+    cu_seqlens = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
+    positions = torch.arange(p.m, device=device) - cu_seqlens[sequence] + (starts + 0 * sizes)[sequence]
+    completes = (positions + 1) % p.ratio == 0
+    pages = p.m // p.page_size + 2
+    free = torch.randperm(pages * p.page_size, generator=gen, device=device)[: p.m]
+    both = torch.randn(p.m, 2 * width, generator=gen, device=device)
+    both[:, width::3] *= 30
+    both[:, 5:width:64] = 0
+    both = both.to(TORCH_DTYPES[p.x])
+    ape = torch.randn(p.ratio, width, generator=gen, device=device)
+    weight = (1 + 0.2 * torch.randn(p.head_dim, generator=gen, device=device)).to(TORCH_DTYPES[p.weight])
+    table = torch.rand(far + p.m + 2 * p.ratio, p.rope_dim, generator=gen, device=device) * 2 - 1
+    old = torch.randn(p.sequences, p.overlaps * p.ratio, 2, width, generator=gen, device=device)
+    cache: Any
+    if name == p.format:
+        page_bytes = kv_layout(name, p.page_size, p.head_dim, p.rope_dim).page_bytes  # type: ignore[arg-type]
+        data = torch.empty(pages, page_bytes, dtype=torch.uint8, device=device)
+        cache = PagedCache(data, name, p.page_size, p.head_dim, p.rope_dim)  # type: ignore[arg-type]
+    else:
+        page_bytes = index_layout(name, p.page_size, p.head_dim).page_bytes  # type: ignore[arg-type]
+        data = torch.empty(pages, page_bytes, dtype=torch.uint8, device=device)
+        cache = IndexCache(data, name, p.page_size, p.head_dim)  # type: ignore[arg-type]
+    state = old.clone()
+    integers = {
+        "positions": positions,
+        "sequence_ids": sequence,
+        "cu_seqlens": cu_seqlens,
+        "state_slots": torch.randperm(p.sequences, generator=gen, device=device),
+        "slots": torch.where(completes, free, -1),
+    }
+    integers = {key: t.int() for key, t in integers.items()}
+    rows = (both[:, :width], both[:, width:], ape, weight, table, EPS)
+    operands = (*rows, state, *integers.values(), p.ratio, bool(p.hadamard))
+
+    def reference_on(state: Tensor, cache: Any) -> None:
+        reference.compress_kv(*rows, state, cache, **integers, ratio=p.ratio, hadamard=bool(p.hadamard))
+
+    def poison() -> None:
+        state.copy_(old)
+        data.fill_(0xFF)
+
+    def verify() -> None:
+        want, pages = old.clone(), replace(cache, data=torch.full_like(data, 0xFF))
+        reference_on(want, pages)
+        assert_same_bytes(data, pages.data, "cache")
+        assert_same_bytes(state, want, "ring")
+
+    return Case(p, operands, cache, (), poison, verify, lambda: reference_on(state, cache))
+
+
 def _index_topk_case(p: IndexTopkProblem, gen: torch.Generator) -> Case:
     """Every entry visible; every 16th query with scores that are equal, rising, zero or not finite."""
     device, ratio, sequences = gen.device, 4, min(p.m, 4)
@@ -386,6 +462,167 @@ def _index_topk_case(p: IndexTopkProblem, gen: torch.Generator) -> Case:
     return Case(
         p, operands, out, (), partial(out.fill_, -2), lambda: assert_same_bytes(out, eager(), "slots"), eager
     )
+
+
+def _route_case(p: RouteProblem, gen: torch.Generator) -> Case:
+    """Every eighth token has logits or biased scores that tie, or logits whose scores are nearly or quite zero."""
+    device = gen.device
+    logits = 3 * torch.randn(p.m, p.experts, generator=gen, device=device)
+    logits[7::24] = logits[7::24].round()
+    logits[15::24] = logits[15::24].round() * 40 - 80
+    logits[23::24] = 0.0
+    logits = logits.to(TORCH_DTYPES[p.x])
+    bias = token_ids = table = None
+    if p.choice == "bias":
+        bias = (torch.randn(p.experts, generator=gen, device=device) * 4).round() / 16
+    elif p.choice == "table":
+        table = torch.randint(p.experts, (4096, p.topk), generator=gen, device=device, dtype=torch.int32)
+        token_ids = torch.randint(4096, (p.m,), generator=gen, device=device)
+    ids = torch.empty(p.m, p.topk, dtype=torch.int32, device=device)
+    out = ids, torch.empty(p.m, p.topk, device=device)
+    eager = partial(
+        reference.route, logits, topk=p.topk, scale=2.5, bias=bias, token_ids=token_ids, table=table
+    )  # fmt: skip
+
+    def poison() -> None:
+        out[0].fill_(-7)
+        out[1].fill_(torch.nan)
+
+    def verify() -> None:
+        for name, got, want in zip(("ids", "weights"), out, eager(), strict=True):
+            assert_same_bytes(got, want, name)
+
+    return Case(p, (logits, bias, token_ids, table, 2.5), out, (), poison, verify, eager)
+
+
+def random_choices(m: int, topk: int, experts: int, gen: torch.Generator) -> Tensor:
+    """Different experts a token, int32 [m, topk]; every fourth token takes the first ones, every 50th slot none."""
+    ids = torch.rand(m, experts, generator=gen, device=gen.device).topk(topk).indices.int()
+    ids[3::4] = torch.arange(topk, device=gen.device, dtype=torch.int32)
+    ids.view(-1)[49::50] = -1
+    return ids
+
+
+def _permute_case(p: PermuteProblem, gen: torch.Generator) -> Case:
+    ids = random_choices(p.m, p.topk, p.experts, gen)
+    order = torch.empty(p.m * p.topk, dtype=torch.int32, device=gen.device)
+    out = order, torch.empty(p.experts + 1, dtype=torch.int32, device=gen.device)
+    eager = partial(reference.permute, ids, p.experts)
+
+    def verify() -> None:
+        for name, got, want in zip(("order", "offsets"), out, eager(), strict=True):
+            assert_same_bytes(got, want, name)
+
+    return Case(p, (ids, p.experts), out, (), lambda: [x.fill_(-7) for x in out], verify, eager)
+
+
+def _combine_case(p: CombineProblem, gen: torch.Generator) -> Case:
+    """Slots of no expert hold NaN, as rows that no GEMM has written may."""
+    experts = max(256, p.topk)
+    ids = random_choices(p.m, p.topk, experts, gen)
+    order, _ = reference.permute(ids, experts)
+    y = random_activations((p.m * p.topk, p.k), gen, TORCH_DTYPES[p.x])
+    y[ids.view(-1)[order.long()] < 0] = torch.nan
+    weights = torch.rand(p.m, p.topk, generator=gen, device=gen.device)
+    shared = random_activations((p.m, p.k), gen, y.dtype) if p.shared else None
+    out = torch.empty(p.m, p.k, dtype=y.dtype, device=gen.device)
+    eager = partial(reference.combine, y, order, ids, weights, shared=shared)
+
+    def verify() -> None:
+        assert_same_bytes(out, eager(), "out")
+
+    return Case(p, (y, order, ids, weights, shared), out, (), partial(out.fill_, torch.nan), verify, eager)
+
+
+def _sample_case(p: SampleProblem, gen: torch.Generator) -> Case:
+    """Greedy rows, whole distributions and nuclei in turn; every 16th row of logits has few different ones."""
+    device = gen.device
+    logits = (3 * torch.randn(p.m, p.vocab, generator=gen, device=device)).to(TORCH_DTYPES[p.x])
+    logits[15::16] = logits[15::16].round()
+    turn = torch.arange(p.m, device=device) % 4
+    temperature = torch.tensor([1.0, 0.0, 0.7, 1.5], device=device)[turn]
+    top_p = torch.tensor([1.0, 1.0, 0.95, 0.6], device=device)[turn]
+    operands = (logits, temperature, top_p, torch.rand(p.m, generator=gen, device=device))
+    out = torch.empty(p.m, dtype=torch.int64, device=device)
+    eager = partial(reference.sample, *operands)
+
+    def verify() -> None:
+        for rows in torch.arange(p.m).split(64):
+            some = slice(int(rows[0]), int(rows[-1]) + 1)
+            assert_same_bytes(out[some], reference.sample(*(x[some] for x in operands)), f"rows from {some.start} on")
+
+    return Case(p, operands, out, (), partial(out.fill_, -7), verify, eager)
+
+
+def _heads_case(p: QnormRopeProblem | RopeInverseProblem | RopeInverseQuantizeProblem, gen: torch.Generator) -> Case:
+    dtype = TORCH_DTYPES[p.x]
+    x = random_activations((p.m, p.heads, p.head_dim), gen, dtype)
+    positions, table = _positions(p.m, p.rope_dim, gen)
+    if isinstance(p, RopeInverseQuantizeProblem):
+        return _rope_inverse_quantize_case(p, x, positions, table)
+    out = torch.empty_like(x)
+    eps = (EPS,) if isinstance(p, QnormRopeProblem) else ()
+    op: Callable[..., Tensor] = reference.qnorm_rope if isinstance(p, QnormRopeProblem) else reference.rope_inverse
+
+    def verify() -> None:
+        for tokens in torch.arange(p.m).split(VERIFIED_TOKENS):
+            some = slice(int(tokens[0]), int(tokens[-1]) + 1)
+            assert_same_bytes(out[some], op(x[some], positions[some], table, *eps), f"tokens from {some.start} on")
+
+    return Case(p, (x, positions, table, *eps), out, (), partial(out.fill_, torch.nan), verify)
+
+
+def _rope_inverse_quantize_case(p: RopeInverseQuantizeProblem, o: Tensor, positions: Tensor, table: Tensor) -> Case:
+    alpha = torch.tensor(0.01, device=o.device)
+    out = NVFP4Tensor.empty((p.groups, p.m, p.k), alpha, p.sf_layout)
+
+    def verify() -> None:
+        linear = out.with_sf_layout("linear")
+        assert_same_bytes(out.sf, linear.with_sf_layout(p.sf_layout).sf, "padding of sf")
+        for tokens in torch.arange(p.m).split(VERIFIED_TOKENS):
+            some = slice(int(tokens[0]), int(tokens[-1]) + 1)
+            want = reference.rope_inverse_quantize(
+                o[some], positions[some], table, groups=p.groups, alpha=alpha, rule=p.rule
+            )
+            assert_same_bytes(linear.sf[:, some], want.sf, f"sf, tokens from {some.start} on")
+            assert_same_bytes(linear.data[:, some], want.data, f"data, tokens from {some.start} on")
+
+    return Case(p, (o, positions, table, p.groups, alpha), out, (p.rule,), lambda: _poison(out), verify)
+
+
+def _kv_norm_rope_insert_case(p: KvNormRopeInsertProblem, gen: torch.Generator) -> Case:
+    device, dtype = gen.device, TORCH_DTYPES[p.x]
+    kv = random_activations((p.m, p.head_dim), gen, dtype)
+    weight = (1 + 0.2 * torch.randn(p.head_dim, generator=gen, device=device)).to(dtype)
+    positions, table = _positions(p.m, p.rope_dim, gen)
+    geometry = (p.format, p.page_size, p.head_dim, p.rope_dim)
+    pages = p.m // p.page_size + 2
+    slots = torch.randperm(pages * p.page_size, generator=gen, device=device)[: p.m].int()
+    slots[7:8] = -1
+    cache = PagedCache(
+        torch.empty(pages, kv_layout(*geometry).page_bytes, dtype=torch.uint8, device=device), *geometry
+    )
+
+    def verify() -> None:
+        want = PagedCache(torch.full_like(cache.data, 0xFF), *geometry)
+        reference.kv_norm_rope_insert(kv, weight, positions, table, EPS, want, slots)
+        assert_same_bytes(cache.data, want.data, "cache")
+
+    operands = (kv, weight, positions, table, EPS, slots)
+    return Case(p, operands, cache, (), partial(cache.data.fill_, 0xFF), verify)
+
+
+def _positions(m: int, rope_dim: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Positions int32 [m], the last there is among them, and the table that they are of."""
+    positions = torch.randint(0, POSITIONS, (m,), generator=gen, device=gen.device, dtype=torch.int32)
+    positions[-1:] = POSITIONS - 1
+    return positions, _rope_table(rope_dim, gen.device)
+
+
+@functools.cache
+def _rope_table(rope_dim: int, device: torch.device) -> Tensor:
+    frequencies = reference.rope_frequencies(rope_dim, 160000.0, factor=16.0, original_max_position=65536)
+    return reference.rope_table(frequencies.to(device), POSITIONS)
 
 
 def _poison(t: NVFP4Tensor) -> None:

@@ -95,22 +95,22 @@ def _choose(
     for c in tl.static_range(CHUNKS):
         at = c * CHUNK + cols
         inside = in_rows[:, None] & (at < E)[None, :]
-        keys += (_keys(logits_ptr, stride_m, bias_ptr, rows, at, inside, E, BIASED),)
+        keys += (_keys(logits_ptr, stride_m, bias_ptr, rows, at, inside, E, BIASED),)  # type: ignore[assignment]
     choice = tl.arange(0, CHOICES)
     ids = tl.full((ROWS, CHOICES), 0, tl.int32)
     for j in tl.static_range(TOPK):
-        most = keys[0]
+        most = keys[0]  # type: ignore[misc]
         for c in tl.static_range(1, CHUNKS):
             most = tl.maximum(most, keys[c])
         best = tl.max(most, axis=1)[:, None]
-        where = tl.where(keys[0] == best, cols[None, :], LARGEST)
+        where = tl.where(keys[0] == best, cols[None, :], LARGEST)  # type: ignore[misc]
         for c in tl.static_range(1, CHUNKS):
             where = tl.minimum(where, tl.where(keys[c] == best, c * CHUNK + cols[None, :], LARGEST))
         expert = tl.min(where, axis=1)[:, None]
         ids = tl.where(choice[None, :] == j, expert, ids)
         left = ()
         for c in tl.static_range(CHUNKS):
-            left += (tl.where(c * CHUNK + cols[None, :] == expert, TAKEN, keys[c]),)
+            left += (tl.where(c * CHUNK + cols[None, :] == expert, TAKEN, keys[c]),)  # type: ignore[assignment]
         keys = left
     return ids
 

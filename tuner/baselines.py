@@ -80,7 +80,8 @@ def _eager(case: Case) -> Callable[[], object]:
     if isinstance(p, RopeInverseProblem):
         return lambda: reference.rope_inverse(*x)
     if isinstance(p, KvNormRopeInsertProblem):
-        return lambda: reference.kv_norm_rope_insert(*x[:5], case.out, x[5])
+        kv, weight, at, table, eps, slots = x
+        return lambda: reference.kv_norm_rope_insert(kv, weight, at, table, eps, case.out, slots)
     if isinstance(p, RopeInverseQuantizeProblem):
         o, at, table, groups, alpha = x
         given: dict[str, Any] = {"groups": groups, "alpha": alpha, "sf_layout": p.sf_layout, "rule": p.rule}

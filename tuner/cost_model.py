@@ -22,18 +22,24 @@ from typing import Any
 from fp4suite.built import Resources
 from fp4suite.problem import (
     ELEMENT_BYTES,
+    CombineProblem,
     DequantProblem,
     GemmProblem,
-    Problem,
     HyperConnectionHeadProblem,
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
     HyperConnectionPreProblem,
     KvNormRopeInsertProblem,
     PermuteProblem,
+    Problem,
+    QnormRopeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
+    RopeInverseProblem,
+    RopeInverseQuantizeProblem,
+    RouteProblem,
+    SampleProblem,
     SwigluQuantizeProblem,
 )
 
@@ -46,7 +52,13 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     QuantizeFp8Problem.op: 6,
     RmsnormQuantizeProblem.op: 16,
     SwigluQuantizeProblem.op: 30,
+    QnormRopeProblem.op: 22,  # SASS of one program, by its elements; so the next three
+    KvNormRopeInsertProblem.op: 42,
+    RopeInverseProblem.op: 7,
+    RopeInverseQuantizeProblem.op: 36,
 }
+SCORE_INSTRUCTIONS, ROUND_INSTRUCTIONS = 55, 6  # of an expert's score, and in each round of the choice; from SASS
+SAMPLE_INSTRUCTIONS = 100  # a logit, in the three launches that read it
 MSE_INSTRUCTIONS = 60  # more, for the rule that tries several scales
 SM90_TILE_US = 0.5  # decode, barrier, MMA of one tile of K; measured on an H100 at m=1: 20 us for 32, 29 us for 56
 SM100_EPILOGUE_INSTRUCTIONS = {"bf16": 1.5, "fp32": 1.9, "nvfp4": 5.7}  # a number of d: counted in SASS, one alpha
@@ -191,14 +203,18 @@ def work(problem: Problem, config: Any, arch: str, resources: Resources | None =
 
 
 def _rows(problem: Any, config: Any, arch: str, resources: Resources | None) -> Work:
-    """A memory-bound kernel: one program a [block_m, block_k] tile of the output; without block_k, whole rows."""
-    block_m = getattr(config, "block_m", 1)
-    block_k = min(getattr(config, "block_k", None) or problem.k, problem.k)
-    ctas = math.ceil(problem.m / block_m) * math.ceil(problem.k / block_k)
+    """A memory-bound kernel: one program a [block_m, block_k] tile of the output; without block_k, whole rows.
+
+    block_h: heads of a token in place of columns. groups: so many matrices.
+    """
+    block_m, groups = getattr(config, "block_m", 1), getattr(problem, "groups", 1)
+    block_k = config.block_h * problem.head_dim if hasattr(config, "block_h") else getattr(config, "block_k", None)
+    block_k = min(block_k or problem.k, problem.k)
+    ctas = math.ceil(problem.m / block_m) * math.ceil(problem.k / block_k) * groups
     threads = 32 * config.num_warps
     elements = block_m * block_k
     many = dataclasses.replace(problem, m=1 << 20)  # where what all rows share, such as a norm's weight, counts nothing
-    cta_bytes = elements * many.bytes / (many.m * many.k)
+    cta_bytes = elements * many.bytes / (many.m * many.k * groups)
     instructions = INSTRUCTIONS[problem.op] + (MSE_INSTRUCTIONS if getattr(problem, "rule", "") == "mse" else 0)
     return Work(
         ctas=ctas,
@@ -209,22 +225,6 @@ def _rows(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
     )
 
 
-def _gemm(problem: GemmProblem, config: Any, arch: str, resources: Resources | None) -> Work:
-    """Tiles of the output, all of k (or a split of it) a CTA, operands through a ring of stages."""
-    p = problem
-    if hasattr(config, "warps_k"):
-        return _skinny(problem, config)
-    if hasattr(config, "mma_ctas"):
-        return _block_scaled(problem, config, MACHINES[arch])
-    tile_m, tile_n = getattr(config, "tile_m", 128), config.tile_n
-    tile_k, split = getattr(config, "tile_k", 256), getattr(config, "split_k", 1)
-    cluster_m, cluster_n = getattr(config, "cluster_m", 1), getattr(config, "cluster_n", 1)
-    tiles_m, tiles_n = math.ceil(p.m / tile_m), math.ceil(p.n / tile_n)
-    ctas = math.ceil(tiles_m / cluster_m) * cluster_m * math.ceil(tiles_n / cluster_n) * cluster_n * split
-    k = math.ceil(p.k / (tile_k * split)) * tile_k
-    a_bytes = 2.0 if p.act == "bf16" else NVFP4_BYTES
-    # rows past m and n cost no traffic (TMA does not read them, cp.async finds them in L1), but the MMA computes them
-    rows, columns = min(tile_m, p.m), min(tile_n, p.n)
 def _site(problem: HyperConnectionPostProblem, config: Any, arch: str, resources: Resources | None) -> Work:
     """A program block_d columns of all streams."""
     p, threads = problem, 32 * config.num_warps
@@ -318,6 +318,22 @@ def _moved(ctas: int, cta_bytes: float, num_warps: int, instructions: float, *, 
     )
 
 
+def _gemm(problem: GemmProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """Tiles of the output, all of k (or a split of it) a CTA, operands through a ring of stages."""
+    p = problem
+    if hasattr(config, "warps_k"):
+        return _skinny(problem, config)
+    if hasattr(config, "mma_ctas"):
+        return _block_scaled(problem, config, MACHINES[arch])
+    tile_m, tile_n = getattr(config, "tile_m", 128), config.tile_n
+    tile_k, split = getattr(config, "tile_k", 256), getattr(config, "split_k", 1)
+    cluster_m, cluster_n = getattr(config, "cluster_m", 1), getattr(config, "cluster_n", 1)
+    tiles_m, tiles_n = math.ceil(p.m / tile_m), math.ceil(p.n / tile_n)
+    ctas = math.ceil(tiles_m / cluster_m) * cluster_m * math.ceil(tiles_n / cluster_n) * cluster_n * split
+    k = math.ceil(p.k / (tile_k * split)) * tile_k
+    a_bytes = 2.0 if p.act == "bf16" else NVFP4_BYTES
+    # rows past m and n cost no traffic (TMA does not read them, cp.async finds them in L1), but the MMA computes them
+    rows, columns = min(tile_m, p.m), min(tile_n, p.n)
     loaded = (
         rows * a_bytes / cluster_n + columns * NVFP4_BYTES / cluster_m
     ) * k  # multicast shares a tile in a cluster
@@ -413,7 +429,8 @@ def _wgmma_us(p: GemmProblem, config: Any, machine: Machine) -> float:
 
     The constants are fitted to 12,000 timings of it on an H100 (nine weight shapes, m of 1 to 8192, 700 configs): 9 %
     rms, and the best of the eight configs that rank first is 1.3 % behind the best of all on average. For
-    gemm_nvfp4_sm90_fp8 they are estimates: half the cycles of an MMA, more instructions, from counting them in SASS.
+    gemm_nvfp4_sm90_fp8: half the cycles of an MMA, instructions counted in SASS, and factors fitted to 832 timings (22
+    configs, 16 weight shapes, m of 256 to 8192), of which the best of the five that rank first is at most 1 % behind.
     """
     c = config
     cluster, clock = c.share * c.split, 1700.0  # cycles a microsecond under load
@@ -433,11 +450,13 @@ def _wgmma_us(p: GemmProblem, config: Any, machine: Machine) -> float:
         leave = 1.5 * through + (1.8 if c.split > 1 else 0.0)
     else:
         leave = 1.75 + 0.3 * tokens * c.tile_n / 1e4
-    if p.act == "bf16" and c.tail > 1 and 0 < ctas % (sms * c.blocks) <= sms * c.blocks // 2:
+    if c.tail > 1 and 0 < ctas % (sms * c.blocks) <= sms * c.blocks // 2:
         rounds -= 0.5  # what two CTAs swap is about what each does not store
     dram = p.bytes / (0.965 * machine.dram * 1e3)
     us = 1.2 + _norm(dram, rounds * _norm(compute, ingest)) + leave * rounds
-    return us * _wgmma_habits(c, rounds <= 1) if p.act == "bf16" and p.m > 128 else us
+    if p.act == "fp8":
+        return us * _fp8_habits(c)
+    return us * _wgmma_habits(c, rounds <= 1) if p.m > 128 else us
 
 
 def _wgmma_habits(c: Any, one_wave: bool) -> float:
@@ -450,10 +469,20 @@ def _wgmma_habits(c: Any, one_wave: bool) -> float:
     factor = {64: 1.16, 128: 1.07, 192: 0.96, 256: 1.0}.get(c.tile_m, 1.16)
     factor *= 1.23 if in_flight <= 256 else 1.12 if in_flight <= 384 else 1.0
     factor *= 1.07 if c.paired == 2 and c.tile_m <= 128 else 1.0
+    factor *= 0.95 if c.ahead and c.tile_m <= 128 else 1.0  # 210 timings of both
     factor *= 1.07 if c.share == 2 and one_wave and c.split == 1 else 1.0
     factor *= 1.07 if c.groups_k > 1 else 1.0
     factor *= (1.1 if c.tile_m == 192 else 0.88) if c.groups == 1 else 1.0
     return float(factor)
+
+
+def _fp8_habits(c: Any) -> float:
+    """What `_wgmma_us` leaves out for the FP8 kernel."""
+    factor = {64: 0.92, 128: 0.93, 192: 1.02, 256: 1.14}.get(c.tile_m, 1.0)
+    factor *= 1.15 if c.blocks > 1 and c.groups_k > 1 else 1.0
+    factor *= 1.02 if c.share > 1 else 1.0
+    factor *= 1.03 if c.promote < 4 and c.tile_m <= 192 and c.groups_k == 1 else 1.0
+    return factor
 
 
 def _norm(*times: float) -> float:
@@ -470,7 +499,6 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     QuantizeFp8Problem: _rows,
     RmsnormQuantizeProblem: _rows,
     SwigluQuantizeProblem: _rows,
-}
     RouteProblem: _route,
     PermuteProblem: _permute,
     CombineProblem: _combine,
@@ -483,3 +511,4 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     KvNormRopeInsertProblem: _rows,
     RopeInverseProblem: _rows,
     RopeInverseQuantizeProblem: _rows,
+}
