@@ -16,6 +16,7 @@ operands and the sums:
 
 import functools
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -209,10 +210,13 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
 def default(problem: GemmProblem) -> Config:
     """A config for a problem that nobody has tuned, after what was best for V4's shapes on an H100."""
     m, rows = problem.m, problem.n // TILE
-    if m > MMA_TOKENS and -(-m // 256) * -(-rows // 2) > SM_COUNT:
-        return Config(tile_m=256)
-    small = next((t for t in SPACE["tile_m"] if t >= m), MMA_TOKENS)
-    tiles = ((256, 2, 1), (MMA_TOKENS, 1, 2), (TILE, 1, 2)) if m > MMA_TOKENS else ((small, 1, 2), (small, 1, 1))
+    large = [c for c in (Config(tile_m=256), Config(tile_m=192, promote=4)) if 3 * m > 2 * c.tile_m]
+    waves = {c: -(-m // c.tile_m) * -(-rows // c.groups_n) / SM_COUNT for c in large}
+    full = [c for c in large if waves[c] > 1 and supports(problem, c) is None]
+    if full:
+        return min(full, key=lambda c: math.ceil(waves[c]) * c.tile_m)
+    small = next((t for t in SPACE["tile_m"] if t >= m), 128)
+    tiles = ((256, 2, 1), (128, 1, 2), (64, 1, 2)) if m > 128 else ((small, 1, 2), (small, 1, 1))
     wanted = [
         Config(tile_m=tile_m, groups_n=groups_n, groups_k=groups_k, split=split)
         for split in SPACE["split"]
@@ -231,18 +235,24 @@ def arithmetic(problem: GemmProblem, config: Config) -> str:
     """In which order an element's products are summed. Stages, share and the tile's size have no part in it."""
     if config.tail > 1:
         return f"as tiles of {config.tile_m} x {config.tile_n} fall into the last wave of m={problem.m}"
+    runs = f"in runs of {STEP * config.promote}"
     if not config.reduces:
-        return INVARIANT
-    parts = f"{config.split} parts of {-(-problem.k // (STEP * config.split)) * STEP}, in runs of 128"
+        return f"one sum in the order of k, {runs}"
+    parts = f"{config.split} parts of {-(-problem.k // (STEP * config.split)) * STEP}, {runs}"
     return parts if config.groups_k == 1 else f"{parts} to {config.groups_k} sums by turns"
 
 
 def in_arithmetic(problem: GemmProblem, wanted: str) -> Config | None:
     """The default among configs of this arithmetic."""
     first = default(problem)
-    tiles = (tile_m for tile_m in (256, 128, 64, 32, 16) if tile_m <= first.tile_m)
-    parts = itertools.product(tiles, (first.groups_n, 1), SPACE["groups_k"], SPACE["split"])
-    configs = (Config(tile_m=t, groups_n=n, groups_k=groups, split=split) for t, n, groups, split in parts)
+    tiles = (tile_m for tile_m in sorted(SPACE["tile_m"], reverse=True) if tile_m <= first.tile_m)
+    parts = itertools.product(
+        tiles, (first.groups_n, 1), SPACE["groups_k"], SPACE["split"], sorted(SPACE["promote"], reverse=True)
+    )
+    configs = (
+        Config(tile_m=t, groups_n=n, groups_k=groups, split=split, promote=promote)
+        for t, n, groups, split, promote in parts
+    )
     return next((c for c in configs if arithmetic(problem, c) == wanted and supports(problem, c) is None), None)
 
 
@@ -529,8 +539,8 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
     def add_steps(self, acc, ring, base, count, factor, tokens, group_n, group_k, thread, shared):
         """Add the products of this warpgroup's steps of a tile to acc.
 
-        Half of a step is decoded while the other is multiplied, in two parts: what needs no registers of an MMA under way
-        (`fetch`), and the rest once those are free. The sums of a run of tokens are added when it is done.
+        Half of a step is decoded while the other is multiplied, in two parts: what needs no registers of an MMA that
+        runs (`fetch_half`), and the rest once those are free. Sums of a run of tokens are added when it is done.
         """
         c, (sA, _, _, full, empty), (mScale, m0, scales) = self.config, ring, tokens
         lane = thread % 32
@@ -546,9 +556,9 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         cute.arch.mbarrier_wait(full + slot, phase)
         for i in cutlass.range_constexpr(cute.size(scales)):  # only now what comes before this kernel has surely ended
             scales[i] = mScale[cutlass.min(m0 + i * WARPGROUP + thread, mScale.shape - 1)]
-        self.fetch(ring, slot, group_n, 0, thread, factor, packed)
-        self.decode(packed, frag[0])
-        self.fetch(ring, slot, group_n, 1, thread, factor, packed)
+        self.fetch_half(ring, slot, group_n, 0, thread, factor, packed)
+        self.decode_half(packed, frag[0])
+        self.fetch_half(ring, slot, group_n, 1, thread, factor, packed)
         for i in cutlass.range(group_k, count, c.groups_k, unroll=1):
             now, first, last = slot, Boolean(True), Boolean(True)
             if cutlass.const_expr(c.promote > 1):
@@ -570,15 +580,15 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                             warpgroup.wait_group(1)
                             if not first:
                                 self.release(empty + before, lane, shared)
-                        self.decode(packed, frag[1])
+                        self.decode_half(packed, frag[1])
                 if cutlass.const_expr(run + 1 == c.runs):  # noqa: SIM102  (one is decided when compiling)
                     if i + c.groups_k < count:
                         slot, phase = self.advance(slot, phase, c.groups_k)
                         cute.arch.mbarrier_wait(full + slot, phase)
-                        self.fetch(ring, slot, group_n, 0, thread, factor, packed)
+                        self.fetch_half(ring, slot, group_n, 0, thread, factor, packed)
                         warpgroup.wait_group(1)
-                        self.decode(packed, frag[0])
-                        self.fetch(ring, slot, group_n, 1, thread, factor, packed)
+                        self.decode_half(packed, frag[0])
+                        self.fetch_half(ring, slot, group_n, 1, thread, factor, packed)
                 if last:
                     warpgroup.wait_group(0)
                     if cutlass.const_expr(run + 1 == c.runs):
@@ -588,7 +598,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                         acc[at] = add_here(acc[at], fresh[e])
             before = now
 
-    def fetch(self, ring, stage, group_n, half: int, thread, factor, packed):
+    def fetch_half(self, ring, stage, group_n, half: int, thread, factor, packed):
         """This thread's part of 64 weight rows x 64 of K: the codes of a block of 16 of row g and of one of row g + 8,
         and both blocks' tables."""
         _, sCodes, sScales, _, _ = ring
@@ -603,8 +613,8 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         for row in range(2):
             packed[4 + 2 * row], packed[5 + 2 * row] = table(scales, row)
 
-    def decode(self, packed, frag):  # type: ignore[override]
-        """What `fetch` found in E4M3, as WGMMA takes it."""
+    def decode_half(self, packed, frag):
+        """What `fetch_half` found in E4M3, as WGMMA takes it."""
         words = cute.recast_tensor(frag, Uint32)
         for row in range(2):
             for j in range(2):

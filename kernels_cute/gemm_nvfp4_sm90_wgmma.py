@@ -21,7 +21,7 @@ and one of 8 bytes of scales, and tiles that follow each other along K are neigh
 import functools
 import itertools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -112,7 +112,8 @@ class Config:
     @property
     def ahead(self) -> bool:
         """Whether scales are decoded before the MMA whose registers the result takes is done."""
-        return self.tile_m >= 64 and self.tile_k * self.strips > TILE
+        room = self.wide or registers_at_launch(self.blocks * self.threads) >= 80 + self.tile_m * self.strips // 2
+        return room and self.tile_m >= 64 and self.tile_k * self.strips > TILE
 
     @property
     def turn(self) -> int:
@@ -154,12 +155,27 @@ def stage_bytes(config: Config) -> int:
     return weights + config.tile_m * config.tile_k * 2
 
 
-def pitch(config: Config) -> int:
+class Tile(Protocol):
+    """What of a config the way of the sums depends on."""
+
+    @property
+    def tile_m(self) -> int: ...
+    @property
+    def tile_n(self) -> int: ...
+    @property
+    def groups_n(self) -> int: ...
+    @property
+    def groups_k(self) -> int: ...
+    @property
+    def reduces(self) -> bool: ...
+
+
+def pitch(config: Tile) -> int:
     """Numbers between two tokens' sums: eight lanes of four tokens touch every bank once."""
     return config.tile_n + 4
 
 
-def store_bytes(config: Config, out: str) -> int:
+def store_bytes(config: Tile, out: str) -> int:
     """Shared memory through which the sums of a tile leave."""
     if config.reduces:
         return config.groups_k * config.tile_m * pitch(config) * 4
