@@ -20,7 +20,7 @@ from fp4suite.formats import BLOCK as _BLOCK, MX_BLOCK as _MX_BLOCK, IndexCache,
 from fp4suite.reference import cache as reference
 
 from .nvfp4 import AMAX_TO_ALPHA, BLOCK, pack_e2m1, quantize_blocks
-from .rounding import bf16_bits, bf16_round, e4m3_bits, e8m0_of_6, e8m0_of_448, e8m0_reciprocal, largest
+from .rounding import bf16_bits, e4m3_bits, e8m0_of_6, e8m0_of_448, e8m0_reciprocal, largest, rounded
 
 MX_BLOCK = tl.constexpr(_MX_BLOCK)
 FP8_GROUP = tl.constexpr(reference.FP8_GROUP)
@@ -43,11 +43,9 @@ def constants(cache: PagedCache | IndexCache) -> dict[str, Any]:
 
 
 def refuse(format: str, head_dim: int, rope_dim: int) -> str | None:
-    """Why rows of a format cannot be stored, or None. Two-byte numbers have to lie at even addresses."""
+    """Why rows of a format cannot be stored, or None. BF16 dims have to lie at even addresses."""
     if format == "nvfp4" and (head_dim - rope_dim) % (2 * _BLOCK):
         return f"nvfp4 rows are stored with a multiple of {2 * _BLOCK} dims beside RoPE, got {head_dim - rope_dim}"
-    if head_dim % 2 or rope_dim % 2:
-        return f"rows are stored with an even number of dims, got head_dim={head_dim} rope_dim={rope_dim}"
     return None
 
 
@@ -74,16 +72,16 @@ def store(
         _store_bf16(y, pairs, stored, cache_ptr, 0, HEAD_DIM, PADDED)
     elif FORMAT == "fp8_ds_mla":
         _store_bf16(y, pairs - NOPE // 2, stored, cache_ptr, NOPE, HEAD_DIM, PADDED)
-        _store_fp8_groups(bf16_round(y), rows, scales, stored, cache_ptr, NOPE, SCALE_BYTES, ROWS, PADDED)
+        _store_fp8_groups(rounded(y, tl.bfloat16), rows, scales, stored, cache_ptr, NOPE, SCALE_BYTES, ROWS, PADDED)
     elif FORMAT == "nvfp4":
         START: tl.constexpr = NOPE // 2 + NOPE // BLOCK + 4  # where the BF16 dims begin
         _store_bf16(y, pairs + (START // 2 - NOPE), stored, cache_ptr, NOPE, HEAD_DIM, PADDED)
-        _store_nvfp4(bf16_round(y), rows, stored, cache_ptr, NOPE, E2M1_CVT, ROWS, PADDED)
+        _store_nvfp4(rounded(y, tl.bfloat16), rows, stored, cache_ptr, NOPE, E2M1_CVT, ROWS, PADDED)
     elif FORMAT == "index_fp8":
-        _store_fp8_rows(bf16_round(y), rows, scales, stored, cache_ptr, HEAD_DIM, ROWS, PADDED)
+        _store_fp8_rows(rounded(y, tl.bfloat16), rows, scales, stored, cache_ptr, HEAD_DIM, ROWS, PADDED)
     else:
         tl.static_assert(FORMAT == "index_mxfp4", "unknown cache format")
-        _store_mxfp4(bf16_round(y), rows, scales, stored, cache_ptr, HEAD_DIM, E2M1_CVT, ROWS, PADDED)
+        _store_mxfp4(rounded(y, tl.bfloat16), rows, scales, stored, cache_ptr, HEAD_DIM, E2M1_CVT, ROWS, PADDED)
 
 
 @triton.jit
@@ -168,9 +166,10 @@ def _store_nvfp4(
     """Codes of the first NOPE columns, their block scales, and the row's alpha in FP32."""
     BLOCKS: tl.constexpr = PADDED // BLOCK
     cols, pairs, blocks = tl.arange(0, PADDED), tl.arange(0, PADDED // 2), tl.arange(0, BLOCKS)
-    y = tl.where((cols < NOPE)[None, :], y, 0.0)
-    alpha = tl.div_rn(largest(y, 1).to(tl.float32, bitcast=True), AMAX_TO_ALPHA)  # [ROWS]
-    packed, byte = quantize_blocks(y.reshape(ROWS, BLOCKS, BLOCK), alpha[:, None], "absmax", ROWS, BLOCKS, E2M1_CVT)
+    y = tl.where((cols < NOPE)[None, :], y, 0.0).reshape(ROWS, BLOCKS, BLOCK)
+    # by way of the blocks' maxima: so alpha lies where the blocks' scales are computed, each in one thread
+    alpha = tl.div_rn(tl.max(largest(y, 2), axis=1).to(tl.float32, bitcast=True), AMAX_TO_ALPHA)  # [ROWS]
+    packed, byte = quantize_blocks(y, alpha[:, None], "absmax", ROWS, BLOCKS, E2M1_CVT)
     at = cache_ptr + rows[:, None]
     mask = stored[:, None] & (pairs < NOPE // 2)[None, :]
     tl.store(at + pairs[None, :], packed.reshape(ROWS, PADDED // 2), mask=mask)

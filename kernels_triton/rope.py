@@ -6,8 +6,26 @@ operation is rounded on its own, so that a row has the reference's bits: compile
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import host
 from .nvfp4 import row_sum
+
+
+def refuse_heads(head_dim: int, rope_dim: int, dtype: str) -> str | None:
+    """Why heads of numbers of a type cannot be turned, or None."""
+    if dtype not in host.DTYPES:
+        return f"kernels read {', '.join(host.DTYPES)}, got {dtype}"
+    if head_dim % 2 or rope_dim % 2 or rope_dim > head_dim:
+        return f"RoPE turns pairs of the last of a head's dims, got head_dim={head_dim} rope_dim={rope_dim}"
+    return None
+
+
+def head_strides(x: Tensor) -> tuple[int, int]:
+    """Elements from token to token and from head to head of [m, heads, head_dim], whose dims must be adjacent."""
+    if x.shape[2] > 1 and x.stride(2) != 1:
+        raise ValueError(f"the dims of a head must be contiguous, got strides {x.stride()}")
+    return x.stride(0), x.stride(1)
 
 
 @triton.jit
@@ -18,27 +36,28 @@ def rms_normed(x, eps, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.co
 
 
 @triton.jit
-def load_angles(table_ptr, positions, live, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Cosines and sines of the pairs at positions [N] where live [N]: two of [N, PADDED / 2], the last ROPE_DIM / 2 of
-    HEAD_DIM / 2 pairs in their place."""
-    j = tl.arange(0, PADDED // 2) - (HEAD_DIM - ROPE_DIM) // 2
-    at = table_ptr + positions.to(tl.int64)[:, None] * ROPE_DIM + j[None, :]
-    turned = live[:, None] & ((j >= 0) & (j < ROPE_DIM // 2))[None, :]
+def pair_angles(PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr):
+    """Which angle turns each of a row's first PAIRS pairs of columns; outside of 0 .. ROPE_DIM / 2 - 1, none."""
+    return tl.arange(0, PAIRS) - (HEAD_DIM - ROPE_DIM) // 2
+
+
+@triton.jit
+def load_angles(table_ptr, positions, live, angles, ROPE_DIM: tl.constexpr):
+    """Cosines and sines, two of [N, PAIRS], of `angles` [PAIRS] at positions [N] where live [N]; 0 elsewhere."""
+    at = table_ptr + positions.to(tl.int64)[:, None] * ROPE_DIM + angles[None, :]
+    turned = live[:, None] & ((angles >= 0) & (angles < ROPE_DIM // 2))[None, :]
     return tl.load(at, mask=turned, other=0.0), tl.load(at + ROPE_DIM // 2, mask=turned, other=0.0)
 
 
 @triton.jit
-def turn(
-    x, cos, sin, INVERSE: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
-    ROWS: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """x [ROWS, PADDED] with its last ROPE_DIM of HEAD_DIM columns turned; cos and sin [ROWS or 1, PADDED / 2]."""
-    a, b = tl.split(x.reshape(ROWS, PADDED // 2, 2))
+def turn(x, cos, sin, angles, INVERSE: tl.constexpr, ROPE_DIM: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr):
+    """x [ROWS, 2 PAIRS] with the pairs that have an angle turned; cos and sin [ROWS or 1, PAIRS]."""
+    a, b = tl.split(x.reshape(ROWS, PAIRS, 2))
     if INVERSE:
         c = a * cos + b * sin
         d = b * cos - a * sin
     else:
         c = a * cos - b * sin
         d = b * cos + a * sin
-    still = (tl.arange(0, PADDED // 2) < (HEAD_DIM - ROPE_DIM) // 2)[None, :]
-    return tl.join(tl.where(still, a, c), tl.where(still, b, d)).reshape(ROWS, PADDED)
+    turned = ((angles >= 0) & (angles < ROPE_DIM // 2))[None, :]
+    return tl.join(tl.where(turned, c, a), tl.where(turned, d, b)).reshape(ROWS, 2 * PAIRS)

@@ -1,0 +1,117 @@
+"""RMSNorm, RoPE and the encoding of KV rows, stored in pages of a cache: what lies between wkv's GEMM and attention.
+
+Memory bound: reads 2 bytes a dim (BF16) and writes a row of the cache, 584 bytes in fp8_ds_mla, 384 in nvfp4. One
+program block_m rows, kept in registers from the load to the last store. Few tokens: a chain of two loads (position,
+then angles) and two reductions.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp4suite.built import Built
+from fp4suite.formats import PagedCache, kv_layout
+from fp4suite.problem import KvNormRopeInsertProblem
+
+from . import cache_rows, host
+from .nvfp4 import widen
+from .rope import load_angles, pair_angles, refuse_heads, rms_normed, turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """block_m rows a program. A warp a row: then no sum leaves its warp, and nothing goes through shared memory."""
+
+    block_m: int = 1
+    num_warps: int = 1
+
+
+SPACE = {"block_m": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)}
+
+
+def supports(problem: KvNormRopeInsertProblem, config: Config) -> str | None:
+    """Why this problem cannot run with this config, or None if it can."""
+    return (
+        refuse_heads(problem.head_dim, problem.rope_dim, problem.x)
+        or cache_rows.refuse(problem.format, problem.head_dim, problem.rope_dim)
+        or host.refuse_rows(config.block_m, problem.head_dim, config.num_warps, "absmax")
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _kv_norm_rope_insert(
+    kv_ptr, stride_m, weight_ptr, positions_ptr, table_ptr, eps, slots_ptr, cache_ptr, M, FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr, BLOCK_M: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    # int64 before the multiply: a long batch passes 2**31 elements
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    slots = tl.load(slots_ptr + rows, mask=rows < M, other=-1)
+    live = slots >= 0  # the others are not even read
+    cols = tl.arange(0, PADDED)
+    inside = live[:, None] & (cols < HEAD_DIM)[None, :]
+    x = widen(tl.load(kv_ptr + rows[:, None] * stride_m + cols[None, :], mask=inside, other=0.0))
+    weight = widen(tl.load(weight_ptr + cols, mask=cols < HEAD_DIM, other=0.0))
+    positions = tl.load(positions_ptr + rows, mask=live, other=0)
+    angles = pair_angles(PADDED // 2, HEAD_DIM, ROPE_DIM)
+    cos, sin = load_angles(table_ptr, positions, live, angles, ROPE_DIM)
+    y = rms_normed(x, eps, HEAD_DIM, BLOCK_M, PADDED) * weight[None, :]
+    y = turn(y, cos, sin, angles, False, ROPE_DIM, BLOCK_M, PADDED // 2)
+    cache_rows.store(
+        y, slots, cache_ptr, FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES,
+        E2M1_CVT, BLOCK_M, PADDED,
+    )  # fmt: skip
+
+
+def launch(
+    kv: Tensor, weight: Tensor, positions: Tensor, table: Tensor, eps: float, slots: Tensor, cache: PagedCache,
+    config: Config,
+) -> None:  # fmt: skip
+    """kv [m, head_dim], rows of any stride, under weight [head_dim] -> rows of cache.data at slots int [m].
+
+    positions: int [m], in range of table float32 [positions, rope_dim]; both and slots contiguous, as the cache is.
+    """
+    m = len(kv)
+    if m == 0:
+        return
+    constants = cache_rows.constants(cache) | _constants(cache.head_dim, host.has_e2m1_cvt(kv.device), config)
+    operands = (kv, host.row_stride(kv), weight, positions, table, eps, slots, cache.data, m)
+    grid = (triton.cdiv(m, config.block_m),)
+    _kv_norm_rope_insert[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
+
+
+def warm(problem: KvNormRopeInsertProblem, config: Config) -> None:
+    """Compile for the current device what launches of `problem` need."""
+    kv = torch.zeros(1, problem.head_dim, dtype=host.DTYPES[problem.x], device="cuda")
+    table = torch.zeros(1, problem.rope_dim, device="cuda")
+    nowhere = torch.full((1,), -1, dtype=torch.int32, device="cuda")
+    launch(kv, kv[0], nowhere, table, 1.0, nowhere, _cache(problem, "cuda"), config)
+
+
+def build_key(problem: KvNormRopeInsertProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on: m is read at launch."""
+    return problem.x, problem.format, problem.page_size, problem.head_dim, problem.rope_dim
+
+
+def build(problem: KvNormRopeInsertProblem, config: Config, arch: str) -> Built:
+    """Compiled for `arch` without a GPU."""
+    types = {"kv_ptr": f"*{problem.x}", "stride_m": "i32", "weight_ptr": f"*{problem.x}", "positions_ptr": "*i32"}
+    types |= {"table_ptr": "*fp32", "eps": "fp32", "slots_ptr": "*i32", "cache_ptr": "*u8", "M": "i32"}
+    constants = cache_rows.constants(_cache(problem, "cpu"))
+    constants |= _constants(problem.head_dim, arch == "sm_100a", config)
+    return host.build(_kv_norm_rope_insert, types, constants, arch, config.num_warps, unaligned=("M",))
+
+
+def _cache(problem: KvNormRopeInsertProblem, device: str) -> PagedCache:
+    geometry = (problem.format, problem.page_size, problem.head_dim, problem.rope_dim)
+    data = torch.empty(1, kv_layout(*geometry).page_bytes, dtype=torch.uint8, device=device)
+    return PagedCache(data, *geometry)
+
+
+def _constants(head_dim: int, e2m1_cvt: bool, config: Config) -> dict[str, Any]:
+    return {"E2M1_CVT": e2m1_cvt, "BLOCK_M": config.block_m, "PADDED": triton.next_power_of_2(head_dim)}
