@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp4suite import layouts
 from fp4suite.built import Built
 from fp4suite.formats import FP8RowTensor
 from fp4suite.problem import QuantizeFp8Problem
@@ -35,6 +36,8 @@ SPACE = {"block_m": (1, 2, 4), "num_warps": (4, 8, 16)}
 
 def supports(problem: QuantizeFp8Problem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
+    if problem.k % layouts.TILE:
+        return f"k={problem.k}: FP8 rows are permuted by {layouts.TILE} columns"
     return host.refuse_rows(config.block_m, problem.k, config.num_warps, "absmax")
 
 

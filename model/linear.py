@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fp4suite import by_token, dispatch, ops
 from fp4suite.formats import BLOCK, FP8_BLOCK, FP8BlockTensor, NVFP4Tensor, SfLayout, WeightLayout
-from fp4suite.layouts import Order
+from fp4suite.layouts import TILE, Order
 from fp4suite.problem import Act, GemmProblem
 from fp4suite.reference.native import dequant_fp8_block
 
@@ -162,10 +162,12 @@ class Linear(Weight):
             layout = dispatch.weight_layout(n, k, device, act=act, segments=segments)
         if layout.refuses(n, k) is None:
             self.weight = weight = weight.lay_out_(layout)
-        if self.act == "fp8" and weight.sf_layout == "linear":
-            problem = GemmProblem(m=1, n=n, k=k, act="fp8", segments=segments, order=weight.order)
-            if dispatch.is_supported(problem, device):
-                self.weight = weight.prepare_fp8()
+        problem = GemmProblem(m=1, n=n, k=k, act="fp8", segments=segments, order=weight.order)
+        fits = self.act == "fp8" and weight.sf_layout == "linear" and k % TILE == 0
+        if fits and dispatch.is_supported(problem, device):
+            self.weight = weight.prepare_fp8()
+        elif weight.row_exponent is not None:  # of a layout before this one
+            self.weight = replace(weight, row_exponent=None)
 
     def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """out_dtype: of y, summed in FP32 and rounded once; x's by default."""

@@ -4,7 +4,7 @@ a   amax = max |x| of a row in FP32, at least 2^-100; scale = amax / 448; data =
     operation rounded to nearest even. A row of zeros gives zeros, a row with an infinity or a NaN gives NaN.
 b   data = E4M3(code * sf * 2^-e). The exponent e (`NVFP4Tensor.row_exponent`) is floor(log2 s) - 5 for the largest
     scale s of a row, and -12 where s is subnormal: no number is above 360. Codes 1.5, 3 and 6 take up to two bits more
-    than E4M3 has; the others are exact, unless in a block whose scale is 2^-10 of the row's largest or less: the
+    than E4M3 has; the others are exact, unless in a block whose scale is less than 2^-10 of the row's largest: the
     smallest number but zero is 2^-9.
 d   sum of products * scale * 2^e, times alpha.
 """

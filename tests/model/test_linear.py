@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fp4suite import recording
-from fp4suite.formats import FP8BlockTensor, NVFP4Tensor
+from fp4suite.formats import FP8BlockTensor, NVFP4Tensor, WeightLayout
 from fp4suite.reference.native import dequant_fp8_block, quantize_fp8_block
 from fp4suite.reference.quant import dequant_nvfp4, quantize_nvfp4
 from model.config import ModelConfig
-from model.linear import Format, Linear, Weight
+from model.linear import ActFormat, Format, Linear, Weight
 from model.transformer import Transformer
 from ptx_emulator import emulate
 from tests.model.oracle import cache_for, random_model, relative_error, run
@@ -97,6 +97,7 @@ def test_w4a8_runs_where_a_kernel_takes_it() -> None:
             error = relative_error(layer(x, torch.float32), exact)
         assert [c.problem.act for c in choices if c.op == "gemm_nvfp4"] == [act]
         assert 0.02 < error < 0.05 if act == "fp8" else error < 1e-5
+        assert layer.order == ("fragments_sm90_fp8" if act == "fp8" else "rows")
     model = random_model(TINY, weight_format=modelopt, act_format="fp8")
     for module in model.modules():
         if isinstance(module, Linear):
@@ -106,6 +107,37 @@ def test_w4a8_runs_where_a_kernel_takes_it() -> None:
     want = run(random_model(TINY, weight_format=modelopt), plain, [[(plain.open(), IDS)]])[0]
     assert 1e-3 < relative_error(got, want) < 0.3
     assert not any("row_exponent" in name for name in model.state_dict())
+
+
+def test_a_weight_for_fp8_goes_back_to_other_layouts() -> None:
+    """Each `lay_out` leaves the weight as kernels of its activations and layout read it, and the numbers the same."""
+    gen = torch.Generator().manual_seed(6)
+    layer, x = Linear(128, 256, "nvfp4", act="fp8"), torch.randn(5, 256, generator=gen).bfloat16()
+    layer.weight = quantize_nvfp4(torch.randn(128, 256, generator=gen))
+    exact = x.float() @ dequant_nvfp4(layer.weight, torch.float32).T
+    asked: tuple[tuple[ActFormat, WeightLayout | None, str], ...] = (
+        ("fp8", None, "fragments_sm90_fp8"),
+        ("float", None, "fragments_sm90"),
+        ("fp8", WeightLayout("fragments_sm90"), "fragments_sm90"),  # no kernel takes FP8 beside it
+        ("fp8", None, "fragments_sm90_fp8"),
+    )
+    for act, layout, order in asked:
+        layer.act = act
+        with emulate("sm_90a"), recording() as choices:
+            layer.lay_out(layout, "cpu")
+            error = relative_error(layer(x, torch.float32), exact)
+        assert layer.order == order
+        in_fp8 = order == "fragments_sm90_fp8"
+        assert [c.problem.act for c in choices if c.op == "gemm_nvfp4"] == ["fp8" if in_fp8 else "bf16"]
+        assert 0.02 < error < 0.05 if in_fp8 else error < 1e-5
+
+
+def test_fp8_keeps_the_input_where_rows_cannot_be_permuted() -> None:
+    """k=96 is no multiple of 64: on the CPU too, where the reference runs whatever it is given."""
+    layer, x = Linear(64, 96, "nvfp4", act="fp8"), torch.randn(5, 96)
+    layer.weight = quantize_nvfp4(torch.randn(64, 96))
+    layer.lay_out(None, "cpu")
+    assert relative_error(layer(x), x @ dequant_nvfp4(layer.weight, torch.float32).T) < 1e-5
 
 
 def test_one_weight_in_memory_serves_both_kinds_of_activations() -> None:
