@@ -62,7 +62,7 @@ def quantize_fp8(x: Tensor) -> FP8RowTensor:
     """
     dtype_name(x, "x")
     if x.ndim < 2 or x.shape[-1] % layouts.TILE:
-        raise ValueError(f"x must be [..., m, k] with k a multiple of {BLOCK}, got {list(x.shape)}")
+        raise ValueError(f"x must be [..., m, k] with k a multiple of {layouts.TILE}, got {list(x.shape)}")
     data, scale = _ops.quantize_fp8(_rows(x))
     return FP8RowTensor(data.view(x.shape).view(torch.float8_e4m3fn), scale.view(x.shape[:-1]))
 
@@ -184,7 +184,9 @@ def gemm_nvfp4(
     or one for each of `segments`, runs of output columns that sum to n. Sums in FP32, alpha in FP32, rounded once.
     b's order says which kernels can run: UnsupportedError on a GPU where none reads it.
     act: "fp8" quantises a float a by `quantize_fp8` and rounds b to E4M3 row by row, for Hopper's FP8 tensor cores: an
-    error of 3.4 % on Gaussian data. b is as `NVFP4Tensor.prepare_fp8` gives it. So with an FP8RowTensor for a.
+    error of 3.4 % on Gaussian data. So with an FP8RowTensor for a. b is as `NVFP4Tensor.prepare_fp8` gives it, k a
+    multiple of 64, on a GPU in the order "fragments_sm90_fp8". Kernels for bfloat16 do not read that one: `with_order`
+    converts, exactly, both ways.
     out_alpha: float32 [], the global scale of an NVFP4 result, n a multiple of 16. It is quantised by rule "absmax"
     from FP32 sums times alpha, not rounded in between, in the kernel where one can; `out_dtype` then counts nothing.
     """
