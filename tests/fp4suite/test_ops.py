@@ -2,12 +2,15 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fp4suite import UnsupportedError, ops, override, reference
+from fp4suite import UnsupportedError, dispatch, ops, override, reference
 from fp4suite.dispatch import on_target
+from fp4suite.layouts import Order
+from fp4suite.problem import GemmProblem
 
 from .op_arguments import OPCHECKS, PUBLIC, arguments, assert_same, g, weight
 
@@ -116,15 +119,16 @@ def in_order(name: str, order: str) -> tuple[tuple, dict]:
     raise AssertionError(name)
 
 
+@pytest.mark.parametrize("order", ["fragments_sm90", "fragments_sm90_fp8"])
 @pytest.mark.parametrize(
     ("name", "op"),
     [("w4a16", "gemm_nvfp4"), ("w4a4", "gemm_nvfp4"), ("grouped", "grouped_gemm_nvfp4"), ("moe", "moe_nvfp4")],
 )
-def test_an_order_changes_no_number(name: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_order_changes_no_number(name: str, op: str, order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
     """The op, its reference and its compiled form, and opcheck of what it calls, on weights in another order."""
     rows, options = in_order(name, "rows")
     want = getattr(reference, op)(*rows, **options)
-    args, _ = in_order(name, "fragments_sm90")
+    args, _ = in_order(name, order)
     assert any(not torch.equal(x.data, y.data) for x, y in zip(args, rows, strict=True) if hasattr(x, "order"))
     assert torch.equal(getattr(reference, op)(*args, **options), want)
     compiled = torch.compile(lambda: getattr(ops, op)(*args, **options), fullgraph=True, backend="aot_eager")
@@ -135,12 +139,13 @@ def test_an_order_changes_no_number(name: str, op: str, monkeypatch: pytest.Monk
     assert torch.equal(getattr(ops, op)(*args, **options), want)
     assert seen
     for operator, given in seen:
-        assert "fragments_sm90" in given
+        assert order in given
         torch.library.opcheck(getattr(torch.ops.fp4suite, operator).default, given, test_utils=OPCHECKS)
 
 
-def test_ops_that_read_rows_say_so() -> None:
-    t = reference.quantize_nvfp4(g(64, 64)).with_order("fragments_sm90")
+@pytest.mark.parametrize("order", ["fragments_sm90", "fragments_sm90_fp8"])
+def test_ops_that_read_rows_say_so(order: Order) -> None:
+    t = reference.quantize_nvfp4(g(64, 64)).with_order(order)
     ids = torch.zeros(64, 1, dtype=torch.int32)
     offsets = torch.tensor([0, 64], dtype=torch.int32)
     one = weight(1, 128, 64)
@@ -150,7 +155,7 @@ def test_ops_that_read_rows_say_so() -> None:
         lambda: ops.grouped_gemm_nvfp4(t, one, offsets),
         lambda: ops.moe_nvfp4(t, one, weight(1, 64, 64), ids, g(64, 1)),
     ):
-        with pytest.raises(ValueError, match=r'must be in the order "rows", got "fragments_sm90": with_order'):
+        with pytest.raises(ValueError, match=f'must be in the order "rows", got "{order}": with_order'):
             call()
 
 
@@ -209,6 +214,27 @@ def test_gemm_in_fp8_refuses_what_it_cannot() -> None:
         ops.gemm_nvfp4(reference.quantize_nvfp4(a), b, act="fp8")
     with pytest.raises(ValueError, match="n in multiples of 16, got 40"):
         ops.gemm_nvfp4(a, weight(40, 64).prepare_fp8(), act="fp8", out_alpha=torch.tensor(0.01))
+    with pytest.raises(ValueError, match=r"k a multiple of 64, got \[5, 96\]"):
+        ops.gemm_nvfp4(g(5, 96), weight(48, 96).prepare_fp8(), act="fp8")
+
+
+@pytest.mark.parametrize("order", ["rows", "fragments_sm90", "fragments_sm90_fp8"])
+def test_gemm_in_fp8_in_every_order(order: Order) -> None:
+    a, b = g(5, 128, dtype=torch.bfloat16), weight(64, 128)
+    want = reference.gemm_nvfp4(a, b.prepare_fp8(), act="fp8")
+    for laid_out in (b.with_order(order).prepare_fp8(), b.prepare_fp8().with_order(order)):
+        assert_same(ops.gemm_nvfp4(a, laid_out, act="fp8"), want)
+
+
+def test_kernels_of_bf16_and_of_fp8_refuse_each_others_orders() -> None:
+    """What a GPU would run is asked, not the CPU's reference."""
+    a, b = GemmProblem(m=64, n=256, k=512), GemmProblem(m=64, n=256, k=512, act="fp8")
+    with dispatch.on_target("sm_90a"):
+        assert dispatch.weight_layout(256, 512, "cpu").order == "fragments_sm90"
+        assert dispatch.weight_layout(256, 512, "cpu", act="fp8").order == "fragments_sm90_fp8"
+        for p, order in ((a, "fragments_sm90_fp8"), (b, "fragments_sm90")):
+            with pytest.raises(UnsupportedError, match=f"weights in the order {order}"):
+                dispatch.choose("gemm_nvfp4", replace(p, order=order), "cpu")
 
 
 def test_gemm_refuses_a_quantized_result_that_cannot_be() -> None:
