@@ -73,12 +73,6 @@ def _slots(args: Arguments) -> Iterator[Arguments]:
         yield (*one[:8], (offsets - i).clamp(0, 1), *one[9:])
 
 
-def _steps(args: Arguments) -> Iterator[Arguments]:
-    """Tokens of `compress_kv` as steps of one token: what lies before them is in the ring."""
-    for i, one in enumerate(_rows(0, 1, -7, -6, -3)(args)):
-        yield (*one[:-5], (args[-5] - i).clamp(0, 1), *one[-4:])
-
-
 def _pages(args: Arguments) -> Iterator[Arguments]:
     """Tokens, and of each the pages of its own sequence: how many a block table holds depends on other sequences."""
     page_size, block_table, ratio = args[4], args[6], args[9]
@@ -105,14 +99,13 @@ def _present(args: Arguments) -> Iterator[Arguments]:
 
 
 # integers only, or every number from its own row by operations that are each rounded alone
-EXACT = {"index_topk", "hyper_connection_post"}
+EXACT = {"compress_kv", "index_topk", "hyper_connection_post"}
 CUTS: dict[str, Cut] = {
     "grouped_gemm_nvfp4": _slots,
     "moe_nvfp4": _rows(0, 1, -3, -2),
     "hyper_connection_pre": _rows(0),
     "hyper_connection_head": _rows(0),
     "hyper_connection_post_pre": _rows(0, 1, 2, 3),
-    "compress_kv": _steps,
     "index_query": _rows(0, 1),
     "index_logits": _pages,
     "sparse_attention": _present,

@@ -16,6 +16,7 @@ from . import by_token, dispatch, layouts, reference
 from .formats import BLOCK, FP8RowTensor, IndexCache, NVFP4Tensor, PagedCache, SfLayout
 from .problem import (
     CombineProblem,
+    CompressKvProblem,
     DequantProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
@@ -37,6 +38,7 @@ from .problem import (
     SampleProblem,
     SwigluQuantizeProblem,
 )
+from .reference.compressor import check_compressor
 from .reference.quant import global_scale, rmsnorm_fp32, swiglu_fp32
 
 _lib = torch.library.Library("fp4suite", "DEF")
@@ -340,7 +342,7 @@ def _kv_norm_rope_insert(
     if choice.is_reference:
         reference.kv_norm_rope_insert(kv, weight, positions, table, eps, cache, slots)
         return
-    operands = (_adjacent(kv), weight.contiguous(), positions.contiguous(), table, eps, slots.contiguous())
+    operands = (_unit_stride(kv), weight.contiguous(), positions.contiguous(), table, eps, slots.contiguous())
     with _on(kv.device):
         choice.module.launch(*operands, cache, choice.config)
 
@@ -351,11 +353,26 @@ def _compress_kv(
     positions: Tensor, sequence_ids: Tensor, cu_seqlens: Tensor, state_slots: Tensor, slots: Tensor,
     ratio: int, hadamard: bool,
 ) -> None:  # fmt: skip
-    reference.compress_kv(
-        kv, gate, ape, weight, table, eps, state, _cache(data, format, page_size, head_dim, rope_dim),
-        positions=positions, sequence_ids=sequence_ids, cu_seqlens=cu_seqlens, state_slots=state_slots, slots=slots,
-        ratio=ratio, hadamard=hadamard,
+    cache = _cache(data, format, page_size, head_dim, rope_dim)
+    problem = CompressKvProblem(
+        m=len(kv), ratio=ratio, overlaps=kv.shape[1] // head_dim, head_dim=head_dim, rope_dim=table.shape[1],
+        format=format if rope_dim else f"index_{format}", sequences=max(1, len(state_slots)), hadamard=int(hadamard),
+        page_size=page_size, x=dtype_name(kv, "kv"), weight=dtype_name(weight, "weight"),
     )  # fmt: skip
+    choice = dispatch.choose("compress_kv", problem, kv.device)
+    if choice.is_reference:
+        reference.compress_kv(
+            kv, gate, ape, weight, table, eps, state, cache, positions=positions, sequence_ids=sequence_ids,
+            cu_seqlens=cu_seqlens, state_slots=state_slots, slots=slots, ratio=ratio, hadamard=hadamard,
+        )  # fmt: skip
+        return
+    check_compressor(kv, state, cache, ratio)
+    integers = (t.contiguous() for t in (positions, sequence_ids, cu_seqlens, state_slots, slots))
+    with _on(kv.device):
+        choice.module.launch(
+            _unit_stride(kv), _unit_stride(gate), ape.contiguous(), weight.contiguous(), table, eps, state,
+            *integers, ratio, hadamard, cache, choice.config,
+        )  # fmt: skip
 
 
 def _index_logits(
@@ -492,7 +509,7 @@ def _qnorm_rope(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tens
         return reference.qnorm_rope(q, positions, table, eps).contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with _on(q.device):
-        choice.module.launch(_adjacent(q), positions.contiguous(), table, eps, out, choice.config)
+        choice.module.launch(_unit_stride(q), positions.contiguous(), table, eps, out, choice.config)
     return out
 
 
@@ -503,7 +520,7 @@ def _rope_inverse(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
         return reference.rope_inverse(o, positions, table).contiguous()
     out = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     with _on(o.device):
-        choice.module.launch(_adjacent(o), positions.contiguous(), table, out, choice.config)
+        choice.module.launch(_unit_stride(o), positions.contiguous(), table, out, choice.config)
     return out
 
 
@@ -511,7 +528,7 @@ def _rope_inverse_alpha(o: Tensor, positions: Tensor, table: Tensor, groups: int
     _refuse_alpha_of_all_rows()
     problem = RopeInverseQuantizeProblem(**_heads_of(o, table), groups=groups)
     choice = dispatch.choose("rope_inverse_quantize", problem, o.device)
-    operands = (_adjacent(o), positions.contiguous(), table)
+    operands = (_unit_stride(o), positions.contiguous(), table)
     return _alpha(choice, lambda: global_scale(reference.rope_inverse(*operands).flatten(1)), o.device, *operands)
 
 
@@ -526,7 +543,7 @@ def _rope_inverse_quantize(
         )
         return t.data.contiguous(), t.sf.view(torch.uint8).contiguous()
     out = NVFP4Tensor.empty((groups, problem.m, problem.k), alpha, sf_layout)
-    operands = (_adjacent(o), positions.contiguous(), table, groups, alpha, out, rule)
+    operands = (_unit_stride(o), positions.contiguous(), table, groups, alpha, out, rule)
     with _on(o.device):
         choice.module.launch(*operands, choice.config)
     return out.data, out.sf.view(torch.uint8)
@@ -547,7 +564,7 @@ def _route(
     tokens = token_ids.contiguous() if token_ids is not None else None
     rows = table.contiguous() if table is not None else None
     with _on(logits.device):
-        choice.module.launch(_adjacent(logits), added, tokens, rows, scale, (ids, weights), choice.config)
+        choice.module.launch(_unit_stride(logits), added, tokens, rows, scale, (ids, weights), choice.config)
     return ids, weights
 
 
@@ -571,9 +588,9 @@ def _combine(y: Tensor, order: Tensor, topk_ids: Tensor, topk_weights: Tensor, s
         return reference.combine(y, order, topk_ids, topk_weights, shared=shared).contiguous()
     out = torch.empty(m, k, dtype=y.dtype, device=y.device)
     slots = order.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
-    added = _adjacent(shared) if shared is not None else None
+    added = _unit_stride(shared) if shared is not None else None
     with _on(y.device):
-        choice.module.launch(_adjacent(y), *slots, added, out, choice.config)
+        choice.module.launch(_unit_stride(y), *slots, added, out, choice.config)
     return out
 
 
@@ -586,7 +603,7 @@ def _sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor)
     out = torch.empty(m, dtype=torch.int64, device=logits.device)
     asked = temperature.contiguous(), top_p.contiguous(), uniform.contiguous()
     with _on(logits.device):
-        choice.module.launch(_adjacent(logits), *asked, out, choice.config)
+        choice.module.launch(_unit_stride(logits), *asked, out, choice.config)
     return out
 
 
@@ -599,11 +616,6 @@ def _heads_of(x: Tensor, table: Tensor) -> dict[str, Any]:
 def _any_dtype_name(x: Tensor) -> str:
     """As `dtype_name`, with FP64, which the reference takes."""
     return "fp64" if x.dtype == torch.float64 else dtype_name(x, "the input")
-
-
-def _adjacent(x: Tensor) -> Tensor:
-    """x, or a copy whose last dim has unit stride."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _without_kernel(op: str, impl: Callable[..., Any]) -> Callable[..., Any]:
@@ -765,6 +777,13 @@ _register(
     ),
 )
 _register(
+    "compress_kv(Tensor kv, Tensor gate, Tensor ape, Tensor weight, Tensor table, float eps, Tensor(b!) state, "
+    f"{_CACHE}, Tensor positions, Tensor sequence_ids, Tensor cu_seqlens, Tensor state_slots, Tensor slots, "
+    "int ratio, bool hadamard) -> ()",
+    _compress_kv,
+    _nothing,
+)
+_register(
     "index_topk(Tensor logits, Tensor block_table, Tensor positions, Tensor sequence_ids, int ratio, int topk, "
     "int page_size) -> Tensor",
     _index_topk,
@@ -842,13 +861,6 @@ for _schema, _impl, _fake in (
         lambda x, x_sf, x_alpha, w13, *rest: x.new_empty(
             (x.shape[0], rest[4].shape[1]), dtype=x.dtype if x_sf is None else torch.bfloat16
         ),
-    ),
-    (
-        "compress_kv(Tensor kv, Tensor gate, Tensor ape, Tensor weight, Tensor table, float eps, Tensor(b!) state, "
-        f"{_CACHE}, Tensor positions, Tensor sequence_ids, Tensor cu_seqlens, Tensor state_slots, Tensor slots, "
-        "int ratio, bool hadamard) -> ()",
-        _compress_kv,
-        _nothing,
     ),
     (
         "index_query(Tensor q, Tensor positions, Tensor table, str format, bool hadamard) -> Tensor",

@@ -240,7 +240,7 @@ class CompressKvProblem(Problem):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexTopkProblem(Problem):
-    """The topk best of `entries` FP32 scores, all visible, of each of m queries -> cache slots in pages of page_size."""
+    """The topk best of `entries` FP32 scores, all visible, of each of m queries -> slots in pages of page_size."""
 
     op: ClassVar[str] = "index_topk"
     m: int

@@ -17,6 +17,7 @@ from .formats import KVFormat
 from .problem import (
     PROBLEMS,
     CombineProblem,
+    CompressKvProblem,
     DequantProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
@@ -41,6 +42,7 @@ from .problem import (
 KV_FORMATS: tuple[KVFormat, ...] = ("fp8_ds_mla", "nvfp4", "bf16")  # of which a cache has one
 SAMPLED = 4096  # sequences whose next token one step draws, at most
 OVERLAP_RATIO = 4  # the compress ratio whose entries pool two windows (CSA); its compressor has two lanes
+DECODING = 64  # up to as many rows are a token each of as many sequences, more are one chunk of a prompt
 INDEX_CONTEXTS = ((32768, 16384), (131072, 1024), (1048576, 64))  # tokens behind a query, the most queries of a step
 FIELDS = (
     "hidden_size",
@@ -174,6 +176,20 @@ def _walk(
             yield "between_sites", 2 * depth - 1, HyperConnectionPostPreProblem(m=rows, k=d, n=config["hc_mult"])
         elif op == HyperConnectionHeadProblem.op:
             yield "head", 1, HyperConnectionHeadProblem(m=rows, k=d, n=config["hc_mult"])
+        elif op == CompressKvProblem.op:
+            sequences = rows if rows <= DECODING else 1
+            heads = {"head_dim": config["head_dim"], "rope_dim": config["qk_rope_head_dim"], "sequences": sequences}
+            hca = {ratio for ratio in list(config["compress_ratios"])[:depth] if ratio not in (0, OVERLAP_RATIO)}
+            for kept in ("fp8_ds_mla", "nvfp4"):
+                own = {**heads, "format": kept}
+                yield "csa_compressor", csa, CompressKvProblem(m=rows, ratio=OVERLAP_RATIO, overlaps=2, **own)
+                for ratio in sorted(hca):
+                    layers_of = list(config["compress_ratios"])[:depth].count(ratio)
+                    yield "hca_compressor", layers_of, CompressKvProblem(m=rows, ratio=ratio, overlaps=1, **own)
+            for kept in ("index_fp8", "index_mxfp4"):
+                hadamard = int(kept == "index_mxfp4")
+                own = {**heads, "head_dim": config["index_head_dim"], "format": kept, "hadamard": hadamard}
+                yield "indexer_compressor", csa, CompressKvProblem(m=rows, ratio=OVERLAP_RATIO, overlaps=2, **own)
         elif op == IndexTopkProblem.op:
             for context, most in INDEX_CONTEXTS:
                 if rows <= most:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from . import layouts, reference
-from .formats import BLOCK, FP8RowTensor, NVFP4Tensor, PagedCache, SfLayout, kv_layout
+from .formats import BLOCK, FP8RowTensor, IndexCache, NVFP4Tensor, PagedCache, SfLayout, index_layout, kv_layout
 from .problem import (
     CombineProblem,
+    CompressKvProblem,
     DequantProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
     HyperConnectionPreProblem,
-    CompressKvProblem,
     IndexTopkProblem,
     KvNormRopeInsertProblem,
     PermuteProblem,
@@ -412,7 +412,7 @@ def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
         data = torch.empty(pages, page_bytes, dtype=torch.uint8, device=device)
         cache = IndexCache(data, name, p.page_size, p.head_dim)  # type: ignore[arg-type]
     state = old.clone()
-    integers = {
+    integers: dict[str, Any] = {
         "positions": positions,
         "sequence_ids": sequence,
         "cu_seqlens": cu_seqlens,
@@ -424,7 +424,8 @@ def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
     operands = (*rows, state, *integers.values(), p.ratio, bool(p.hadamard))
 
     def reference_on(state: Tensor, cache: Any) -> None:
-        reference.compress_kv(*rows, state, cache, **integers, ratio=p.ratio, hadamard=bool(p.hadamard))
+        args: Any = (*rows, state, cache)
+        reference.compress_kv(*args, **integers, ratio=p.ratio, hadamard=bool(p.hadamard))
 
     def poison() -> None:
         state.copy_(old)
@@ -459,9 +460,7 @@ def _index_topk_case(p: IndexTopkProblem, gen: torch.Generator) -> Case:
         reference.index_topk, logits, block_table,
         positions=positions, sequence_ids=sequence_ids, ratio=ratio, topk=p.topk, page_size=p.page_size,
     )  # fmt: skip
-    return Case(
-        p, operands, out, (), partial(out.fill_, -2), lambda: assert_same_bytes(out, eager(), "slots"), eager
-    )
+    return Case(p, operands, out, (), partial(out.fill_, -2), lambda: assert_same_bytes(out, eager(), "slots"), eager)
 
 
 def _route_case(p: RouteProblem, gen: torch.Generator) -> Case:
@@ -599,9 +598,7 @@ def _kv_norm_rope_insert_case(p: KvNormRopeInsertProblem, gen: torch.Generator) 
     pages = p.m // p.page_size + 2
     slots = torch.randperm(pages * p.page_size, generator=gen, device=device)[: p.m].int()
     slots[7:8] = -1
-    cache = PagedCache(
-        torch.empty(pages, kv_layout(*geometry).page_bytes, dtype=torch.uint8, device=device), *geometry
-    )
+    cache = PagedCache(torch.empty(pages, kv_layout(*geometry).page_bytes, dtype=torch.uint8, device=device), *geometry)
 
     def verify() -> None:
         want = PagedCache(torch.full_like(cache.data, 0xFF), *geometry)
@@ -670,19 +667,22 @@ def assert_folded(
         worst = logit_room[:, 2 * n :].amax(1)[:, None, None]
         _assert_within(got[2], comb, (16 * worst + 2.0**-17) * comb)
 
+    open_sums = torch.zeros(len(h), dtype=torch.bool, device=h.device)
     if weight is not None:
-        rounded = y.to(h.dtype).double()
-        squares = rounded.square().sum(1, keepdim=True)
+        rounded, ulp = y.to(h.dtype).double(), _ulp(y, h.dtype)
+        squares = rounded.square().sum(1, keepdim=True).clamp_min(1e-300)
         gain = weight.double() * torch.rsqrt(squares / h.shape[2] + norm_eps)
-        drift = 2 * (rounded.abs() * y_room).sum(1, keepdim=True) / squares.clamp_min(1e-300) + 2.0**-20
-        y_room = (y_room + _ulp(y, h.dtype)) * gain.abs() + drift * (rounded * gain).abs()
+        either = (y - y_room).to(h.dtype) != (y + y_room).to(h.dtype)  # elements at a tie: either neighbour is right
+        drift = (rounded.abs() * torch.where(either, ulp, y_room)).sum(1, keepdim=True) / squares + 2.0**-20
+        open_sums = drift[:, 0] > 2.0**-14  # where a few such elements are many
+        y_room = (y_room + ulp) * gain.abs() + drift * (rounded * gain).abs()
         y = rounded * gain
     _assert_within(got[0], y, y_room)
     if h.dtype != torch.float32:
         plain = op(h, fn, base, scale, weight, **how)
-        off = int((got[0] != (plain if head else plain[0])).sum())
-        if off > max(3, got[0].numel() // 50):
-            raise AssertionError(f"{off} of {got[0].numel()} elements of y are rounded another way")
+        off = (got[0] != (plain if head else plain[0]))[~open_sums]
+        if off.sum() > max(3, off.numel() // 50):
+            raise AssertionError(f"{int(off.sum())} of {off.numel()} elements of y are rounded another way")
 
 
 def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:

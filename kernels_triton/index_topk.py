@@ -5,9 +5,9 @@ numbers (-0 as 0, NaN above infinity), so that the k-th highest is found exactly
 and counting; among equal ones the lower entry wins. The result is the same for every config.
 
 One program a query. It looks at its first 2 · tile scores in registers; of each further tile it keeps what exceeds the
-k-th highest so far, which for scores in no particular order soon is next to nothing, in a buffer of 2 · tile that is cut
-back to k where it could overflow. Few queries over many entries are split: each part gives a list of its k highest, and
-a second launch chooses among these.
+k-th highest so far, which for scores in no particular order soon is next to nothing, in a buffer of 2 · tile that is
+cut back to k where it could overflow. Few queries over many entries are split: each part gives a list of its k
+highest, and a second launch chooses among these.
 """
 
 import math
@@ -239,7 +239,7 @@ def launch(
 
 
 def split(tokens: int, entries: int, k: int, config: Config) -> tuple[int, int]:
-    """Parts of a query, and tiles in a part: none shorter than what a program holds, nor than all lists of k together."""
+    """Parts of a query, and tiles in a part: none shorter than what a program holds, or than all lists together."""
     tiles = triton.cdiv(entries, config.tile)
     parts = max(1, min(tiles // 2, config.programs // tokens, math.isqrt(entries // k)))
     span = triton.cdiv(tiles, parts)

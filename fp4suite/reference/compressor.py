@@ -6,6 +6,11 @@ Entry i of ratio r is emitted by token t = r (i + 1) − 1 and pools tokens r i 
 twice the head: ratio 4), the r tokens before them join, with the first half of their channels, while tokens r i .. t
 give the second half; before the first window there is nothing to join. RoPE turns the entry at position r i.
 
+All FP32, each operation rounded on its own, in an order that a kernel can keep. With d = (largest score) - score of a
+channel, its rows have the weights w = exp(-d) by `quant.exp_neg`, 0 where d > 87, and the entry is Σ w·kv / Σ w. Row j
+of a pool is added to the sum j mod 8, rows rising; then the eight in a tree of adjacent pairs. A channel with a score
+that is NaN or +infinity, or with none above -infinity, is NaN.
+
 Every token's (kv, gate + ape) also goes into an FP32 ring per sequence, at position mod ring. A boundary gathers its
 rows from this step's tokens or from the ring, so that prefill, chunked prefill and decode are one algorithm; positions
 below 0 are never read, so that a ring needs no clearing when its slot is reused.
@@ -16,8 +21,13 @@ from torch import Tensor
 
 from ..formats import IndexCache, PagedCache
 from .cache import write_rows
-from .norm import rms_norm
+from .e2m1 import pair_sum
+from .norm import rms_norm_wide
+from .quant import exp_neg
 from .rope import rotate
+
+LANES = 8  # sums that the rows of a pool are added to in turn
+MOST_BELOW = 87.0  # a score this much below the largest still has a weight that is a normal number
 
 
 def compress_kv(
@@ -51,13 +61,10 @@ def compress_kv(
     slots:        int32 [tokens], cache slot of the entry that token t completes; read where (position + 1) % ratio == 0
     hadamard:     turn the entry by the orthonormal Hadamard matrix before it is stored (indexer keys)
     """
+    check_compressor(kv, state, cache, ratio)
     tokens, width = kv.shape
     ring, overlaps = state.shape[1], width // cache.head_dim
     pooled = overlaps * ratio  # tokens in a full pool
-    if width != overlaps * cache.head_dim or overlaps not in (1, 2):
-        raise ValueError(f"kv must be [tokens, {cache.head_dim}] or twice as wide, got {list(kv.shape)}")
-    if state.shape[2:] != (2, width) or ring < pooled:
-        raise ValueError(f"state must be [slots, at least {pooled}, 2, {width}], got {list(state.shape)}")
     positions, sequences = positions.long(), sequence_ids.long()
     rows = torch.stack((kv.float(), gate.float() + ape[positions % ratio]), dim=1)  # [tokens, 2, width]
 
@@ -72,16 +79,36 @@ def compress_kv(
         first, second = pool.chunk(2, dim=-1)
         pool = torch.cat((first[:, :ratio], second[:, ratio:]), dim=1)  # [emits, pooled, 2, head_dim]
     exists = (at >= 0)[:, :, None]
-    share = torch.softmax(torch.where(exists, pool[:, :, 1], float("-inf")), dim=1)
-    entry = (share * torch.where(exists, pool[:, :, 0], 0.0)).sum(1)  # [emits, head_dim]
+    score = torch.where(exists, pool[:, :, 1], float("-inf"))
+    below = score.amax(1, keepdim=True) - score
+    share = torch.where(exists, torch.where(below > MOST_BELOW, 0.0, exp_neg(below)), 0.0)
+    total = _sum_of_rows(share * torch.where(exists, pool[:, :, 0], 0.0))  # [emits, head_dim]
+    entry = total / _sum_of_rows(share)
 
-    entry = rotate(rms_norm(entry, weight, eps), positions[emits] + 1 - ratio, table)
+    entry = rotate(rms_norm_wide(entry, weight, eps), positions[emits] + 1 - ratio, table)
     write_rows(cache, slots[emits], hadamard_transform(entry) if hadamard else entry)
 
     # the ring is written last: a step longer than it would overwrite rows that the gather above still needs
     left = cu_seqlens.long()[sequences.clamp(min=0) + 1] - torch.arange(tokens, device=kv.device)
     kept = torch.nonzero(real & (left <= ring)).squeeze(1)
     state[state_slots.long()[sequences[kept]], positions[kept] % ring] = rows[kept]
+
+
+def check_compressor(kv: Tensor, state: Tensor, cache: PagedCache | IndexCache, ratio: int) -> None:
+    """Raises ValueError for a width that is not one or two heads, or for a ring that does not hold a pool of it."""
+    width, overlaps = kv.shape[1], kv.shape[1] // cache.head_dim
+    if width != overlaps * cache.head_dim or overlaps not in (1, 2):
+        raise ValueError(f"kv must be [tokens, {cache.head_dim}] or twice as wide, got {list(kv.shape)}")
+    if state.shape[2:] != (2, width) or state.shape[1] < overlaps * ratio:
+        raise ValueError(f"state must be [slots, at least {overlaps * ratio}, 2, {width}], got {list(state.shape)}")
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    """[n, rows, channels] -> [n, channels] in the order of the module's docstring."""
+    lanes = x.new_zeros(len(x), LANES, x.shape[2])
+    for part in torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % LANES)).split(LANES, dim=1):
+        lanes = lanes + part
+    return pair_sum(lanes.transpose(1, 2))
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
