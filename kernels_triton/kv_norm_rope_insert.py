@@ -30,7 +30,7 @@ class Config:
     num_warps: int = 1
 
 
-SPACE = {"block_m": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)}
+SPACE = {"block_m": (1, 2, 4), "num_warps": (1, 2, 4)}
 
 
 def supports(problem: KvNormRopeInsertProblem, config: Config) -> str | None:

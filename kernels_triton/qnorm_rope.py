@@ -29,7 +29,7 @@ class Config:
     num_warps: int = 1
 
 
-SPACE = {"block_h": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)}
+SPACE = {"block_h": (1, 2, 4, 8), "num_warps": (1, 2, 4)}
 
 
 def supports(problem: QnormRopeProblem, config: Config) -> str | None:

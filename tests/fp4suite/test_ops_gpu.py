@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from fp4suite import (
+    IndexCache,
     NVFP4Tensor,
+    PagedCache,
     UnsupportedError,
     WeightLayout,
     arch,
@@ -149,7 +151,20 @@ def _kernel_calls(device: torch.device) -> dict:
             lambda x: [ops.gemm_nvfp4(NVFP4Tensor(x, a.sf, a.alpha), b, segments=segments)],
             a.data,
         )
-    return calls
+    return calls | {name: _small_call(name, device) for name in WITH_KERNEL if name not in calls}
+
+
+def _small_call(name: str, device: torch.device) -> tuple:
+    """A call with the arguments of the tests on CPU, and their first tensor; it gives caches that it changes too."""
+    args, kwargs = moved(arguments(name), device)
+    first = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
+    caches = [a for a in args if isinstance(a, PagedCache | IndexCache)]
+
+    def call(x: torch.Tensor) -> list[torch.Tensor]:
+        return flat((getattr(ops, name)(*args[:first], x, *args[first + 1 :], **kwargs), caches))
+
+    return call, args[first]
+
 
 
 @pytest.mark.parametrize("name", WITH_KERNEL)

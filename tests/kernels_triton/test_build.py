@@ -12,18 +12,39 @@ import pytest
 from fp4suite import built, testing
 from fp4suite.problem import (
     DequantProblem,
+    KvNormRopeInsertProblem,
     Problem,
+    QnormRopeProblem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
+    RopeInverseProblem,
+    RopeInverseQuantizeProblem,
     SwigluQuantizeProblem,
 )
-from kernels_triton import dequant_nvfp4, quantize_nvfp4, rmsnorm_quantize, swiglu_quantize
+from kernels_triton import (
+    dequant_nvfp4,
+    kv_norm_rope_insert,
+    qnorm_rope,
+    quantize_nvfp4,
+    rmsnorm_quantize,
+    rope_inverse,
+    rope_inverse_quantize,
+    swiglu_quantize,
+)
 
 ARCHS = ("sm_90a", "sm_100a")
 QUANTISERS: list[tuple[ModuleType, type[Problem]]] = [
     (quantize_nvfp4, QuantizeProblem),
     (rmsnorm_quantize, RmsnormQuantizeProblem),
     (swiglu_quantize, SwigluQuantizeProblem),
+]
+ROPE: list[tuple[ModuleType, Problem]] = [
+    (qnorm_rope, QnormRopeProblem(m=64, heads=128)),
+    (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="fp8_ds_mla")),
+    (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="nvfp4")),
+    (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="bf16")),
+    (rope_inverse, RopeInverseProblem(m=64, heads=128)),
+    (rope_inverse_quantize, RopeInverseQuantizeProblem(m=64, heads=128, groups=16)),
 ]
 Job = tuple[ModuleType, Problem, Any, str]
 
@@ -56,6 +77,26 @@ def test_every_config_compiles_without_spills(module, kind, pool):
         assert b.arch == arch
         assert built.resources(b).refusal(arch) is None, (config, arch)
         assert f".target {arch}" in b.ptx
+
+
+@pytest.mark.parametrize(("module", "problem"), ROPE, ids=lambda x: getattr(x, "op", ""))
+def test_rope_kernels_compile_without_spills(module, problem, pool):
+    """Every config; and what bytes and speed depend on: nothing approximate, 16-byte accesses, hardware conversions."""
+    jobs = [(module, problem, c, arch) for c in supported(module, problem) for arch in ARCHS]
+    assert len(jobs) >= 10
+    for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
+        assert built.resources(b).refusal(arch) is None, (config, arch)
+        inexact = re.findall(r"\b(?:fma|ex2|lg2|rcp|rsqrt|div|sqrt)\.(?!rn)\S+|\S+\.ftz\S*", b.ptx)
+        assert not inexact, (config, arch, inexact)
+        fused = re.findall(r"fma\.rn\.f32 .*", b.ptx)
+        assert all("0f4A800006" in f for f in fused), (config, arch, fused)  # 2^22 + 3: its products are exact
+        assert "cvt.rn.bf16" in b.ptx, (config, arch)
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in b.ptx) == (problem.dims().get("format") == "fp8_ds_mla"), config
+        quantises = problem.op == "rope_inverse_quantize" or problem.dims().get("format") == "nvfp4"
+        assert ("cvt.rn.satfinite.e2m1x2.f32" in b.ptx) == (quantises and arch == "sm_100a"), (config, arch)
+    for arch, b in zip(ARCHS, build(pool, [(module, problem, module.Config(), arch) for arch in ARCHS]), strict=True):
+        assert len(re.findall(r"ld\.global\.v4\.b32", b.ptx)) >= 2, arch
+        assert re.search(r"st\.global\.v[24]\.b32", b.ptx), arch
 
 
 @pytest.mark.parametrize(("module", "kind"), QUANTISERS)
