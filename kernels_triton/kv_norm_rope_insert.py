@@ -51,15 +51,15 @@ def _kv_norm_rope_insert(
 ):  # fmt: skip
     # int64 before the multiply: a long batch passes 2**31 elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # loads that do not wait for each other first: a few rows take as long as the chain of their loads
     slots = tl.load(slots_ptr + rows, mask=rows < M, other=-1)
-    live = slots >= 0  # the others are not even read
+    positions = tl.load(positions_ptr + rows, mask=rows < M, other=0)
     cols = tl.arange(0, PADDED)
-    inside = live[:, None] & (cols < HEAD_DIM)[None, :]
+    inside = (rows < M)[:, None] & (cols < HEAD_DIM)[None, :]
     x = widen(tl.load(kv_ptr + rows[:, None] * stride_m + cols[None, :], mask=inside, other=0.0))
     weight = widen(tl.load(weight_ptr + cols, mask=cols < HEAD_DIM, other=0.0))
-    positions = tl.load(positions_ptr + rows, mask=live, other=0)
     angles = pair_angles(PADDED // 2, HEAD_DIM, ROPE_DIM)
-    cos, sin = load_angles(table_ptr, positions, live, angles, ROPE_DIM)
+    cos, sin = load_angles(table_ptr, positions, slots >= 0, angles, ROPE_DIM)  # padding may have any position
     y = rms_normed(x, eps, HEAD_DIM, BLOCK_M, PADDED) * weight[None, :]
     y = turn(y, cos, sin, angles, False, ROPE_DIM, BLOCK_M, PADDED // 2)
     cache_rows.store(

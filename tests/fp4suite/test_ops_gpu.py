@@ -166,7 +166,6 @@ def _small_call(name: str, device: torch.device) -> tuple:
     return call, args[first]
 
 
-
 @pytest.mark.parametrize("name", WITH_KERNEL)
 def test_cuda_graph_replays_on_new_inputs(name: str, device: torch.device) -> None:
     call, x = _kernel_calls(device)[name]

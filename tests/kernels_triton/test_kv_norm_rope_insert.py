@@ -125,8 +125,8 @@ def test_few_rows(m, device, hard_rows):
     assert int((cache.data != 0xEE).any(1).sum()) == m
 
 
-def test_what_is_not_stored_is_not_read(device, hard_rows):
-    """Padding may have any position, also one that no table has."""
+def test_padding_may_hold_anything(device, hard_rows):
+    """Also a position that no table has."""
     kv, weight, slots = inputs(5, hard_rows, device)
     positions, table = angles(5, ROPE, device)
     cache, want = (new_cache("bf16", 4, 10, device) for _ in range(2))
