@@ -1,0 +1,171 @@
+"""route gives the reference's experts and the bits of its weights: ties, tails, infinities, tables, every size."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp4suite import reference, testing
+from fp4suite.problem import ROUTE_CHOICES, RouteProblem
+from fp4suite.reference.router import affinity
+from kernels_triton import route as kernel
+
+INF, NAN = float("inf"), float("nan")
+
+
+def check(
+    logits: Tensor,
+    topk: int,
+    bias: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    table: Tensor | None = None,
+    config: kernel.Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    m = len(logits)
+    ids = torch.full((m, topk), -7, dtype=torch.int32, device=logits.device)
+    weights = torch.full((m, topk), NAN, device=logits.device)
+    kernel.launch(logits, bias, token_ids, table, 2.5, (ids, weights), config or kernel.Config())
+    choice = {"bias": bias, "token_ids": token_ids, "table": table}
+    on_cpu = {name: x.cpu() if x is not None else None for name, x in choice.items()}
+    for want in (
+        reference.route(logits, topk=topk, scale=2.5, **choice),
+        reference.route(logits.cpu(), topk=topk, scale=2.5, **on_cpu),
+    ):
+        assert torch.equal(ids.cpu(), want[0].cpu())
+        torch.testing.assert_close(weights.cpu(), want[1].cpu(), rtol=0, atol=0, equal_nan=True)
+    return ids, weights
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [c for c in testing.configs(kernel) if kernel.supports(RouteProblem(m=1, experts=384, topk=6), c) is None],
+    ids=str,
+)
+def test_every_config(config, device):
+    """More tokens than a program has, by the tuner's cases: ties and tails in some."""
+    c = testing.case(RouteProblem(m=25, experts=130, topk=6), device)
+    c.run(kernel, config)
+    c.check()
+
+
+@pytest.mark.parametrize("choice", ROUTE_CHOICES)
+def test_every_choice(choice, device):
+    for config in (kernel.Config(block_m=4), kernel.Config(block_m=8, num_warps=4)):
+        c = testing.case(RouteProblem(m=25, experts=384, topk=6, choice=choice), device)
+        c.run(kernel, config)
+        c.check()
+
+
+@pytest.mark.parametrize(
+    ("experts", "topk"), [(1, 1), (8, 2), (16, 16), (127, 3), (129, 8), (256, 6), (1024, 7), (300, 32)]
+)
+def test_every_size(experts, topk, device):
+    logits = 3 * draw(5, experts).to(device)
+    for config in (kernel.Config(block_m=2), kernel.Config(block_m=4, num_warps=8)):
+        check(logits, topk, config=config)
+        check(logits, topk, draw(experts, seed=1).to(device), config=config)
+
+
+def test_the_lowest_of_equals(device):
+    """Also where the bias makes scores equal that are not, and of experts in different chunks."""
+    logits = torch.zeros(3, 384)
+    logits[1, 200:] = 1.0
+    logits[2, [3, 130, 260, 383]] = 5.0
+    ids, _ = check(logits.to(device), 6)
+    assert ids.tolist() == [[0, 1, 2, 3, 4, 5], [200, 201, 202, 203, 204, 205], [3, 130, 260, 383, 0, 1]]
+    bias = torch.zeros(384)
+    bias[[383, 7]] = 1.0
+    ids, weights = check(torch.zeros(1, 384, device=device), 3, bias.to(device))
+    assert ids.tolist() == [[7, 383, 0]]
+    assert weights.unique().numel() == 1  # the bias selects and does not weigh
+
+
+def test_neighbours_in_rank(device):
+    """Scores a unit in the last place apart: a choice by fewer bits would take others."""
+    base = torch.tensor([0.7], dtype=torch.float32).view(torch.int32)
+    bias = (base + torch.randperm(384, generator=torch.Generator().manual_seed(2)).int()).view(torch.float32)
+    logits = torch.full((2, 384), -200.0)  # whose score is zero
+    assert affinity(logits).max() == 0
+    check(logits.to(device), 8, bias.to(device))
+
+
+def test_what_is_not_finite(device):
+    logits = 2 * draw(6, 40)
+    logits[0, 5], logits[0, 9] = NAN, INF
+    logits[1, 39] = INF
+    logits[2, :] = -INF
+    logits[3, :] = NAN
+    logits[4, ::2] = -INF
+    logits[5, 7] = -NAN
+    check(logits.to(device), 6)
+    bias = draw(40, seed=3)
+    bias[3], bias[4], bias[5] = -INF, INF, NAN
+    check(logits.to(device), 6, bias.to(device))
+
+
+def test_every_magnitude(device):
+    """Where exp and log1p change course: the scores' bits, seen through weights of pairs; and against FP64."""
+    edges = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 86.99, 87.0, 87.01, -86.99, -87.0, -87.01, 88.8, 3e38, -3e38, 1.0])
+    many = kernel.Config(block_m=16, num_warps=8)
+    check(edges.view(-1, 2).to(device), 2, config=many)
+    logits = torch.cat((10 * draw(600, seed=4), torch.linspace(-86, 90, 600)))
+    ids, weights = check(logits.view(-1, 2).to(device), 2, config=many)
+    want = affinity(logits.double()).view(-1, 2).gather(1, ids.long().cpu())
+    want = 2.5 * want / (want.sum(1, keepdim=True) + 1e-20)
+    torch.testing.assert_close(weights.cpu().double(), want, rtol=2e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("types", [(torch.int64, torch.int32), (torch.int32, torch.int64)], ids=str)
+def test_tables(types, device):
+    tokens = torch.tensor([0, 19, 7, 7, 3, 18]).to(device, types[0])
+    table = torch.randint(40, (20, 6), generator=torch.Generator().manual_seed(5)).to(device, types[1])
+    check(2 * draw(6, 40).to(device), 6, None, tokens, table, kernel.Config(block_m=4))
+
+
+def test_tokens_and_experts_that_do_not_exist(device):
+    """No memory is read for them; the CPU's reference refuses them."""
+    table = torch.tensor([[0, 5], [8, -1]], dtype=torch.int32, device=device)
+    tokens = torch.tensor([2, -1, 0, 1, 2**40], device=device)
+    ids = torch.full((5, 2), -7, dtype=torch.int32, device=device)
+    weights = torch.full((5, 2), NAN, device=device)
+    kernel.launch(torch.zeros(5, 8, device=device), None, tokens, table, 1.0, (ids, weights), kernel.Config(block_m=2))
+    assert ids.tolist() == [[-1, -1], [-1, -1], [0, 5], [8, -1], [-1, -1]]
+    assert weights.tolist() == [[0, 0], [0, 0], [0.5, 0.5], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rows_of_any_type_and_stride(dtype, device):
+    wide = (3 * draw(12, 200)).to(device, dtype)
+    for logits in (wide[::3], wide[:, 16:116], wide[1::2, 5:101]):
+        check(logits, 6, config=kernel.Config(block_m=2))
+
+
+def test_no_tokens(device):
+    check(torch.empty(0, 16, device=device), 2)
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (RouteProblem(m=1, experts=1025, topk=6), "experts=1025 is over 1024"),
+        (RouteProblem(m=1, experts=4, topk=5), "topk=5 is not in 1 .. min(experts=4, 32)"),
+        (RouteProblem(m=1, experts=64, topk=33), "topk=33 is not in"),
+        (RouteProblem(m=1, experts=8, topk=2, x="fp64"), "logits in fp64"),
+    ],
+)
+def test_refusals(problem, message):
+    assert message in (kernel.supports(problem, kernel.Config()) or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", ROUTE_CHOICES)
+@pytest.mark.parametrize("m", [1, 64, 4096, 16384])
+def test_real_sizes(m, choice, device):
+    for experts in (256, 384):
+        p = RouteProblem(m=m, experts=experts, topk=6, choice=choice)
+        c = testing.case(p, device)
+        c.run(kernel, kernel.default(p))
+        c.check()
