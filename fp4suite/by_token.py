@@ -99,14 +99,13 @@ def _present(args: Arguments) -> Iterator[Arguments]:
 
 
 # integers only, or every number from its own row by operations that are each rounded alone
-EXACT = {"compress_kv", "index_topk", "hyper_connection_post"}
+EXACT = {"compress_kv", "index_query", "index_topk", "hyper_connection_post"}
 CUTS: dict[str, Cut] = {
     "grouped_gemm_nvfp4": _slots,
     "moe_nvfp4": _rows(0, 1, -3, -2),
     "hyper_connection_pre": _rows(0),
     "hyper_connection_head": _rows(0),
     "hyper_connection_post_pre": _rows(0, 1, 2, 3),
-    "index_query": _rows(0, 1),
     "index_logits": _pages,
     "sparse_attention": _present,
 }

@@ -23,6 +23,7 @@ from .problem import (
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
     HyperConnectionPreProblem,
+    IndexQueryProblem,
     IndexTopkProblem,
     KvNormRopeInsertProblem,
     PermuteProblem,
@@ -383,6 +384,23 @@ def _index_logits(
     return reference.index_logits(
         q, weights, cache, block_table, positions=positions, sequence_ids=sequence_ids, ratio=ratio, scale=scale
     )
+
+
+def _index_query(q: Tensor, positions: Tensor, table: Tensor, format: str, hadamard: bool) -> Tensor:
+    (m, heads, head_dim), kind = q.shape, dtype_name(q, "q")
+    problem = IndexQueryProblem(
+        m=m, format=format, hadamard=int(hadamard), heads=heads, head_dim=head_dim, rope_dim=table.shape[1], x=kind
+    )
+    choice = dispatch.choose("index_query", problem, q.device)
+    if choice.is_reference:
+        like: Any = format
+        return reference.index_query(q, positions, table, format=like, hadamard=hadamard).contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    with _on(q.device):
+        choice.module.launch(
+            _unit_stride(q), positions.contiguous(), table.contiguous(), format, hadamard, out, choice.config
+        )
+    return out
 
 
 def _index_topk(
@@ -784,6 +802,9 @@ _register(
     _nothing,
 )
 _register(
+    "index_query(Tensor q, Tensor positions, Tensor table, str format, bool hadamard) -> Tensor", _index_query, _same
+)
+_register(
     "index_topk(Tensor logits, Tensor block_table, Tensor positions, Tensor sequence_ids, int ratio, int topk, "
     "int page_size) -> Tensor",
     _index_topk,
@@ -861,13 +882,6 @@ for _schema, _impl, _fake in (
         lambda x, x_sf, x_alpha, w13, *rest: x.new_empty(
             (x.shape[0], rest[4].shape[1]), dtype=x.dtype if x_sf is None else torch.bfloat16
         ),
-    ),
-    (
-        "index_query(Tensor q, Tensor positions, Tensor table, str format, bool hadamard) -> Tensor",
-        lambda q, positions, table, format, hadamard: reference.index_query(
-            q, positions, table, format=format, hadamard=hadamard
-        ),
-        _same,
     ),
     (
         "index_logits(Tensor q, Tensor weights, Tensor data, str format, int page_size, int head_dim, "

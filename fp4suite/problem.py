@@ -239,6 +239,28 @@ class CompressKvProblem(Problem):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IndexQueryProblem(Problem):
+    """RoPE, perhaps Hadamard, and the rounding of an index format for q [m, heads, head_dim]."""
+
+    op: ClassVar[str] = "index_query"
+    m: int
+    format: str
+    hadamard: int = 0
+    heads: int = 64
+    head_dim: int = 128
+    rope_dim: int = 64
+    x: str = "bf16"
+
+    @property
+    def flops(self) -> int:
+        return self.m * self.heads * (3 * self.rope_dim + 2 * self.head_dim)
+
+    @property
+    def bytes(self) -> int:
+        return 2 * ELEMENT_BYTES[self.x] * self.m * self.heads * self.head_dim + rope_bytes(self.m, self.rope_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IndexTopkProblem(Problem):
     """The topk best of `entries` FP32 scores, all visible, of each of m queries -> slots in pages of page_size."""
 
@@ -557,6 +579,7 @@ PROBLEMS: dict[str, type[Problem]] = {
         SampleProblem,
         GemmProblem,
         CompressKvProblem,
+        IndexQueryProblem,
         IndexTopkProblem,
         HyperConnectionPreProblem,
         HyperConnectionPostProblem,

@@ -24,6 +24,7 @@ from .problem import (
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
     HyperConnectionPreProblem,
+    IndexQueryProblem,
     IndexTopkProblem,
     KvNormRopeInsertProblem,
     PermuteProblem,
@@ -190,6 +191,12 @@ def _walk(
                 hadamard = int(kept == "index_mxfp4")
                 own = {**heads, "head_dim": config["index_head_dim"], "format": kept, "hadamard": hadamard}
                 yield "indexer_compressor", csa, CompressKvProblem(m=rows, ratio=OVERLAP_RATIO, overlaps=2, **own)
+        elif op == IndexQueryProblem.op:
+            for format in ("fp8", "mxfp4"):
+                yield "index_query", csa, IndexQueryProblem(
+                    m=rows, format=format, hadamard=int(format == "mxfp4"), heads=config["index_n_heads"] // tp,
+                    head_dim=config["index_head_dim"], rope_dim=config["qk_rope_head_dim"],
+                )  # fmt: skip
         elif op == IndexTopkProblem.op:
             for context, most in INDEX_CONTEXTS:
                 if rows <= most:

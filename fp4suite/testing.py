@@ -15,13 +15,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import layouts, reference
-from .formats import BLOCK, FP8RowTensor, IndexCache, NVFP4Tensor, PagedCache, SfLayout, index_layout, kv_layout
+from .formats import (
+    BLOCK,
+    FP8RowTensor,
+    IndexCache,
+    IndexFormat,
+    NVFP4Tensor,
+    PagedCache,
+    SfLayout,
+    index_layout,
+    kv_layout,
+)
 from .problem import (
     CombineProblem,
     CompressKvProblem,
@@ -31,6 +41,7 @@ from .problem import (
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
     HyperConnectionPreProblem,
+    IndexQueryProblem,
     IndexTopkProblem,
     KvNormRopeInsertProblem,
     PermuteProblem,
@@ -110,6 +121,8 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _quantize_case(problem, gen)
     if isinstance(problem, CompressKvProblem):
         return _compress_kv_case(problem, gen)
+    if isinstance(problem, IndexQueryProblem):
+        return _index_query_case(problem, gen)
     if isinstance(problem, IndexTopkProblem):
         return _index_topk_case(problem, gen)
     if isinstance(problem, RouteProblem):
@@ -438,6 +451,16 @@ def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
         assert_same_bytes(state, want, "ring")
 
     return Case(p, operands, cache, (), poison, verify, lambda: reference_on(state, cache))
+
+
+def _index_query_case(p: IndexQueryProblem, gen: torch.Generator) -> Case:
+    q = random_activations((p.m, p.heads, p.head_dim), gen, TORCH_DTYPES[p.x])
+    positions, table = _positions(p.m, p.rope_dim, gen)
+    out, format = torch.empty_like(q), cast(IndexFormat, p.format)
+    operands = (q, positions, table, p.format, bool(p.hadamard))
+    eager = partial(reference.index_query, q, positions, table, format=format, hadamard=bool(p.hadamard))
+    same = lambda: assert_same_bytes(out, eager(), "out")  # noqa: E731
+    return Case(p, operands, out, (), partial(out.fill_, torch.nan), same, eager)
 
 
 def _index_topk_case(p: IndexTopkProblem, gen: torch.Generator) -> Case:

@@ -101,7 +101,8 @@ def _store_word(bits, at, stored, cache_ptr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _at_least(bits, least: tl.constexpr):
+def at_least(bits, least: tl.constexpr):
+    """Bits of non-negative FP32 numbers, or those of `least` where they are smaller."""
     return tl.maximum(bits, tl.full([1], least, tl.float32).to(tl.int32, bitcast=True))
 
 
@@ -114,7 +115,7 @@ def _store_fp8_groups(
     GROUPS: tl.constexpr = PADDED // FP8_GROUP
     groups = tl.arange(0, GROUPS)
     y = y.reshape(ROWS, GROUPS, FP8_GROUP)
-    byte = e8m0_of_448(_at_least(largest(y, 2), FP8_FLOOR))  # [ROWS, GROUPS]
+    byte = e8m0_of_448(at_least(largest(y, 2), FP8_FLOOR))  # [ROWS, GROUPS]
     data = e4m3_bits(y * e8m0_reciprocal(byte)[:, :, None]).reshape(ROWS, PADDED)
     cols = tl.arange(0, PADDED)
     tl.store(cache_ptr + rows[:, None] + cols[None, :], data, mask=stored[:, None] & (cols < NOPE)[None, :])
@@ -135,7 +136,7 @@ def _store_fp8_rows(
     """E4M3 under one FP32 power of two a row, which goes to the page's scales."""
     cols = tl.arange(0, PADDED)
     inside = (cols < HEAD_DIM)[None, :]
-    byte = e8m0_of_448(_at_least(largest(tl.where(inside, y, 0.0), 1), FP8_FLOOR))  # [ROWS]
+    byte = e8m0_of_448(at_least(largest(tl.where(inside, y, 0.0), 1), FP8_FLOOR))  # [ROWS]
     data = e4m3_bits(y * e8m0_reciprocal(byte)[:, None])
     tl.store(cache_ptr + rows[:, None] + cols[None, :], data, mask=stored[:, None] & inside)
     _store_word(byte << 23, scales, stored, cache_ptr, ROWS)
@@ -149,7 +150,7 @@ def _store_mxfp4(
     """E2M1 in blocks of 32 columns, then a byte of E8M0 a block in the page's scales."""
     BLOCKS: tl.constexpr = PADDED // MX_BLOCK
     y = y.reshape(ROWS, BLOCKS, MX_BLOCK)
-    byte = e8m0_of_6(_at_least(largest(y, 2), MX_FLOOR))  # [ROWS, BLOCKS]
+    byte = e8m0_of_6(at_least(largest(y, 2), MX_FLOOR))  # [ROWS, BLOCKS]
     y = (y * e8m0_reciprocal(byte)[:, :, None]).reshape(ROWS, PADDED // BLOCK, BLOCK)
     packed = pack_e2m1(y, ROWS, PADDED // BLOCK, E2M1_CVT).reshape(ROWS, PADDED // 2)
     pairs, blocks = tl.arange(0, PADDED // 2), tl.arange(0, BLOCKS)

@@ -1,0 +1,133 @@
+"""index_query gives the reference's bits: every format, type and config, with and without Hadamard, any stride."""
+
+import pytest
+import torch
+
+from fp4suite import ops, reference, testing
+from fp4suite.dispatch import on_target, override
+from fp4suite.problem import IndexQueryProblem
+from kernels_triton import index_query as kernel
+
+from .checks import every_bf16
+
+FORMATS = ["fp32", "bf16", "fp8", "mxfp4"]
+TABLE = reference.rope_table(reference.rope_frequencies(16, 160000.0), 1_048_576)
+WIDE = kernel.Config(block_h=16, num_warps=1)
+
+
+def check(
+    q: torch.Tensor,
+    positions: list[int],
+    format: str,
+    hadamard: bool,
+    config: kernel.Config = WIDE,
+    table: torch.Tensor = TABLE,
+) -> torch.Tensor:
+    at, table = torch.tensor(positions, dtype=torch.int32, device=q.device), table.to(q.device)
+    want = reference.index_query(q, at, table, format=format, hadamard=hadamard)  # type: ignore[arg-type]
+    out = torch.full(q.shape, float("nan"), dtype=q.dtype, device=q.device)
+    kernel.launch(q, at, table, format, hadamard, out, config)
+    found, wanted = out.float(), want.float()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit() & ~found.isnan(), wanted.signbit() & ~wanted.isnan())  # of zeros too
+    return out
+
+
+def queries(tokens: int, heads: int, d: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return testing.random_activations((tokens, heads, d), torch.Generator().manual_seed(d), dtype).to(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_and_type(format, hadamard, dtype, device):
+    """A ragged number of heads; the last of a million positions."""
+    check(queries(3, 21, 64, device, dtype), [0, 1_048_575, 77], format, hadamard)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_head_dims(format, device):
+    """Padded ones, RoPE of the whole head and of two dims."""
+    check(queries(2, 5, 96, device), [5, 9], format, False)
+    check(queries(2, 5, 32, device), [5, 9], format, True, table=TABLE[:10, :2].contiguous())
+    check(queries(2, 5, 128, device), [5, 9], format, True, table=torch.rand(10, 128))
+
+
+@pytest.mark.parametrize("config", testing.configs(kernel), ids=str)
+def test_every_config(config, device):
+    problem = IndexQueryProblem(m=2, format="mxfp4", hadamard=1, heads=33)
+    if kernel.supports(problem, config) is None:
+        check(queries(2, 33, 128, device), [3, 4], "mxfp4", True, config, torch.rand(5, 64))
+    else:
+        assert config.block_h * 128 / (32 * config.num_warps) < 8 or config.block_h * 4 / config.num_warps > 64
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_number(format, device):
+    """All 65536 BF16 numbers, infinities and NaN among them, alone in their row and beside larger ones."""
+    x = every_bf16(device).view(32, 32, 64)
+    config = kernel.Config(block_h=32, num_warps=4)
+    check(x, list(range(32)), format, False, config)
+    alone = torch.zeros(16, 64, 64, dtype=torch.bfloat16, device=device)
+    alone[:, :, 3] = every_bf16(device)[:, ::64]
+    check(alone, [0] * 16, format, True, config)
+
+
+@pytest.mark.parametrize("format", ["fp8", "mxfp4"])
+def test_magnitudes_around_scales(format, device):
+    """Rows whose largest magnitude lies at, just below and above every place where the scale changes, and none."""
+    top = {"fp8": 448.0, "mxfp4": 6.0}[format]
+    edges = top * torch.exp2(torch.arange(-24, 8).float())
+    near = torch.stack([(edges.view(torch.int32) + (u << 16)).view(torch.float32) for u in (-1, 0, 1)]).flatten()
+    q = torch.randn(len(near), 1, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * near[:, None, None] / 2
+    q[:, 0, 0] = near
+    check(q.bfloat16().to(device), [0] * len(q), format, False)
+    check(torch.zeros(1, 3, 64, device=device), [9], format, True)
+
+
+def test_strides_and_nothing(device):
+    q = queries(6, 24, 128, device)
+    check(q[::2, 3:20, 16:80], [1, 2, 3], "fp8", False)
+    check(q[:, :, :64].transpose(0, 1)[:5], [4] * 5, "mxfp4", True)
+    out = q.new_zeros(0, 24, 128)
+    kernel.launch(q[:0], torch.zeros(0, dtype=torch.int32, device=device), TABLE, "fp8", False, out, WIDE)
+
+
+def test_cases_of_the_tuner(device):
+    for format in FORMATS:
+        c = testing.case(IndexQueryProblem(m=3, format=format, heads=5, head_dim=64, rope_dim=16), device)
+        c.run(kernel, WIDE)
+        c.check()
+        c.out[1, 2, 3] += 1
+        with pytest.raises(AssertionError, match="out: "):
+            c.check()
+
+
+def test_the_op(device):
+    """Through dispatch, dims that are not contiguous."""
+    q = queries(4, 8, 64, device).transpose(1, 2).contiguous().transpose(1, 2)
+    at = torch.arange(8, dtype=torch.int32, device=device)[::2]
+    want = reference.index_query(q, at, TABLE.to(device), format="fp8")
+    with on_target("sm_90a"), override(kernel="triton_index_query", config=WIDE):
+        assert torch.equal(ops.index_query(q, at, TABLE.to(device), format="fp8"), want)
+
+
+def test_refusals():
+    def why(**dims) -> str | None:
+        return kernel.supports(IndexQueryProblem(m=1, **dims), kernel.Config())
+
+    assert why(format="mxfp4", hadamard=1) is None
+    assert why(format="fp8", head_dim=96, hadamard=1) == "a Hadamard transform needs a power of two, got head_dim=96"
+    assert why(format="mxfp4", head_dim=80) == "mxfp4 has blocks of 32 dims, got head_dim=80"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", testing.configs(kernel), ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_real_sizes(format, config, device):
+    for m, hadamard in ((1, 0), (999, 1)):
+        problem = IndexQueryProblem(m=m, format=format, hadamard=hadamard)
+        if kernel.supports(problem, config) is None:
+            c = testing.case(problem, device)
+            c.run(kernel, config)
+            c.check()
