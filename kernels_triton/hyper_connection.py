@@ -47,26 +47,29 @@ class Config:
     block_d: int = 64
     splits: int = 16
     num_warps: int = 8
-    num_stages: int = 2
+    num_stages: int = 3
     fold_warps: int = 8
 
 
 SPACE = {
-    "block_m": (16, 32, 64, 128),
-    "block_d": (32, 64, 128),
+    "block_m": (16, 64, 128),
+    "block_d": (32, 64),
     "splits": (1, 2, 4, 8, 16, 32, 64, 128),
     "num_warps": (4, 8),
-    "num_stages": (1, 2, 3),
+    "num_stages": (2, 3, 4),
     "fold_warps": (4, 8, 16),
 }
 
 
-def default(m: int) -> Config:
-    """As many parts as make a wave."""
+def default(m: int, x: str) -> Config:
+    """As many parts as make a wave, and the stages that shared memory holds."""
     few = m <= 16
     tiles = triton.cdiv(max(m, 1), 16 if few else 64)
     splits = max(1, min(64, 1 << (max(1, WAVE // tiles).bit_length() - 1)))
-    return Config(block_m=16, splits=splits, num_warps=4, num_stages=3) if few else Config(splits=splits)
+    stages = 3 if ELEMENT_BYTES[x] == 2 else 2
+    if few:
+        return Config(block_m=16, splits=splits, num_warps=4, num_stages=stages)
+    return Config(splits=splits, num_stages=stages)
 
 
 def arithmetic(config: Config) -> str:
@@ -82,8 +85,8 @@ INVARIANT = arithmetic(Config())
 
 @functools.cache
 def in_arithmetic(wanted: str) -> Config | None:
-    """A config that sums so, None if there is none."""
-    free = SPACE | {"num_stages": (Config().num_stages,)}
+    """The config that sums so, with the fewest stages; None if there is none."""
+    free = SPACE | {"num_stages": SPACE["num_stages"][:1]}
     configs = (Config(**dict(zip(free, values, strict=True))) for values in itertools.product(*free.values()))
     return next((c for c in configs if arithmetic(c) == wanted), None)
 
@@ -100,13 +103,16 @@ def refuse(n: int, k: int, x: str, config: Config, *, post: bool = False) -> str
     if row > 64:
         return f"rows of {k} columns spill: fold_warps={config.fold_warps}"
     tile, threads = config.block_m * config.block_d, 32 * config.num_warps
-    if tile < 8 * threads:
+    if tile < (8 if post else 4) * threads:
         return f"a [{config.block_m}, {config.block_d}] step leaves threads of {config.num_warps} warps idle"
-    if tile > (16 if post else 64) * threads:
+    if tile > (16 if post else 32) * threads:
         return f"a [{config.block_m}, {config.block_d}] step spills: num_warps={config.num_warps}"
+    if post and config.num_stages > 3:
+        return f"num_stages={config.num_stages} spills where streams are made"
     step = STREAMS * (tile * size + 128 * config.block_d) + (tile * size if post else 0)
-    if config.num_stages * step > SHARED_BYTES:
-        return f"{config.num_stages} stages of {step} bytes are more than {SHARED_BYTES} bytes of shared memory"
+    shared = (config.num_stages - 1) * step + tile * size  # a stage is in registers; a tile changes its layout
+    if shared > SHARED_BYTES:
+        return f"{config.num_stages} stages take {shared} bytes of shared memory, more than {SHARED_BYTES}"
     return None
 
 

@@ -19,7 +19,7 @@ OUTPUTS = hyper_connection.STREAMS
 
 def default(problem: HyperConnectionHeadProblem) -> Config:
     """As many programs as fill the GPU."""
-    return hyper_connection.default(problem.m)
+    return hyper_connection.default(problem.m, problem.x)
 
 
 def supports(problem: HyperConnectionHeadProblem, config: Config) -> str | None:

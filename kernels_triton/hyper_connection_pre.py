@@ -20,7 +20,7 @@ OUTPUTS = hyper_connection.STREAMS * (hyper_connection.STREAMS + 2)
 
 def default(problem: HyperConnectionPreProblem) -> Config:
     """As many programs as fill the GPU."""
-    return hyper_connection.default(problem.m)
+    return hyper_connection.default(problem.m, problem.x)
 
 
 def supports(problem: HyperConnectionPreProblem, config: Config) -> str | None:

@@ -1,5 +1,9 @@
 """Inputs that the quantising kernels' tests share."""
 
+import concurrent.futures
+import multiprocessing
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,3 +66,14 @@ def _quiet_interpreter():
 
     with np.errstate(all="ignore"):
         yield
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Processes in which Triton compiles; in this one it may interpret."""
+    before = os.environ.pop("TRITON_INTERPRET", None)  # children read it when they start, which is at their first job
+    workers = min(2, os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as p:
+        yield p
+    if before is not None:
+        os.environ["TRITON_INTERPRET"] = before

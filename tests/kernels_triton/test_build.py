@@ -1,8 +1,6 @@
 """Every config that `supports` lets through compiles for both architectures without a GPU and without spilling."""
 
 import concurrent.futures
-import multiprocessing
-import os
 import re
 from types import ModuleType
 from typing import Any
@@ -47,17 +45,6 @@ ROPE: list[tuple[ModuleType, Problem]] = [
     (rope_inverse_quantize, RopeInverseQuantizeProblem(m=64, heads=128, groups=16)),
 ]
 Job = tuple[ModuleType, Problem, Any, str]
-
-
-@pytest.fixture(scope="module")
-def pool():
-    """Processes in which Triton compiles; in this one it may interpret."""
-    before = os.environ.pop("TRITON_INTERPRET", None)  # children read it when they start, which is at their first job
-    workers = min(2, os.cpu_count() or 1)
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as p:
-        yield p
-    if before is not None:
-        os.environ["TRITON_INTERPRET"] = before
 
 
 def build(pool: concurrent.futures.Executor, jobs: list[Job]) -> list[built.Built]:
