@@ -25,7 +25,8 @@ from fp4suite import (
     table,
 )
 from fp4suite.dispatch import Target, batch_invariant, choose, choose_for, is_batch_invariant, on_target
-from fp4suite.problem import GemmProblem, QuantizeProblem
+from fp4suite.layouts import Order
+from fp4suite.problem import Act, GemmProblem, QuantizeProblem
 
 from .op_arguments import OPCHECKS, PUBLIC, arguments, assert_same, flat, g, weight
 
@@ -219,9 +220,12 @@ def test_no_kernel_for_every_m_is_an_error(fakes: Path) -> None:
 def test_registered_kernels_keep_to_one_arithmetic(arch: str) -> None:
     """With the shipped tables: all m of a problem, and quantising kernels, whose configs all give the same bytes."""
     device = H100.device if arch == "sm_90a" else "sm_100a"
-    act, orders = ("bf16", ("rows", "fragments_sm90")) if arch == "sm_90a" else ("nvfp4", ("rows",))
+    kinds: dict[str, tuple[tuple[Act, Order], ...]] = {
+        "sm_90a": (("bf16", "rows"), ("bf16", "fragments_sm90"), ("fp8", "fragments_sm90_fp8")),
+        "sm_100a": (("nvfp4", "rows"),),
+    }
     with batch_invariant():
-        for order in orders:
+        for act, order in kinds[arch]:
             for n, k in ((7168, 3072), (1536, 7168), (65536, 1536), (64, 7168)):
                 made = {}
                 for m in (1, 7, 8, 9, 16, 33, 64, 65, 200, 256, 500, 2048, 16384):

@@ -4,12 +4,13 @@ import re
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from fp4suite import dispatch, layouts, ops, reference, testing
 from fp4suite.built import resources, sass
-from fp4suite.formats import BLOCK, NVFP4Tensor
+from fp4suite.formats import BLOCK, E2M1_VALUES, NVFP4Tensor
 from fp4suite.problem import GemmProblem
 from fp4suite.reference import fp8
 from kernels_cute import gemm_nvfp4_sm90_fp8 as kernel
@@ -20,6 +21,7 @@ Problem = partial(GemmProblem, act="fp8", order=kernel.WEIGHT_ORDER)
 BIG = Problem(m=256, n=7168, k=3072)
 SMALL = Config(tile_m=16, groups_n=1, groups_k=2, stages=4)
 WIDE = Config(tile_m=256)
+DEEP = Config(tile_m=192, promote=4)
 CONFIGS = [
     SMALL,
     Config(tile_m=32, groups_n=1, stages=3, share=2),
@@ -33,6 +35,16 @@ CONFIGS = [
     replace(WIDE, stages=3),
     replace(WIDE, stages=3, share=2),
     Config(tile_m=64, groups_n=4, stages=2, split=2),
+    Config(tile_m=8, groups_n=1, groups_k=2, stages=4),
+    Config(tile_m=8, groups_n=3, stages=2, split=3),
+    Config(tile_m=16, groups_n=2, stages=3, promote=2),
+    Config(tile_m=64, groups_n=1, groups_k=2, stages=4, promote=2),
+    Config(tile_m=32, groups_n=2, stages=3, split=2, promote=4),
+    Config(tile_m=16, groups_n=1, groups_k=2, stages=4, split=2, promote=4),
+    Config(tile_m=192, stages=3, promote=4),
+    Config(tile_m=128, stages=3, share=2, tail=2),
+    Config(tile_m=128, groups_n=1, stages=3, share=2, tail=2, promote=2),
+    replace(WIDE, stages=3, share=2, tail=2),
 ]
 
 # --- anywhere ---------------------------------------------------------------------------------------------------------
@@ -57,6 +69,15 @@ CONFIGS = [
         (replace(BIG, k=512), Config(split=3), "too little for the last of 3 parts"),
         (replace(BIG, k=512), Config(groups_k=2, split=4), "too little for the last of 4 parts of 2 warpgroups"),
         (BIG, Config(stages=12), "bytes of shared memory"),
+        (BIG, Config(tile_m=8, share=2), "tile_m=8 is not shared by 2 CTAs in parts of 8 tokens"),
+        (BIG, Config(promote=3), "promote=3 is none of 1, 2, 4"),
+        (BIG, replace(WIDE, promote=2), "promote=2 is for tiles of at most 192 tokens"),
+        (BIG, Config(tail=3), "tail=3 is none of 1, 2"),
+        (BIG, Config(tail=2), "tail=2 is for 128 or 256 tokens, share=2 and split=1"),
+        (BIG, Config(tile_m=64, share=2, tail=2), "tail=2 is for 128 or 256 tokens, share=2 and split=1"),
+        (BIG, Config(share=2, tail=2, split=2), "tail=2 is for 128 or 256 tokens, share=2 and split=1"),
+        (BIG, Config(groups_n=1, groups_k=2, share=2, tail=2), "tail=2 is for 128 or 256 tokens, share=2 and split=1"),
+        (replace(BIG, k=128), Config(share=2, tail=2), "k=128 is too little for 2 CTAs"),
     ],
 )
 def test_refusals(problem, config, message):
@@ -89,32 +110,154 @@ def test_compiles_without_spills(config, out):
     assert ".ftz" not in built.ptx  # codes pass through subnormal numbers
 
 
-@pytest.mark.parametrize("config", [SMALL, WIDE], ids=str)
+MAIN_LOOPS = [SMALL, WIDE, DEEP, Config(tile_m=8, groups_n=4), Config(share=2, tail=2), replace(WIDE, share=2, tail=2)]
+
+
+@pytest.mark.parametrize("config", MAIN_LOOPS, ids=str)
 def test_main_loop_keeps_the_tensor_cores_busy(config):
-    """No MMA is waited for right after its issue, as ptxas does where registers do not suffice; sums are added once."""
+    """A step is decoded once for all its MMAs, none is waited for right after its issue, sums are added once a run.
+
+    ptxas serialises MMAs where registers do not suffice, and would say so by waiting more often.
+    """
     code = sass(kernel.build(BIG, config))
-    assert len(re.findall(r"\bQGMMA\.", code)) == 4 * config.runs
+    loop = main_loop(code)
+    assert count(r"QGMMA\.", code) == count(r"QGMMA\.", loop) == 4 * config.runs
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code)
-    assert waits == ["0"] * (config.runs - 1) + ["1", "0"]
-    assert len(re.findall(r"\bF2FP\.SATFINITE\.E4M3\.F16", code)) == 3 * 16  # one half before the loop, two in it
+    assert waits == re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", loop)
+    if config.promote == 1:  # sums of all runs but the last, the MMAs before the last, the last
+        assert waits == ["0"] * (config.runs - 1) + ["1", "0"]
+    else:  # the step before, whose stage is released; the MMAs before the last; the last, at the end of a run or of all
+        assert waits == ["1", "1", "0", "0"]
+    # tables of two blocks: 2 x 4 products and conversions of two numbers each, and as many look-ups as words
+    halves = {loop: 2, code: 4}  # and before the loop: one half decoded, the next one's tables
+    for text, number in halves.items():
+        assert count(r"F2FP\.SATFINITE\.E4M3\.F16", text) == 8 * number
+        assert count(r"HMUL2", text) == 9 * number
+        assert count(r"F2FP\.F16\.E4M3", text) == number
+    selectors = count(r"PRMT", loop)
+    assert 16 <= selectors <= 17
     fresh = config.tile_m // 2
-    assert fresh <= len(re.findall(r"\bFADD\b", code)) < fresh + 32
+    assert fresh == count(r"FADD", loop)
+    assert count(r"LDS\.128", loop) == 2
 
 
-def test_every_code_has_its_image(monkeypatch):
-    """The bit arithmetic on every position of a word, in Python integers; masks drop what a word would."""
+def test_a_step_takes_few_instructions():
+    """64 x 128 weights by 256 tokens: 128 additions, and fewer than 180 to decode, multiply and go on."""
+    loop = main_loop(sass(kernel.build(BIG, WIDE))).splitlines()
+    assert 128 + 100 < len(loop) < 128 + 180
+
+
+def count(instruction: str, code: str) -> int:
+    return len(re.findall(rf"\b{instruction}", code))
+
+
+def main_loop(code: str) -> str:
+    """The instructions of the shortest loop around every QGMMA."""
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
+    lines = [(int(address, 16), text) for address, text in found]
+    multiplied = [address for address, text in lines if "QGMMA" in text]
+    loops = []
+    for end, text in lines:
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) <= multiplied[0] and multiplied[-1] <= end:
+            loops.append([text for address, text in lines if int(jump[1], 16) <= address <= end])
+    return "\n".join(min(loops, key=len))
+
+
+# --- decoding, in Python integers -------------------------------------------------------------------------------------
+
+
+def halves_of(word):
+    return np.array([word & 0xFFFF, word >> 16], np.uint16).view(np.float16)
+
+
+def word_of_halves(halves):
+    low, high = halves.astype(np.float16).view(np.uint16).tolist()
+    return low | high << 16
+
+
+def rounded(numbers):
+    """FP16 numbers -> their E4M3 bytes, nearest even."""
+    return torch.from_numpy(numbers.astype(np.float32)).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
+
+
+@pytest.fixture
+def in_integers(monkeypatch):
+    """The kernel's instructions on Python integers of 32 bits."""
+
+    def multiplied(x, scales, half):
+        exact = halves_of(x).astype(np.float64) * np.float64(halves_of(scales)[half])
+        product = exact.astype(np.float16)
+        assert (product.astype(np.float64) == exact).all()  # no product is rounded in FP16
+        return word_of_halves(product)
+
+    def permuted(x, y, selectors):
+        found = (x | y << 32).to_bytes(8, "little")
+        digits = [selectors >> 4 * i & 15 for i in range(4)]
+        assert max(digits) < 8  # bit 3 would replicate a sign
+        return int.from_bytes(bytes(found[digit] for digit in digits), "little")
+
+    def converted(x, y):
+        return int.from_bytes(bytes(rounded(np.concatenate([halves_of(x), halves_of(y)]))), "little")
+
     monkeypatch.setattr(kernel, "Uint32", int)
-    monkeypatch.setattr(kernel, "rotate_right", lambda x, by: x >> by | x << 32 - by)
-    for code in range(16):
-        for position in range(8):  # pair, and half of it
-            data = torch.zeros(64, 32, dtype=torch.uint8)
-            row, column = 8 * (position // 2 % 2), 8 * (position // 4) + position % 2
-            data[row, column // 2] = code << 4 * (column % 2)
-            layouts.to_fragments_sm90_(data, torch.zeros(64, 4, dtype=torch.uint8))
-            word = int.from_bytes(bytes(data.view(-1)[:4].tolist()), "little")
-            want = [0] * 4
-            want[position // 2] = ((code & 8) << 12 | (code & 7) << 9) << 16 * (position % 2)
-            assert list(kernel.code_images(word)) == want, (code, position)
+    monkeypatch.setattr(kernel, "mul_f16_by_half", multiplied)
+    monkeypatch.setattr(kernel, "permute", permuted)
+    monkeypatch.setattr(kernel, "f16x2_to_e4m3x4", converted)
+
+
+def packed_word(codes):
+    """What the order makes of eight neighbours of K."""
+    data = torch.zeros(64, 32, dtype=torch.uint8)
+    for i, code in enumerate(codes):
+        data[0, i // 2] |= code << 4 * (i % 2)
+    layouts.to_fragments_(data, torch.zeros(64, 4, dtype=torch.uint8), kernel.WEIGHT_ORDER)
+    return int.from_bytes(bytes(data.view(-1)[:4].tolist()), "little")
+
+
+def test_every_scale_has_its_table_and_every_code_its_place(in_integers):
+    """All scales under all exponents of a row that may hold them, in both halves of a word; under each, every code in
+    every place of a word. The sign of zero counts."""
+    turned = [[(7 * turn + 5 * place) % 16 for place in range(8)] for turn in range(16)]  # each code once in each place
+    words = [(packed_word(codes), codes) for codes in turned]
+    assert all({codes[place] for codes in turned} == set(range(16)) for place in range(8))
+    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    magnitudes = torch.tensor(E2M1_VALUES, dtype=torch.float64)
+    seen = 0
+    for exponent in range(-12, 4):
+        largest = (
+            126 if exponent == 3 else (exponent + 12) * 8 + 7
+        )  # of the scales that a row of this exponent may have
+        for byte in range(largest + 1):
+            scale = np.float16(float(values[byte]) * 2.0**-exponent)
+            assert float(scale) == float(values[byte]) * 2.0**-exponent <= 60
+            want = (magnitudes * float(scale)).to(torch.float32).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
+            for row in range(2):
+                scales = word_of_halves(np.roll(np.array([scale, np.float16(1.5)]), row))
+                low, high = kernel.table(scales, row)
+                assert list((low | high << 32).to_bytes(8, "little")) == want
+            for word, codes in words:
+                first, second = kernel.decode_word(word, low, high)
+                got = (first | second << 32).to_bytes(8, "little")
+                assert list(got) == [want[code & 7] | (code & 8) << 4 for code in codes]
+            seen += 1
+    assert seen == sum(range(8, 129, 8)) - 1
+
+
+def test_codes_do_not_touch_each_other(in_integers):
+    """Every code in every place beside zeros and beside negative sixes, looked up among eight different bytes."""
+    low, high = 0x03020100, 0x07060504
+    for others in (0, 15):
+        for place in range(8):
+            for code in range(16):
+                codes = [others] * 8
+                codes[place] = code
+                first, second = kernel.decode_word(packed_word(codes), low, high)
+                got = (first | second << 32).to_bytes(8, "little")
+                assert list(got) == [c & 7 | (c & 8) << 4 for c in codes]
+
+
+# --- what it is launched with -----------------------------------------------------------------------------------------
 
 
 def weight(n, k, gen, *, adversarial=False):
@@ -155,9 +298,9 @@ def test_empty_m_is_nothing_to_do():
 
 @pytest.fixture
 def in_emulator(monkeypatch):
-    """run(case, config, schedule): two clusters, whatever the tiles."""
+    """run(launch, schedule): two clusters, or three, whatever the tiles: one of them takes what a last wave leaves."""
     kernel.compiled.cache_clear()
-    monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 2)
+    monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 1 + config.tail)
 
     def run(launch, schedule="late"):
         with emulate("sm_90a", schedule=schedule):
@@ -172,7 +315,8 @@ def in_emulator(monkeypatch):
 def test_in_the_emulator(config, schedule, in_emulator):
     """Ragged m and n, several tiles a CTA; every element against the FP64 product, every access against the others'."""
     step = kernel.STEP * config.groups_k * config.split
-    k = max(2 * step, (config.stages + 1) * kernel.STEP) if config.split == 1 else 2 * step - kernel.STEP
+    rounds = 2 if config.promote == 1 else config.promote + 1  # a run of steps, and one that is cut short
+    k = max(rounds * step, (config.stages + 1) * kernel.STEP) if config.split == 1 else rounds * step - kernel.STEP
     tiles = 1 if config.split > 1 else 2
     problem = Problem(m=tiles * config.tile_m - 3, n=config.tile_n * tiles + 64, k=k, out="fp32", segments=2)
     case = testing.case(problem, "cpu", 1)

@@ -130,7 +130,7 @@ def test_every_code_and_scale_decodes_exactly():
             data = torch.zeros(64, 32, dtype=torch.uint8)
             row, column = 8 * (position // 2 % 2), 8 * (position // 4) + position % 2
             data[row, column // 2] = code << 4 * (column % 2)
-            layouts.to_fragments_sm90_(data, torch.zeros(64, 4, dtype=torch.uint8))
+            layouts.to_fragments_(data, torch.zeros(64, 4, dtype=torch.uint8), kernel.WEIGHT_ORDER)
             word = int.from_bytes(bytes(data.view(-1)[:4].tolist()), "little")
             images = (
                 word & kernel.MAGNITUDE,
