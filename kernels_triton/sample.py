@@ -28,11 +28,11 @@ from .nvfp4 import exp_neg, widen
 
 BINS = 2048
 LISTED = 4096  # tokens of a row that finish need not look for
-FINISH_WARPS = 8
+FINISH_WARPS, BISECTED = 8, 1024  # and how many of them finish looks at together
 MOST_CHUNKS = 1024
 MOST_VOCAB = 1 << (62 - MASS_BITS)  # masses of all tokens fit into int64
 
-BIN_WIDTH = tl.constexpr(1 / 64)  # of (top - logit) / temperature; 32 of it is past every mass
+BINS_A_UNIT = tl.constexpr(64.0)  # of (top - logit) / temperature, of which 32 are past every mass
 MASS_OF_TOP = tl.constexpr(2.0**MASS_BITS)
 UNDERFLOW = tl.constexpr(_UNDERFLOW)
 COLDEST = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -87,7 +87,8 @@ def _mass(z):
 
 @triton.jit
 def _bin(z, BINS: tl.constexpr):
-    return tl.where(z < BINS * BIN_WIDTH, z / BIN_WIDTH, BINS - 1.0).to(tl.int32)
+    at = z * BINS_A_UNIT
+    return tl.where(at < BINS, at, BINS - 1.0).to(tl.int32)
 
 
 @triton.jit
@@ -339,14 +340,16 @@ def launch(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor, 
     own = _constants(vocab, config)
     options: dict[str, Any] = {"num_warps": config.num_warps, **host.OPTIONS}
     rows, grid = (logits, host.row_stride(logits)), (m, chunks)
-    sizes = {name: own[name] for name in ("CHUNK", "CHUNKS", "BINS")}
-    cleared = triton.next_power_of_2(triton.cdiv(BINS, chunks))
-    _most[grid](*rows, most, where, mass, listed, vocab, CHUNK=config.chunk, BINS=BINS, CLEARED=cleared, **options)
-    _weigh[grid](*rows, temperature, most, where, mass, vocab, **sizes, **options)
     asked = (temperature, top_p, uniform, most, where, mass, listed, places)
-    _gather[grid](*rows, *asked, vocab, **sizes, LISTED=LISTED, **options)
-    last = {name: own[name] for name in ("CHUNKS", "BINS", "LISTED", "BLOCK")}
-    _finish[(m,)](*rows, *asked, out, chunks, vocab, **last, num_warps=FINISH_WARPS, **host.OPTIONS)
+
+    def sizes(*names: str) -> dict[str, int]:
+        return {name: own[name] for name in names}
+
+    _most[grid](*rows, most, where, mass, listed, vocab, **sizes("CHUNK", "BINS", "CLEARED"), **options)
+    _weigh[grid](*rows, temperature, most, where, mass, vocab, **sizes("CHUNK", "CHUNKS", "BINS"), **options)
+    _gather[grid](*rows, *asked, vocab, **sizes("CHUNK", "CHUNKS", "BINS", "LISTED"), **options)
+    options["num_warps"] = FINISH_WARPS
+    _finish[(m,)](*rows, *asked, out, chunks, vocab, **sizes("CHUNKS", "BINS", "LISTED", "BLOCK"), **options)
 
 
 def warm(problem: SampleProblem, config: Config) -> None:
@@ -363,18 +366,26 @@ def build_key(problem: SampleProblem, config: Config) -> tuple[Any, ...]:
 
 def build(problem: SampleProblem, config: Config, arch: str) -> Built:
     """The weighing kernel, which takes longest, compiled for `arch` without a GPU."""
-    types = {"logits_ptr": f"*{problem.x}", "stride_m": "i32", "heat_ptr": "*fp32", "most_ptr": "*i32"}
-    types |= {"where_ptr": "*i32", "mass_ptr": "*i64", "V": "i32"}
-    own = _constants(problem.vocab, config)
-    constants = {name: own[name] for name in ("CHUNK", "CHUNKS", "BINS")}
-    return host.build(_weigh, types, constants, arch, config.num_warps)
+    return build_part(_weigh, problem, config, arch)
 
 
-def _constants(vocab: int, config: Config) -> dict[str, Any]:
+def build_part(kernel: Any, problem: SampleProblem, config: Config, arch: str) -> Built:
+    """One of the kernels of a launch compiled for `arch` without a GPU."""
+    types = {"logits_ptr": f"*{problem.x}", "mass_ptr": "*i64", "out_ptr": "*i64", "V": "i32", "chunks": "i32"}
+    types |= {"stride_m": "i32"} | dict.fromkeys(("heat_ptr", "top_p_ptr", "uniform_ptr"), "*fp32")
+    types |= dict.fromkeys(("most_ptr", "where_ptr", "listed_ptr", "list_ptr"), "*i32")
+    names = kernel.arg_names
+    constants = {n: c for n, c in _constants(problem.vocab, config).items() if n in names}
+    warps = FINISH_WARPS if kernel is _finish else config.num_warps
+    return host.build(kernel, {n: t for n, t in types.items() if n in names}, constants, arch, warps)
+
+
+def _constants(vocab: int, config: Config) -> dict[str, int]:
     return {
         "CHUNK": config.chunk,
         "CHUNKS": triton.next_power_of_2(triton.cdiv(vocab, config.chunk)),
         "BINS": BINS,
+        "CLEARED": triton.next_power_of_2(triton.cdiv(BINS, triton.cdiv(vocab, config.chunk))),
         "LISTED": LISTED,
-        "BLOCK": 1024,
+        "BLOCK": BISECTED,
     }

@@ -1,0 +1,73 @@
+"""Kernels of routing and sampling: every config that `supports` lets through compiles without spilling, for the two
+architectures in turn, and what bits and speed depend on is read from the PTX.
+"""
+
+import re
+
+import pytest
+
+from fp4suite import built, testing
+from fp4suite.problem import CombineProblem, PermuteProblem, RouteProblem, SampleProblem
+from kernels_triton import combine, permute, permute_small, route, sample
+
+ARCHS = ("sm_90a", "sm_100a")
+KERNELS = [
+    (route, RouteProblem(m=64, experts=384, topk=6)),
+    (route, RouteProblem(m=64, experts=256, topk=6, choice="table")),
+    (permute_small, PermuteProblem(m=64, topk=6, experts=384)),
+    (permute, PermuteProblem(m=64, topk=6, experts=384)),
+    (combine, CombineProblem(m=64, topk=6, k=7168)),
+    (sample, SampleProblem(m=64, vocab=129280)),
+]
+APPROXIMATE = r"\b(?:ex2|lg2|rcp|rsqrt|div|sqrt)\.(?!rn|s|u)\S+|\S+\.ftz\S*|fma\.rn\.f32"
+
+
+@pytest.mark.parametrize(("module", "problem"), KERNELS, ids=lambda x: getattr(x, "op", ""))
+def test_every_config_compiles_without_spills(module, problem, pool):
+    configs = [c for c in testing.configs(module) if module.supports(problem, c) is None]
+    assert len(configs) >= 5
+    jobs = [(problem, c, ARCHS[i % 2]) for i, c in enumerate(configs)]
+    for (_, config, arch), future in zip(jobs, [pool.submit(module.build, *job) for job in jobs], strict=True):
+        b = future.result()
+        assert b.arch == arch
+        assert built.resources(b).refusal(arch) is None, (config, arch)
+        assert not re.findall(APPROXIMATE, b.ptx), (config, arch, re.findall(APPROXIMATE, b.ptx)[:3])
+
+
+def parts_of_sample(problem: SampleProblem, arch: str) -> dict[str, built.Built]:
+    parts = (sample._most, sample._weigh, sample._gather, sample._finish)
+    return {k.__name__: sample.build_part(k, problem, sample.Config(), arch) for k in parts}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_launch_of_sample(arch, pool):
+    found = pool.submit(parts_of_sample, SampleProblem(m=64, vocab=129280), arch).result()
+    assert set(found) == {"_most", "_weigh", "_gather", "_finish"}
+    for name, b in found.items():
+        assert built.resources(b).spill_bytes <= 16, name  # what a call of the 64-bit division saves in _finish
+        assert not re.findall(APPROXIMATE, b.ptx), name
+    assert len(re.findall(r"(?:atom|red)\S*\.add\.\S*u64", found["_weigh"].ptx)) > 0
+
+
+@pytest.mark.parametrize("x", ["bf16", "fp16", "fp32"])
+def test_other_types_compile(x, pool):
+    jobs = [
+        (route, RouteProblem(m=1, experts=8, topk=2, choice="score", x=x)),
+        (combine, CombineProblem(m=1, topk=2, k=100, shared=0, x=x)),
+        (sample, SampleProblem(m=1, vocab=288, x=x)),
+    ]
+    for arch in ARCHS:
+        for future in [pool.submit(module.build, p, module.Config(), arch) for module, p in jobs]:
+            assert built.resources(future.result()).refusal(arch) is None
+
+
+def test_a_warp_chooses_by_its_own_instructions(pool):
+    """A token a warp: a maximum and a minimum of a round are an instruction each, not five exchanges."""
+    b = pool.submit(route.build, KERNELS[0][1], route.Config(), "sm_90a").result()
+    assert len(re.findall(r"redux\.sync\.(?:max|min)\.s32", b.ptx)) == 12
+
+
+def test_combine_reads_and_writes_16_bytes_at_a_time(pool):
+    b = pool.submit(combine.build, KERNELS[4][1], combine.Config(), "sm_90a").result()
+    assert len(re.findall(r"ld\.global\.v4\.b32", b.ptx)) == 7
+    assert len(re.findall(r"st\.global\.v4\.b32", b.ptx)) == 1
