@@ -5,12 +5,13 @@ import hashlib
 
 import pytest
 
-from fp4suite import problem as problems, registry
+from fp4suite import problem as problems, registry, shapes as layers
 from fp4suite.built import Resources
 from fp4suite.problem import PROBLEMS, Act, GemmProblem, QuantizeProblem
 from tuner import builds, provenance, worker
 from tuner.builds import Build
 from tuner.rejection import Rejected
+from tuner.targets import load_configs
 
 from . import fake_kernel
 from .conftest import FAKE
@@ -119,9 +120,12 @@ def test_binaries_of_one_key_are_equal(row):
         shapes = ((1, 128, 2048), (13, 128, 2048), (4096, 128, 256), (40, 7168, 2048))
         order = registry.weight_layout(module).order
         several = [GemmProblem(m=m, n=n, k=k, act=act, order=order) for act in acts for m, n, k in shapes]
-    else:
+    elif {f.name for f in dataclasses.fields(PROBLEMS[row.op]) if f.default is dataclasses.MISSING} == {"m", "k"}:
         kind = PROBLEMS[row.op]
         several = [kind(m=m, k=k) for m, k in ((1, 1024), (77, 1024), (64, 5120), (4096, 7168))]
+    else:
+        models = load_configs(["flash", "pro"]).values()
+        several = [x.problem for model in models for x in layers.problems(model, row.op, arch=arch, m=(1, 77))]
     several = [p for p in several if module.supports(p, config) is None]
     alike = {}
     for p in several:
