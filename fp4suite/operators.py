@@ -7,13 +7,13 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import by_token, dispatch, layouts, reference
-from .formats import BLOCK, FP8RowTensor, IndexCache, NVFP4Tensor, PagedCache, SfLayout
+from .formats import BLOCK, FP8RowTensor, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, SfLayout
 from .problem import (
     CombineProblem,
     CompressKvProblem,
@@ -23,6 +23,7 @@ from .problem import (
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
     HyperConnectionPreProblem,
+    IndexLogitsProblem,
     IndexQueryProblem,
     IndexTopkProblem,
     KvNormRopeInsertProblem,
@@ -377,24 +378,53 @@ def _compress_kv(
 
 
 def _index_logits(
-    q: Tensor, weights: Tensor, data: Tensor, format: str, page_size: int, head_dim: int,
+    q: Tensor, weights: Tensor, data: Tensor, format: IndexFormat, page_size: int, head_dim: int,
     block_table: Tensor, positions: Tensor, sequence_ids: Tensor, ratio: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    cache = _cache(data, format, page_size, head_dim, 0)
+    (m, heads, _), (sequences, pages) = q.shape, block_table.shape
+    problem = IndexLogitsProblem(
+        m=m, entries=pages * page_size, format=format, sequences=sequences, heads=heads, head_dim=head_dim,
+        page_size=page_size, x=dtype_name(q, "q"),
+    )  # fmt: skip
+    choice = dispatch.choose("index_logits", problem, q.device)
+    if choice.is_reference:
+        args = (q, weights, data, format, page_size, head_dim, block_table, positions, sequence_ids, ratio, scale)
+        if choice.invariant:
+            return cast(Tensor, by_token.run("index_logits", _reference_index_logits, args))
+        return _reference_index_logits(*args)
+    if q.shape[2] != head_dim or list(weights.shape) != [m, heads]:
+        raise ValueError(
+            f"q must be [tokens, heads, {head_dim}] and weights [tokens, heads], "
+            f"got {list(q.shape)} and {list(weights.shape)}"
+        )
+    out = torch.empty(m, pages * page_size, dtype=torch.float32, device=q.device)
+    with _on(q.device):
+        choice.module.launch(
+            _unit_stride(q), _unit_stride(weights), IndexCache(data, format, page_size, head_dim),
+            _unit_stride(block_table), positions.contiguous(), sequence_ids.contiguous(), ratio, scale, out,
+            choice.config,
+        )  # fmt: skip
+    return out
+
+
+def _reference_index_logits(
+    q: Tensor, weights: Tensor, data: Tensor, format: IndexFormat, page_size: int, head_dim: int,
+    block_table: Tensor, positions: Tensor, sequence_ids: Tensor, ratio: int, scale: float,
+) -> Tensor:  # fmt: skip
+    cache = IndexCache(data, format, page_size, head_dim)
     return reference.index_logits(
         q, weights, cache, block_table, positions=positions, sequence_ids=sequence_ids, ratio=ratio, scale=scale
     )
 
 
-def _index_query(q: Tensor, positions: Tensor, table: Tensor, format: str, hadamard: bool) -> Tensor:
+def _index_query(q: Tensor, positions: Tensor, table: Tensor, format: IndexFormat, hadamard: bool) -> Tensor:
     (m, heads, head_dim), kind = q.shape, dtype_name(q, "q")
     problem = IndexQueryProblem(
         m=m, format=format, hadamard=int(hadamard), heads=heads, head_dim=head_dim, rope_dim=table.shape[1], x=kind
     )
     choice = dispatch.choose("index_query", problem, q.device)
     if choice.is_reference:
-        like: Any = format
-        return reference.index_query(q, positions, table, format=like, hadamard=hadamard).contiguous()
+        return reference.index_query(q, positions, table, format=format, hadamard=hadamard).contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with _on(q.device):
         choice.module.launch(
@@ -802,6 +832,12 @@ _register(
     _nothing,
 )
 _register(
+    "index_logits(Tensor q, Tensor weights, Tensor data, str format, int page_size, int head_dim, "
+    "Tensor block_table, Tensor positions, Tensor sequence_ids, int ratio, float scale) -> Tensor",
+    _index_logits,
+    _fake_index_logits,
+)
+_register(
     "index_query(Tensor q, Tensor positions, Tensor table, str format, bool hadamard) -> Tensor", _index_query, _same
 )
 _register(
@@ -882,12 +918,6 @@ for _schema, _impl, _fake in (
         lambda x, x_sf, x_alpha, w13, *rest: x.new_empty(
             (x.shape[0], rest[4].shape[1]), dtype=x.dtype if x_sf is None else torch.bfloat16
         ),
-    ),
-    (
-        "index_logits(Tensor q, Tensor weights, Tensor data, str format, int page_size, int head_dim, "
-        "Tensor block_table, Tensor positions, Tensor sequence_ids, int ratio, float scale) -> Tensor",
-        _index_logits,
-        _fake_index_logits,
     ),
     (
         "sparse_attention(Tensor q, Tensor[] data, str[] formats, int[] geometry, Tensor[] indices, Tensor sink, "

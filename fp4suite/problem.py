@@ -7,7 +7,7 @@ hashable, made of host integers and strings only, and `dims()` is how tables and
 from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar, Literal
 
-from .formats import BLOCK, KVFormat, SfLayout, index_layout, kv_layout
+from .formats import BLOCK, IndexFormat, KVFormat, SfLayout, index_layout, kv_layout
 from .layouts import Order, blocked_128x4_bytes
 
 Rule = Literal["absmax", "mse", "modelopt_weight"]
@@ -258,6 +258,31 @@ class IndexQueryProblem(Problem):
     @property
     def bytes(self) -> int:
         return 2 * ELEMENT_BYTES[self.x] * self.m * self.heads * self.head_dim + rope_bytes(self.m, self.rope_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexLogitsProblem(Problem):
+    """Scores of all `entries` keys of its sequence for each of m queries, equally many of each of `sequences`."""
+
+    op: ClassVar[str] = "index_logits"
+    m: int
+    entries: int
+    format: IndexFormat
+    sequences: int = 1
+    heads: int = 64
+    head_dim: int = 128
+    page_size: int = 64
+    x: str = "bf16"
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.entries * self.heads * self.head_dim
+
+    @property
+    def bytes(self) -> int:
+        layout = index_layout(self.format, 1, self.head_dim)
+        keys = self.sequences * self.entries * (layout.row_bytes + layout.scale_bytes)
+        return keys + self.m * (self.heads * (ELEMENT_BYTES[self.x] * self.head_dim + 4) + 4 * self.entries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -579,6 +604,7 @@ PROBLEMS: dict[str, type[Problem]] = {
         SampleProblem,
         GemmProblem,
         CompressKvProblem,
+        IndexLogitsProblem,
         IndexQueryProblem,
         IndexTopkProblem,
         HyperConnectionPreProblem,

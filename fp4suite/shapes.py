@@ -24,6 +24,7 @@ from .problem import (
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
     HyperConnectionPreProblem,
+    IndexLogitsProblem,
     IndexQueryProblem,
     IndexTopkProblem,
     KvNormRopeInsertProblem,
@@ -191,6 +192,14 @@ def _walk(
                 hadamard = int(kept == "index_mxfp4")
                 own = {**heads, "head_dim": config["index_head_dim"], "format": kept, "hadamard": hadamard}
                 yield "indexer_compressor", csa, CompressKvProblem(m=rows, ratio=OVERLAP_RATIO, overlaps=2, **own)
+        elif op == IndexLogitsProblem.op:
+            sequences = rows if rows <= DECODING else 1
+            for context, most in INDEX_CONTEXTS:
+                for format in ("fp8", "mxfp4") if rows <= most else ():
+                    yield "index_logits", csa, IndexLogitsProblem(
+                        m=rows, entries=context // OVERLAP_RATIO, format=format, sequences=sequences,
+                        heads=config["index_n_heads"] // tp, head_dim=config["index_head_dim"],
+                    )  # fmt: skip
         elif op == IndexQueryProblem.op:
             for format in ("fp8", "mxfp4"):
                 yield "index_query", csa, IndexQueryProblem(

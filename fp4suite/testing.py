@@ -41,6 +41,7 @@ from .problem import (
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
     HyperConnectionPreProblem,
+    IndexLogitsProblem,
     IndexQueryProblem,
     IndexTopkProblem,
     KvNormRopeInsertProblem,
@@ -64,6 +65,7 @@ EPS = 1e-6
 LIMIT = 10.0
 POSITIONS = 1 << 16  # of RoPE's table in cases
 VERIFIED_TOKENS = 1024  # at a time, to bound what the reference needs
+MOST_KEYS = 1 << 22  # in the cache of a case of `index_logits`
 FP8_RUN = 128  # elements of K that an FP8 GEMM sums on the tensor cores alone
 
 
@@ -121,6 +123,8 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _quantize_case(problem, gen)
     if isinstance(problem, CompressKvProblem):
         return _compress_kv_case(problem, gen)
+    if isinstance(problem, IndexLogitsProblem):
+        return _index_logits_case(problem, gen)
     if isinstance(problem, IndexQueryProblem):
         return _index_query_case(problem, gen)
     if isinstance(problem, IndexTopkProblem):
@@ -461,6 +465,67 @@ def _index_query_case(p: IndexQueryProblem, gen: torch.Generator) -> Case:
     eager = partial(reference.index_query, q, positions, table, format=format, hadamard=bool(p.hadamard))
     same = lambda: assert_same_bytes(out, eager(), "out")  # noqa: E731
     return Case(p, operands, out, (), partial(out.fill_, torch.nan), same, eager)
+
+
+def assert_index_logits_close(
+    got: Tensor, q: Tensor, weights: Tensor, keys: Tensor, limits: Tensor, scale: float
+) -> None:
+    """Scores got [tokens, entries] of q [tokens, heads, d] and keys [entries, d] against FP64; -inf from `limits` on.
+
+    Bound: (d / 16 + 16 + heads) * 2^-23 * scale * sum over heads of |weight| sum |q k|. A product is summed in FP32
+    that the tensor core truncates once a step of 16, as in `assert_gemm_close`; then heads are added up in FP32.
+    """
+    d, heads = q.shape[2], q.shape[1]
+    want = torch.zeros(got.shape, dtype=torch.float64, device=got.device)
+    size = torch.zeros_like(want)
+    for h in range(heads):
+        a, w = q[:, h].double(), weights[:, h, None].double() * scale
+        want += (a @ keys.double().T).relu() * w
+        size += (a.abs() @ keys.double().abs().T) * w.abs()
+    hidden = torch.arange(got.shape[1], device=got.device) >= limits[:, None]
+    if not torch.equal(got == -torch.inf, hidden):
+        raise AssertionError("what is -inf is not what cannot be seen")
+    room = size * (d / 16 + 16 + heads) * 2.0**-23
+    _assert_within(got.masked_fill(hidden, 0), want.masked_fill(hidden, 0), room)
+
+
+def _index_logits_case(p: IndexLogitsProblem, gen: torch.Generator) -> Case:
+    """Queries of a sequence behind each other, up to its end; weights of either sign, keys of many magnitudes."""
+    device, ratio, scale = gen.device, 4, p.head_dim**-0.5 * p.heads**-0.5
+    pages = -(-p.entries // p.page_size)
+    # sequences share keys where they would fill the memory
+    stored = min(p.sequences * pages, MOST_KEYS // p.page_size + pages)
+    page_bytes = index_layout(p.format, p.page_size, p.head_dim).page_bytes
+    cache = IndexCache(
+        torch.empty(stored, page_bytes, dtype=torch.uint8, device=device), p.format, p.page_size, p.head_dim
+    )
+    for some in torch.arange(cache.slots, device=device).split(1 << 18):
+        reference.write_rows(cache, some, random_activations((len(some), p.head_dim), gen).float())
+    block_table = torch.stack(
+        [torch.randperm(stored, generator=gen, device=device)[:pages] for _ in range(p.sequences)]
+    ).int()
+    q = random_activations((p.m, p.heads, p.head_dim), gen, TORCH_DTYPES[p.x])
+    weights = torch.randn(p.m, p.heads, generator=gen, device=device)
+    sequence_ids = (torch.arange(p.m, device=device) * p.sequences // max(p.m, 1)).int()
+    back = torch.arange(p.m - 1, -1, -1, device=device) % max(1, p.m // p.sequences)
+    positions = (p.entries * ratio - 1 - back).clamp(min=0).int()
+    out = torch.empty(p.m, pages * p.page_size, device=device)
+    operands = (q, weights, cache, block_table, positions, sequence_ids, ratio, scale)
+
+    def verify() -> None:
+        slots = (block_table.long()[:, :, None] * p.page_size + torch.arange(p.page_size, device=device)).flatten(1)
+        for tokens in torch.arange(p.m, device=device).split(VERIFIED_TOKENS)[:: max(1, p.m // 512)]:
+            for sequence in sequence_ids[tokens].unique():
+                own = tokens[sequence_ids[tokens] == sequence]
+                keys = reference.read_rows(cache, slots[sequence])
+                limits = (positions[own] + 1) // ratio
+                assert_index_logits_close(out[own], q[own], weights[own], keys, limits, scale)
+
+    eager = partial(
+        reference.index_logits, q, weights, cache, block_table,
+        positions=positions, sequence_ids=sequence_ids, ratio=ratio, scale=scale,
+    )  # fmt: skip
+    return Case(p, operands, out, (), partial(out.fill_, torch.nan), verify, eager)
 
 
 def _index_topk_case(p: IndexTopkProblem, gen: torch.Generator) -> Case:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fp4suite import dispatch
 from fp4suite.errors import UnsupportedError
 from fp4suite.layouts import Order
-from fp4suite.problem import Act, GemmProblem, Problem
+from fp4suite.problem import Act, GemmProblem, IndexLogitsProblem, Problem
 
 from . import baselines, cost_model, measure, provenance, stats
 from .targets import Target, problems
@@ -67,8 +67,9 @@ class Roofs:
         """The roof's name with its rate, and the microseconds it allows."""
         kind, rate = ("read", self.read) if isinstance(problem, GemmProblem) else ("copy", self.copy)
         memory_us = problem.bytes / rate / 1e3
-        if isinstance(problem, GemmProblem):
-            mma = self.mma * (2 if problem.act == "fp8" else 1)  # FP8 tensor cores are twice as fast as those for BF16
+        if isinstance(problem, GemmProblem | IndexLogitsProblem):
+            fp8 = isinstance(problem, GemmProblem) and problem.act == "fp8"
+            mma = self.mma * (2 if fp8 else 1)  # FP8 tensor cores are twice as fast as those for BF16
             if (mma_us := problem.flops / mma / 1e6) > memory_us:
                 return f"mma {mma:.0f} TFLOP/s", mma_us
         return f"{kind} {rate:.0f} GB/s", memory_us

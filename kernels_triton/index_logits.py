@@ -1,0 +1,271 @@
+"""Scores of the indexer: for every query and entry, the weighted sum over heads of relu(q · k), from paged keys.
+
+    score(t, i) = scale · Σ_h w(t, h) · relu(q(t, h) · k(i))        for i < (position + 1) // ratio, else −inf
+
+Many queries of one sequence: bound by the tensor cores, 2 · heads · head_dim operations a score. Few: memory bound,
+keys read once (132 bytes in fp8) and 4 bytes written a score.
+
+One program block_n entries and block_m consecutive queries. Keys are loaded and decoded once for each run of queries
+of one sequence; q, weights and products pass query by query. Operands are BF16 where q is, which holds keys of every
+format but fp32 exactly, under the power of two that fp8 has for a row, which is applied to the sum; else FP32.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp4suite.built import Built
+from fp4suite.formats import IndexCache, index_layout
+from fp4suite.problem import IndexLogitsProblem
+
+from . import host
+from .cache_rows import MX_BLOCK
+from .nvfp4 import BLOCK, e4m3_to_f32, times_e2m1, widen
+from .rounding import CVT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """block_m queries by block_n entries a program."""
+
+    block_m: int = 8
+    block_n: int = 128
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+SPACE = {"block_m": (1, 4, 8, 16, 32), "block_n": (64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
+INVARIANT = "block_n=128 num_warps=4"
+PLAIN = {"block_n": 32, "num_warps": 8, "num_stages": 2}  # without tensor cores, in FP32: other tiles spill
+
+
+def supports(problem: IndexLogitsProblem, config: Config) -> str | None:
+    """Why this problem cannot run with this config, or None if it can."""
+    p = problem
+    if p.x not in ("bf16", "fp32"):
+        return f"q in {p.x}: only bf16 and fp32 are multiplied"
+    if p.head_dim % 16 or (p.format == "mxfp4" and p.head_dim % 32):
+        return f"head_dim={p.head_dim} is not a multiple of {32 if p.format == 'mxfp4' else 16}"
+    if not 1 <= p.heads <= 128:
+        return f"heads={p.heads}: a program holds up to 128"
+    if in_fp32(p):
+        return None
+    # with fewer rows than 16 a warp the heads of an entry would be spread over warps
+    if config.block_n < 16 * config.num_warps:
+        return f"block_n={config.block_n} is less than 16 entries a warp: num_warps={config.num_warps}"
+    held = config.block_n * triton.next_power_of_2(p.heads) / (32 * config.num_warps)
+    if held > 128:
+        return f"block_n={config.block_n} num_warps={config.num_warps}: {held:g} products a thread, more than 128"
+    return None
+
+
+def in_fp32(problem: IndexLogitsProblem) -> bool:
+    """Whether the products are FP32's, which tensor cores do not have."""
+    return "fp32" in (problem.format, problem.x)
+
+
+def effective(config: Config, fp32: bool) -> Config:
+    """The config that runs: products in FP32 have one tile."""
+    return replace(config, block_m=8, **PLAIN) if fp32 else config
+
+
+def default(problem: IndexLogitsProblem) -> Config:
+    """Single queries where each has a sequence of its own."""
+    return Config(block_m=1 if problem.m <= problem.sequences else 8 if problem.m < 512 else 16)
+
+
+def arithmetic(problem: IndexLogitsProblem, config: Config) -> str:
+    """How the heads of an entry are spread over threads, which add them up."""
+    if in_fp32(problem):
+        return INVARIANT  # all configs are one
+    return f"block_n={config.block_n} num_warps={config.num_warps}"
+
+
+def in_arithmetic(problem: IndexLogitsProblem, wanted: str) -> Config:
+    """The default but for what `arithmetic` says."""
+    block_n, num_warps = (int(part.partition("=")[2]) for part in wanted.split())
+    return Config(block_m=default(problem).block_m, block_n=block_n, num_warps=num_warps)
+
+
+@triton.jit
+def _load_keys(
+    cache_ptr, slots, FORMAT: tl.constexpr, FP32: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Keys [N, D] at slots [N] (zeros where negative), and what their products are to be multiplied by [N]."""
+    there = slots >= 0
+    slots = tl.where(there, slots, 0).to(tl.int64)  # before the multiply: a cache passes 2**31 bytes
+    pages = slots // PAGE_SIZE * PAGE_BYTES
+    rows = pages + slots % PAGE_SIZE * ROW_BYTES
+    scales = pages + PAGE_SIZE * ROW_BYTES + slots % PAGE_SIZE * SCALE_BYTES
+    cols = tl.arange(0, D)
+    inside = there[:, None] & (cols < HEAD_DIM)[None, :]
+    factor = tl.full([N], 1.0, tl.float32)
+    if FORMAT == "fp32":
+        at = cache_ptr.to(tl.pointer_type(tl.float32), bitcast=True) + (rows // 4)[:, None] + cols[None, :]
+        keys = tl.load(at, mask=inside, other=0.0)
+    elif FORMAT == "bf16":
+        at = cache_ptr.to(tl.pointer_type(tl.bfloat16), bitcast=True) + (rows // 2)[:, None] + cols[None, :]
+        keys = tl.load(at, mask=inside, other=0.0)
+        if FP32 or not CVT:  # the interpreter multiplies in FP32
+            keys = widen(keys)
+    elif FORMAT == "fp8":
+        byte = tl.load(cache_ptr + rows[:, None] + cols[None, :], mask=inside, other=0)
+        if CVT:
+            keys = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32 if FP32 else tl.bfloat16)
+        else:
+            keys = e4m3_to_f32(byte)
+        # of four bytes, which need not be aligned
+        word = tl.arange(0, 4)[None, :]
+        parts = tl.load(cache_ptr + scales[:, None] + word, mask=there[:, None], other=0).to(tl.int32)
+        factor = tl.sum(parts << (8 * word), axis=1).to(tl.float32, bitcast=True)
+    else:
+        tl.static_assert(FORMAT == "mxfp4", "unknown index format")
+        blocks = tl.arange(0, D // BLOCK)
+        pairs = blocks[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        inside = there[:, None] & (blocks * BLOCK < HEAD_DIM)[None, :]
+        packed = tl.load(cache_ptr + rows[:, None, None] + pairs[None, :, :], mask=inside[:, :, None], other=0)
+        at = cache_ptr + scales[:, None] + (blocks * BLOCK // MX_BLOCK)[None, :]
+        scale = (tl.load(at, mask=inside, other=127).to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        one = tl.full([N, D // BLOCK], 1.0, tl.float32)
+        keys = (times_e2m1(one, packed, N, D // BLOCK) * scale[:, :, None]).reshape(N, D)
+        if CVT and not FP32:
+            keys = keys.to(tl.bfloat16)
+    return keys, factor
+
+
+@triton.jit(do_not_specialize=["TOKENS"])
+def _index_logits(
+    q_ptr, stride_m, stride_h, weights_ptr, stride_w, cache_ptr, table_ptr, stride_table, positions_ptr,
+    sequence_ids_ptr, ratio, scale, out_ptr, TOKENS, ENTRIES, HEADS, FORMAT: tl.constexpr, FP32: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr,
+    PAGE_BYTES: tl.constexpr, BLOCK_M: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    entries = tl.program_id(1) * N + tl.arange(0, N)
+    heads, cols = tl.arange(0, H), tl.arange(0, D)
+    first = tl.program_id(0) * BLOCK_M
+    end = tl.minimum(first + BLOCK_M, TOKENS)
+    group = first + tl.arange(0, BLOCK_M)
+    sequences = tl.load(sequence_ids_ptr + group, mask=group < end, other=-1)
+    visible = (tl.load(positions_ptr + group, mask=group < end, other=-1) + 1) // ratio
+    q_at = heads.to(tl.int64)[:, None] * stride_h + cols[None, :]
+    q_inside = (heads < HEADS)[:, None] & (cols < HEAD_DIM)[None, :]
+    while first < end:
+        sequence = tl.load(sequence_ids_ptr + first)
+        stop = tl.min(tl.where((group > first) & (sequences != sequence), group, end))  # of this run of queries
+        last = tl.max(tl.where((group >= first) & (group < stop), visible, 0))
+        if (sequence >= 0) & (last > tl.program_id(1) * N):
+            pages = table_ptr + sequence.to(tl.int64) * stride_table
+            seen = entries < tl.minimum(last, ENTRIES)
+            page = tl.load(pages + entries // PAGE_SIZE, mask=seen, other=-1)
+            slots = tl.where(page >= 0, page * PAGE_SIZE + entries % PAGE_SIZE, -1)
+            keys, factor = _load_keys(
+                cache_ptr, slots, FORMAT, FP32, HEAD_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, N, D
+            )
+            factor = factor * scale
+            for token in range(first, stop):
+                # int64 before the multiply: a long batch passes 2**31 elements
+                row = token + tl.zeros([1, 1], tl.int64)
+                q = tl.load(q_ptr + row * stride_m + q_at, mask=q_inside, other=0.0)
+                w = widen(
+                    tl.load(weights_ptr + row * stride_w + heads[None, :], mask=heads[None, :] < HEADS, other=0.0)
+                )
+                if FP32 or not CVT:
+                    dots = tl.dot(keys, tl.trans(widen(q)), input_precision="ieee")  # [N, H]
+                else:
+                    dots = tl.dot(keys, tl.trans(q))
+                score = tl.sum(tl.maximum(dots, 0.0) * w, axis=1) * factor
+                limit = (tl.load(positions_ptr + token) + 1) // ratio
+                score = tl.where(entries < limit, score, float("-inf"))
+                at = out_ptr + (token + tl.zeros([1], tl.int64)) * ENTRIES + entries
+                tl.store(at, score, mask=entries < ENTRIES)
+        else:
+            for token in range(first, stop):
+                at = out_ptr + (token + tl.zeros([1], tl.int64)) * ENTRIES + entries
+                tl.store(at, tl.full([N], float("-inf"), tl.float32), mask=entries < ENTRIES)
+        first = stop
+
+
+def launch(
+    q: Tensor,
+    weights: Tensor,
+    cache: IndexCache,
+    block_table: Tensor,
+    positions: Tensor,
+    sequence_ids: Tensor,
+    ratio: int,
+    scale: float,
+    out: Tensor,
+    config: Config,
+) -> None:
+    """q [m, heads, head_dim] and weights [m, heads], dims and heads contiguous -> out FP32 [m, entries], contiguous."""
+    (m, heads, _), entries = q.shape, out.shape[1]
+    if m == 0 or entries == 0:
+        return
+    fp32 = cache.format == "fp32" or q.dtype == torch.float32
+    config = effective(config, fp32)
+    constants = _constants(cache, heads, fp32, config)
+    operands = (q, q.stride(0), q.stride(1), weights, host.row_stride(weights), cache.data, block_table)
+    sizes = (host.row_stride(block_table), positions, sequence_ids, ratio, scale, out, m, entries, heads)
+    grid = (triton.cdiv(m, config.block_m), triton.cdiv(entries, constants["N"]))
+    _index_logits[grid](
+        *operands, *sizes, **constants, num_warps=config.num_warps, num_stages=config.num_stages, **host.OPTIONS
+    )
+
+
+def warm(problem: IndexLogitsProblem, config: Config) -> None:
+    """Compile for the current device what launches of `problem` need."""
+    p = problem
+    q = torch.zeros(1, p.heads, p.head_dim, dtype=host.DTYPES[p.x], device="cuda")
+    nothing = torch.zeros(1, dtype=torch.int32, device="cuda")
+    pages = triton.cdiv(p.entries, p.page_size)
+    table, out = nothing[None].expand(1, pages).contiguous(), q.new_zeros(1, pages * p.page_size, dtype=torch.float32)
+    weights = torch.zeros(1, p.heads, device="cuda")
+    launch(q, weights, _cache(p, "cuda"), table, nothing, nothing - 1, 4, 1.0, out, config)
+
+
+def build_key(problem: IndexLogitsProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on: m and the entries are read at launch."""
+    return problem.x, problem.format, problem.heads, problem.head_dim, problem.page_size
+
+
+def build(problem: IndexLogitsProblem, config: Config, arch: str) -> Built:
+    """Compiled for `arch` without a GPU."""
+    p = problem
+    config = effective(config, in_fp32(p))
+    types = {"q_ptr": f"*{p.x}", "stride_m": "i32", "stride_h": "i32", "weights_ptr": "*fp32", "stride_w": "i32"}
+    types |= {"cache_ptr": "*u8", "table_ptr": "*i32", "stride_table": "i32", "positions_ptr": "*i32"}
+    types |= {"sequence_ids_ptr": "*i32", "ratio": "i32", "scale": "fp32", "out_ptr": "*fp32"}
+    types |= {"TOKENS": "i32", "ENTRIES": "i32", "HEADS": "i32"}
+    constants = _constants(_cache(p, "cpu"), p.heads, in_fp32(p), config)
+    unaligned = ("stride_table", "ratio", "TOKENS")
+    return host.build(
+        _index_logits, types, constants, arch, config.num_warps, unaligned=unaligned, num_stages=config.num_stages
+    )
+
+
+def _cache(p: IndexLogitsProblem, device: str) -> IndexCache:
+    data = torch.zeros(1, index_layout(p.format, p.page_size, p.head_dim).page_bytes, dtype=torch.uint8)
+    return IndexCache(data.to(device), p.format, p.page_size, p.head_dim)
+
+
+def _constants(cache: IndexCache, heads: int, fp32: bool, config: Config) -> dict[str, Any]:
+    layout = cache.layout
+    return {
+        "FORMAT": cache.format,
+        "FP32": fp32,
+        "HEAD_DIM": cache.head_dim,
+        "PAGE_SIZE": cache.page_size,
+        "ROW_BYTES": layout.row_bytes,
+        "SCALE_BYTES": layout.scale_bytes,
+        "PAGE_BYTES": layout.page_bytes,
+        "BLOCK_M": config.block_m,
+        "N": config.block_n,
+        "H": max(16, triton.next_power_of_2(heads)),
+        "D": max(16, triton.next_power_of_2(cache.head_dim)),
+    }
