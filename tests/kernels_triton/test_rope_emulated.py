@@ -1,0 +1,101 @@
+"""The machine code of the RoPE kernels in `ptx_emulator`, for both architectures: hardware conversions, shuffles and
+vector accesses, which Triton's interpreter does not have, give the reference's bytes too.
+"""
+
+import concurrent.futures
+import multiprocessing
+import os
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+import ptx_emulator
+from fp4suite import testing
+from fp4suite.problem import (
+    KvNormRopeInsertProblem,
+    Problem,
+    QnormRopeProblem,
+    RopeInverseProblem,
+    RopeInverseQuantizeProblem,
+)
+from kernels_triton import host, kv_norm_rope_insert, qnorm_rope, rope_inverse, rope_inverse_quantize
+
+ARCHS = ("sm_90a", "sm_100a")
+UNUSED = (0, 0)  # scratch memory, which Triton's kernels have as their last parameters
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """A process in which Triton compiles; in this one it may interpret."""
+    before = os.environ.pop("TRITON_INTERPRET", None)
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as p:
+        yield p
+    if before is not None:
+        os.environ["TRITON_INTERPRET"] = before
+
+
+def emulate(
+    pool: concurrent.futures.Executor, module: ModuleType, problem: Problem, config: Any, arch: str,
+    grid: tuple[int, ...], args: tuple[Any, ...],
+) -> None:  # fmt: skip
+    """A launch as `module.launch` makes it; tensors among args become arrays that share their memory."""
+    built = pool.submit(module.build, problem, config, arch).result()
+    loaded = ptx_emulator.load(built.ptx)
+    loaded.launch(
+        grid=grid,
+        block=loaded.program().kernel.required_threads,
+        args=[*(_array(a) if isinstance(a, torch.Tensor) else a for a in args), *UNUSED],
+        shared=built.shared_bytes,
+    )
+
+
+def _array(t: torch.Tensor) -> np.ndarray:
+    return t.reshape(-1).view(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("config", [(1, 1), (2, 2), (4, 4)], ids=str)
+@pytest.mark.parametrize("format", ["fp8_ds_mla", "nvfp4", "bf16", "fp32"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kv_norm_rope_insert(arch, format, config, pool):
+    problem = KvNormRopeInsertProblem(m=11, format=format)
+    own = kv_norm_rope_insert.Config(block_m=config[0], num_warps=config[1])
+    case = testing.case(problem, "cpu", 1)
+    case.poison()
+    kv, weight, positions, table, eps, slots = case.operands
+    args = (kv, kv.stride(0), weight, positions, table, eps, slots, case.out.data, problem.m)
+    emulate(pool, kv_norm_rope_insert, problem, own, arch, (triton.cdiv(problem.m, own.block_m),), args)
+    case.check()
+
+
+@pytest.mark.parametrize("config", [(1, 1), (2, 1), (8, 4)], ids=str)
+@pytest.mark.parametrize(("module", "kind"), [(qnorm_rope, QnormRopeProblem), (rope_inverse, RopeInverseProblem)])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_heads(arch, module, kind, config, pool):
+    """16 heads, for the build takes them as a multiple of 16."""
+    problem = kind(m=2, heads=16)
+    own = module.Config(block_h=config[0], num_warps=config[1])
+    case = testing.case(problem, "cpu", 1)
+    case.poison()
+    x, positions, table, *eps = case.operands
+    args = (x, x.stride(0), x.stride(1), positions, table, *eps, case.out, problem.heads)
+    emulate(pool, module, problem, own, arch, (problem.m, triton.cdiv(problem.heads, own.block_h)), args)
+    case.check()
+
+
+@pytest.mark.parametrize("sf_layout", ["linear", "blocked_128x4"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rope_inverse_quantize(arch, sf_layout, pool):
+    problem = RopeInverseQuantizeProblem(m=3, heads=4, groups=2, sf_layout=sf_layout)
+    own = rope_inverse_quantize.Config(block_m=4, block_k=1024, num_warps=4)
+    case = testing.case(problem, "cpu", 1)
+    case.poison()
+    o, positions, table, groups, alpha = case.operands
+    out = (case.out.data, case.out.sf, case.out.sf[0].numel())
+    args = (o, o.stride(0), o.stride(1), positions, table, alpha, *out, problem.m, problem.k)
+    grid = (*host.grid(problem.m, problem.k, own.block_m, own.block_k, sf_layout), groups)
+    emulate(pool, rope_inverse_quantize, problem, own, arch, grid, args)
+    case.check()
