@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4suite import reference, testing
+from fp4suite import UnsupportedError, dispatch, ops, reference, testing
 from fp4suite.problem import (
+    PROBLEMS,
     HyperConnectionHeadProblem,
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
@@ -235,6 +236,50 @@ def test_post_pre_leaves_the_streams_of_post(device):
     alone = torch.full_like(streams, torch.nan)
     hyper_connection_post.launch(*case.operands[:4], alone, small(hyper_connection_post))
     assert torch.equal(alone, streams)
+
+
+@pytest.mark.parametrize("columns", ["next to each other", "apart"])
+@pytest.mark.parametrize("name", ["hyper_connection_" + name for name in NAMES])
+def test_ops_run_the_kernels(name, columns, device):
+    """What an op chooses on a GPU and gives it: whatever its operands' strides, and coefficients in other types."""
+    kind = PROBLEMS[name]
+    case = testing.case(kind(m=3, k=48), device)
+    tensors = [t for t in case.operands if isinstance(t, Tensor)]
+    if columns == "apart":
+        tensors = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors]
+    numbers = {} if name.endswith("_post") else {"norm_eps": testing.EPS, "eps": testing.EPS}
+    with dispatch.recording() as choices, dispatch.on_target("sm_90a"):
+        got = getattr(ops, name)(*tensors, **numbers)
+    assert [c.kernel for c in choices] == [f"triton_{name}"]
+    for out, found in zip(
+        case.out if isinstance(case.out, tuple) else (case.out,), got if isinstance(got, tuple) else (got,), strict=True
+    ):
+        assert found.is_contiguous()
+        out.copy_(found)
+    case.check()
+
+
+def test_ops_refuse_what_does_not_fit(device):
+    h, fn = torch.zeros(2, 4, 16, device=device), torch.zeros(24, 64, device=device)
+    base, scale, numbers = torch.zeros(24, device=device), torch.zeros(3, device=device), {"norm_eps": 1.0, "eps": 1.0}
+    for wrong, message in (
+        ((h[0], fn, base, scale, None), r"h must be \[tokens, n, d\], got \[4, 16\]"),
+        ((h, fn[:4], base, scale, None), r"h \[2, 4, 16\] needs fn \[24, 64\], got \[4, 64\]"),
+        ((h, fn, base[:4], scale, None), r"needs base \[24\], got \[4\]"),
+        ((h, fn, base, scale[:1], None), r"needs scale \[3\], got \[1\]"),
+        ((h, fn, base, scale, base), r"needs weight \[16\], got \[24\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.hyper_connection_pre(*wrong, **numbers)
+    with pytest.raises(ValueError, match=r"needs comb \[2, 4, 4\], got \[2, 4\]"):
+        ops.hyper_connection_post(h[:, 0], h, h[:, :, 0], h[:, :, 0])
+    with pytest.raises(ValueError, match=r"needs fn \[4, 64\], got \[24, 64\]"):
+        ops.hyper_connection_head(h, fn, base, scale, None, **numbers)
+    with (
+        dispatch.on_target("sm_90a"),
+        pytest.raises(UnsupportedError, match="n=2: the kernels are written for 4 streams"),
+    ):
+        ops.hyper_connection_pre(h[:, :2], fn[:8, :32], base[:8], scale, None, **numbers)
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
