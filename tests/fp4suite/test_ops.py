@@ -102,6 +102,37 @@ def test_refusals() -> None:
         ops.moe_nvfp4(g(5, 64), weight(4, 64, 64), weight(4, 64, 64), torch.zeros(5, 2, dtype=torch.int32), g(5, 2))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("route", {"logits": g(5)}, r"logits must be \[tokens, 2 or more experts\], got \[5\]"),
+        ("route", {"topk": 9}, r"logits must be \[tokens, 9 or more experts\], got \[5, 8\]"),
+        ("route", {"bias": g(7)}, r"bias must be \[8\], got \[7\]"),
+        ("route", {"token_ids": torch.zeros(5).int()}, "token_ids and table go together"),
+        (
+            "route",
+            {"bias": None, "token_ids": torch.zeros(4).int(), "table": torch.zeros(9, 2).int()},
+            r"token_ids must be \[5\], got \[4\]",
+        ),
+        ("permute", {"topk_ids": torch.zeros(5, 2)}, r"topk_ids must be int32 \[tokens, topk\], got torch.float32"),
+        ("permute", {"experts": 0}, "experts must be positive, got 0"),
+        ("combine", {"y": g(9, 64)}, r"y must be \[10, hidden\] and order int32 \[10\], got \[9, 64\]"),
+        ("combine", {"order": torch.zeros(10)}, r"order int32 \[10\], got .* torch.float32 \[10\]"),
+        ("combine", {"topk_weights": g(5, 3)}, r"topk_weights of its shape, got .* and \[5, 3\]"),
+        ("combine", {"shared": g(5, 63)}, r"shared must be \[5, 64\], got \[5, 63\]"),
+        ("sample", {"logits": g(5)}, r"logits must be \[rows, vocab\], got \[5\]"),
+        ("sample", {"temperature": torch.ones(4)}, r"temperature must be float32 \[5\], got torch.float32 \[4\]"),
+        ("sample", {"uniform": torch.ones(5).double()}, r"uniform must be float32 \[5\], got torch.float64"),
+    ],
+)
+def test_routing_and_sampling_refuse_other_shapes(name: str, change: dict, message: str) -> None:
+    args, kwargs = arguments(name)
+    given = inspect.signature(getattr(ops, name)).bind(*args, **kwargs)
+    given.arguments |= change
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, name)(*given.args, **given.kwargs)
+
+
 def in_order(name: str, order: str) -> tuple[tuple, dict]:
     """Arguments of an op with weights of whole tiles, in an order."""
     a, b = g(5, 64, dtype=torch.bfloat16), weight(128, 64, alpha=2).with_order(order)

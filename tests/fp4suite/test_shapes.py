@@ -75,6 +75,25 @@ def test_every_op_has_each_problem_once(op, arch):
     assert all(p.count > 0 and p.layers for p in found)
 
 
+def test_routing_is_that_of_the_published_models():
+    """384 and 256 experts, six a token, three layers that route by token id; a vocabulary of 129280."""
+    for name, experts, hidden, depth in (("pro", 384, 7168, 61), ("flash", 256, 4096, 43)):
+        config = config_of(name)
+        found = {
+            op: [(p.layers, p.count, p.problem.dims()) for p in shapes.problems(config, op, arch="sm_90a", m=(16,))]
+            for op in ("route", "permute", "combine", "sample")
+        }
+        choice = {"m": 16, "experts": experts, "topk": 6}
+        assert found["route"] == [
+            (("router",), depth - 3, {**choice, "choice": "bias", "x": "fp32"}),
+            (("hash_router",), 3, {**choice, "choice": "table", "x": "fp32"}),
+        ]
+        assert found["permute"] == [(("experts",), depth, {"m": 16, "topk": 6, "experts": experts})]
+        assert found["combine"][0][1:] == (depth, {"m": 16, "topk": 6, "k": hidden, "shared": 1, "x": "bf16"})
+        assert found["sample"] == [(("sampler",), 1, {"m": 16, "vocab": 129280, "x": "fp32"})]
+        assert not shapes.problems(config, "sample", arch="sm_90a", m=(8192,))
+
+
 def test_equal_shapes_of_different_layers_are_one_problem():
     found = {p.layers: p for p in shapes.problems(config_of("flash"), "gemm_nvfp4", arch="sm_90a", m=(16,))}
     joined = found["q_a", "o_a"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fp4suite.reference import route
+from fp4suite.reference.router import affinity
 
 
 def score(x: float) -> float:
@@ -43,6 +44,27 @@ def test_tails() -> None:
     torch.testing.assert_close(weights[0], torch.tensor([1 / (1 + ratio), ratio / (1 + ratio)]), rtol=1e-5, atol=0)
     assert weights[1].tolist() == [0.0, 0.0]
     torch.testing.assert_close(weights[2], torch.tensor([2**0.5, 1.0]) / (2**0.5 + 1))
+
+
+def test_the_score_is_within_single_precision_of_fp64() -> None:
+    """Where routers' logits lie; towards -87, where e^x is nearly gone, exp loses a few units more."""
+    for low, high, bound in ((-20.0, 60.0, 5e-7), (-86.9, -20.0, 3e-6)):
+        x = torch.linspace(low, high, 200_001)
+        exact = torch.log1p(torch.exp(x.double())).sqrt()
+        assert ((affinity(x) / exact - 1).abs() < bound).all()
+    ends = affinity(torch.tensor([-87.0, -1e30, -math.inf, math.inf, math.nan, 1e30]))
+    assert ends[:4].tolist() == [0.0, 0.0, 0.0, math.inf]
+    assert ends[4].isnan()
+    assert ends[5] == torch.tensor(1e30).double().sqrt().float()
+
+
+def test_weights_sum_in_a_tree_of_pairs() -> None:
+    """(a + b) + (c + 0), not (a + b + c): what kernels do, to the bit."""
+    logits = torch.randn(200, 3, generator=torch.Generator().manual_seed(6)) * 5
+    ids, weights = route(logits, topk=3, scale=1.5)
+    s = affinity(logits).gather(1, ids.long())
+    total = (s[:, 0] + s[:, 1]) + s[:, 2]
+    assert torch.equal(weights, s / (total + 1e-20)[:, None] * 1.5)
 
 
 def test_table_chooses_scores_weigh() -> None:

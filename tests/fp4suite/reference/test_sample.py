@@ -1,9 +1,12 @@
 """Sampling: the set that is kept, how often each token of it comes, and the ends of every parameter."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 
 from fp4suite.reference import sample
+from fp4suite.reference.quant import exp_neg
 
 
 def draw(logits: torch.Tensor, temperature: float, top_p: float, uniform: torch.Tensor) -> torch.Tensor:
@@ -63,3 +66,49 @@ def test_the_largest_uniform_stays_in_the_set() -> None:
         p = torch.softmax(logits[row].double(), 0)[ranked[row]]
         size = int((p.cumsum(0) - p < 0.5).sum())
         assert int(top[row]) in ranked[row, :size].tolist()
+
+
+def by_hand(logits: torch.Tensor, temperature: float, top_p: float, uniform: float) -> int:
+    """Python integers and fractions: rank, masses of 2^40, the nucleus, the draw."""
+    ranked = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))
+    z = (logits.max() - logits[ranked]) / torch.tensor(temperature)
+    masses = [int(Fraction(float(e)) * 2**40) for e in exp_neg(z)]
+    total, kept, reached = sum(masses), 0, 0
+    for mass in masses:
+        if reached < Fraction(float(torch.tensor(top_p))) * total or not kept:
+            kept += mass
+        reached += mass
+    target, reached = Fraction(uniform) * kept, 0
+    for token, mass in zip(ranked, masses, strict=True):
+        reached += mass
+        if reached > target:
+            return token
+    raise AssertionError("uniform is below 1")
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
+def test_exact_arithmetic_draws_the_same_tokens(temperature: float) -> None:
+    g = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(40, 200, generator=g)
+    logits[::2] = logits[::2].round()  # ties
+    uniform = torch.rand(40, generator=g)
+    for top_p in (0.2, 0.9, 1.0):
+        got = sample(logits, temperature * torch.ones(40), top_p * torch.ones(40), uniform)
+        assert got.tolist() == [by_hand(x, temperature, top_p, float(u)) for x, u in zip(logits, uniform, strict=True)]
+
+
+def test_what_is_not_finite() -> None:
+    """The first by rank and its equals alone: NaN before infinity; a row of -infinity is even."""
+    inf, nan = float("inf"), float("nan")
+    rows = torch.tensor([[0, inf, 5, inf], [inf, nan, 0, nan], [-inf, 1, -inf, 1], [-inf] * 4])
+    for uniform, want in ((0.0, [1, 1, 1, 0]), (0.6, [3, 3, 3, 2])):
+        assert sample(rows, torch.ones(4), torch.ones(4), torch.full((4,), uniform)).tolist() == want
+    assert sample(rows, torch.zeros(4), torch.ones(4), torch.zeros(4)).tolist() == [1, 1, 1, 0]
+
+
+def test_a_token_of_less_than_the_least_mass_is_never_drawn() -> None:
+    logits = torch.tensor([[0.0, -27.0, -28.0, -90.0]])
+    last = 1 - 2.0**-24
+    assert draw(logits[0], 1.0, 1.0, torch.tensor([last])).item() == 0
+    assert draw(logits[0].double(), 1.0, 1.0, torch.tensor([last])).item() == 0
+    assert draw(torch.tensor([0.0, -16.0, -90.0]), 1.0, 1.0, torch.tensor([last])).item() == 1
