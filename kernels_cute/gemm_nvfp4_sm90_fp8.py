@@ -102,8 +102,13 @@ class Config:
 
     @property
     def registers(self) -> int:
-        """Of a thread that multiplies: sums, those of an MMA, and the rest, of which stores by TMA take more."""
-        return self.tile_m // 2 + self.tile_m // self.runs // 2 + (32 if self.reduces else 40)
+        """Of a thread that multiplies: sums, those of an MMA, and what ptxas wants beside them to spill nothing."""
+        sums = self.tile_m // 2 + self.tile_m // self.runs // 2
+        if not self.reduces:
+            return sums + 40
+        if self.tile_m <= 16 or (self.promote > 1 and self.groups_n > 1):
+            return sums + 48
+        return sums + (40 if self.promote > 1 or self.blocks > 1 else 32)
 
     @property
     def wide(self) -> bool:
@@ -192,6 +197,8 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
             return f"tail={config.tail} is for 128 or 256 tokens, share={config.tail} and split=1"
         if steps < config.tail:
             return f"k={problem.k} is too little for {config.tail} CTAs"
+        if config.wide and config.groups * config.blocks == 1:
+            return f"tail={config.tail} of {config.tile_m} tokens is for two warpgroups an SM: one alone spills"
     at_launch = registers_at_launch(config.blocks * config.threads)
     if config.wide:
         fits = config.groups <= 2

@@ -1,5 +1,6 @@
 """gemm_nvfp4_sm90_fp8: its refusals, machine code and numbers anywhere, and its numbers on an sm_90 GPU."""
 
+import itertools
 import re
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from fp4suite.problem import GemmProblem
 from fp4suite.reference import fp8
 from kernels_cute import gemm_nvfp4_sm90_fp8 as kernel
 from kernels_cute.gemm_nvfp4_sm90_fp8 import SPACE, Config
+from kernels_cute.gemm_nvfp4_sm90_wgmma import registers_at_launch
 from ptx_emulator import emulate
 
 Problem = partial(GemmProblem, act="fp8", order=kernel.WEIGHT_ORDER)
@@ -78,6 +80,11 @@ CONFIGS = [
         (BIG, Config(share=2, tail=2, split=2), "tail=2 is for 128 or 256 tokens, share=2 and split=1"),
         (BIG, Config(groups_n=1, groups_k=2, share=2, tail=2), "tail=2 is for 128 or 256 tokens, share=2 and split=1"),
         (replace(BIG, k=128), Config(share=2, tail=2), "k=128 is too little for 2 CTAs"),
+        (BIG, replace(WIDE, groups_n=1, share=2, tail=2), "is for two warpgroups an SM: one alone spills"),
+        (BIG, Config(tile_m=16, groups_n=2, groups_k=2, blocks=2), "2 x 4 warpgroups: the registers do not hold"),
+        (BIG, Config(tile_m=64, groups_n=4, split=2, promote=2), "1 x 4 warpgroups: the registers do not hold"),
+        (BIG, Config(tile_m=64, groups_n=1, groups_k=2, blocks=2), "2 x 2 warpgroups: the registers do not hold"),
+        (BIG, Config(groups_n=2, split=2, promote=2), "1 x 2 warpgroups: the registers do not hold"),
     ],
 )
 def test_refusals(problem, config, message):
@@ -108,6 +115,25 @@ def test_compiles_without_spills(config, out):
     assert built.shared_bytes == kernel.shared_bytes(config, out)
     assert resources(built).spill_bytes == 0
     assert ".ftz" not in built.ptx  # codes pass through subnormal numbers
+
+
+def scarcest() -> list[Config]:
+    """Of SPACE, for every number of tokens and way of the sums, what has the fewest registers for them."""
+    found: dict[tuple, tuple[tuple, Config]] = {}
+    for values in itertools.product(*SPACE.values()):
+        c = Config(**dict(zip(SPACE, values, strict=True)))
+        if kernel.supports(Problem(m=4096, n=65536, k=8192), c) is None:
+            way = (c.tile_m, c.groups_k, c.split > 1, c.tail, c.promote > 1)
+            room = (registers_at_launch(c.blocks * c.threads) - c.registers, -c.share, -c.groups_n)
+            found[way] = min(found.get(way, (room, c)), (room, c), key=lambda one: one[0])
+    return [c for _, c in found.values()]
+
+
+@pytest.mark.parametrize(("number", "config"), enumerate(scarcest()), ids=str)
+def test_no_way_of_the_sums_spills(number, config):
+    """All other points of SPACE leave at least as many registers; the outputs take turns."""
+    problem = Problem(m=4096, n=65536, k=8192, segments=2, out=("bf16", "fp32")[number % 2])
+    assert resources(kernel.build(problem, config)).spill_bytes == 0
 
 
 MAIN_LOOPS = [SMALL, WIDE, DEEP, Config(tile_m=8, groups_n=4), Config(share=2, tail=2), replace(WIDE, share=2, tail=2)]
