@@ -41,10 +41,10 @@ CASES = [
     (GemmProblem(m=13, n=192, k=1024, segments=2, order=PREPARED), wgmma.Config(tile_m=16, groups_n=1, split=2)),
     (GemmProblem(m=70, n=192, k=512, out="fp32", order=PREPARED), wgmma.Config(share=2)),
     (GemmProblem(m=260, n=192, k=256, order=PREPARED), wgmma.Config(tile_m=256, tile_k=64)),
-    (GemmProblem(m=13, n=192, k=1024, act="fp8", order=PREPARED), fp8.Config(tile_m=16, groups_n=1, split=2)),
-    (GemmProblem(m=70, n=128, k=512, act="fp8", out="fp32", order=PREPARED), fp8.Config(tile_m=64, groups_k=2)),
-    (GemmProblem(m=150, n=192, k=640, act="fp8", segments=3, order=PREPARED), fp8.Config(share=2)),
-    (GemmProblem(m=260, n=192, k=384, act="fp8", out="fp32", order=PREPARED), fp8.Config(tile_m=256)),
+    (GemmProblem(m=13, n=192, k=1024, act="fp8", order=fp8.WEIGHT_ORDER), fp8.Config(tile_m=16, groups_n=1, split=2)),
+    (GemmProblem(m=70, n=128, k=512, act="fp8", out="fp32", order=fp8.WEIGHT_ORDER), fp8.Config(tile_m=64, groups_k=2)),
+    (GemmProblem(m=150, n=192, k=640, act="fp8", segments=3, order=fp8.WEIGHT_ORDER), fp8.Config(share=2)),
+    (GemmProblem(m=260, n=192, k=384, act="fp8", out="fp32", order=fp8.WEIGHT_ORDER), fp8.Config(tile_m=256)),
 ]
 
 
