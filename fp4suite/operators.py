@@ -469,7 +469,7 @@ def _hyper_connection_pre(
     out = _fake_pre(h, fn, base, scale, weight, norm_eps, eps, iterations)
     numbers = (norm_eps, eps, iterations)
     with _on(h.device):
-        choice.module.launch(_unit_stride(h), *_fp32(fn, base, scale), weight, *numbers, out, choice.config)
+        choice.module.launch(_unit_stride(h), *_fp32(fn, base, scale), _dense(weight), *numbers, out, choice.config)
     return out
 
 
@@ -497,7 +497,8 @@ def _hyper_connection_head(
         return _reference(choice, plain, (h, fn, base, scale, weight))
     out = h.new_empty(h.shape[0], h.shape[2])
     with _on(h.device):
-        choice.module.launch(_unit_stride(h), *_fp32(fn, base, scale), weight, norm_eps, eps, out, choice.config)
+        operands = (_unit_stride(h), *_fp32(fn, base, scale), _dense(weight))
+        choice.module.launch(*operands, norm_eps, eps, out, choice.config)
     return out
 
 
@@ -516,7 +517,7 @@ def _hyper_connection_post_pre(
 
         return _reference(choice, plain, (y, h, post, comb, fn, base, scale, weight))
     out = _fake_post_pre(y, h, post, comb, fn, base, scale, weight, norm_eps, eps, iterations)
-    operands = (_unit_stride(y), _unit_stride(h), *_fp32(post, comb, fn, base, scale), weight)
+    operands = (_unit_stride(y), _unit_stride(h), *_fp32(post, comb, fn, base, scale), _dense(weight))
     with _on(h.device):
         choice.module.launch(*operands, norm_eps, eps, iterations, out, choice.config)
     return out
@@ -525,6 +526,10 @@ def _hyper_connection_post_pre(
 def _fp32(*tensors: Tensor) -> list[Tensor]:
     """Coefficients as kernels read them: FP32, contiguous. They are so already where a model keeps them."""
     return [t.float().contiguous() for t in tensors]
+
+
+def _dense(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.contiguous()
 
 
 def _reference(choice: dispatch.Choice, impl: Callable[..., Any], args: tuple[Any, ...]) -> Any:

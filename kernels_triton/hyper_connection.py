@@ -40,7 +40,8 @@ WAVE = 256  # programs that fill a GPU of 132 to 148 SMs
 class Config:
     """block_m tokens by block_d columns of each stream a step; the columns in `splits` parts, a program each.
 
-    num_warps and num_stages are those of the product, fold_warps those of the fold.
+    num_warps and num_stages are those of the product, fold_warps those of the fold. chunk: tokens of a pair of
+    launches, so that the fold finds their streams in L2; 0 is all of them at once.
     """
 
     block_m: int = 64
@@ -49,6 +50,7 @@ class Config:
     num_warps: int = 8
     num_stages: int = 3
     fold_warps: int = 8
+    chunk: int = 0
 
 
 SPACE = {
@@ -58,6 +60,7 @@ SPACE = {
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),
     "fold_warps": (4, 8, 16),
+    "chunk": (0, 256, 512, 1024),
 }
 
 
@@ -73,7 +76,7 @@ def default(m: int, x: str) -> Config:
 
 
 def arithmetic(config: Config) -> str:
-    """In which order a config sums: all but the stages changes how numbers lie over parts, steps and threads."""
+    """In which order a config sums: all but stages and chunk changes how numbers lie over parts, steps and threads."""
     return (
         f"{config.splits} parts in steps of {config.block_d} for {config.block_m} rows by {config.num_warps} warps, "
         f"folded by {config.fold_warps}"
@@ -86,7 +89,7 @@ INVARIANT = arithmetic(Config())
 @functools.cache
 def in_arithmetic(wanted: str) -> Config | None:
     """The config that sums so, with the fewest stages; None if there is none."""
-    free = SPACE | {"num_stages": SPACE["num_stages"][:1]}
+    free = SPACE | {name: SPACE[name][:1] for name in ("num_stages", "chunk")}
     configs = (Config(**dict(zip(free, values, strict=True))) for values in itertools.product(*free.values()))
     return next((c for c in configs if arithmetic(c) == wanted), None)
 
@@ -350,29 +353,48 @@ def _fold(
             tl.store(y_ptr + token * D + cols, y, mask=cols < D)
 
 
-def launch_sums(
+def launch(
     h: Tensor,
     fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    norm_eps: float,
+    eps: float,
+    iterations: int,
+    out: tuple[Tensor, ...],
     config: Config,
-    *,
-    y: Tensor | None = None,
-    post: Tensor | None = None,
-    comb: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Parts FP32 [splits, tokens, width] of the product of h [tokens, 4, d] with fn, and of its sum of squares.
+    site: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """y [tokens, d], and post and comb if out has room for them, of h [tokens, 4, d].
 
-    With y, post and comb it is the product of the streams after that site, which go to out [tokens, 4, d].
+    site: a site's output y, post and comb, and room for the streams that it leaves of h: these are then folded.
     """
+    tokens = h.shape[0]
+    step = config.chunk or max(1, tokens)
+    for first in range(0, tokens, step):
+
+        def cut(t: Tensor, rows: slice = slice(first, first + step)) -> Tensor:
+            return t if step >= tokens else t[rows]
+
+        ended = None if site is None else tuple(cut(t) for t in site)
+        parts = launch_sums(cut(h), fn, config, ended)
+        streams = cut(h) if ended is None else ended[3]
+        results = tuple(cut(t) for t in out)
+        launch_fold(streams, parts, base, scale, weight, norm_eps, eps, iterations, results, config)
+
+
+def launch_sums(h: Tensor, fn: Tensor, config: Config, site: tuple[Tensor, ...] | None = None) -> Tensor:
+    """Parts FP32 [splits, tokens, width] of the product of h [tokens, 4, d] with fn, and of its sum of squares."""
     tokens, _, d = h.shape
     outputs = fn.shape[0]
     parts = torch.empty(config.splits, tokens, _width(outputs), dtype=torch.float32, device=h.device)
-    constants = _sums_constants(outputs, y is not None, config)
-    strides = host.row_stride(y) if y is not None else d
-    operands = (h, h.stride(0), h.stride(1), y, strides, post, comb, out, fn, parts, tokens, d)
+    y, post, comb, out = site or (None, None, None, None)
+    stride_y = host.row_stride(y) if y is not None else d
+    operands = (h, h.stride(0), h.stride(1), y, stride_y, post, comb, out, fn, parts, tokens, d)
     grid = (triton.cdiv(tokens, config.block_m), config.splits)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **host.OPTIONS}
-    _sums[grid](*operands, **constants, **options)
+    _sums[grid](*operands, **_sums_constants(outputs, site is not None, config), **options)
     return parts
 
 
@@ -385,17 +407,17 @@ def launch_fold(
     norm_eps: float,
     eps: float,
     iterations: int,
-    out: tuple[Tensor, Tensor, Tensor] | tuple[Tensor],
+    out: tuple[Tensor, ...],
     config: Config,
 ) -> None:
     """y [tokens, d], and post and comb if out has room for them, of h [tokens, 4, d] and the parts of its product."""
     tokens, _, d = h.shape
-    y, post, comb = out if len(out) == 3 else (*out, None, None)
-    sinkhorn = post is not None
-    constants = _fold_constants(sinkhorn, d, config)
+    sinkhorn = len(out) == 3
+    y, post, comb = out if sinkhorn else (*out, None, None)
     programs = tokens + (triton.cdiv(tokens, SINKHORN_TOKENS.value) if sinkhorn else 0)
     operands = (h, h.stride(0), h.stride(1), parts, base, scale, weight, y, post, comb)
     numbers = (tokens, d, norm_eps, eps, iterations)
+    constants = _fold_constants(sinkhorn, d, config)
     _fold[(programs,)](*operands, *numbers, **constants, num_warps=config.fold_warps, **host.OPTIONS)
 
 

@@ -49,10 +49,7 @@ def launch(
     config: Config,
 ) -> None:
     """h [tokens, 4, d] of any strides whose last is 1 -> out [tokens, d]."""
-    if h.shape[0] == 0:
-        return
-    parts = hyper_connection.launch_sums(h, fn, config)
-    hyper_connection.launch_fold(h, parts, base, scale, weight, norm_eps, eps, 0, (out,), config)
+    hyper_connection.launch(h, fn, base, scale, weight, norm_eps, eps, 0, (out,), config)
 
 
 def warm(problem: HyperConnectionHeadProblem, config: Config) -> None:

@@ -56,12 +56,9 @@ def launch(
     config: Config,
 ) -> None:
     """The operands of `hyper_connection_post`, then those of `hyper_connection_pre` -> out: the results of both."""
-    if h.shape[0] == 0:
-        return
-    streams, *rest = out
-    parts = hyper_connection.launch_sums(h, fn, config, y=y, post=post, comb=comb, out=streams)
-    result = (rest[0], rest[1], rest[2])
-    hyper_connection.launch_fold(streams, parts, base, scale, weight, norm_eps, eps, iterations, result, config)
+    streams, *folded = out
+    numbers, site = (norm_eps, eps, iterations), (y, post, comb, streams)
+    hyper_connection.launch(h, fn, base, scale, weight, *numbers, tuple(folded), config, site)
 
 
 def warm(problem: HyperConnectionPostPreProblem, config: Config) -> None:

@@ -51,10 +51,7 @@ def launch(
     config: Config,
 ) -> None:
     """h [tokens, 4, d] of any strides whose last is 1 -> out: y [tokens, d], post [tokens, 4], comb [tokens, 4, 4]."""
-    if h.shape[0] == 0:
-        return
-    parts = hyper_connection.launch_sums(h, fn, config)
-    hyper_connection.launch_fold(h, parts, base, scale, weight, norm_eps, eps, iterations, out, config)
+    hyper_connection.launch(h, fn, base, scale, weight, norm_eps, eps, iterations, out, config)
 
 
 def warm(problem: HyperConnectionPreProblem, config: Config) -> None:

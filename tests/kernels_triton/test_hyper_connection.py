@@ -66,7 +66,7 @@ def check(module: ModuleType, problem: Problem, device: torch.device, config: An
             {"splits": 1},
             {"splits": 128},
             {"splits": 8, "block_d": 64, "num_stages": 3},
-            {"fold_warps": 8},
+            {"fold_warps": 8, "chunk": 256},
             {"fold_warps": 16},
         )
     ],
@@ -75,6 +75,12 @@ def check(module: ModuleType, problem: Problem, device: torch.device, config: An
 def test_every_knob(config, device):
     """Ragged in tokens, columns of a step, and columns of a part; more parts than steps."""
     check(hyper_connection_pre, HyperConnectionPreProblem(m=17, k=144), device, config)
+
+
+@pytest.mark.parametrize(("module", "kind"), FOLDS, ids=NAMES[:3])
+def test_chunks_of_tokens(module, kind, device):
+    """Pairs of launches for some tokens each, the last for what is left."""
+    check(module, kind(m=11, k=48), device, dataclasses.replace(small(module), chunk=4))
 
 
 @pytest.mark.parametrize("config", testing.configs(hyper_connection_post), ids=str)
@@ -246,7 +252,7 @@ def test_ops_run_the_kernels(name, columns, device):
     case = testing.case(kind(m=3, k=48), device)
     tensors = [t for t in case.operands if isinstance(t, Tensor)]
     if columns == "apart":
-        tensors = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors]
+        tensors = [torch.stack((t, torch.full_like(t, torch.nan)), dim=-1)[..., 0] for t in tensors]
     numbers = {} if name.endswith("_post") else {"norm_eps": testing.EPS, "eps": testing.EPS}
     with dispatch.recording() as choices, dispatch.on_target("sm_90a"):
         got = getattr(ops, name)(*tensors, **numbers)
