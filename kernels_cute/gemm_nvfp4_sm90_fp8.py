@@ -8,9 +8,9 @@ operands and the sums:
     decode     of each block a table: its scale times the eight magnitudes in FP16, which is exact, then rounded once to
                E4M3. Codes are the selectors of byte permutations that look up four at a time.
                `NVFP4Tensor.prepare_fp8` says which power of two a row is scaled by, so that E4M3 holds its numbers
-    sums       the FP8 MMA keeps some 14 bits of a sum. Each 128 of K are summed by themselves and then added to FP32
-               sums by ordinary additions, for `tile_m` tokens in up to two runs: while one is multiplied for one
-               warpgroup, another adds up
+    sums       the FP8 MMA keeps some 14 bits of a sum. Each 128 of K, or `promote` times as many, are summed by
+               themselves and then added to FP32 sums by ordinary additions, for `tile_m` tokens in up to two runs:
+               while one is multiplied for one warpgroup, another adds up
     epilogue   FP32: sum times the token's scale times a power of two, times alpha, rounded once
 """
 
