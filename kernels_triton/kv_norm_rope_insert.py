@@ -42,7 +42,7 @@ def supports(problem: KvNormRopeInsertProblem, config: Config) -> str | None:
     )
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _kv_norm_rope_insert(
     kv_ptr, stride_m, weight_ptr, positions_ptr, table_ptr, eps, slots_ptr, cache_ptr, M, FORMAT: tl.constexpr,
     HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
@@ -104,7 +104,9 @@ def build(problem: KvNormRopeInsertProblem, config: Config, arch: str) -> Built:
     types |= {"table_ptr": "*fp32", "eps": "fp32", "slots_ptr": "*i32", "cache_ptr": "*u8", "M": "i32"}
     constants = cache_rows.constants(_cache(problem, "cpu"))
     constants |= _constants(problem.head_dim, arch == "sm_100a", config)
-    return host.build(_kv_norm_rope_insert, types, constants, arch, config.num_warps, unaligned=("M",))
+    return host.build(
+        _kv_norm_rope_insert, types, constants, arch, config.num_warps, unaligned=("positions_ptr", "slots_ptr", "M")
+    )
 
 
 def _cache(problem: KvNormRopeInsertProblem, device: str) -> PagedCache:

@@ -44,7 +44,7 @@ def default(problem: QnormRopeProblem) -> Config:
     return Config(block_h=2) if problem.m * problem.heads >= 1 << 15 else Config()
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def _qnorm_rope(
     q_ptr, stride_m, stride_h, positions_ptr, table_ptr, eps, out_ptr, HEADS, HEAD_DIM: tl.constexpr,
     ROPE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr,
@@ -96,7 +96,7 @@ def build(problem: QnormRopeProblem, config: Config, arch: str) -> Built:
     types = {"q_ptr": f"*{problem.x}", "stride_m": "i32", "stride_h": "i32", "positions_ptr": "*i32"}
     types |= {"table_ptr": "*fp32", "eps": "fp32", "out_ptr": f"*{problem.x}", "HEADS": "i32"}
     constants = _constants(problem.head_dim, problem.rope_dim, config)
-    return host.build(_qnorm_rope, types, constants, arch, config.num_warps)
+    return host.build(_qnorm_rope, types, constants, arch, config.num_warps, unaligned=("positions_ptr",))
 
 
 def _constants(head_dim: int, rope_dim: int, config: Config) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def supports(problem: RopeInverseProblem, config: Config) -> str | None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def _rope_inverse(
     o_ptr, stride_m, stride_h, positions_ptr, table_ptr, out_ptr, HEADS, HEAD_DIM: tl.constexpr,
     ROPE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr,
@@ -90,7 +90,7 @@ def build(problem: RopeInverseProblem, config: Config, arch: str) -> Built:
     types = {"o_ptr": f"*{problem.x}", "stride_m": "i32", "stride_h": "i32", "positions_ptr": "*i32"}
     types |= {"table_ptr": "*fp32", "out_ptr": f"*{problem.x}", "HEADS": "i32"}
     constants = _constants(problem.head_dim, problem.rope_dim, config)
-    return host.build(_rope_inverse, types, constants, arch, config.num_warps)
+    return host.build(_rope_inverse, types, constants, arch, config.num_warps, unaligned=("positions_ptr",))
 
 
 def _constants(head_dim: int, rope_dim: int, config: Config) -> dict[str, Any]:

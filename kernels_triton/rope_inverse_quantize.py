@@ -43,7 +43,7 @@ def supports(problem: RopeInverseQuantizeProblem, config: Config) -> str | None:
     )
 
 
-@triton.jit(do_not_specialize=["M", "sf_group"])
+@triton.jit(do_not_specialize=["M", "sf_group"], do_not_specialize_on_alignment=["positions_ptr"])
 def _rope_inverse_quantize(
     o_ptr, stride_m, stride_h, positions_ptr, table_ptr, alpha_ptr, data_ptr, sf_ptr, sf_group, amax_ptr, M, K,
     HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, RULE: tl.constexpr, SF_BLOCKED: tl.constexpr,
@@ -129,7 +129,8 @@ def build(problem: RopeInverseQuantizeProblem, config: Config, arch: str) -> Bui
     types |= {"M": "i32", "K": "i32"}
     o, table = torch.empty(0, 0, problem.head_dim), torch.empty(0, problem.rope_dim)
     constants = _constants(o, table, problem.rule, problem.sf_layout, arch == "sm_100a", config) | {"amax_ptr": None}
-    return host.build(_rope_inverse_quantize, types, constants, arch, config.num_warps, unaligned=("M", "sf_group"))
+    unaligned = ("positions_ptr", "M", "sf_group")
+    return host.build(_rope_inverse_quantize, types, constants, arch, config.num_warps, unaligned=unaligned)
 
 
 def _constants(o: Tensor, table: Tensor, rule: str, sf_layout: str, e2m1_cvt: bool, config: Config) -> dict[str, Any]:

@@ -4,9 +4,12 @@ On a GPU as dispatch has it; without one the same launches, on CPU tensors in th
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
+import triton
+from triton.runtime.interpreter import GridExecutor
 
 from fp4suite import ops, registry
 from fp4suite.dispatch import on_target, recording
@@ -28,3 +31,34 @@ def test_exact_ops(name: str, device: torch.device) -> None:
     assert choices
     assert not any(c.is_reference for c in choices)
     assert_same(moved((got, given, more), torch.device("cpu")), (want, args, kwargs))
+
+
+# Triton launches of a call; a global scale that is not given takes two
+LAUNCHES = {"qnorm_rope": 1, "kv_norm_rope_insert": 1, "rope_inverse": 1, "rope_inverse_quantize": 1 + 2}
+
+
+@contextlib.contextmanager
+def counted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Grows with every launch of a Triton kernel within the block."""
+    launches: list[object] = []
+    if device.type == "cuda":
+        triton.knobs.runtime.launch_enter_hook.add(launches.append)
+        yield launches
+        triton.knobs.runtime.launch_enter_hook.remove(launches.append)
+        return
+    run = GridExecutor.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", lambda *a, **k: (launches.append(a), run(*a, **k))[1])
+        yield launches
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = contextlib.nullcontext() if device.type == "cuda" else on_target("sm_90a")
+    args, kwargs = moved(arguments(name), device)
+    with target, counted(device, monkeypatch) as launches:
+        getattr(ops, name)(*args, **kwargs)
+        assert len(launches) == LAUNCHES[name]
+        if name == "rope_inverse_quantize":
+            getattr(ops, name)(*args, **kwargs, alpha=torch.ones((), device=device))
+            assert len(launches) == LAUNCHES[name] + 1
