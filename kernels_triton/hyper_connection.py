@@ -384,6 +384,11 @@ def launch(
         launch_fold(streams, parts, base, scale, weight, norm_eps, eps, iterations, results, config)
 
 
+def strides(h: Tensor) -> tuple[int, int]:
+    """Elements from token to token and from stream to stream; of a single token the same whatever the tensor says."""
+    return (h.stride(0) if h.shape[0] > 1 else STREAMS * h.shape[2]), h.stride(1)
+
+
 def launch_sums(h: Tensor, fn: Tensor, config: Config, site: tuple[Tensor, ...] | None = None) -> Tensor:
     """Parts FP32 [splits, tokens, width] of the product of h [tokens, 4, d] with fn, and of its sum of squares."""
     tokens, _, d = h.shape
@@ -391,7 +396,7 @@ def launch_sums(h: Tensor, fn: Tensor, config: Config, site: tuple[Tensor, ...] 
     parts = torch.empty(config.splits, tokens, _width(outputs), dtype=torch.float32, device=h.device)
     y, post, comb, out = site or (None, None, None, None)
     stride_y = host.row_stride(y) if y is not None else d
-    operands = (h, h.stride(0), h.stride(1), y, stride_y, post, comb, out, fn, parts, tokens, d)
+    operands = (h, *strides(h), y, stride_y, post, comb, out, fn, parts, tokens, d)
     grid = (triton.cdiv(tokens, config.block_m), config.splits)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **host.OPTIONS}
     _sums[grid](*operands, **_sums_constants(outputs, site is not None, config), **options)
@@ -415,7 +420,7 @@ def launch_fold(
     sinkhorn = len(out) == 3
     y, post, comb = out if sinkhorn else (*out, None, None)
     programs = tokens + (triton.cdiv(tokens, SINKHORN_TOKENS.value) if sinkhorn else 0)
-    operands = (h, h.stride(0), h.stride(1), parts, base, scale, weight, y, post, comb)
+    operands = (h, *strides(h), parts, base, scale, weight, y, post, comb)
     numbers = (tokens, d, norm_eps, eps, iterations)
     constants = _fold_constants(sinkhorn, d, config)
     _fold[(programs,)](*operands, *numbers, **constants, num_warps=config.fold_warps, **host.OPTIONS)

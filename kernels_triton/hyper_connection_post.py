@@ -16,7 +16,7 @@ from fp4suite.built import Built
 from fp4suite.problem import HyperConnectionPostProblem
 
 from . import host
-from .hyper_connection import STREAMS, N, closed
+from .hyper_connection import STREAMS, N, closed, strides
 from .nvfp4 import narrow, widen
 from .rounding import CVT
 
@@ -79,7 +79,7 @@ def launch(y: Tensor, h: Tensor, post: Tensor, comb: Tensor, out: Tensor, config
     tokens, _, d = h.shape
     if tokens == 0:
         return
-    operands = (y, host.row_stride(y), h, h.stride(0), h.stride(1), post, comb, out, tokens, d)
+    operands = (y, host.row_stride(y), h, *strides(h), post, comb, out, tokens, d)
     constants = _constants(config)
     grid = (tokens * triton.cdiv(d, config.block_d),)
     _hyper_connection_post[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)

@@ -194,6 +194,17 @@ def test_weights_of_any_magnitude_are_multiplied_whole(device):
     torch.testing.assert_close(parts.sum(0)[:, 24], torch.tensor([1.0, 9.0, 2.0], device=device), rtol=0, atol=0)
 
 
+def test_logits_beyond_the_range_of_exp(device):
+    """Sigmoids of 0 and 1, and a softmax of numbers whose exp is none: only differences within a row count."""
+    case = testing.case(HyperConnectionPreProblem(m=5, k=80, x="fp32"), device)
+    h, fn, base, _, weight, *numbers = case.operands
+    base = base + 500 * torch.arange(-12, 12, device=device)
+    scale = torch.tensor([30.0, 300.0, 100.0], device=device)
+    hyper_connection_pre.launch(h, fn, base, scale, weight, *numbers, case.out, SMALL)
+    assert all(t.isfinite().all() for t in case.out)
+    testing.assert_folded(case.out, h, fn, base, scale, weight)
+
+
 def test_what_is_not_finite_stays_in_its_token(device):
     """NaN in everything of the token that has it, and nothing of another token's."""
     case = testing.case(HyperConnectionPreProblem(m=6, k=80), device)
