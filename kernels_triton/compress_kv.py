@@ -68,7 +68,7 @@ def default(problem: CompressKvProblem) -> Config:
     """Whole entries of short pools; long ones by blocks of channels."""
     padded = triton.next_power_of_2(problem.head_dim)
     if problem.ratio * problem.overlaps <= 2 * compressor.LANES:
-        return Config(block_c=padded, num_warps=max(1, min(8, padded // 128)))
+        return Config(block_c=padded, num_warps=max(1, min(4, padded // 64)))
     return Config(block_c=min(64, padded), num_warps=max(1, min(2, padded // 32)))
 
 

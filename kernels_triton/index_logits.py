@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp4suite import arch as archs
 from fp4suite.built import Built
 from fp4suite.formats import IndexCache, index_layout
 from fp4suite.problem import IndexLogitsProblem
@@ -58,8 +59,8 @@ def supports(problem: IndexLogitsProblem, config: Config) -> str | None:
     if config.block_n < 16 * config.num_warps:
         return f"block_n={config.block_n} is less than 16 entries a warp: num_warps={config.num_warps}"
     held = config.block_n * triton.next_power_of_2(p.heads) / (32 * config.num_warps)
-    if held > 128:
-        return f"block_n={config.block_n} num_warps={config.num_warps}: {held:g} products a thread, more than 128"
+    if held > 64:
+        return f"block_n={config.block_n} num_warps={config.num_warps}: {held:g} products a thread, more than 64"
     return None
 
 
@@ -144,7 +145,8 @@ def _index_logits(
     q_ptr, stride_m, stride_h, weights_ptr, stride_w, cache_ptr, table_ptr, stride_table, positions_ptr,
     sequence_ids_ptr, ratio, scale, out_ptr, TOKENS, ENTRIES, HEADS, FORMAT: tl.constexpr, FP32: tl.constexpr,
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr,
-    PAGE_BYTES: tl.constexpr, BLOCK_M: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    PAGE_BYTES: tl.constexpr, TENSOR_MEMORY: tl.constexpr, BLOCK_M: tl.constexpr, N: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
     entries = tl.program_id(1) * N + tl.arange(0, N)
     heads, cols = tl.arange(0, H), tl.arange(0, D)
@@ -179,6 +181,8 @@ def _index_logits(
                     dots = tl.dot(keys, tl.trans(widen(q)), input_precision="ieee")  # [N, H]
                 else:
                     dots = tl.dot(keys, tl.trans(q))
+                if TENSOR_MEMORY:  # all warps have read the products before one begins those of the next query
+                    tl.debug_barrier()
                 score = tl.sum(tl.maximum(dots, 0.0) * w, axis=1) * factor
                 limit = (tl.load(positions_ptr + token) + 1) // ratio
                 score = tl.where(entries < limit, score, float("-inf"))
@@ -209,7 +213,7 @@ def launch(
         return
     fp32 = cache.format == "fp32" or q.dtype == torch.float32
     config = effective(config, fp32)
-    constants = _constants(cache, heads, fp32, config)
+    constants = _constants(cache, heads, fp32, archs.of(q.device), config)
     operands = (q, q.stride(0), q.stride(1), weights, host.row_stride(weights), cache.data, block_table)
     sizes = (host.row_stride(block_table), positions, sequence_ids, ratio, scale, out, m, entries, heads)
     grid = (triton.cdiv(m, config.block_m), triton.cdiv(entries, constants["N"]))
@@ -242,7 +246,7 @@ def build(problem: IndexLogitsProblem, config: Config, arch: str) -> Built:
     types |= {"cache_ptr": "*u8", "table_ptr": "*i32", "stride_table": "i32", "positions_ptr": "*i32"}
     types |= {"sequence_ids_ptr": "*i32", "ratio": "i32", "scale": "fp32", "out_ptr": "*fp32"}
     types |= {"TOKENS": "i32", "ENTRIES": "i32", "HEADS": "i32"}
-    constants = _constants(_cache(p, "cpu"), p.heads, in_fp32(p), config)
+    constants = _constants(_cache(p, "cpu"), p.heads, in_fp32(p), arch, config)
     unaligned = ("stride_table", "ratio", "TOKENS")
     return host.build(
         _index_logits, types, constants, arch, config.num_warps, unaligned=unaligned, num_stages=config.num_stages
@@ -254,7 +258,7 @@ def _cache(p: IndexLogitsProblem, device: str) -> IndexCache:
     return IndexCache(data.to(device), p.format, p.page_size, p.head_dim)
 
 
-def _constants(cache: IndexCache, heads: int, fp32: bool, config: Config) -> dict[str, Any]:
+def _constants(cache: IndexCache, heads: int, fp32: bool, arch: str, config: Config) -> dict[str, Any]:
     layout = cache.layout
     return {
         "FORMAT": cache.format,
@@ -264,6 +268,7 @@ def _constants(cache: IndexCache, heads: int, fp32: bool, config: Config) -> dic
         "ROW_BYTES": layout.row_bytes,
         "SCALE_BYTES": layout.scale_bytes,
         "PAGE_BYTES": layout.page_bytes,
+        "TENSOR_MEMORY": arch == "sm_100a",
         "BLOCK_M": config.block_m,
         "N": config.block_n,
         "H": max(16, triton.next_power_of_2(heads)),

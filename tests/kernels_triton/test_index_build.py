@@ -1,0 +1,64 @@
+"""compress_kv and the indexer's kernels compile for both architectures without a GPU and without spilling."""
+
+import re
+
+import pytest
+
+from fp4suite import built
+from fp4suite.problem import CompressKvProblem, IndexLogitsProblem, IndexQueryProblem, IndexTopkProblem
+from kernels_triton import compress_kv, index_logits, index_query, index_topk
+
+from .test_build import ARCHS, build
+
+CSA = {"m": 4096, "ratio": 4, "overlaps": 2, "head_dim": 512, "rope_dim": 64}
+HCA = {**CSA, "ratio": 128, "overlaps": 1}
+KEYS = {**CSA, "head_dim": 128}
+EXACT = [
+    (compress_kv, CompressKvProblem(**CSA, format="fp8_ds_mla")),
+    (compress_kv, CompressKvProblem(**CSA, format="nvfp4")),
+    (compress_kv, CompressKvProblem(**HCA, format="fp8_ds_mla")),
+    (compress_kv, CompressKvProblem(**KEYS, format="index_fp8")),
+    (compress_kv, CompressKvProblem(**KEYS, format="index_mxfp4", hadamard=1)),
+    (index_query, IndexQueryProblem(m=64, format="fp8")),
+    (index_query, IndexQueryProblem(m=64, format="mxfp4", hadamard=1)),
+]
+
+
+@pytest.mark.parametrize(("module", "problem"), EXACT, ids=lambda x: str(getattr(x, "format", "")))
+def test_defaults_compile_without_spills(module, problem, pool):
+    """And compute as the reference does: nothing approximate, flushed or contracted; 16-byte loads."""
+    configs = [module.default(problem)]
+    assert module.supports(problem, configs[0]) is None
+    jobs = [(module, problem, c, arch) for c in configs for arch in ARCHS]
+    for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
+        assert built.resources(b).refusal(arch) is None, (config, arch)
+        inexact = re.findall(r"\b(?:fma|ex2|lg2|rcp|rsqrt|div|sqrt)\.(?!rn)\S+|\S+\.ftz\S*", b.ptx)
+        assert not inexact, (config, arch, inexact)
+        fused = re.findall(r"fma\.rn\.f32 .*", b.ptx)
+        assert all("0f4A800006" in f for f in fused), (config, arch, fused)  # 2^22 + 3: its products are exact
+        assert "ld.global.v4.b32" in b.ptx, (config, arch)
+
+
+@pytest.mark.parametrize("entries", [4096, 65536])
+def test_index_topk(entries, pool):
+    """Rows that a program holds, and rows that it does not; 16-byte loads."""
+    problem = IndexTopkProblem(m=64, entries=entries, topk=1024)
+    jobs = [(index_topk, problem, index_topk.Config(tile=tile), arch) for tile in (1024, 2048) for arch in ARCHS]
+    for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
+        assert built.resources(b).refusal(arch) is None, (config, arch)
+        assert "ld.global.v4.b32" in b.ptx, (config, arch)
+
+
+@pytest.mark.parametrize("format", ["fp8", "mxfp4", "bf16"])
+def test_index_logits_uses_tensor_cores(format, pool):
+    problem = IndexLogitsProblem(m=4096, entries=8192, format=format)
+    configs = [
+        index_logits.Config(block_m=m, block_n=n, num_warps=n // 32) for m, n in ((1, 128), (16, 128), (16, 256))
+    ]
+    assert index_logits.default(problem) in configs
+    jobs = [(index_logits, problem, c, arch) for c in configs for arch in ARCHS]
+    for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
+        assert index_logits.supports(problem, config) is None
+        assert built.resources(b).refusal(arch) is None, (config, arch)
+        assert ("wgmma.mma_async" if arch == "sm_90a" else "tcgen05.mma") in b.ptx, (config, arch)
+        assert "cp.async" in b.ptx, (config, arch)  # queries on their way while one is multiplied
