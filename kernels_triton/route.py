@@ -1,8 +1,11 @@
 """Expert choice of each token: scores, top-k with ties to the lowest expert, weights renormalised; one launch.
 
-Bound by issue where experts are chosen by score: every round of the choice takes six instructions an expert and token
-beside the 50 of a score, against 4 bytes read. Where a table of token ids chooses, only the chosen logits are read.
-One program block_m tokens, with their scores in registers as order-preserving integers, CHUNK experts a tile.
+Bound by issue where experts are chosen by score: a score takes 60 instructions and every round of the choice five an
+expert, against 4 bytes read. So with `presort` the GPU's approximate functions find candidates first, as numbers that
+hold their expert in the low bits, and only those are scored exactly. That is the exact choice if the last chosen lies
+above the first that is no candidate by more than both can be off; else (ties, infinities, NaN) all are scored exactly.
+Where a table of token ids chooses, only the chosen logits are read. One program block_m tokens, with their scores in
+registers as order-preserving integers, CHUNK experts a tile.
 """
 
 from dataclasses import dataclass
@@ -18,12 +21,13 @@ from fp4suite.problem import RouteProblem
 from fp4suite.reference import router
 
 from . import host
-from .nvfp4 import exp_neg, pair_sum, widen
+from .nvfp4 import LOG2E, exp_neg, magnitude_bits, pair_sum, widen
 
 MOST_EXPERTS = 1024
 MOST_TOPK = 32
 CHUNK = 128
-REGISTERS = 128  # of a thread that may hold keys
+HELD, PRESORTED = 128, 48  # keys of a thread at most, without and with rough ones
+SPARE = 2  # candidates beyond the topk: how often all have to be scored falls by a factor of some 20 with each
 
 UNDERFLOW = tl.constexpr(router.UNDERFLOW)
 LOG1P_0, LOG1P_1, LOG1P_2, LOG1P_3, LOG1P_4, LOG1P_5, LOG1P_6, LOG1P_7 = (
@@ -31,22 +35,36 @@ LOG1P_0, LOG1P_1, LOG1P_2, LOG1P_3, LOG1P_4, LOG1P_5, LOG1P_6, LOG1P_7 = (
 )
 LARGEST = tl.constexpr(0x7FFFFFFF)
 TAKEN = tl.constexpr(-0x80000000)
+# How far an exact score may lie above one whose low bits are the expert's (13 or more are left), with both off. Rough
+# scores of logits within 2^16 are off by 2^-14 + 2^-20 of themselves: log1p by 2^-14 of itself, ex2.approx and
+# sqrt.approx by less, every rounding by 2^-24. Cutting bits lowers a number by 2^-13 of itself at most.
+SLACK = tl.constexpr(2.0**-10)
+RELATIVE_SLACK = tl.constexpr(2.0**-12)
+ROUGH_LOGITS = tl.constexpr(0x47800000)  # 2^16 as an integer
+# log1p(e) / e on 0 < e <= 1, within 6e-5 relative
+ROUGH_0, ROUGH_1, ROUGH_2, ROUGH_3, ROUGH_4 = (
+    tl.constexpr(c)
+    for c in (0.9999432563781738, -0.496977835893631, 0.30630096793174744, -0.15742723643779755, 0.041347306221723557)
+)
+LARGE = tl.constexpr(1e30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_m tokens a program."""
+    """block_m tokens a program; presort: candidates by approximate scores first."""
 
     block_m: int = 1
     num_warps: int = 1
+    presort: bool = False
 
 
-SPACE = {"block_m": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8)}
+SPACE = {"block_m": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8), "presort": (False, True)}
 
 
 def default(problem: RouteProblem) -> Config:
-    """A warp a token where tokens are few; more of both where they are many."""
-    return Config() if problem.m <= 256 else Config(block_m=4, num_warps=4)
+    """A warp a token where tokens are few, two tokens where they are many."""
+    many, presort = problem.m > 256, problem.choice != "table" and problem.experts > _candidates(problem.topk)
+    return Config(block_m=2 if many else 1, presort=presort)
 
 
 def supports(problem: RouteProblem, config: Config) -> str | None:
@@ -57,9 +75,13 @@ def supports(problem: RouteProblem, config: Config) -> str | None:
         return f"topk={problem.topk} is not in 1 .. min(experts={problem.experts}, {MOST_TOPK})"
     if problem.experts > MOST_EXPERTS:
         return f"experts={problem.experts} is over {MOST_EXPERTS}"
+    if config.presort and problem.choice == "table":
+        return "presort=True is for a choice by scores"
+    if config.presort and problem.experts <= _candidates(problem.topk):
+        return f"presort=True takes {_candidates(problem.topk)} candidates and needs more experts"
     wide = 1 if problem.choice == "table" else CHUNK * _chunks(problem.experts)
-    held = config.block_m * wide / (32 * config.num_warps)
-    return None if held <= REGISTERS else f"{held:g} keys a thread spill: {REGISTERS} are held"
+    held, most = config.block_m * wide / (32 * config.num_warps), PRESORTED if config.presort else HELD
+    return None if held <= most else f"{held:g} keys a thread spill: {most} are held"
 
 
 @triton.jit
@@ -73,14 +95,19 @@ def _affinity(x):
 
 
 @triton.jit
+def _ordered(x):
+    """FP32 -> int32 in the same order, NaN above all."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, bits ^ ((bits >> 31) & LARGEST), LARGEST)
+
+
+@triton.jit
 def _keys(logits_ptr, stride_m, bias_ptr, rows, cols, inside, E, BIASED: tl.constexpr):
-    """What rows and columns rank by, as integers in the same order: NaN above all, what lies outside below all."""
+    """What rows and columns rank by, as integers in the same order; what lies outside below all."""
     s = _affinity(widen(tl.load(logits_ptr + rows[:, None] * stride_m + cols[None, :], mask=inside, other=0.0)))
     if BIASED:
         s += tl.load(bias_ptr + cols, mask=cols < E, other=0.0)[None, :]
-    bits = s.to(tl.int32, bitcast=True)
-    key = tl.where(s == s, bits ^ ((bits >> 31) & LARGEST), LARGEST)
-    return tl.where(inside, key, TAKEN)
+    return tl.where(inside, _ordered(s), TAKEN)
 
 
 @triton.jit
@@ -115,6 +142,85 @@ def _choose(
     return ids
 
 
+@triton.jit
+def _rough_keys(
+    logits_ptr, stride_m, bias_ptr, rows, cols, inside, E, BIASED: tl.constexpr, EXPERT_BITS: tl.constexpr
+):  # fmt: skip
+    """`_keys` by approximate functions with the expert in the low bits, and the logits' magnitudes as integers."""
+    x = widen(tl.load(logits_ptr + rows[:, None] * stride_m + cols[None, :], mask=inside, other=0.0))
+    e = tl.exp2(tl.abs(x) * -LOG2E)
+    p = tl.fma(tl.fma(tl.fma(tl.fma(e, ROUGH_4, ROUGH_3), e, ROUGH_2), e, ROUGH_1), e, ROUGH_0)
+    s = tl.sqrt(tl.fma(p, e, tl.maximum(x, 0.0)))
+    if BIASED:
+        s += tl.load(bias_ptr + cols, mask=cols < E, other=0.0)[None, :]
+    return tl.where(inside, (_ordered(s) & (-1 << EXPERT_BITS)) | cols[None, :], TAKEN), magnitude_bits(x)
+
+
+@triton.jit
+def _rough(key, EXPERT_BITS: tl.constexpr):
+    """The number that a rough key stands for."""
+    bits = key & (-1 << EXPERT_BITS)
+    return (bits ^ ((bits >> 31) & LARGEST)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _candidates_of(
+    logits_ptr, stride_m, bias_ptr, rows, in_rows, E,
+    BIASED: tl.constexpr, TOPK: tl.constexpr, CANDIDATES: tl.constexpr, EXPERT_BITS: tl.constexpr, ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The experts that rank first by rough keys: int32 [ROWS, CANDIDATES]; and whether the best TOPK are among them."""
+    cols = tl.arange(0, CHUNK)
+    keys = ()
+    largest = tl.full((ROWS, CHUNK), 0, tl.int32)
+    for c in tl.static_range(CHUNKS):
+        at = c * CHUNK + cols
+        inside = in_rows[:, None] & (at < E)[None, :]
+        key, magnitude = _rough_keys(logits_ptr, stride_m, bias_ptr, rows, at, inside, E, BIASED, EXPERT_BITS)
+        keys += (key,)  # type: ignore[assignment]
+        largest = tl.maximum(largest, magnitude)
+    nth = tl.arange(0, CANDIDATES)
+    found = tl.full((ROWS, CANDIDATES), 0, tl.int32)
+    for j in tl.static_range(CANDIDATES + 1):
+        most = keys[0]  # type: ignore[misc]
+        for c in tl.static_range(1, CHUNKS):
+            most = tl.maximum(most, keys[c])
+        best = tl.max(most, axis=1)
+        if j == 0:
+            first = _rough(best, EXPERT_BITS)
+        if j == TOPK - 1:
+            chosen = _rough(best, EXPERT_BITS)
+        if j < CANDIDATES:
+            found = tl.where(nth[None, :] == j, best[:, None], found)
+            left = ()
+            for c in tl.static_range(CHUNKS):
+                left += (tl.where(keys[c] == best[:, None], TAKEN, keys[c]),)  # type: ignore[assignment]
+            keys = left
+        else:
+            missed = _rough(best, EXPERT_BITS)
+    slack = SLACK + RELATIVE_SLACK * tl.maximum(tl.abs(chosen), tl.abs(missed))
+    certain = (tl.max(largest, axis=1) < ROUGH_LOGITS) & (first < LARGE) & (missed + slack < chosen)
+    return found & ((1 << EXPERT_BITS) - 1), certain
+
+
+@triton.jit
+def _ranked(
+    logits_ptr, stride_m, bias_ptr, rows, in_rows, candidates,
+    BIASED: tl.constexpr, TOPK: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    """The first of the candidates (int32 [ROWS, CANDIDATES]) in the exact order: int32 [ROWS, CHOICES]."""
+    at = rows[:, None] * stride_m + candidates
+    s = _affinity(widen(tl.load(logits_ptr + at, mask=in_rows[:, None], other=0.0)))
+    if BIASED:
+        s += tl.load(bias_ptr + candidates, mask=in_rows[:, None], other=0.0)
+    key = _ordered(s)
+    higher = key[:, None, :] > key[:, :, None]
+    before = higher | ((key[:, None, :] == key[:, :, None]) & (candidates[:, None, :] < candidates[:, :, None]))
+    rank = tl.sum(before.to(tl.int32), axis=2)  # [ROWS, CANDIDATES]
+    placed = rank[:, None, :] == tl.arange(0, CHOICES)[None, :, None]
+    return tl.sum(tl.where(placed, candidates[:, None, :], 0), axis=2)
+
+
 @triton.jit(do_not_specialize=["M", "V"])
 def _route(
     logits_ptr,
@@ -129,8 +235,11 @@ def _route(
     E,
     scale,
     CHOICE: tl.constexpr,
+    PRESORT: tl.constexpr,
     TOPK: tl.constexpr,
     CHOICES: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    EXPERT_BITS: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -144,6 +253,18 @@ def _route(
         token = tl.load(token_ptr + rows, mask=in_rows, other=-1).to(tl.int64)[:, None]
         known = inside & (token >= 0) & (token < V)
         ids = tl.load(table_ptr + token * TOPK + choice[None, :], mask=known, other=-1).to(tl.int32)
+    elif PRESORT:
+        candidates, certain = _candidates_of(
+            logits_ptr, stride_m, bias_ptr, rows, in_rows, E,
+            CHOICE == "bias", TOPK, CANDIDATES, EXPERT_BITS, BLOCK_M, CHUNKS, CHUNK,
+        )  # fmt: skip
+        if tl.min((certain | ~in_rows).to(tl.int32), axis=0) == 1:
+            ids = _ranked(logits_ptr, stride_m, bias_ptr, rows, in_rows, candidates, CHOICE == "bias", TOPK, CHOICES)
+        else:
+            ids = _choose(
+                logits_ptr, stride_m, bias_ptr, rows, in_rows, E,
+                CHOICE == "bias", TOPK, CHOICES, BLOCK_M, CHUNKS, CHUNK,
+            )  # fmt: skip
     else:
         ids = _choose(
             logits_ptr, stride_m, bias_ptr, rows, in_rows, E,
@@ -212,12 +333,19 @@ def build(problem: RouteProblem, config: Config, arch: str) -> Built:
 def _constants(choice: str, experts: int, topk: int, config: Config) -> dict[str, Any]:
     return {
         "CHOICE": choice,
+        "PRESORT": config.presort,
         "TOPK": topk,
         "CHOICES": triton.next_power_of_2(topk),
+        "CANDIDATES": _candidates(topk),
+        "EXPERT_BITS": (CHUNK * _chunks(experts) - 1).bit_length(),
         "CHUNKS": _chunks(experts),
         "CHUNK": CHUNK,
         "BLOCK_M": config.block_m,
     }
+
+
+def _candidates(topk: int) -> int:
+    return triton.next_power_of_2(topk + SPARE)
 
 
 def _chunks(experts: int) -> int:

@@ -1,7 +1,11 @@
 """route gives the reference's experts and the bits of its weights: ties, tails, infinities, tables, every size."""
 
+import dataclasses
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from fp4suite import reference, testing
@@ -20,10 +24,16 @@ def check(
     table: Tensor | None = None,
     config: kernel.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """With exact scores, and with rough ones first where that can be."""
     m = len(logits)
+    config = config or kernel.Config()
+    p = RouteProblem(m=m, experts=logits.shape[1], topk=topk, choice="table" if table is not None else "bias")
+    rough = dataclasses.replace(config, presort=True)
+    if not config.presort and kernel.supports(p, rough) is None:
+        check(logits, topk, bias, token_ids, table, rough)
     ids = torch.full((m, topk), -7, dtype=torch.int32, device=logits.device)
     weights = torch.full((m, topk), NAN, device=logits.device)
-    kernel.launch(logits, bias, token_ids, table, 2.5, (ids, weights), config or kernel.Config())
+    kernel.launch(logits, bias, token_ids, table, 2.5, (ids, weights), config)
     choice = {"bias": bias, "token_ids": token_ids, "table": table}
     on_cpu = {name: x.cpu() if x is not None else None for name, x in choice.items()}
     for want in (
@@ -116,6 +126,56 @@ def test_every_magnitude(device):
     want = affinity(logits.double()).view(-1, 2).gather(1, ids.long().cpu())
     want = 2.5 * want / (want.sum(1, keepdim=True) + 1e-20)
     torch.testing.assert_close(weights.cpu().double(), want, rtol=2e-5, atol=1e-30)
+
+
+@triton.jit
+def _rough_rows(logits_ptr, bias_ptr, rough_ptr, largest_ptr, certain_ptr, E, ROWS: tl.constexpr, BITS: tl.constexpr):
+    rows, cols = tl.arange(0, ROWS).to(tl.int64), tl.arange(0, 128)
+    inside = (cols < E)[None, :] & (rows >= 0)[:, None]
+    keys, magnitude = kernel._rough_keys(logits_ptr, E, bias_ptr, rows, cols, inside, E, True, BITS)
+    _, certain = kernel._candidates_of(logits_ptr, E, bias_ptr, rows, rows >= 0, E, True, 6, 8, BITS, ROWS, 1, 128)
+    at = rows[:, None] * E + cols[None, :]
+    tl.store(rough_ptr + at, kernel._rough(keys, BITS), mask=inside)
+    tl.store(largest_ptr + at, magnitude, mask=inside)
+    tl.store(certain_ptr + rows, certain.to(tl.int32))
+
+
+def rough(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """What rough keys of ten bits for the expert stand for, and which rows need no exact ones."""
+    m, experts = logits.shape
+    out, largest = torch.empty_like(logits), torch.empty(m, experts, dtype=torch.int32, device=logits.device)
+    certain = torch.empty(m, dtype=torch.int32, device=logits.device)
+    _rough_rows[(1,)](logits, bias, out, largest, certain, experts, ROWS=m, BITS=10)
+    assert torch.equal(largest, logits.view(torch.int32) & 0x7FFFFFFF)
+    return out, certain.bool()
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0, 1e4])
+def test_rough_scores_are_as_near_as_the_choice_assumes(spread, device):
+    """Half of the slack, as two scores are compared; against FP64, for logits up to 2^16 and any bias."""
+    logits = (spread * draw(64, 128, seed=7)).clamp(-(2.0**16), 2.0**16).to(device)
+    logits[:, :16] = torch.linspace(-90, 0, 1024, device=device).view(64, 16)
+    for bias in (torch.zeros(128), draw(128, seed=8), -spread * draw(128, seed=9).abs()):
+        found, _ = rough(logits, bias.to(device))
+        exact = affinity(logits.double()) + bias.to(device)
+        slack = kernel.SLACK.value / 2 + kernel.RELATIVE_SLACK.value / 2 * exact.abs()
+        assert ((found - exact).abs() < slack).all(), ((found - exact).abs() / slack).max()
+
+
+def test_which_rows_rough_scores_decide(device):
+    """Nearly all of random ones; none with ties across the end of the choice, infinities, NaN or huge logits."""
+    bias = torch.zeros(128, device=device)
+    _, certain = rough(2 * draw(64, 128, seed=10).to(device), bias)
+    assert certain.float().mean() > 0.9
+    hard = 2 * draw(8, 128, seed=11)
+    hard[0] = 0.0
+    hard[1, :12] = 20.0
+    hard[2, 3], hard[3, 3], hard[4, 3], hard[5, 3] = NAN, -NAN, INF, -INF
+    hard[6, 3], hard[7, 3] = 65536.0, -65536.0
+    assert not rough(hard.to(device), bias)[1].any()
+    for odd in (NAN, INF):
+        bias[5] = odd
+        assert not rough(2 * draw(8, 128, seed=12).to(device), bias)[1].any()
 
 
 @pytest.mark.parametrize("types", [(torch.int64, torch.int32), (torch.int32, torch.int64)], ids=str)
