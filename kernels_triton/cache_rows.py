@@ -118,6 +118,9 @@ def _store_fp8_groups(
     byte = e8m0_of_448(at_least(largest(y, 2), FP8_FLOOR))  # [ROWS, GROUPS]
     data = e4m3_bits(y * e8m0_reciprocal(byte)[:, :, None]).reshape(ROWS, PADDED)
     cols = tl.arange(0, PADDED)
+    # The 8 says no more than that rows begin at multiples of 8: so a thread stores the eight columns that it loaded as
+    # BF16, where 16 bytes at once would cost 28 shuffles a row (sm_90a: 664 -> 544 instructions).
+    rows = tl.where(stored, rows, 8)
     tl.store(cache_ptr + rows[:, None] + cols[None, :], data, mask=stored[:, None] & (cols < NOPE)[None, :])
     byte = tl.where((groups < NOPE // FP8_GROUP)[None, :], byte, 0).to(tl.uint8)
     at = cache_ptr + scales[:, None] + groups[None, :]

@@ -53,7 +53,7 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     RmsnormQuantizeProblem.op: 16,
     SwigluQuantizeProblem.op: 30,
     QnormRopeProblem.op: 22,  # SASS of one program, by its elements; so the next three
-    KvNormRopeInsertProblem.op: 42,
+    KvNormRopeInsertProblem.op: 34,
     RopeInverseProblem.op: 7,
     RopeInverseQuantizeProblem.op: 36,
 }
