@@ -50,8 +50,8 @@ class NVFP4Tensor:
     sf:    float8_e4m3fn [..., m, k / 16] ("linear"), or [..., bytes] ("blocked_128x4", see `layouts`)
     alpha: float32 [], or [segments] (runs of rows m), or [experts], or [experts, segments]; on the device, so that
            using it never synchronises
-    order: of data and sf in memory: "rows", or a weight's "fragments_sm90" or "fragments_sm90_fp8" (see `layouts`), under
-           the same shapes
+    order: of data and sf in memory: "rows", or a weight's "fragments_sm90" or "fragments_sm90_fp8" (see `layouts`),
+           under the same shapes
     row_exponent: int8 [..., m] of a weight that was made ready for act="fp8" (`prepare_fp8`), else None
     """
 
@@ -234,7 +234,8 @@ class FP8RowTensor:
         _expect(self.data, "data", torch.float8_e4m3fn, "one E4M3 number an element")
         _expect(self.scale, "scale", torch.float32, "one scale a row")
         if self.data.ndim < 2 or self.data.shape[-1] % layouts.TILE:
-            raise ValueError(f"data must be [..., m, k] with k a multiple of {layouts.TILE}, got {list(self.data.shape)}")
+            got = list(self.data.shape)
+            raise ValueError(f"data must be [..., m, k] with k a multiple of {layouts.TILE}, got {got}")
         if self.scale.shape != self.data.shape[:-1] or self.scale.device != self.data.device:
             raise ValueError(
                 f"data {list(self.data.shape)} on {self.data.device} needs scale {list(self.data.shape[:-1])} there, "

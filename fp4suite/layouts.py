@@ -30,14 +30,14 @@ adjacent, 2048 bytes of codes and 256 of scales each. n and k are multiples of 6
 
     codes   bytes 16 t .. 16 t + 15 of a tile belong to lane t as above: a little-endian word for each step j < 2 and
             each h < 2: row 16 w + g + 8 h, columns 16 q + 8 j .. + 7.
-    word    magnitude i < 8 at bits 4 i + 2 .. 4 i; the sign of code i at bit 8 i + 7 for i < 4, else at bit 8 (i - 4) + 3
+    word    magnitude i < 8 at bits 4 i + 2 .. 4 i; the sign of code i at bit 8 i + 7 for i < 4, else at 8 (i - 4) + 3
     scales  byte 2 t + h of a tile is that of lane t's block in row 16 w + g + 8 h
 
 FP8 activations
 ---------------
-Decoded to E4M3, a lane's codes are its registers of A of two `wgmma` m64nNk32, each register four neighbours of K: places
-32 j + 16 i + 4 q .. + 3 of every 64 (i < 2), where the lane has columns 16 q + 8 j + 4 i .. + 3. So FP8 rows have the
-words of every 64 columns transposed, as 4 x 4. A product over K does not mind.
+Decoded to E4M3, a lane's codes are its registers of A of two `wgmma` m64nNk32, each register four neighbours of K:
+places 32 j + 16 i + 4 q .. + 3 of every 64 (i < 2), where the lane has columns 16 q + 8 j + 4 i .. + 3. So FP8 rows
+have the words of every 64 columns transposed, as 4 x 4. A product over K does not mind.
 """
 
 import functools

@@ -108,7 +108,7 @@ class Cell:
             out = torch.full((self.problem.m, self.problem.n), torch.nan, dtype=dtype, device=x.device)
             a = ops.quantize_fp8(x) if fp8 else x  # once, whatever number of weights it is multiplied by
             launches.append(partial(_launch_own, module, a, b, segments, out, config))
-        return self._record(OWN, launches, self._check_fp8 if fp8 else self._check_exactly)
+        return self._record(OWN, launches, partial(self._check_fp8, config) if fp8 else self._check_exactly)
 
     def record(self, peer: peers.Peer) -> float:
         launches = [layer(x) for layer, x in zip(self.shape.layers(peer), self.x, strict=True)]
@@ -173,13 +173,14 @@ class Cell:
         testing.assert_gemm_close(got[self.rows], a, self.shape.decoded(copy), alpha)
         return self._check(copy, got)
 
-    def _check_fp8(self, copy: int, got: Tensor) -> float:
+    def _check_fp8(self, config: Any, copy: int, got: Tensor) -> float:
         """Ours from FP8: as close to the product of its own operands as its sums are; the error against the product."""
         want, scale, _ = self._reference(copy)
         rows = reference.quantize_fp8(self.x[copy][self.rows])
         weight = reference.dequant_fp8_weight(self.shape.weights[copy].prepare_fp8(), torch.float64)
         alpha = torch.full((self.shape.n,), ALPHA, dtype=torch.float64, device=got.device)
-        testing.assert_fp8_gemm_close(got[self.rows], reference.dequant_fp8(rows, torch.float64), weight, alpha)
+        a, run = reference.dequant_fp8(rows, torch.float64), testing.fp8_run(config)
+        testing.assert_fp8_gemm_close(got[self.rows], a, weight, alpha, run)
         off = (got[self.rows].double() - want) / scale
         return float(off[scale > 0].square().mean().sqrt())
 

@@ -129,7 +129,7 @@ def scarcest() -> list[Config]:
     return [c for _, c in found.values()]
 
 
-@pytest.mark.parametrize(("number", "config"), enumerate(scarcest()), ids=str)
+@pytest.mark.parametrize(("number", "config"), list(enumerate(scarcest())), ids=str)
 def test_no_way_of_the_sums_spills(number, config):
     """All other points of SPACE leave at least as many registers; the outputs take turns."""
     problem = Problem(m=4096, n=65536, k=8192, segments=2, out=("bf16", "fp32")[number % 2])
@@ -390,6 +390,23 @@ def test_single_elements_land_where_they_belong_in_the_emulator(in_emulator):
         torch.testing.assert_close(out, rounded[:, columns] * 4, rtol=2e-7, atol=0)
 
 
+def test_the_bound_of_a_check_follows_the_runs():
+    """An error that runs of 512 may have is not one of runs of 128; one that none may have is not passed by either."""
+    case = testing.case(Problem(m=9, n=64, k=2048, out="fp32"), "cpu", 1)
+    a, b, _ = case.operands
+    a64, b64 = fp8.dequant_fp8(a, torch.float64), fp8.dequant_fp8_weight(b, torch.float64) * b.alpha.double()
+    runs = zip(a64.abs().split(128, -1), b64.abs().split(128, -1), strict=True)
+    unit = sum((x @ y.T) ** 2 for x, y in runs).sqrt() * 2.0**-13
+    for units, promote, passes in ((15, 1, True), (30, 1, False), (30, 4, True), (100, 4, False)):
+        case.out.copy_(a64 @ b64.T + units * unit)
+        case.launched[:] = [Config(promote=promote)]
+        if passes:
+            case.check()
+        else:
+            with pytest.raises(AssertionError, match="out of bound"):
+                case.check()
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 DEFAULT = Config()
@@ -551,4 +568,5 @@ def test_the_op_runs_it(device):
     assert [c.kernel for c in choices] == ["triton_quantize_fp8", "cute_gemm_nvfp4_sm90_fp8"]
     rows = fp8.dequant_fp8(fp8.quantize_fp8(a.flatten(0, 1)), torch.float64)
     alpha = b.alpha.double().expand(256)
-    testing.assert_fp8_gemm_close(got.flatten(0, 1), rows, fp8.dequant_fp8_weight(b, torch.float64), alpha)
+    run = testing.fp8_run(choices[1].config)
+    testing.assert_fp8_gemm_close(got.flatten(0, 1), rows, fp8.dequant_fp8_weight(b, torch.float64), alpha, run)
