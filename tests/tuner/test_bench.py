@@ -33,7 +33,7 @@ def test_act_is_of_the_activations(tmp_path, capsys):
     assert main([*arguments, "--op", "gemm_nvfp4", "--out", str(tmp_path), "--quiet", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert {r["kernel"] for r in found} == {"cute_gemm_nvfp4_sm90_fp8"}
-    assert all("act=fp8" in r["problem"] and "order=fragments_sm90" in r["problem"] for r in found)
+    assert all("act=fp8" in r["problem"] and "order=fragments_sm90_fp8" in r["problem"] for r in found)
 
 
 def test_rows_stand_alone_and_come_back_from_the_file(rows, tmp_path):
