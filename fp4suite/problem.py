@@ -252,6 +252,11 @@ class IndexQueryProblem(Problem):
     x: str = "bf16"
 
     @property
+    def k(self) -> int:
+        """Elements of a token."""
+        return self.heads * self.head_dim
+
+    @property
     def flops(self) -> int:
         return self.m * self.heads * (3 * self.rope_dim + 2 * self.head_dim)
 

@@ -20,15 +20,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp4suite.built import Resources
+from fp4suite.formats import index_layout
 from fp4suite.problem import (
     ELEMENT_BYTES,
     CombineProblem,
+    CompressKvProblem,
     DequantProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
     HyperConnectionPostPreProblem,
     HyperConnectionPostProblem,
     HyperConnectionPreProblem,
+    IndexLogitsProblem,
+    IndexQueryProblem,
+    IndexTopkProblem,
     KvNormRopeInsertProblem,
     PermuteProblem,
     Problem,
@@ -56,7 +61,12 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     KvNormRopeInsertProblem.op: 34,
     RopeInverseProblem.op: 7,
     RopeInverseQuantizeProblem.op: 36,
+    IndexQueryProblem.op: 20,
 }
+POOL_INSTRUCTIONS = 40  # of a row and channel: two loads and an exponential; estimate, as the next three
+COUNT_INSTRUCTIONS = 60  # of a score that is held: twenty counts, then its place
+SCAN_INSTRUCTIONS = 8  # of a score that streams by
+TOPK_WARPS = 16
 SCORE_INSTRUCTIONS, ROUND_INSTRUCTIONS = 55, 6  # of an expert's score, and in each round of the choice; from SASS
 SAMPLE_INSTRUCTIONS = 100  # a logit, in the three launches that read it
 MSE_INSTRUCTIONS = 60  # more, for the rule that tries several scales
@@ -182,7 +192,11 @@ def predict_us(problem: Problem, config: Any, arch: str, resources: Resources | 
 def roof_us(problem: Problem, arch: str, act: str = "bf16") -> float:
     """The time that no kernel can beat: unique bytes at full bandwidth, or flops at full rate, whichever is longer."""
     machine = MACHINES[arch]
-    flops = problem.flops / (machine.mma_tflops[act] * 1e6) if isinstance(problem, GemmProblem) else 0.0
+    flops = (
+        problem.flops / (machine.mma_tflops[act] * 1e6)
+        if isinstance(problem, GemmProblem | IndexLogitsProblem)
+        else 0.0
+    )
     return max(problem.bytes / (machine.dram * 1e3), flops)
 
 
@@ -303,6 +317,49 @@ def _sample(problem: SampleProblem, config: Any, arch: str, resources: Resources
         p.m * chunks, 3 * config.chunk * ELEMENT_BYTES[p.x], config.num_warps, config.chunk * SAMPLE_INSTRUCTIONS,
         ramps=8,
     )  # fmt: skip
+
+
+def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """A program an entry, or block_c of its channels; norm and encoding follow, in a second launch if in parts."""
+    p, pooled = problem, problem.overlaps * problem.ratio
+    block_c = min(config.block_c, p.head_dim)
+    parts = math.ceil(p.head_dim / block_c)
+    elements = pooled * block_c
+    return _moved(
+        (p.sequences + math.ceil(p.m / p.ratio)) * parts,
+        (p.bytes / max(1, p.sequences + p.entries)) / parts,
+        config.num_warps,
+        elements * POOL_INSTRUCTIONS,
+        ramps=4 if parts == 1 else 7,
+    )
+
+
+def _topk(problem: IndexTopkProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """A program a query or a part of one: what it holds is counted over and over, what streams by is compared once."""
+    p, held = problem, 2 * config.tile
+    parts = max(1, min(p.entries // held, config.programs // max(1, p.m), math.isqrt(p.entries // max(1, p.topk))))
+    each = math.ceil(p.entries / parts)
+    counted = held * COUNT_INSTRUCTIONS * (1 if each <= held else 3)
+    return _moved(
+        p.m * parts, 4.0 * each, TOPK_WARPS, counted + each * SCAN_INSTRUCTIONS, ramps=8 if parts == 1 else 16
+    )
+
+
+def _logits(problem: IndexLogitsProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """Keys of block_n entries once, then block_m queries one after the other, on their way in num_stages."""
+    p, own = problem, min(config.block_m, max(1, problem.m // problem.sequences))
+    query = p.heads * (p.head_dim * ELEMENT_BYTES[p.x] + 4)
+    row = index_layout(p.format, 1, p.head_dim)
+    products = own * config.block_n * p.heads
+    return Work(
+        ctas=math.ceil(p.m / own) * math.ceil(p.entries / config.block_n),
+        threads=32 * config.num_warps,
+        cta_bytes=config.block_n * (row.row_bytes + row.scale_bytes) + own * (query + 4 * config.block_n),
+        in_flight=(config.num_stages - 1) * query,
+        cta_flops=2.0 * products * p.head_dim,
+        cta_instructions=3.0 * products + 6.0 * config.block_n * p.head_dim,
+        ramps=3,
+    )
 
 
 def _moved(ctas: int, cta_bytes: float, num_warps: int, instructions: float, *, ramps: int) -> Work:
@@ -503,6 +560,10 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     PermuteProblem: _permute,
     CombineProblem: _combine,
     SampleProblem: _sample,
+    CompressKvProblem: _compress,
+    IndexQueryProblem: _rows,
+    IndexLogitsProblem: _logits,
+    IndexTopkProblem: _topk,
     HyperConnectionPreProblem: _fold,
     HyperConnectionPostProblem: _site,
     HyperConnectionHeadProblem: _fold,

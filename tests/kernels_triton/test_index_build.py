@@ -61,4 +61,5 @@ def test_index_logits_uses_tensor_cores(format, pool):
         assert index_logits.supports(problem, config) is None
         assert built.resources(b).refusal(arch) is None, (config, arch)
         assert ("wgmma.mma_async" if arch == "sm_90a" else "tcgen05.mma") in b.ptx, (config, arch)
-        assert "cp.async" in b.ptx, (config, arch)  # queries on their way while one is multiplied
+        # queries on their way while one is multiplied: not where a barrier stands between
+        assert ("cp.async" in b.ptx) == (arch == "sm_90a"), (config, arch)
