@@ -296,6 +296,9 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     ),
     "norm": lambda x: ops.rmsnorm_quantize(x, torch.ones(512), 1e-6, alpha=torch.tensor(0.002)),
     "swiglu": lambda x: ops.swiglu_quantize(x, alpha=torch.tensor(0.002)),
+    "qnorm_rope": lambda x: ops.qnorm_rope(
+        x.view(-1, 4, 128), torch.full((len(x),), 7, dtype=torch.int32), g(20, 64, seed=8), 1e-6
+    ),
     "route": lambda x: ops.route(x.float(), topk=6, scale=2.5),
     "moe": lambda x: ops.moe_nvfp4(
         x,
