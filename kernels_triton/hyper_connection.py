@@ -44,8 +44,8 @@ class Config:
     launches, so that the fold finds their streams in L2; 0 is all of them at once.
     """
 
-    block_m: int = 64
-    block_d: int = 64
+    block_m: int = 128
+    block_d: int = 32
     splits: int = 16
     num_warps: int = 8
     num_stages: int = 3
@@ -64,15 +64,15 @@ SPACE = {
 }
 
 
-def default(m: int, x: str) -> Config:
-    """As many parts as make a wave, and the stages that shared memory holds."""
+def default(m: int, x: str, *, post: bool = False) -> Config:
+    """As many parts as make a wave, and the stages that shared memory holds; post as in `refuse`."""
     few = m <= 16
-    tiles = triton.cdiv(max(m, 1), 16 if few else 64)
+    tiles = triton.cdiv(max(m, 1), 16 if few else 128)
     splits = max(1, min(64, 1 << (max(1, WAVE // tiles).bit_length() - 1)))
     stages = 3 if ELEMENT_BYTES[x] == 2 else 2
-    if few:
-        return Config(block_m=16, splits=splits, num_warps=4, num_stages=stages)
-    return Config(splits=splits, num_stages=stages)
+    if few and not post:
+        return Config(block_m=16, block_d=64, splits=splits, num_warps=4, num_stages=stages)
+    return Config(block_m=64 if few else 128, splits=splits, num_stages=stages)
 
 
 def arithmetic(config: Config) -> str:
@@ -110,8 +110,8 @@ def refuse(n: int, k: int, x: str, config: Config, *, post: bool = False) -> str
         return f"a [{config.block_m}, {config.block_d}] step leaves threads of {config.num_warps} warps idle"
     if tile > (16 if post else 32) * threads:
         return f"a [{config.block_m}, {config.block_d}] step spills: num_warps={config.num_warps}"
-    if post and config.num_stages > 3:
-        return f"num_stages={config.num_stages} spills where streams are made"
+    if post and (config.block_m < 64 or config.num_stages > 3):
+        return f"block_m={config.block_m} num_stages={config.num_stages} spills where streams are made"
     step = STREAMS * (tile * size + 128 * config.block_d) + (tile * size if post else 0)
     shared = (config.num_stages - 1) * step + tile * size  # a stage is in registers; a tile changes its layout
     if shared > SHARED_BYTES:
@@ -207,7 +207,7 @@ def _sums(
                 x = tl.load(h_at + k * stride_n, mask=inside, other=0.0)
             fn = widen(tl.load(fn_at + k * D, mask=fn_inside, other=0.0))
             part = _times_fn(x, fn, part)
-            squared += widen(x) * widen(x)
+            squared = tl.fma(widen(x), widen(x), squared)
         total += part
         squares += tl.sum(squared, axis=1)
 
@@ -341,7 +341,7 @@ def _fold(
             x2 = widen(tl.load(h_at + 2 * stride_n + cols, mask=inside, other=0.0))
             x3 = widen(tl.load(h_at + 3 * stride_n + cols, mask=inside, other=0.0))
             y = narrow(((p0 * x0 + p1 * x1) + p2 * x2) + p3 * x3, y_ptr.dtype.element_ty, CVT)
-            squares += widen(y) * widen(y)
+            squares = tl.fma(widen(y), widen(y), squares)
             row = row + (y,)  # type: ignore[assignment]  # noqa: RUF005
         norm = _norm_of(tl.sum(squares, axis=0), D, norm_eps) if weight_ptr is not None else 1.0
         for chunk in tl.static_range(CHUNKS):

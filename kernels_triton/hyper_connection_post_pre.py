@@ -22,7 +22,7 @@ OUTPUTS = hyper_connection.STREAMS * (hyper_connection.STREAMS + 2)
 
 def default(problem: HyperConnectionPostPreProblem) -> Config:
     """As many programs as fill the GPU."""
-    return hyper_connection.default(problem.m, problem.x)
+    return hyper_connection.default(problem.m, problem.x, post=True)
 
 
 def supports(problem: HyperConnectionPostPreProblem, config: Config) -> str | None:

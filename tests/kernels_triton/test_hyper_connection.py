@@ -43,7 +43,9 @@ def small(module: ModuleType) -> Any:
     """A config of small tiles, so that small cases have several programs and steps."""
     if module is hyper_connection_post:
         return module.Config(block_d=256, num_warps=2)
-    return dataclasses.replace(SMALL, block_d=64) if module is hyper_connection_post_pre else SMALL
+    if module is hyper_connection_post_pre:
+        return dataclasses.replace(SMALL, block_m=64, num_warps=8)
+    return SMALL
 
 
 def check(module: ModuleType, problem: Problem, device: torch.device, config: Any = None, seed: int = 0) -> None:
@@ -322,8 +324,8 @@ def test_refusals():
     assert pre(SMALL, n=2) == "n=2: the kernels are written for 4 streams"
     assert "rows of 65536 columns spill" in pre(SMALL, k=65536)
     assert "leaves threads of 8 warps idle" in pre(dataclasses.replace(SMALL, num_warps=8))
-    assert "step spills" in pre(hyper_connection.Config(block_m=128, num_warps=4))
-    assert "4 stages take 311296 bytes of shared memory" in pre(hyper_connection.Config(block_m=128, num_stages=4))
+    assert "step spills" in pre(hyper_connection.Config(block_d=64, num_warps=4))
+    assert "4 stages take 311296 bytes of shared memory" in pre(hyper_connection.Config(block_d=64, num_stages=4))
     post = HyperConnectionPostProblem(m=1, k=7168, n=3)
     assert hyper_connection_post.supports(post, small(hyper_connection_post)) is not None
 
