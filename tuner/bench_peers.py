@@ -135,7 +135,7 @@ def run(
 def cells(
     target: Target, configs: Mapping[str, Mapping[str, Any]], options: Options, say: Callable[[str], None]
 ) -> list[Cell]:
-    """The largest weights first, each at all m. What has no kernel is said.
+    """The largest weights first, each at all m, with BF16 results, which is what peers give. What has no kernel is said.
 
     Raises ValueError for a layer that no model has, and for an architecture whose GEMM does not take BF16 activations.
     """
@@ -146,6 +146,8 @@ def cells(
         assert isinstance(problem, GemmProblem)
         if problem.act not in ("bf16", "fp8"):
             raise ValueError(f"--peers compares BF16 activations; on {target.arch} the GEMM takes {problem.act}")
+        if problem.out != "bf16":
+            continue
         names = {part for name in layers for part in (name, name.partition(".")[2])}
         known |= names
         if options.layers and not names & set(options.layers):

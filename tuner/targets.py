@@ -83,15 +83,20 @@ def problems(
     """Each problem of an op once, with the layers ("pro.q_b") of all models that have it and the calls of a pass each.
 
     Weights of a GEMM lie in `order` if they can; by default as a loader lays them out (`dispatch.weight_layout`). act:
-    format of a GEMM's activations, by default what the architecture runs.
+    format of a GEMM's activations, by default what the architecture runs. A GEMM that a layer wants in FP32 is there in
+    BF16 too, which is what the op gives unless asked.
     """
     joined: dict[Problem, tuple[list[str], int]] = {}
     for model, config in configs.items():
         for p in shapes.problems(config, op, arch=target.arch, m=m, tp=tp):
             asked = replace(p.problem, act=act) if act is not None and isinstance(p.problem, GemmProblem) else p.problem
             problem = _laid_out(asked, target, order)
-            names, calls = joined.get(problem, ([], 0))
-            joined[problem] = (names + [f"{model}.{name}" for name in p.layers], calls + p.count)
+            wanted = {problem: p.count}
+            if isinstance(problem, GemmProblem) and problem.out == "fp32":
+                wanted[replace(problem, out="bf16")] = 0
+            for one, count in wanted.items():
+                names, calls = joined.get(one, ([], 0))
+                joined[one] = (names + [f"{model}.{name}" for name in p.layers], calls + count)
     return joined
 
 

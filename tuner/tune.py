@@ -183,8 +183,8 @@ def _winners(problem: Problem, path: Path) -> list[Candidate]:
 def _seeds(whole: Space, budget: Budget, winners: Sequence[Candidate], *, measured: bool) -> tuple[Candidate, ...]:
     """What to try first. Predicted: the model's order, which leaves nothing for a sampler to learn.
 
-    Measured, for half of the budget: the default, earlier winners, then the model's favourites, kernel by kernel, with
-    a neighbour of the default after every third.
+    Measured, for three quarters of the budget: the default, earlier winners, then the model's favourites, kernel by
+    kernel, with a neighbour of the default after every third.
     """
     order = {c: i for i, c in enumerate(whole.candidates)}
     ranked = sorted(
@@ -198,7 +198,7 @@ def _seeds(whole: Space, budget: Budget, winners: Sequence[Candidate], *, measur
     neighbours = itertools.chain(whole.neighbours(whole.default), itertools.repeat(None))
     turns = [c for three, near in zip(threes, neighbours, strict=False) for c in (*three, near) if c is not None]
     known = [c for c in winners if c in order]
-    return tuple(dict.fromkeys((whole.default, *known, *turns, *ranked)))[: max(1, budget.trials // 2)]
+    return tuple(dict.fromkeys((whole.default, *known, *turns, *ranked)))[: max(1, 3 * budget.trials // 4)]
 
 
 # --- without a GPU ---
