@@ -358,7 +358,7 @@ def _compress_kv(
     cache = _cache(data, format, page_size, head_dim, rope_dim)
     problem = CompressKvProblem(
         m=len(kv), ratio=ratio, overlaps=kv.shape[1] // head_dim, head_dim=head_dim, rope_dim=table.shape[1],
-        format=format if rope_dim else f"index_{format}", sequences=max(1, len(state_slots)), hadamard=int(hadamard),
+        format=format if rope_dim else f"index_{format}", sequences=int(len(state_slots) != len(kv)), hadamard=int(hadamard),
         page_size=page_size, x=dtype_name(kv, "kv"), weight=dtype_name(weight, "weight"),
     )  # fmt: skip
     choice = dispatch.choose("compress_kv", problem, kv.device)
@@ -383,7 +383,7 @@ def _index_logits(
 ) -> Tensor:  # fmt: skip
     (m, heads, _), (sequences, pages) = q.shape, block_table.shape
     problem = IndexLogitsProblem(
-        m=m, entries=pages * page_size, format=format, sequences=sequences, heads=heads, head_dim=head_dim,
+        m=m, entries=_bucket(pages * page_size), format=format, sequences=int(sequences != m), heads=heads, head_dim=head_dim,
         page_size=page_size, x=dtype_name(q, "q"),
     )  # fmt: skip
     choice = dispatch.choose("index_logits", problem, q.device)
@@ -437,7 +437,7 @@ def _index_topk(
     logits: Tensor, block_table: Tensor, positions: Tensor, sequence_ids: Tensor, ratio: int, topk: int, page_size: int
 ) -> Tensor:
     m, entries = logits.shape
-    problem = IndexTopkProblem(m=m, entries=entries, topk=topk, page_size=page_size)
+    problem = IndexTopkProblem(m=m, entries=_bucket(entries), topk=topk, page_size=page_size)
     choice = dispatch.choose("index_topk", problem, logits.device)
     if choice.is_reference:
         return reference.index_topk(
@@ -535,6 +535,11 @@ def _dense(weight: Tensor | None) -> Tensor | None:
 def _reference(choice: dispatch.Choice, impl: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """The reference of an op that has a kernel; token by token in batch-invariant mode."""
     return by_token.run(choice.op, impl, args) if choice.invariant else impl(*args)
+
+
+def _bucket(entries: int) -> int:
+    """The power of two at or above, so that what was tuned for it serves a context that grows."""
+    return 1 << max(0, entries - 1).bit_length()
 
 
 def _unit_stride(x: Tensor) -> Tensor:

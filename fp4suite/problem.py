@@ -199,17 +199,21 @@ class CompressKvProblem(Problem):
     head_dim: int
     rope_dim: int
     format: str
-    sequences: int = 1
+    sequences: int = 1  # 0: as many as tokens, whatever their number
     hadamard: int = 0
     page_size: int = 64
     x: str = "fp32"
     weight: str = "bf16"
 
     @property
+    def sequence_count(self) -> int:
+        return self.sequences or self.m
+
+    @property
     def entries(self) -> int:
         """Entries that are completed."""
-        each, rest = self.m // self.sequences, -(-self.sequences // self.ratio)
-        return rest if each == 1 else self.sequences * ((each + self.ratio // 2) // self.ratio)
+        each, rest = self.m // self.sequence_count, -(-self.sequence_count // self.ratio)
+        return rest if each == 1 else self.sequence_count * ((each + self.ratio // 2) // self.ratio)
 
     @property
     def row_bytes(self) -> int:
@@ -228,12 +232,12 @@ class CompressKvProblem(Problem):
     @property
     def bytes(self) -> int:
         pooled, channels = self.overlaps * self.ratio, 2 * self.head_dim
-        tokens = (ELEMENT_BYTES[self.x] * self.m + 4 * min(self.m, self.sequences * pooled)) * self.overlaps * channels
-        if self.m == self.sequences:
+        tokens = (ELEMENT_BYTES[self.x] * self.m + 4 * min(self.m, self.sequence_count * pooled)) * self.overlaps * channels
+        if self.m == self.sequence_count:
             kept = self.entries * (pooled - 1)
         else:
-            kept = self.sequences * (pooled - self.ratio + self.ratio // 2)
-            kept += self.sequences * (self.overlaps - 1) * (self.ratio // 2)
+            kept = self.sequence_count * (pooled - self.ratio + self.ratio // 2)
+            kept += self.sequence_count * (self.overlaps - 1) * (self.ratio // 2)
         constants = 4 * self.ratio * self.overlaps * self.head_dim + ELEMENT_BYTES[self.weight] * self.head_dim
         return tokens + 4 * kept * channels + self.entries * (self.row_bytes + 4 * self.rope_dim) + constants
 
@@ -273,11 +277,15 @@ class IndexLogitsProblem(Problem):
     m: int
     entries: int
     format: IndexFormat
-    sequences: int = 1
+    sequences: int = 1  # 0: as many as tokens, whatever their number
     heads: int = 64
     head_dim: int = 128
     page_size: int = 64
     x: str = "bf16"
+
+    @property
+    def sequence_count(self) -> int:
+        return self.sequences or self.m
 
     @property
     def flops(self) -> int:
@@ -286,7 +294,7 @@ class IndexLogitsProblem(Problem):
     @property
     def bytes(self) -> int:
         layout = index_layout(self.format, 1, self.head_dim)
-        keys = self.sequences * self.entries * (layout.row_bytes + layout.scale_bytes)
+        keys = self.sequence_count * self.entries * (layout.row_bytes + layout.scale_bytes)
         return keys + self.m * (self.heads * (ELEMENT_BYTES[self.x] * self.head_dim + 4) + 4 * self.entries)
 
 

@@ -179,7 +179,7 @@ def _walk(
         elif op == HyperConnectionHeadProblem.op:
             yield "head", 1, HyperConnectionHeadProblem(m=rows, k=d, n=config["hc_mult"])
         elif op == CompressKvProblem.op:
-            sequences = rows if rows <= DECODING else 1
+            sequences = 0 if rows <= DECODING else 1
             heads = {"head_dim": config["head_dim"], "rope_dim": config["qk_rope_head_dim"], "sequences": sequences}
             hca = {ratio for ratio in list(config["compress_ratios"])[:depth] if ratio not in (0, OVERLAP_RATIO)}
             for kept in ("fp8_ds_mla", "nvfp4"):
@@ -193,7 +193,7 @@ def _walk(
                 own = {**heads, "head_dim": config["index_head_dim"], "format": kept, "hadamard": hadamard}
                 yield "indexer_compressor", csa, CompressKvProblem(m=rows, ratio=OVERLAP_RATIO, overlaps=2, **own)
         elif op == IndexLogitsProblem.op:
-            sequences = rows if rows <= DECODING else 1
+            sequences = 0 if rows <= DECODING else 1
             for context, most in INDEX_CONTEXTS:
                 for format in ("fp8", "mxfp4") if rows <= most else ():
                     yield "index_logits", csa, IndexLogitsProblem(

@@ -415,13 +415,13 @@ def _quantize_fp8_case(p: QuantizeFp8Problem, gen: torch.Generator) -> Case:
 def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
     """Rings full of older rows, slots in random order; gates far apart in some channels, windows of zeros in others."""
     device, width, name = gen.device, p.overlaps * p.head_dim, p.format.removeprefix("index_")
-    each = p.m // p.sequences
-    sizes = torch.full((p.sequences,), each, device=device)
-    sizes[: p.m % p.sequences] += 1
+    each = p.m // p.sequence_count
+    sizes = torch.full((p.sequence_count,), each, device=device)
+    sizes[: p.m % p.sequence_count] += 1
     far = 1000 * p.ratio
     # shares of one token at every place of a window, longer ones from its middle on
-    starts = far + (p.ratio - 1 - torch.arange(p.sequences, device=device) % p.ratio if each == 1 else p.ratio // 2)
-    sequence = torch.arange(p.sequences, device=device).repeat_interleave(sizes, output_size=p.m)
+    starts = far + (p.ratio - 1 - torch.arange(p.sequence_count, device=device) % p.ratio if each == 1 else p.ratio // 2)
+    sequence = torch.arange(p.sequence_count, device=device).repeat_interleave(sizes, output_size=p.m)
     cu_seqlens = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
     positions = torch.arange(p.m, device=device) - cu_seqlens[sequence] + (starts + 0 * sizes)[sequence]
     completes = (positions + 1) % p.ratio == 0
@@ -434,7 +434,7 @@ def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
     ape = torch.randn(p.ratio, width, generator=gen, device=device)
     weight = (1 + 0.2 * torch.randn(p.head_dim, generator=gen, device=device)).to(TORCH_DTYPES[p.weight])
     table = torch.rand(far + p.m + 2 * p.ratio, p.rope_dim, generator=gen, device=device) * 2 - 1
-    old = torch.randn(p.sequences, p.overlaps * p.ratio, 2, width, generator=gen, device=device)
+    old = torch.randn(p.sequence_count, p.overlaps * p.ratio, 2, width, generator=gen, device=device)
     cache: Any
     if name == p.format:
         page_bytes = kv_layout(name, p.page_size, p.head_dim, p.rope_dim).page_bytes  # type: ignore[arg-type]
@@ -449,7 +449,7 @@ def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
         "positions": positions,
         "sequence_ids": sequence,
         "cu_seqlens": cu_seqlens,
-        "state_slots": torch.randperm(p.sequences, generator=gen, device=device),
+        "state_slots": torch.randperm(p.sequence_count, generator=gen, device=device),
         "slots": torch.where(completes, free, -1),
     }
     integers = {key: t.int() for key, t in integers.items()}
@@ -510,7 +510,7 @@ def _index_logits_case(p: IndexLogitsProblem, gen: torch.Generator) -> Case:
     device, ratio, scale = gen.device, 4, p.head_dim**-0.5 * p.heads**-0.5
     pages = -(-p.entries // p.page_size)
     # sequences share keys where they would fill the memory
-    stored = min(p.sequences * pages, MOST_KEYS // p.page_size + pages)
+    stored = min(p.sequence_count * pages, MOST_KEYS // p.page_size + pages)
     page_bytes = index_layout(p.format, p.page_size, p.head_dim).page_bytes
     cache = IndexCache(
         torch.empty(stored, page_bytes, dtype=torch.uint8, device=device), p.format, p.page_size, p.head_dim
@@ -518,12 +518,12 @@ def _index_logits_case(p: IndexLogitsProblem, gen: torch.Generator) -> Case:
     for some in torch.arange(cache.slots, device=device).split(1 << 18):
         reference.write_rows(cache, some, random_activations((len(some), p.head_dim), gen).float())
     block_table = torch.stack(
-        [torch.randperm(stored, generator=gen, device=device)[:pages] for _ in range(p.sequences)]
+        [torch.randperm(stored, generator=gen, device=device)[:pages] for _ in range(p.sequence_count)]
     ).int()
     q = random_activations((p.m, p.heads, p.head_dim), gen, TORCH_DTYPES[p.x])
     weights = torch.randn(p.m, p.heads, generator=gen, device=device)
-    sequence_ids = (torch.arange(p.m, device=device) * p.sequences // max(p.m, 1)).int()
-    back = torch.arange(p.m - 1, -1, -1, device=device) % max(1, p.m // p.sequences)
+    sequence_ids = (torch.arange(p.m, device=device) * p.sequence_count // max(p.m, 1)).int()
+    back = torch.arange(p.m - 1, -1, -1, device=device) % max(1, p.m // p.sequence_count)
     positions = (p.entries * ratio - 1 - back).clamp(min=0).int()
     out = torch.empty(p.m, pages * p.page_size, device=device)
     operands = (q, weights, cache, block_table, positions, sequence_ids, ratio, scale)

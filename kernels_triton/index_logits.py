@@ -76,7 +76,7 @@ def effective(config: Config, fp32: bool) -> Config:
 
 def default(problem: IndexLogitsProblem) -> Config:
     """Single queries where each has a sequence of its own."""
-    return Config(block_m=1 if problem.m <= problem.sequences else 8 if problem.m < 512 else 16)
+    return Config(block_m=1 if problem.m <= problem.sequence_count else 8 if problem.m < 512 else 16)
 
 
 def arithmetic(problem: IndexLogitsProblem, config: Config) -> str:

@@ -60,7 +60,7 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     QnormRopeProblem.op: 22,  # SASS of one program, by its elements; so the next three
     KvNormRopeInsertProblem.op: 34,
     RopeInverseProblem.op: 7,
-    RopeInverseQuantizeProblem.op: 36,
+    RopeInverseQuantizeProblem.op: 32,
     IndexQueryProblem.op: 20,
 }
 POOL_INSTRUCTIONS = 40  # of a row and channel: two loads and an exponential; estimate, as the next three
@@ -326,8 +326,8 @@ def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Res
     parts = math.ceil(p.head_dim / block_c)
     elements = pooled * block_c
     return _moved(
-        (p.sequences + math.ceil(p.m / p.ratio)) * parts,
-        (p.bytes / max(1, p.sequences + p.entries)) / parts,
+        (p.sequence_count + math.ceil(p.m / p.ratio)) * parts,
+        (p.bytes / max(1, p.sequence_count + p.entries)) / parts,
         config.num_warps,
         elements * POOL_INSTRUCTIONS,
         ramps=4 if parts == 1 else 7,
@@ -347,7 +347,7 @@ def _topk(problem: IndexTopkProblem, config: Any, arch: str, resources: Resource
 
 def _logits(problem: IndexLogitsProblem, config: Any, arch: str, resources: Resources | None) -> Work:
     """Keys of block_n entries once, then block_m queries one after the other, on their way in num_stages."""
-    p, own = problem, min(config.block_m, max(1, problem.m // problem.sequences))
+    p, own = problem, min(config.block_m, max(1, problem.m // problem.sequence_count))
     query = p.heads * (p.head_dim * ELEMENT_BYTES[p.x] + 4)
     row = index_layout(p.format, 1, p.head_dim)
     products = own * config.block_n * p.heads
