@@ -217,7 +217,7 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
 def default(problem: GemmProblem) -> Config:
     """A config for a problem that nobody has tuned, after what was best for V4's shapes on an H100."""
     m, rows = problem.m, problem.n // TILE
-    large = [c for c in (Config(tile_m=256), Config(tile_m=192, promote=4)) if 3 * m > 2 * c.tile_m]
+    large = [c for c in (Config(tile_m=256), Config(tile_m=192)) if 3 * m > 2 * c.tile_m]
     waves = {c: -(-m // c.tile_m) * -(-rows // c.groups_n) / SM_COUNT for c in large}
     full = [c for c in large if waves[c] > 1 and supports(problem, c) is None]
     if full:

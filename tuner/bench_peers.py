@@ -135,7 +135,7 @@ def run(
 def cells(
     target: Target, configs: Mapping[str, Mapping[str, Any]], options: Options, say: Callable[[str], None]
 ) -> list[Cell]:
-    """The largest weights first, each at all m, with BF16 results, which is what peers give. What has no kernel is said.
+    """The largest weights first, each at all m, with BF16 results, as peers give them. What has no kernel is said.
 
     Raises ValueError for a layer that no model has, and for an architecture whose GEMM does not take BF16 activations.
     """
