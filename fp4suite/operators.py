@@ -358,8 +358,8 @@ def _compress_kv(
     cache = _cache(data, format, page_size, head_dim, rope_dim)
     problem = CompressKvProblem(
         m=len(kv), ratio=ratio, overlaps=kv.shape[1] // head_dim, head_dim=head_dim, rope_dim=table.shape[1],
-        format=format if rope_dim else f"index_{format}", sequences=int(len(state_slots) != len(kv)), hadamard=int(hadamard),
-        page_size=page_size, x=dtype_name(kv, "kv"), weight=dtype_name(weight, "weight"),
+        format=format if rope_dim else f"index_{format}", sequences=int(len(state_slots) != len(kv)),
+        hadamard=int(hadamard), page_size=page_size, x=dtype_name(kv, "kv"), weight=dtype_name(weight, "weight"),
     )  # fmt: skip
     choice = dispatch.choose("compress_kv", problem, kv.device)
     if choice.is_reference:
@@ -383,8 +383,8 @@ def _index_logits(
 ) -> Tensor:  # fmt: skip
     (m, heads, _), (sequences, pages) = q.shape, block_table.shape
     problem = IndexLogitsProblem(
-        m=m, entries=_bucket(pages * page_size), format=format, sequences=int(sequences != m), heads=heads, head_dim=head_dim,
-        page_size=page_size, x=dtype_name(q, "q"),
+        m=m, entries=_bucket(pages * page_size), format=format, sequences=int(sequences != m), heads=heads,
+        head_dim=head_dim, page_size=page_size, x=dtype_name(q, "q"),
     )  # fmt: skip
     choice = dispatch.choose("index_logits", problem, q.device)
     if choice.is_reference:

@@ -232,14 +232,15 @@ class CompressKvProblem(Problem):
     @property
     def bytes(self) -> int:
         pooled, channels = self.overlaps * self.ratio, 2 * self.head_dim
-        tokens = (ELEMENT_BYTES[self.x] * self.m + 4 * min(self.m, self.sequence_count * pooled)) * self.overlaps * channels
+        kept = min(self.m, self.sequence_count * pooled)
+        tokens = (ELEMENT_BYTES[self.x] * self.m + 4 * kept) * self.overlaps * channels
         if self.m == self.sequence_count:
-            kept = self.entries * (pooled - 1)
+            old = self.entries * (pooled - 1)
         else:
-            kept = self.sequence_count * (pooled - self.ratio + self.ratio // 2)
-            kept += self.sequence_count * (self.overlaps - 1) * (self.ratio // 2)
+            old = self.sequence_count * (pooled - self.ratio + self.ratio // 2)
+            old += self.sequence_count * (self.overlaps - 1) * (self.ratio // 2)
         constants = 4 * self.ratio * self.overlaps * self.head_dim + ELEMENT_BYTES[self.weight] * self.head_dim
-        return tokens + 4 * kept * channels + self.entries * (self.row_bytes + 4 * self.rope_dim) + constants
+        return tokens + 4 * old * channels + self.entries * (self.row_bytes + 4 * self.rope_dim) + constants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

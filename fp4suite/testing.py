@@ -420,10 +420,11 @@ def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
     sizes[: p.m % p.sequence_count] += 1
     far = 1000 * p.ratio
     # shares of one token at every place of a window, longer ones from its middle on
-    starts = far + (p.ratio - 1 - torch.arange(p.sequence_count, device=device) % p.ratio if each == 1 else p.ratio // 2)
+    places = torch.arange(p.sequence_count, device=device) % p.ratio
+    starts = far + (p.ratio - 1 - places if each == 1 else 0 * places + p.ratio // 2)
     sequence = torch.arange(p.sequence_count, device=device).repeat_interleave(sizes, output_size=p.m)
     cu_seqlens = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
-    positions = torch.arange(p.m, device=device) - cu_seqlens[sequence] + (starts + 0 * sizes)[sequence]
+    positions = torch.arange(p.m, device=device) - cu_seqlens[sequence] + starts[sequence]
     completes = (positions + 1) % p.ratio == 0
     pages = p.m // p.page_size + 2
     free = torch.randperm(pages * p.page_size, generator=gen, device=device)[: p.m]
