@@ -25,7 +25,7 @@ from .rounding import CVT
 class Config:
     """block_h heads of a token a program."""
 
-    block_h: int = 2
+    block_h: int = 1
     num_warps: int = 1
 
 
@@ -37,6 +37,11 @@ def supports(problem: RopeInverseProblem, config: Config) -> str | None:
     return refuse_heads(problem.head_dim, problem.rope_dim, problem.x) or host.refuse_rows(
         config.block_h, problem.head_dim, config.num_warps, "absmax"
     )
+
+
+def default(problem: RopeInverseProblem) -> Config:
+    """Where there are many heads, two a warp: twice the loads that a warp waits for."""
+    return Config(block_h=2) if problem.m * problem.heads >= 1 << 15 else Config()
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
