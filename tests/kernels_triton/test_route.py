@@ -102,6 +102,13 @@ def test_neighbours_in_rank(device):
     check(logits.to(device), 8, bias.to(device))
 
 
+def test_ranks_that_rough_scores_confuse(device):
+    """All within 1e-3, by a bias against scores of every size: rough scores order them, but not rightly."""
+    base = 3 * draw(200, seed=13)
+    logits = base + 1e-3 * draw(16, 200, seed=14)
+    check(logits.to(device), 6, -affinity(base).to(device), config=kernel.Config(block_m=4))
+
+
 def test_what_is_not_finite(device):
     logits = 2 * draw(6, 40)
     logits[0, 5], logits[0, 9] = NAN, INF

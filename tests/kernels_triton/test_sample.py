@@ -50,7 +50,7 @@ def test_sizes(vocab, device):
 
 @pytest.mark.parametrize("top_p", [0.0, 1e-9, 0.3, 0.9, 0.999, 1 - 2.0**-24, 1.0, 2.0])
 def test_every_nucleus(top_p, device):
-    uniform = torch.tensor([0.0, 0.2, 0.5, 0.9, 1 - 2.0**-24])
+    uniform = torch.tensor([0.0, 0.2, 0.5, 0.9, 1 - 2.0**-24, 1.0])  # the last is no number of [0, 1)
     n = len(uniform)
     check(3 * draw(1, 300).expand(n, -1).to(device), torch.ones(n), torch.full((n,), top_p), uniform)
 
@@ -72,6 +72,14 @@ def test_equal_logits_are_drawn_by_index(device):
     for top_p in (0.5, 0.75, 0.9):
         check(logits.expand(n, -1).to(device), torch.ones(n), torch.full((n,), top_p), uniform)
     assert check(logits[None].to(device), torch.zeros(1), torch.ones(1), torch.zeros(1)).item() == 1
+
+
+def test_a_nucleus_that_ends_at_a_whole_number_of_tokens(device):
+    """Four equal tokens, half of the mass: two, not three."""
+    uniform = torch.tensor([0.0, 0.49, 0.51, 0.99])
+    for top_p, want in ((0.25, [0, 0, 0, 0]), (0.5, [0, 0, 1, 1]), (0.75, [0, 1, 1, 2])):
+        logits = torch.zeros(4, 4, device=device)
+        assert check(logits, torch.ones(4), torch.full((4,), top_p), uniform).tolist() == want
 
 
 def test_a_row_of_more_candidates_than_are_listed(device):

@@ -1,0 +1,71 @@
+"""What Triton compiles, run on a CPU by `ptx_emulator`: choices made by warps' instructions and approximate functions,
+and histograms in shared memory, which the interpreter does not have.
+"""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+import ptx_emulator
+from fp4suite import built, reference, testing
+from fp4suite.problem import PermuteProblem, RouteProblem
+from kernels_triton import host, permute, permute_small, route
+
+
+def launch(b: built.Built, programs: int, num_warps: int, *args: object) -> None:
+    """The kernel's own arguments; behind them Triton's two scratch pointers, which nothing here uses.
+
+    Without the search for races: threads that hold the same number may all store it to one place.
+    """
+    parameters = re.findall(r"\.entry\s+\S+\(([^)]*)\)", b.ptx)[0].count(".param")
+    unused = [np.zeros(16, np.uint8)] * (parameters - len(args))
+    grid, block = (programs, 1, 1), (32 * num_warps, 1, 1)
+    ptx_emulator.load(b.ptx).launch(grid=grid, block=block, args=[*args, *unused], shared=b.shared_bytes, races=False)
+
+
+@pytest.mark.parametrize("config", [route.Config(presort=True), route.Config(block_m=4, num_warps=2)], ids=str)
+def test_route(config, pool):
+    """Rough scores decide most tokens; the eighth has ties and takes exact ones."""
+    m, p = 8, RouteProblem(m=8, experts=256, topk=6)
+    c = testing.case(p)
+    logits, bias, _, _, scale = c.operands
+    ids, weights = np.full((m, 6), -7, np.int32), np.full((m, 6), np.nan, np.float32)
+    b = pool.submit(route.build, p, config, "sm_90a").result()
+    sizes = np.int32(m), np.int32(0), np.int32(256), np.float32(scale)
+    programs = triton.cdiv(m, config.block_m)
+    launch(b, programs, config.num_warps, logits.numpy(), np.int32(256), bias.numpy(), ids, weights, *sizes)
+    want = c.eager()
+    assert torch.equal(torch.from_numpy(ids), want[0])
+    testing.assert_same_bytes(torch.from_numpy(weights), want[1], "weights")
+
+
+def counting(config: permute.Config, bins: int) -> built.Built:
+    types = {"ids_ptr": "*i32", "counts_ptr": "*i32", "slots": "i32", "E": "i32"}
+    constants = {"BINS": bins, "BLOCK": config.block_s}
+    return host.build(permute._count, types, constants, "sm_90a", config.num_warps, unaligned=("slots", "E"))
+
+
+@pytest.mark.parametrize("kernel", [permute, permute_small], ids=lambda k: k.__name__)
+def test_permute(kernel, pool):
+    """Chunks of fewer slots than a program has threads: no slot may be counted twice."""
+    experts, bins = 40, 64
+    ids = testing.random_choices(100, 6, experts, torch.Generator().manual_seed(0))
+    n, flat = ids.numel(), ids.view(-1).numpy()
+    p, sizes = PermuteProblem(m=100, topk=6, experts=experts), (np.int32(n), np.int32(experts))
+    order, offsets = np.full(n, -7, np.int32), np.full(experts + 1, -7, np.int32)
+    if kernel is permute:
+        config = permute.Config(block_s=512, chunk=64, num_warps=4)
+        counts = np.full((2, bins), -7, np.int32)
+        launch(pool.submit(counting, config, bins).result(), 2, config.num_warps, flat, counts, *sizes)
+        b = pool.submit(permute.build, p, config, "sm_90a").result()
+        launch(b, 2, config.num_warps, flat, counts, order, offsets, sizes[0], np.int32(2), sizes[1])
+    else:
+        small = permute_small.Config(block_s=64, num_warps=8)
+        b = pool.submit(permute_small.build, p, small, "sm_90a").result()
+        launch(b, triton.cdiv(n + experts + 1, small.block_s), small.num_warps, flat, order, offsets, *sizes)
+    want = reference.permute(ids, experts)
+    assert torch.equal(torch.from_numpy(order), want[0])
+    assert torch.equal(torch.from_numpy(offsets), want[1])
