@@ -28,6 +28,12 @@ CONFIG = {
     "o_groups": 1,
     "index_n_heads": 1,
     "index_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hash_layers": 0,
+    "vocab_size": 256,
+    "index_topk": 16,
     "compress_ratios": [4, 0],
 }
 TARGET = Target("sm_90a", "some-gpu", "cpu")
