@@ -320,7 +320,7 @@ class IndexTopkProblem(Problem):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteProblem(Problem):
-    """topk of `experts` for each of m tokens from logits [m, experts]: by score, score and bias, or a table by token."""
+    """topk of `experts` for each of m tokens from logits [m, experts]: by score, with a bias, or a table."""
 
     op: ClassVar[str] = "route"
     m: int
