@@ -336,8 +336,7 @@ def in_emulator(monkeypatch):
     kernel.compiled.cache_clear()
 
 
-@pytest.mark.parametrize("schedule", ["late", "eager"])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(("config", "schedule"), zip(CONFIGS, itertools.cycle(("late", "eager"))), ids=str)
 def test_in_the_emulator(config, schedule, in_emulator):
     """Ragged m and n, several tiles a CTA; every element against the FP64 product, every access against the others'."""
     step = kernel.STEP * config.groups_k * config.split

@@ -135,8 +135,8 @@ def test_memory_that_no_tensor_holds_is_refused():
     case = testing.case(problem, "cpu", 0)
 
     def far(ptx: str) -> str:
-        """The first copy reads 16 MiB past its source."""
-        return re.sub(r"(cp\.async\.cg\.shared\.global\s+\[[^]]+\], \[%rd\d+)", r"\1+16777216", ptx, count=1)
+        """The first copy reads 1 GiB past its source."""
+        return re.sub(r"(cp\.async\.cg\.shared\.global\s+\[[^]]+\], \[%rd\d+)", r"\1+1073741824", ptx, count=1)
 
     with emulate("sm_90a", rewrite=far), pytest.raises(Fault, match="in no array that is known"):
         case.run(sm90, config)
