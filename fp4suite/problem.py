@@ -5,9 +5,9 @@ hashable, made of host integers and strings only, and `dims()` is how tables and
 """
 
 from dataclasses import MISSING, dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
-from .formats import BLOCK, IndexFormat, KVFormat, SfLayout, index_layout, kv_layout
+from .formats import BLOCK, IndexFormat, KVFormat, RowLayout, SfLayout, index_layout, kv_layout
 from .layouts import Order, blocked_128x4_bytes
 
 Rule = Literal["absmax", "mse", "modelopt_weight"]
@@ -216,14 +216,17 @@ class CompressKvProblem(Problem):
         return rest if each == 1 else self.sequence_count * ((each + self.ratio // 2) // self.ratio)
 
     @property
+    def layout(self) -> RowLayout:
+        """Of the cache that entries go to."""
+        if self.format.startswith("index_"):
+            name = cast(IndexFormat, self.format.removeprefix("index_"))
+            return index_layout(name, self.page_size, self.head_dim)
+        return kv_layout(cast(KVFormat, self.format), self.page_size, self.head_dim, self.rope_dim)
+
+    @property
     def row_bytes(self) -> int:
         """An entry in the cache."""
-        name = self.format.removeprefix("index_")
-        if name == self.format:
-            layout = kv_layout(name, 1, self.head_dim, self.rope_dim)  # type: ignore[arg-type]
-        else:
-            layout = index_layout(name, 1, self.head_dim)  # type: ignore[arg-type]
-        return layout.row_bytes + layout.scale_bytes
+        return self.layout.row_bytes + self.layout.scale_bytes
 
     @property
     def flops(self) -> int:

@@ -26,6 +26,7 @@ from .formats import (
     FP8RowTensor,
     IndexCache,
     IndexFormat,
+    KVFormat,
     NVFP4Tensor,
     PagedCache,
     SfLayout,
@@ -436,15 +437,12 @@ def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
     weight = (1 + 0.2 * torch.randn(p.head_dim, generator=gen, device=device)).to(TORCH_DTYPES[p.weight])
     table = torch.rand(far + p.m + 2 * p.ratio, p.rope_dim, generator=gen, device=device) * 2 - 1
     old = torch.randn(p.sequence_count, p.overlaps * p.ratio, 2, width, generator=gen, device=device)
+    data = torch.empty(pages, p.layout.page_bytes, dtype=torch.uint8, device=device)
     cache: Any
     if name == p.format:
-        page_bytes = kv_layout(name, p.page_size, p.head_dim, p.rope_dim).page_bytes  # type: ignore[arg-type]
-        data = torch.empty(pages, page_bytes, dtype=torch.uint8, device=device)
-        cache = PagedCache(data, name, p.page_size, p.head_dim, p.rope_dim)  # type: ignore[arg-type]
+        cache = PagedCache(data, cast(KVFormat, name), p.page_size, p.head_dim, p.rope_dim)
     else:
-        page_bytes = index_layout(name, p.page_size, p.head_dim).page_bytes  # type: ignore[arg-type]
-        data = torch.empty(pages, page_bytes, dtype=torch.uint8, device=device)
-        cache = IndexCache(data, name, p.page_size, p.head_dim)  # type: ignore[arg-type]
+        cache = IndexCache(data, cast(IndexFormat, name), p.page_size, p.head_dim)
     state = old.clone()
     integers: dict[str, Any] = {
         "positions": positions,
