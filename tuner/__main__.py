@@ -135,7 +135,7 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, An
 
 def _bench_peers(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from . import bench_peers, peers, peers_plot, peers_rows, targets
-    from .bench_cells import OWN
+    from .side_by_side import OWN
 
     if args.op != [GemmProblem.op]:
         raise ValueError(f"--peers is about {GemmProblem.op}: say --op {GemmProblem.op}")

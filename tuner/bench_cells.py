@@ -26,8 +26,9 @@ from fp4suite.reference.quant import scaled_codes
 from . import measure, peers
 from .measure import Timed
 from .peers import Launch, Layer
+from .side_by_side import EMPTY, OWN
 
-OWN, READ, EMPTY, FP8 = "fp4suite", "read", "empty", peers.FP8.name
+READ, FP8 = "read", peers.FP8.name
 ALPHA = 2.0**-6
 CHECKED_COPIES = 2
 CHECKED_ROWS = 64  # of the result, spread over all of it
@@ -55,7 +56,7 @@ class Shape:
         self._own: dict[WeightLayout, list[NVFP4Tensor]] = {}
         self._decoded: dict[int, Tensor] = {}
 
-    def layers(self, peer: peers.Peer) -> list[Layer]:
+    def layers(self, peer: peers.GemmPeer) -> list[Layer]:
         """The weights as a peer wants them."""
         if peer.name not in self._layers:
             self._layers[peer.name] = [peer.prepare(w, ALPHA) for w in self.weights]
@@ -110,7 +111,7 @@ class Cell:
             launches.append(partial(_launch_own, module, a, b, segments, out, config))
         return self._record(OWN, launches, partial(self._check_fp8, config) if fp8 else self._check_exactly)
 
-    def record(self, peer: peers.Peer) -> float:
+    def record(self, peer: peers.GemmPeer) -> float:
         launches = [layer(x) for layer, x in zip(self.shape.layers(peer), self.x, strict=True)]
         return self._record(peer.name, launches, self._check_size if peer is peers.FP8 else self._check)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from fp4suite import dispatch
@@ -25,18 +24,16 @@ from fp4suite.errors import UnsupportedError
 from fp4suite.layouts import Order
 from fp4suite.problem import Act, GemmProblem, nvfp4_bytes
 
-from . import bench_cells, peers_rows, provenance, stats, worker
+from . import bench_cells, peers_rows, provenance, side_by_side, stats, worker
 from .bench import Roofs, Row
-from .bench_cells import OWN, READ
+from .bench_cells import READ
 from .peers import PEERS
 from .peers_rows import ROOFS
+from .side_by_side import OWN, RECORD_S, Timed, line, quotient, spelled
 from .targets import Target, problems
 
 DEFAULT_M = (1, 4, 16, 32, 64, 128, 256, 512, 2048, 8192)
 SECONDS = 420.0
-LEAST_ROUNDS, MOST_ROUNDS = 9, 41
-MOST_CELL_S = 3.0  # of timing; a cell of long launches may take longer for its least rounds
-RECORD_S, TIMES_S = 180.0, 120.0  # after which a contender counts as hanging
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +103,7 @@ def run(
         kept = {row["problem"]: row for row in peers_rows.load(outcome.path) if row["commit"] == provenance.commit()}
         outcome.rows = [kept[str(c.problem)] for c in todo if str(c.problem) in kept]
         todo = [c for c in todo if str(c.problem) not in kept]
+    outcome.left = len(todo)
     say(f"{len(todo)} cells to time, {len(outcome.rows)} kept, in about {options.seconds:.0f} s")
     child = start()
     try:
@@ -114,18 +112,11 @@ def run(
         _compile_ahead(child, backend, target.cuda, todo, present, options, say)
         say(f"compiled after {time.monotonic() - began:.0f} s")
         measuring = _Measuring(child, backend, target.cuda, [*present, *ROOFS], options.seed)
-        beginning, overhead = provenance.now(), 0.0  # overhead: seconds outside of timing, so far
-        for number, cell in enumerate(tqdm(todo, unit="cell", disable=options.quiet or None)):
-            now, left = time.monotonic(), len(todo) - number
-            if number and now > began + options.seconds:
-                outcome.left = left
-                break
-            share = (began + options.seconds - now) / left - overhead / max(number, 1)
-            seconds = min(max(share, 0.0), MOST_CELL_S)
-            timed = measuring.cell(cell, seconds)
-            overhead += time.monotonic() - now - seconds
+        beginning = provenance.now()
+        for cell, timed in measuring.within(todo, began, options.seconds, options.quiet):
             row = _row(target, cell, timed, facts, outcome.absent) | {"run": beginning}
             outcome.rows.append(row)
+            outcome.left -= 1
             peers_rows.store(outcome.path, [row])
     finally:
         child.close()
@@ -175,92 +166,25 @@ def _absent(asked: Sequence[str], say: Callable[[str], None]) -> dict[str, str]:
     return absent
 
 
-@dataclass(slots=True)
-class Timed:
-    """Of a cell: errors of what was timed, why others were not, samples, and how operands were kept out of L2."""
-
-    errors: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    samples: dict[str, stats.Samples] = field(default_factory=dict)
-    cold: str = ""
-
-
-class _Measuring:
-    """The measuring process. A contender that ends it is left out of that shape, after the second time of all."""
+class _Measuring(side_by_side.Measuring[Cell]):
+    """Opens a layer shape when it changes, then the cell. A peer that ends the process is left out of that shape."""
 
     def __init__(self, child: Any, backend: ModuleType, device: str, names: Sequence[str], seed: int) -> None:
-        """names: contenders beside ours."""
-        self._child, self._backend, self._device, self._seed = child, backend, device, seed
-        self._names = (OWN, *names)
+        super().__init__(child, backend, names)
+        self._device, self._seed = device, seed
         self._shape: GemmProblem | None = None
-        self._broken: dict[str, dict[GemmProblem, str]] = {name: {} for name in self._names}  # shape -> what happened
 
-    def cell(self, cell: Cell, seconds: float) -> Timed:
-        """Check and capture each contender, then time those that are right."""
-        while True:
-            timed = Timed()
-            try:
-                self._open(cell, timed)
-            except (worker.WorkerDied, worker.RemoteError) as e:
-                self._restart()
-                timed.failed = dict.fromkeys(self._names, f"operands could not be made: {_line(e)}")
-                return timed
-            if not all(self._record(name, cell, timed) for name in self._names):
-                continue  # the process is gone, and what it had recorded
-            try:
-                samples = self._child.call(
-                    self._backend.times, list(timed.errors), seconds, LEAST_ROUNDS, MOST_ROUNDS, timeout=TIMES_S
-                )
-            except (worker.WorkerDied, worker.RemoteError) as e:
-                self._restart()
-                timed.failed |= dict.fromkeys(timed.errors, f"failed while all were timed: {_line(e)}")
-                timed.errors = {}
-            else:
-                timed.samples = dict(zip(timed.errors, np.array(samples).T, strict=True))
-            return timed
+    def group(self, cell: Cell) -> GemmProblem:
+        return cell.shape
 
-    def _open(self, cell: Cell, timed: Timed) -> None:
+    def open(self, cell: Cell) -> str:
         p = cell.problem
         if self._shape != cell.shape:
-            self._child.call(self._backend.open_shape, p.n, p.k, p.segments, self._device, self._seed, timeout=RECORD_S)
+            self.child.call(self.backend.open_shape, p.n, p.k, p.segments, self._device, self._seed, timeout=RECORD_S)
             self._shape = cell.shape
-        timed.cold = self._child.call(self._backend.open_cell, p.dims(), self._seed, timeout=RECORD_S)
+        return str(self.child.call(self.backend.open_cell, p.dims(), self._seed, timeout=RECORD_S))
 
-    def _record(self, name: str, cell: Cell, timed: Timed) -> bool:
-        """Whether the process is still there; what came of it goes into `timed`."""
-        broken = self._broken[name]
-        if cell.shape in broken or (name != OWN and len(broken) > 1):
-            timed.failed[name] = broken.get(cell.shape) or f"left out, as before: {next(iter(broken.values()))}"
-            return True
-        try:
-            if name == OWN:
-                knobs = dataclasses.asdict(cell.choice.config)
-                error = self._child.call(self._backend.record_own, cell.choice.kernel, knobs, timeout=RECORD_S)
-            else:
-                error = self._child.call(self._backend.record, name, timeout=RECORD_S)
-            timed.errors[name] = error
-            return True
-        except worker.WorkerDied as e:
-            why = f"{e.reason}: {_line(e)}"
-        except worker.RemoteError as e:
-            why = f"wrong: {_line(e)}" if e.kind == "AssertionError" else f"{e.kind}: {_line(e)}"
-            if self._is_sound():
-                timed.failed[name] = why
-                return True
-        broken[cell.shape] = why
-        self._restart()
-        return False
-
-    def _is_sound(self) -> bool:
-        """Whether the device can still be used, as it cannot after an illegal access."""
-        try:
-            self._child.call(self._backend.sound, timeout=TIMES_S)
-        except (worker.WorkerDied, worker.RemoteError):
-            return False
-        return True
-
-    def _restart(self) -> None:
-        self._child.close()
+    def forget(self) -> None:
         self._shape = None
 
 
@@ -288,7 +212,7 @@ def _compile_ahead(
         for index, found in worker.run_all(calls, min(options.jobs, len(calls)), RECORD_S, environment):
             if isinstance(found, Exception):
                 name, n, k, *_ = calls[index][1]
-                say(f"compiling {name} for {n} x {k}: {_line(found)}")
+                say(f"compiling {name} for {n} x {k}: {line(found)}")
 
     with ThreadPoolExecutor(1) as pool:
         warming = pool.submit(warm_peers) if calls else None
@@ -302,7 +226,7 @@ def _compile_ahead(
             try:
                 child.call(backend.warm_own, c.problem.dims(), c.choice.kernel, knobs, timeout=RECORD_S)
             except (worker.WorkerDied, worker.RemoteError) as e:
-                say(f"compiling {c.choice.kernel} for {c.problem}: {_line(e)}")
+                say(f"compiling {c.choice.kernel} for {c.problem}: {line(e)}")
         if warming is not None:
             warming.result()
 
@@ -332,31 +256,18 @@ def _row(target: Target, cell: Cell, timed: Timed, roofs: Roofs, absent: Mapping
         "config": " ".join(f"{k}={v}" for k, v in dataclasses.asdict(choice.config).items()),
         "reason": choice.reason,
         "best_peer": best or "",
-        "ratio": _quotient(us[best] if best else None, own),
-        "share_of_read": _quotient(read, own),
+        "ratio": quotient(us[best] if best else None, own),
+        "share_of_read": quotient(read, own),
         **{f"{name}_us": None if t is None else round(t, 3) for name, t in us.items()},
         **{f"{name}_error": timed.errors[name] for name in (OWN, *PEERS) if name in timed.errors},
         "notes": "; ".join(f"{name}: {why}" for name, why in notes.items()),
         "rounds": len(next(iter(timed.samples.values()), ())),
         "cold": timed.cold,
         "roof": roof,
-        "share_of_roof": _quotient(roof_us, own),
+        "share_of_roof": quotient(roof_us, own),
         "arch": target.arch,
         "device": target.device,
-        "peer_versions": _spelled(versions),
-        "versions": _spelled(provenance.versions()),
+        "peer_versions": spelled(versions),
+        "versions": spelled(provenance.versions()),
         "commit": provenance.commit(),
     }
-
-
-def _quotient(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else round(a / b, 4)
-
-
-def _spelled(versions: Mapping[str, str]) -> str:
-    return " ".join(f"{k}={v}" for k, v in versions.items())
-
-
-def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300].replace("; ", ", ")

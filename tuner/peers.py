@@ -14,7 +14,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,26 +30,31 @@ RMS_LIMIT = 6e-3
 MAX_LIMIT = 0.1  # for one element: five standard deviations, rounded a few times
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """module: what is imported; package: what pip installs; note: what to know when reading its figures.
+P = TypeVar("P")
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer(Generic[P]):
+    """A library's kernel. module: what is imported; package: what pip installs; note: what to know of its figures.
+
+    prepare: P gives what is timed. also: other modules that it needs, by package.
     compiles: while running; `environment` is for processes that do nothing else.
     """
 
     name: str
     module: str
     package: str
-    prepare: Callable[[NVFP4Tensor, float], Layer]
+    prepare: P
     note: str = ""
+    also: Mapping[str, str] = field(default_factory=dict)  # module -> package
     compiles: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def missing(self) -> str | None:
-        """Why it cannot run here, or None: its package is there."""
-        if importlib.util.find_spec(self.module) is None:
-            return f"not installed (pip install {self.package})"
-        return None
+        """Why it cannot run here, or None: its packages are there."""
+        wanted = {self.module: self.package} | dict(self.also)
+        absent = [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
+        return f"not installed (pip install {' '.join(absent)})" if absent else None
 
     def version(self) -> str:
         """As its package states it; "unknown" where it lies on the path without metadata."""
@@ -87,7 +92,7 @@ def marlin(weight: NVFP4Tensor, alpha: float) -> Layer:
     Its scales are FP16 numbers without the sign, cut to eight bits, after a power of two has brought the largest near
     448: what lies under 2^-6 then is lost, so that E4M3's subnormal scales count as zero beside one of 224 or more.
     """
-    ops = marlin_ops()
+    ops = vllm_ops("_C", "marlin_gemm")
     (n, k), device = weight.shape, weight.device
     codes = ops.gptq_marlin_repack(weight.data.view(torch.int32).T.contiguous(), k, n, 4, False)
     largest = float(weight.sf.float().amax())
@@ -134,17 +139,21 @@ _E2M1_ID = 2 | 1 << 8 | 1 << 16 | 1 << 49
 
 
 @functools.cache
-def marlin_ops() -> Any:
-    """torch.ops._C with vLLM's library, without importing vLLM itself. Raises ImportError where it is not found."""
+def vllm_ops(namespace: str, *needed: str) -> Any:
+    """torch.ops.<namespace> from vLLM's library with these operators, without importing vLLM itself.
+
+    Raises ImportError where no such library is found.
+    """
     spec = importlib.util.find_spec("vllm")
     folders = [Path(p) for p in (spec.submodule_search_locations or ())] if spec is not None else []
-    for name in ("_C_stable_libtorch.abi3.so", "_C.abi3.so"):
+    for name in (f"{namespace}_stable_libtorch.abi3.so", f"{namespace}.abi3.so"):
         for folder in folders:
             if (folder / name).exists():
                 torch.ops.load_library(str(folder / name))
-                if hasattr(torch.ops._C, "marlin_gemm"):
-                    return torch.ops._C
-    raise ImportError(f"no library with marlin_gemm under {', '.join(map(str, folders)) or 'vllm'}")
+                ops = getattr(torch.ops, namespace)
+                if all(hasattr(ops, op) for op in needed):
+                    return ops
+    raise ImportError(f"no library with {', '.join(needed)} under {', '.join(map(str, folders)) or 'vllm'}")
 
 
 def humming(weight: NVFP4Tensor, alpha: float) -> Layer:
@@ -173,23 +182,41 @@ def quack(weight: NVFP4Tensor, alpha: float) -> Layer:
     return lambda x: lambda: gemm_w4a16(x, codes, sf, tensor_scale=alpha, n_out=n, wformat="nvfp4")
 
 
-PEERS: dict[str, Peer] = {
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmPeer(Peer[Callable[[NVFP4Tensor, float], Layer]]):
+    """prepare(weight, alpha) gives what multiplies by that weight."""
+
+
+PEERS: dict[str, GemmPeer] = {
     p.name: p
     for p in (
-        Peer("cublas_bf16", "torch", "torch", cublas, "weights already in BF16"),
-        Peer("marlin", "vllm", "vllm", marlin, "drops subnormal block scales beside one of 224 or more"),
-        Peer(
-            "humming",
-            "humming",
-            "humming-kernels",
-            humming,
+        GemmPeer(name="cublas_bf16", module="torch", package="torch", prepare=cublas, note="weights already in BF16"),
+        GemmPeer(
+            name="marlin",
+            module="vllm",
+            package="vllm",
+            prepare=marlin,
+            note="drops subnormal block scales beside one of 224 or more",
+        ),
+        GemmPeer(
+            name="humming",
+            module="humming",
+            package="humming-kernels",
+            prepare=humming,
             compiles=True,
             environment={"HUMMING_MAX_PARALLEL_BUILD_WORKERS": "2"},
         ),
-        Peer("quack", "quack", "quack-kernels", quack, "pads n to 128", compiles=True),
+        GemmPeer(
+            name="quack",
+            module="quack",
+            package="quack-kernels",
+            prepare=quack,
+            note="pads n to 128",
+            compiles=True,
+        ),
     )
 }
-FP8 = Peer("fp8", "torch", "torch", scaled_mm, "E4M3 operands, one scale each")
+FP8 = GemmPeer(name="fp8", module="torch", package="torch", prepare=scaled_mm, note="E4M3 operands, one scale each")
 
 
 def check_names(names: list[str]) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from . import bench, peers_rows
 from .bench import Row
-from .bench_cells import OWN, READ
+from .bench_cells import READ
 from .peers import PEERS
+from .side_by_side import OWN
 
 COLUMNS = 4  # panels side by side
 PANEL = (3.4, 2.5)  # inches

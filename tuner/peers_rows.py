@@ -10,8 +10,9 @@ from fp4suite.problem import GemmProblem
 
 from . import bench
 from .bench import Row
-from .bench_cells import EMPTY, FP8, OWN, READ
+from .bench_cells import FP8, READ
 from .peers import PEERS
+from .side_by_side import EMPTY, OWN
 
 ROOFS = (READ, EMPTY, FP8)
 READ_BYTES, READ_M, READ_GOAL = 24_000_000, 16, 0.88  # where the bare read is the goal, and what share of its speed

@@ -42,7 +42,7 @@ def fake_prepare(weight, alpha):
     return lambda x: lambda: fake_peer.matmul(x, packed, alpha)
 
 
-FAKE = peers.Peer("fake", "fake_peer", "fake-peer", fake_prepare, "made up")
+FAKE = peers.GemmPeer(name="fake", module="fake_peer", package="fake-peer", prepare=fake_prepare, note="made up")
 
 
 def record(name):

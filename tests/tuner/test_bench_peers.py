@@ -11,7 +11,7 @@ import torch
 from fp4suite import registry, testing
 from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import GemmProblem
-from tuner import bench_cells, bench_peers, measure, peers, peers_plot, peers_rows, report, worker
+from tuner import bench_cells, bench_peers, measure, peers, peers_plot, peers_rows, report, side_by_side, worker
 from tuner.__main__ import main
 from tuner.targets import Target
 
@@ -118,7 +118,7 @@ def test_ratios_are_those_of_the_medians(install, tmp_path):
         assert row["share_of_read"] == 0.9
         assert row["kernel"] == "cpu_gemm"
         assert 1e-4 < row["fake_error"] < peers.RMS_LIMIT
-        assert row["rounds"] >= bench_peers.LEAST_ROUNDS
+        assert row["rounds"] >= side_by_side.LEAST_ROUNDS
 
 
 def test_rows_are_stored_and_come_back(install, tmp_path):
@@ -319,10 +319,10 @@ def test_cublas_and_fp8_agree_with_the_product():
 
 def test_a_vllm_without_its_library_is_named(tmp_path, monkeypatch):
     (tmp_path / "site" / "vllm").mkdir(parents=True)
-    peers.marlin_ops.cache_clear()
+    peers.vllm_ops.cache_clear()
     assert peers.PEERS["marlin"].missing() is None
     with pytest.raises(ImportError, match=r"no library with marlin_gemm under .*site/vllm"):
-        peers.marlin_ops()
+        peers.vllm_ops("_C", "marlin_gemm")
 
 
 def test_marlin_scales_against_their_definition(monkeypatch):
@@ -335,7 +335,7 @@ def test_marlin_scales_against_their_definition(monkeypatch):
     names = ("a", "b_scales", "global_scale", "size_m")
     gemm.default = SimpleNamespace(_schema=SimpleNamespace(arguments=[SimpleNamespace(name=name) for name in names]))
     ops = SimpleNamespace(marlin_gemm=gemm, gptq_marlin_repack=lambda w, k, n, bits, eight: w)
-    monkeypatch.setattr(peers, "marlin_ops", lambda: ops)
+    monkeypatch.setattr(peers, "vllm_ops", lambda *names: ops)
     monkeypatch.setattr(peers, "_multiprocessors", lambda device: 1)
     n, k = 128, 64
     raw = torch.arange(n * k // 16, dtype=torch.int32).remainder(0x58).to(torch.uint8).view(n, k // 16)  # up to 16.0
