@@ -134,11 +134,23 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, An
 
 
 def _bench_peers(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    from . import peers_fusions, targets
+
+    ops = tuple(dict.fromkeys(args.op or ()))
+    if ops == (GemmProblem.op,):
+        return _bench_gemm_peers(args)
+    for op in ops or ("nothing",):
+        if op not in peers_fusions.OPS:
+            raise ValueError(
+                f"--peers takes --op {GemmProblem.op} alone, or any of {', '.join(peers_fusions.OPS)}; got {op}"
+            )
+    return _bench_fusion_peers(args, targets.check_ops(ops))
+
+
+def _bench_gemm_peers(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from . import bench_peers, peers, peers_plot, peers_rows, targets
     from .side_by_side import OWN
 
-    if args.op != [GemmProblem.op]:
-        raise ValueError(f"--peers is about {GemmProblem.op}: say --op {GemmProblem.op}")
     options = bench_peers.Options(
         m=args.m or bench_peers.DEFAULT_M,
         peers=peers.check_names([] if args.peers == "all" else args.peers.split(",")),
@@ -161,17 +173,48 @@ def _bench_peers(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     print(peers_rows.render(outcome.rows, outcome.absent))
     plots = peers_plot.draw(peers_rows.load(outcome.path), out.parent / "plots")
     print(f"rows in {outcome.path}, plots: {', '.join(map(str, plots))}")
-    if outcome.left:
-        print(f"{outcome.left} cells were not reached in the time given; with --resume the same command goes on")
-    failed = [r["problem"] for r in outcome.rows if r[f"{OWN}_us"] is None]
-    for problem in failed:
-        print(f"ours failed: {problem}", file=sys.stderr)
-    document = {
-        "files": [str(outcome.path), *map(str, plots)],
-        "absent": outcome.absent,
-        "left": outcome.left,
-        "rows": outcome.rows,
-    }
+    return _peers_end(outcome.rows, outcome.absent, outcome.left, [outcome.path, *plots], OWN)
+
+
+def _bench_fusion_peers(args: argparse.Namespace, ops: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    from . import bench_fusions, fusion_rows, peers_fusions, targets
+    from .side_by_side import OWN
+
+    for name, given in (("--order", args.order), ("--act", args.act)):
+        if given is not None:
+            raise ValueError(f"{name} is about {GemmProblem.op}")
+    options = bench_fusions.Options(
+        ops=ops,
+        m=args.m or bench_fusions.DEFAULT_M,
+        peers=peers_fusions.check_names([] if args.peers == "all" else args.peers.split(",")),
+        layers=args.layers.split(",") if args.layers else (),
+        tp=args.tp,
+        seconds=args.seconds,
+        seed=args.seed,
+        resume=args.resume,
+        quiet=args.quiet,
+    )
+    (target,) = targets.targets(args.arch or "sm_90a", args.device)
+    out = args.out or provenance.results_dir() / "bench"
+    configs = targets.load_configs(args.layers_of or ["pro", "flash"])
+    outcome = bench_fusions.run(target, configs, out, options)
+    if not outcome.rows:
+        raise ValueError("nothing was timed: no cell of these layers has a kernel here, or the time was too short")
+    print(fusion_rows.render(outcome.rows, outcome.absent))
+    print(f"rows in {', '.join(map(str, outcome.paths))}")
+    return _peers_end(outcome.rows, outcome.absent, outcome.left, outcome.paths, OWN)
+
+
+def _peers_end(
+    rows: Sequence[dict[str, Any]], absent: dict[str, str], left: int, files: Sequence[Path], own: str
+) -> tuple[int, dict[str, Any]]:
+    """Says what is missing; exit code 1 where ours has no time."""
+    if left:
+        print(f"{left} cells were not reached in the time given; with --resume the same command goes on")
+    failed = [r for r in rows if r[f"{own}_us"] is None]
+    for r in failed:
+        print(f"ours failed: {r['op']}, {r['problem']}", file=sys.stderr)
+    document = {"files": [str(p) for p in files], "absent": absent, "left": left, "rows": rows}
     return (1 if failed else 0), document
 
 
@@ -249,8 +292,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--op", action="append", metavar="NAME", help="an op, or all (default)")
     bench.add_argument("--rounds", type=_positive, default=30, help="timings a row (default 30)")
     bench.add_argument("--out", type=Path, help="folder for rows (default results/bench)")
-    beside = bench.add_argument_group("peers", f"{GemmProblem.op} against other libraries, on a GPU")
-    beside.add_argument("--peers", nargs="?", const="all", metavar="NAME,...", help="all that are installed, or these")
+    beside = bench.add_argument_group("peers", f"{GemmProblem.op}, or fusions, against other libraries, on a GPU")
+    beside.add_argument(
+        "--peers",
+        nargs="?",
+        const="all",
+        metavar="NAME,...",
+        help="all that are installed, or these (names, or modules such as vllm)",
+    )
     beside.add_argument("--layers", metavar="NAME,...", help="only shapes of these layers: q_b, pro.o_b (default all)")
     beside.add_argument("--seconds", type=float, default=420.0, help="time for the run (default 420)")
     beside.add_argument("--jobs", type=_positive, help="processes that compile peers ahead (default: the cores)")

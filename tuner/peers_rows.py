@@ -94,24 +94,26 @@ def load(path: Path) -> list[Row]:
     return [typed(row) for row in read(path)]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """Rows as text. Raises ValueError if the columns are not those of today."""
+def read(path: Path, wanted: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """Rows as text. Raises ValueError if the columns are not those of today: `wanted`, or the GEMM's."""
     with path.open(newline="") as f:
         reader = csv.DictReader(f)
-        if tuple(reader.fieldnames or ()) != columns():
+        if tuple(reader.fieldnames or ()) != tuple(wanted or columns()):
             raise ValueError(f"{path}: columns are not those of this version; remove the file and benchmark again")
         return list(reader)
 
 
+WHOLE = ("m", "n", "k", "packed_bytes", "bytes", "flops", "rounds")  # columns of integers
+PARTS = ("ratio", "times_empty")  # of numbers, beside shares, rates, times and errors
+
+
 def typed(row: Mapping[str, str]) -> Row:
     """A row that was read, with its numbers."""
-    whole = ("m", "n", "k", "packed_bytes", "rounds")
-    parts = ("ratio", "share_of_read", "share_of_roof")
     out: Row = dict(row)
     for name, text in row.items():
-        if name in whole:
+        if name in WHOLE:
             out[name] = int(text)
-        elif name in parts or name.endswith(("_us", "_error")):
+        elif name in PARTS or name.startswith("share_of_") or name.endswith(("_us", "_error", "_per_s")):
             out[name] = float(text) if text else None
     return out
 
@@ -128,18 +130,18 @@ def render(rows: Sequence[Row], absent: Mapping[str, str]) -> str:
 
     lines, reasons = [], dict.fromkeys(f"{name}: {why}" for name, why in absent.items())
     for r in rows:
-        failed = {name for note in _notes(r) if (name := note.partition(": ")[0]) not in absent}
-        reasons |= dict.fromkeys(note for note in _notes(r) if note.partition(": ")[0] in failed)
+        failed = {name for note in notes(r) if (name := note.partition(": ")[0]) not in absent}
+        reasons |= dict.fromkeys(note for note in notes(r) if note.partition(": ")[0] in failed)
         lines.append(
             [
-                _short(r["layers"]),
+                short(r["layers"]),
                 f"{r['n']} x {r['k']}",
                 f"{r['packed_bytes'] / 1e6:.1f}",
                 r["m"],
-                *(_us(r[f"{name}_us"], name in failed) for name in (OWN, *PEERS)),
+                *(microseconds(r[f"{name}_us"], name in failed) for name in (OWN, *PEERS)),
                 r["best_peer"] or "-",
                 "-" if r["ratio"] is None else f"{r['ratio']:.2f}x",
-                *(_us(r[f"{name}_us"], name in failed) for name in (READ, FP8)),
+                *(microseconds(r[f"{name}_us"], name in failed) for name in (READ, FP8)),
                 "-" if r["share_of_read"] is None else f"{100 * r['share_of_read']:.0f} %",
                 "-" if r["share_of_roof"] is None else f"{100 * r['share_of_roof']:.0f} %",
             ]
@@ -193,7 +195,7 @@ def _judged(rows: Sequence[Row], name: str, mean: float | None, least: float, un
         f"{mean:.2f}{unit}" if mean is not None else "",
         f"{worst[name]:.3f}{unit}",
         f"{least:.2f}{unit}",
-        f"{_short(worst['layers'])} m={worst['m']}",
+        f"{short(worst['layers'])} m={worst['m']}",
         str(under),
     ]
 
@@ -203,16 +205,16 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def _notes(row: Row) -> list[str]:
+def notes(row: Row) -> list[str]:
     return [note for note in row["notes"].split("; ") if note]
 
 
-def _short(layers: str) -> str:
+def short(layers: str) -> str:
     first, *rest = layers.split()
     return f"{first} +{len(rest)}" if rest else first
 
 
-def _us(value: float | None, failed: bool) -> str:
+def microseconds(value: float | None, failed: bool) -> str:
     if value is None:
         return "failed" if failed else "-"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

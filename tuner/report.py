@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from . import bench, peers_plot, peers_rows
+from . import bench, fusion_rows, peers_plot, peers_rows
 
 MOST_LINES = 8  # shapes in one plot: more cannot be told apart
 
@@ -17,11 +17,20 @@ def write(rows_dir: Path, plots_dir: Path) -> tuple[str, list[Path]]:
     beside = [path for path in files if path.stem.endswith(peers_rows.SUFFIX)]
     text, plots = _without_peers([path for path in files if path not in beside], plots_dir)
     for path in beside:
+        op = fusion_rows.op_of(path)
+        if op is not None:
+            text.append(_fusion(fusion_rows.load(path, op)))
+            continue
         rows = peers_rows.load(path)
         runs = ", ".join(sorted({r["run"] for r in rows}))
         text.append(f"{rows[0]['device']}, {rows[0]['op']} beside its peers, timed {runs}\n{peers_rows.summary(rows)}")
         plots += peers_plot.draw(rows, plots_dir)
     return "\n\n".join(text), plots
+
+
+def _fusion(rows: list[bench.Row]) -> str:
+    runs = ", ".join(sorted({r["run"] for r in rows}))
+    return f"{rows[0]['device']}, {rows[0]['op']} beside its peers, timed {runs}\n{fusion_rows.summary(rows)}"
 
 
 def _without_peers(files: list[Path], plots_dir: Path) -> tuple[list[str], list[Path]]:

@@ -5,7 +5,7 @@ cell's group, and after the second such group all of them. The others are measur
 """
 
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any, Generic, Protocol, TypeVar
@@ -152,5 +152,5 @@ def quotient(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else round(a / b, 4)
 
 
-def spelled(pairs: dict[str, Any]) -> str:
+def spelled(pairs: Mapping[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in pairs.items())
