@@ -1,6 +1,9 @@
 """Where tests run: on the GPU if there is one, else Triton in its interpreter and CuTe DSL compiled only."""
 
+import functools
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,31 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any is imported
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+def _interpret_quickly() -> None:
+    """Put the interpreter's functions into triton.language once, to stay.
+
+    Triton does so anew in every call of a device function, which took most of the time of small tests.
+    """
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    replace, replaced = interpreter._patch_lang, set()
+
+    @functools.cache
+    def replace_once(function: Any) -> SimpleNamespace:
+        seen = {x for x in (tl, tl.core) if any(x is found for found in function.__globals__.values())}
+        if not seen <= replaced:
+            replace(function)  # what it returns would put the compiler's functions back
+            replaced.update(seen)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = replace_once
+
+
+if not GPU:
+    _interpret_quickly()
 
 
 @pytest.fixture(scope="session")
