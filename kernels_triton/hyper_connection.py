@@ -132,7 +132,8 @@ def _as_laid_out(x):
     """
     if CVT and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.bfloat16, is_pure=False, pack=2)
-    return x
+    else:
+        return x
 
 
 @triton.jit

@@ -72,20 +72,20 @@ def _e2m1_round(t):
 @triton.jit
 def _round_to(y, FORMAT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr):
     """Rows [ROWS, PADDED], zero in their padding, as they would come back from a cache."""
-    if FORMAT == "fp32":
-        return y
-    y = rounded(y, tl.bfloat16)
     if FORMAT == "bf16":
-        return y
+        y = rounded(y, tl.bfloat16)
     elif FORMAT == "fp8":
+        y = rounded(y, tl.bfloat16)
         byte = e8m0_of_448(at_least(largest(y, 1), FP8_FLOOR))[:, None]
-        return _e4m3_round(y * e8m0_reciprocal(byte)) * (byte << 23).to(tl.float32, bitcast=True)
-    else:
-        tl.static_assert(FORMAT == "mxfp4", "unknown index format")
-        blocks = y.reshape(ROWS, PADDED // MX_BLOCK, MX_BLOCK)
+        y = _e4m3_round(y * e8m0_reciprocal(byte)) * (byte << 23).to(tl.float32, bitcast=True)
+    elif FORMAT == "mxfp4":
+        blocks = rounded(y, tl.bfloat16).reshape(ROWS, PADDED // MX_BLOCK, MX_BLOCK)
         byte = e8m0_of_6(at_least(largest(blocks, 2), MX_FLOOR))[:, :, None]
         blocks = _e2m1_round(blocks * e8m0_reciprocal(byte)) * (byte << 23).to(tl.float32, bitcast=True)
-        return blocks.reshape(ROWS, PADDED)
+        y = blocks.reshape(ROWS, PADDED)
+    else:
+        tl.static_assert(FORMAT == "fp32", "unknown index format")
+    return y
 
 
 @triton.jit

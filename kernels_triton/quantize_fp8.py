@@ -52,9 +52,10 @@ def _encode(t, FP8_CVT: tl.constexpr):
     """FP32 in -448 .. 448 or NaN -> E4M3 byte, to nearest even."""
     if FP8_CVT:
         return t.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    sign = (t.to(tl.int32, bitcast=True) >> 24) & 0x80
-    byte = e4m3_encode((t.to(tl.int32, bitcast=True) & MAGNITUDE).to(tl.float32, bitcast=True)) | sign
-    return tl.where(t != t, 0x7F, byte).to(tl.uint8)
+    else:
+        sign = (t.to(tl.int32, bitcast=True) >> 24) & 0x80
+        byte = e4m3_encode((t.to(tl.int32, bitcast=True) & MAGNITUDE).to(tl.float32, bitcast=True)) | sign
+        return tl.where(t != t, 0x7F, byte).to(tl.uint8)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -19,6 +19,8 @@ EXACT = [
     (compress_kv, CompressKvProblem(**HCA, format="fp8_ds_mla")),
     (compress_kv, CompressKvProblem(**KEYS, format="index_fp8")),
     (compress_kv, CompressKvProblem(**KEYS, format="index_mxfp4", hadamard=1)),
+    (index_query, IndexQueryProblem(m=64, format="fp32")),
+    (index_query, IndexQueryProblem(m=64, format="bf16")),
     (index_query, IndexQueryProblem(m=64, format="fp8")),
     (index_query, IndexQueryProblem(m=64, format="mxfp4", hadamard=1)),
 ]
