@@ -35,7 +35,7 @@ demo: $(SETUP)  ## a small DeepSeek-V4 from checkpoint to tokens: make, tune, lo
 tune: $(SETUP)  ## search tile shapes for LAYERS=pro|flash|demo|PATH and OP=name|all, store the winners in results/tables
 	$(PY) -m tuner tune --layers-of $(LAYERS) --op $(OP) $(ARGS)
 
-bench: $(SETUP)  ## time OP=name|all on LAYERS, store rows in results/bench; OP=gemm_nvfp4 PEERS=1: against other libraries
+bench: $(SETUP)  ## time OP=name|all on LAYERS, store rows in results/bench; PEERS=1: one OP against other libraries
 	$(PY) -m tuner bench --layers-of $(LAYERS) --op $(OP) $(if $(PEERS),--peers) $(ARGS)
 
 report: $(SETUP)  ## draw plots and tables from the stored rows
