@@ -139,11 +139,11 @@ def _bench_peers(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     ops = tuple(dict.fromkeys(args.op or ()))
     if ops == (GemmProblem.op,):
         return _bench_gemm_peers(args)
+    ops = peers_fusions.OPS if ops == ("fusions",) else ops
     for op in ops or ("nothing",):
         if op not in peers_fusions.OPS:
-            raise ValueError(
-                f"--peers takes --op {GemmProblem.op} alone, or any of {', '.join(peers_fusions.OPS)}; got {op}"
-            )
+            known = ", ".join(peers_fusions.OPS)
+            raise ValueError(f"--peers takes --op {GemmProblem.op} alone, fusions, or any of {known}; got {op}")
     return _bench_fusion_peers(args, targets.check_ops(ops))
 
 
@@ -289,7 +289,9 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", _bench, "Time the kernels on a model's layer shapes and write rows of results.")
     where(bench)
-    bench.add_argument("--op", action="append", metavar="NAME", help="an op, or all (default)")
+    bench.add_argument(
+        "--op", action="append", metavar="NAME", help="an op, or all (default); with --peers, fusions too"
+    )
     bench.add_argument("--rounds", type=_positive, default=30, help="timings a row (default 30)")
     bench.add_argument("--out", type=Path, help="folder for rows (default results/bench)")
     beside = bench.add_argument_group("peers", f"{GemmProblem.op}, or fusions, against other libraries, on a GPU")

@@ -185,8 +185,9 @@ def test_every_fusion_has_peers_or_a_reason():
 
 
 def test_a_gpu_is_needed(capsys):
-    assert main(["bench", "--op", "rmsnorm_quantize", "--peers", "--quiet"]) == 1
-    assert "measures on a GPU" in capsys.readouterr().err
+    for op in ("rmsnorm_quantize", "fusions"):
+        assert main(["bench", "--op", op, "--peers", "--quiet"]) == 1
+        assert "measures on a GPU" in capsys.readouterr().err
     assert main(["bench", "--op", "route", "--op", "gemm_nvfp4", "--peers"]) == 1
     assert "--peers takes --op gemm_nvfp4 alone" in capsys.readouterr().err
     assert main(["bench", "--op", "route", "--peers", "--act", "fp8"]) == 1

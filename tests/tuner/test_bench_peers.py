@@ -285,7 +285,7 @@ def test_the_command_line_says_what_it_needs(capsys):
     assert main(["bench", "--op", "gemm_nvfp4", "--peers", "--quiet"]) == 1
     assert "measures on a GPU" in capsys.readouterr().err
     assert main(["bench", "--op", "all", "--peers"]) == 1
-    assert "--peers takes --op gemm_nvfp4 alone, or any of quantize_nvfp4, " in capsys.readouterr().err
+    assert "--peers takes --op gemm_nvfp4 alone, fusions, or any of quantize_nvfp4, " in capsys.readouterr().err
     assert main(["bench", "--op", "gemm_nvfp4", "--peers", "marlyn"]) == 1
     assert "--peers must be of cublas_bf16, marlin" in capsys.readouterr().err
 
