@@ -27,7 +27,7 @@ from fp4suite.problem import (
 )
 from fp4suite.testing import Case
 
-from . import peers_deep_gemm, peers_vllm
+from . import peers_deep_gemm, peers_gemlite, peers_vllm
 from .fusion_peer import Call, FusionPeer
 
 MOST_OTHER_BYTES = 1e-3  # of results: a contracted multiply-add may round another way
@@ -45,7 +45,6 @@ WITHOUT = {  # op -> why no library is compared with it
     CompressKvProblem.op: "servers compress inside their own Python packages, with kernels for their own caches",
     DequantProblem.op: "no library decodes NVFP4 alone",
     HyperConnectionHeadProblem.op: "mHC kernels of libraries fold four streams under 24 coefficients, not the head's 4",
-    QuantizeProblem.op: "CUDA quantisers of vLLM and FlashInfer write NVFP4 on sm_100 only",
     SampleProblem.op: "servers sample with kernels inside their own Python packages",
 }
 
@@ -88,6 +87,7 @@ PEERS: dict[str, FusionPeer] = {
     for p in (
         *peers_vllm.PEERS,
         *peers_deep_gemm.PEERS,
+        *peers_gemlite.PEERS,
         FusionPeer(
             name="torch_compile",
             module="torch",

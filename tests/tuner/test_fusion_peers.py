@@ -288,6 +288,31 @@ def test_hyper_connections_agree_and_a_wrong_one_does_not(libraries, name, kind,
         call.check(call.launch())
 
 
+def test_a_quantiser_is_judged_by_its_own_scales(monkeypatch):
+    """gemlite's arithmetic: a constant global scale, codes even column first."""
+    quant = ModuleType("gemlite.quant_utils")
+    quant.NVFP4_META_SCALE, quant.wrong = 0.05, 0
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+    def scale_activations_nvfp4(x):
+        blocks = x.float().unflatten(1, (-1, 16))
+        scale = (blocks.abs().amax(-1) / 6 / 0.05).clamp(max=448).to(torch.float8_e4m3fn)
+        y = blocks / (scale.float() * 0.05).clamp_min(1e-6)[..., None]
+        codes = (y.abs()[..., None] - values).abs().argmin(-1) + 8 * (y < 0)
+        codes = (codes.flatten(1) + quant.wrong) % 16
+        return (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8), scale
+
+    quant.scale_activations_nvfp4 = scale_activations_nvfp4
+    monkeypatch.setitem(sys.modules, "gemlite", ModuleType("gemlite"))
+    monkeypatch.setitem(sys.modules, "gemlite.quant_utils", quant)
+    call, result = called("gemlite_nvfp4", problems.QuantizeProblem(m=40, k=256))
+    assert 0.5 < call.check(result) <= 1
+    assert_each_part_matters(call, result)
+    quant.wrong = 1
+    with pytest.raises(AssertionError, match="elements differs from the reference"):
+        call.check(call.launch())
+
+
 def test_parts_of_a_row_fill_the_device():
     assert [peers_deep_gemm.splits(m, 132) for m in (1, 64, 65, 512, 4096, 16384)] == [16, 16, 16, 16, 2, 1]
 
