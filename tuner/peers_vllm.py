@@ -131,17 +131,18 @@ def rotary_quantize(case: Case) -> Call:
     q, positions, table, _, _ = case.operands
     turned, at = q.clone(), positions.long()
     d, rope_dim = q.shape[-1], table.shape[1]
-    codes = torch.empty_like(q, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(*q.shape[:-1], 1, device=q.device)
+    heads = turned.view(-1, d)
+    codes = torch.empty_like(heads, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(len(heads), 1, device=q.device)
     rows = spread(len(q), q.device)
 
     def launch() -> tuple[Tensor, Tensor]:
         op.rotary_embedding(at, turned, None, d, table, False, d - rope_dim, False)
-        op.per_token_group_fp8_quant(turned, codes, scales, d, 1e-10, -E4M3_MAX, E4M3_MAX, True, False, False)
+        op.per_token_group_fp8_quant(heads, codes, scales, d, 1e-10, -E4M3_MAX, E4M3_MAX, True, False, False)
         return codes, scales
 
     def check(got: tuple[Tensor, Tensor]) -> float:
-        given = got[0][rows].float() * got[1][rows]
+        given = got[0].view(q.shape)[rows].float() * got[1].view(*q.shape[:-1], 1)[rows]
         want = rotate(q[rows].float(), positions[rows], table)
         room = (E4M3_STEP / 2 + BF16_STEP) * want.abs() + 2.0**-16 * want.abs().amax(-1, keepdim=True)
         return within(given, want, room)
@@ -208,11 +209,13 @@ def torch_topk(case: Case) -> Call:
 
 
 def check_entries(logits: Tensor, got: Tensor) -> float:
-    """Entries [m, topk] in any order: as good as the best ones, score by score. Rows with a NaN are left out."""
+    """Entries [m, topk] in any order: as good as the best ones, score by score.
+
+    Every 16th row of a case, with equal scores by the thousand or some that are not finite, is left out.
+    """
     rows = spread(len(logits), logits.device, 256)
+    rows = rows[rows % 16 != 15]
     scores, chosen = logits[rows], got[rows].long()
-    sound = ~scores.isnan().any(-1)
-    scores, chosen = scores[sound], chosen[sound]
     _assert_in_range(chosen, logits.shape[1], "entries")
     ordered = chosen.sort(-1).values
     if (ordered[:, 1:] == ordered[:, :-1]).any():
