@@ -51,9 +51,16 @@ class Timer:
     """Times contenders on one CUDA device. Their launches take turns over `items`, sets of operands of `item_bytes`."""
 
     def __init__(
-        self, items: Sequence[Any], item_bytes: int, launch_us: float, device: torch.device | str, seed: int = 0
+        self,
+        items: Sequence[Any],
+        item_bytes: int,
+        launch_us: float,
+        device: torch.device | str,
+        seed: int = 0,
+        *,
+        once: bool = False,
     ) -> None:
-        """launch_us: about what a launch takes, to choose how many a graph gets."""
+        """launch_us: about what a launch takes, to choose how many a graph gets; once: no item twice in a graph."""
         self.device = cuda_device(device)
         l2 = l2_bytes(self.device)
         self.items = items
@@ -63,7 +70,7 @@ class Timer:
         self._stream = torch.cuda.Stream(self.device)
         self._rng = random.Random(seed)
         self._idle: deque[float] = deque(maxlen=31)
-        passes = 1 if self._flush is not None else max(1, round(GRAPH_US / launch_us / len(items)))
+        passes = 1 if once or self._flush is not None else max(1, round(GRAPH_US / launch_us / len(items)))
         self._order = [i for _ in range(passes) for i in range(len(items))][:MAX_LAUNCHES]
         self._empty = self.capture("empty", None)
 
@@ -119,7 +126,8 @@ class Bench(Timer):
         self.cases: list[Case] = [
             testing.case(problem, device, seed + i) for i in range(sets_for(problem.bytes, l2_bytes(device)))
         ]
-        super().__init__(self.cases, problem.bytes, rough_us(problem), device, seed)
+        once = any(case.stateful for case in self.cases)
+        super().__init__(self.cases, problem.bytes, rough_us(problem), device, seed, once=once)
 
     def record(self, kernel: str, config: Any, *, check: bool = True) -> Timed:
         """Run `kernel` on the operands, compare with the reference, and capture it.
@@ -213,10 +221,11 @@ def read_bandwidth(device: torch.device | str, nbytes: int = 1 << 30) -> float:
 
 
 def copy_bandwidth(device: torch.device | str, nbytes: int = 1 << 30) -> float:
-    """GB/s of a copy, bytes read plus bytes written."""
+    """GB/s of a copy, bytes read plus bytes written: the driver's, or a kernel's if that is faster."""
     x = torch.zeros(nbytes // 4, device=device)
     y = torch.empty_like(x)
-    return 2 * nbytes / _loop_us(lambda: y.copy_(x)) / 1e3
+    fastest = min(_loop_us(lambda: y.copy_(x)), _loop_us(lambda: torch.neg(x, out=y)))
+    return 2 * nbytes / fastest / 1e3
 
 
 def matmul_tflops(device: torch.device | str, size: int = 8192) -> float:

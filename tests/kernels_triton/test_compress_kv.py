@@ -225,6 +225,29 @@ def test_cases_of_the_tuner(m, sequences, device):
         c.check()
 
 
+@pytest.mark.parametrize("config", [WHOLE, PARTS], ids=["whole", "parts"])
+def test_replays(config, device):
+    """From one state always the same; on the state that the launch before left, what the reference makes of that."""
+    problem = CompressKvProblem(
+        m=29, ratio=4, overlaps=2, head_dim=64, rope_dim=16, format="index_fp8", sequences=2, hadamard=1
+    )
+    c = testing.case(problem, device)
+    assert c.stateful
+    assert c.eager is not None
+    for _ in range(2):
+        c.run(kernel, config)
+        c.check()
+    c.launch(kernel, config)
+    with pytest.raises(AssertionError, match=r"cache: .* bytes differ"):
+        c.check()
+    again, ring = c.out.data.clone(), c.operands[6].clone()
+    c.poison()
+    c.eager()
+    c.eager()
+    testing.assert_same_bytes(again, c.out.data, "cache")
+    testing.assert_same_bytes(ring, c.operands[6], "ring")
+
+
 def test_entries_and_bytes_of_a_problem():
     dims = {"ratio": 4, "overlaps": 2, "head_dim": 512, "rope_dim": 64, "format": "fp8_ds_mla"}
     assert CompressKvProblem(m=4096, **dims).entries == 1024

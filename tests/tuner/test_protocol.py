@@ -81,6 +81,7 @@ class Case:
     """Holds "right" or not; launching sets it, when the device gets to it."""
 
     made = 0
+    stateful = False
 
     def __init__(self, problem, device, seed):
         self.value = None
@@ -165,6 +166,20 @@ def test_a_graph_visits_every_set_of_operands_in_turn_and_is_long_enough(device)
     assert all(c.runs > b for c, b in zip(bench.cases, before, strict=True))
     rough = LARGE.bytes / measure.ROUGH_BYTES_PER_US
     assert timed.launches * (1 + rough) > measure.GRAPH_US / 2
+
+
+def test_what_a_launch_leaves_behind_is_not_launched_on_within_a_graph(device, monkeypatch):
+    """A launch that only the first time is right: wrong in a graph that visits a set twice, right in one that does not."""
+
+    def launch(case, config):
+        device.spend(10.0, lambda: setattr(case, "value", "right" if case.value is None else "wrong"))
+
+    monkeypatch.setattr(measure.registry, "load", lambda name: SimpleNamespace(launch=launch))
+    with pytest.raises(AssertionError, match="wrong"):
+        measure.Bench(LARGE, "cuda").record("k", config(10.0))
+    monkeypatch.setattr(Case, "stateful", True)
+    bench = measure.Bench(LARGE, "cuda")
+    assert bench.record("k", config(10.0)).launches == len(bench.cases)
 
 
 def test_rounds_are_interleaved_in_changing_order(device, monkeypatch):
