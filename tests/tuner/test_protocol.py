@@ -169,7 +169,7 @@ def test_a_graph_visits_every_set_of_operands_in_turn_and_is_long_enough(device)
 
 
 def test_what_a_launch_leaves_behind_is_not_launched_on_within_a_graph(device, monkeypatch):
-    """A launch that only the first time is right: wrong in a graph that visits a set twice, right in one that does not."""
+    """Right the first time only: wrong in a graph that visits a set twice, right in one that does not."""
 
     def launch(case, config):
         device.spend(10.0, lambda: setattr(case, "value", "right" if case.value is None else "wrong"))
