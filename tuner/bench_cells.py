@@ -10,7 +10,6 @@ what all peers can take; that ours is exact for every code and scale is the test
 """
 
 import gc
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,7 +25,7 @@ from fp4suite.reference.quant import scaled_codes
 from . import measure, peers
 from .measure import Timed
 from .peers import Launch, Layer
-from .side_by_side import EMPTY, OWN
+from .side_by_side import EMPTY, OWN, rounds_within
 
 READ, FP8 = "read", peers.FP8.name
 ALPHA = 2.0**-6
@@ -255,14 +254,9 @@ def record(name: str) -> float:
 
 
 def times(names: list[str], seconds: float, least: int, most: int) -> list[list[float]]:
-    """Microseconds a launch, [rounds][names]: as many interleaved rounds as `seconds` allow, within the limits."""
+    """`rounds_within` of contenders by name."""
     assert _cell is not None, "open_cell comes first"
-    timed = [_cell.timed[name] for name in names]
-    began = time.monotonic()
-    _cell.timer.rounds(timed, 1)
-    each = (time.monotonic() - began) / 2
-    found: list[list[float]] = _cell.timer.rounds(timed, max(least, min(most, int(seconds / each)))).tolist()
-    return found
+    return rounds_within(_cell.timer, [_cell.timed[name] for name in names], seconds, least, most)
 
 
 def sound() -> None:

@@ -9,7 +9,6 @@ what its own tolerance allows, on rows that are spread over the result.
 """
 
 import gc
-import time
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from fp4suite.problem import Problem
 from . import measure, peers_fusions
 from .fusion_peer import Call, FusionPeer
 from .measure import Timed
-from .side_by_side import EMPTY, OWN
+from .side_by_side import EMPTY, OWN, rounds_within
 
 COPY = "copy"
 ALIGNED = 256  # bytes, as an allocation begins
@@ -131,14 +130,9 @@ def record(name: str) -> float:
 
 
 def times(names: list[str], seconds: float, least: int, most: int) -> list[list[float]]:
-    """Microseconds a launch, [rounds][names]: as many interleaved rounds as `seconds` allow, within the limits."""
+    """`rounds_within` of contenders by name."""
     assert _cell is not None, "open_cell comes first"
-    timed = [_cell.timed[name] for name in names]
-    began = time.monotonic()
-    _cell.rounds(timed, 1)
-    each = (time.monotonic() - began) / 2
-    found: list[list[float]] = _cell.rounds(timed, max(least, min(most, int(seconds / each)))).tolist()
-    return found
+    return rounds_within(_cell, [_cell.timed[name] for name in names], seconds, least, most)
 
 
 def sound() -> None:

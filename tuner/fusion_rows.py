@@ -23,6 +23,7 @@ SMALL = EMPTY_GOAL - 1  # of an empty kernel: bytes that take longer at a copy's
 
 
 REFUSED = "not for this: "  # begins a note about what a peer was not made for
+EXPECTED = (REFUSED, "not installed", "not asked for")  # how notes begin that are about no failure
 
 
 def stem(op: str) -> str:
@@ -212,4 +213,4 @@ def _rest(row: Row, m: bool = False) -> str:
 def _failed(row: Row) -> set[str]:
     """Contenders that should have had a time."""
     parts = (note.partition(": ") for note in peers_rows.notes(row))
-    return {name for name, _, why in parts if not why.startswith((REFUSED, "not installed", "not asked"))}
+    return {name for name, _, why in parts if not why.startswith(EXPECTED)}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fp4suite import dispatch
 
-from . import stats, worker
+from . import measure, stats, worker
 
 OWN, EMPTY = "fp4suite", "empty"
 LEAST_ROUNDS, MOST_ROUNDS = 9, 41
@@ -140,6 +140,17 @@ class Measuring(Generic[C]):
     def _restart(self) -> None:
         self.child.close()
         self.forget()
+
+
+def rounds_within(
+    timer: measure.Timer, timed: list[measure.Timed], seconds: float, least: int, most: int
+) -> list[list[float]]:
+    """Microseconds a launch, [rounds][timed]: as many interleaved rounds as `seconds` allow, within the limits."""
+    began = time.monotonic()
+    timer.rounds(timed, 1)
+    each = (time.monotonic() - began) / 2
+    found: list[list[float]] = timer.rounds(timed, max(least, min(most, int(seconds / each)))).tolist()
+    return found
 
 
 def line(error: Exception) -> str:
