@@ -1,13 +1,31 @@
-"""Launching a quantising kernel into poisoned room, and comparing bytes."""
+"""What the kernels' tests share: configs, rules with layouts and types, poisoned room, comparing bytes."""
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
+from fp4suite import testing
 from fp4suite.formats import NVFP4Tensor
+from fp4suite.problem import RULES, Problem
 from fp4suite.testing import assert_same_bytes
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LAYOUTS = ("linear", "blocked_128x4")
+# all pairs of the three
+RULES_LAYOUTS_TYPES = [(r, LAYOUTS[(i + j) % 2], d) for i, r in enumerate(RULES) for j, d in enumerate(DTYPES)]
+
+
+def configs(kernel: ModuleType, problem: Problem, most: int = 24) -> list[Any]:
+    """Those of SPACE that run `problem`. The interpreter knows no warps: under it, one of those that differ by them."""
+    found = [c for c in testing.configs(kernel, most) if kernel.supports(problem, c) is None]
+    if not triton.knobs.runtime.interpret:
+        return found
+    warps = {f.name: 0 for f in dataclasses.fields(kernel.Config) if f.name.endswith("warps")}
+    return list({dataclasses.replace(c, **warps): c for c in found}.values())
 
 
 def run(

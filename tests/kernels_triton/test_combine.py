@@ -8,6 +8,8 @@ from fp4suite import reference, testing
 from fp4suite.problem import CombineProblem
 from kernels_triton import combine as kernel
 
+from .checks import configs
+
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SEARCH = kernel.Config(block_k=256, num_warps=2, search=True)
 TURN = kernel.Config(block_k=256, num_warps=2)
@@ -39,11 +41,7 @@ def check(x: dict[str, Tensor], config: kernel.Config, with_shared: bool = True)
         testing.assert_same_bytes(out.cpu(), want.cpu(), "out")
 
 
-@pytest.mark.parametrize(
-    "config",
-    [c for c in testing.configs(kernel, most=200) if kernel.supports(CombineProblem(m=1, topk=6, k=64), c) is None],
-    ids=str,
-)
+@pytest.mark.parametrize("config", configs(kernel, CombineProblem(m=1, topk=6, k=64), most=200), ids=str)
 def test_every_config(config, device):
     """Ragged in tokens and columns."""
     check(inputs(5, 6, 300, torch.bfloat16, device), config)

@@ -8,6 +8,8 @@ from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import DequantProblem
 from kernels_triton import dequant_nvfp4 as kernel
 
+from .checks import configs
+
 # Triton's interpreter truncates a BF16 store: under it alpha is a power of two there, so that nothing is rounded
 ALPHAS = {torch.float32: [1.0, 0.37, 2.0**-40, 3e30], torch.float16: [1.0, 0.37], torch.bfloat16: [1.0, 2.0**-20]}
 
@@ -45,9 +47,7 @@ def test_every_code_under_every_scale(dtype, device):
         check(t, dtype, kernel.Config(block_m=16, block_k=256))
 
 
-@pytest.mark.parametrize(
-    "config", [c for c in testing.configs(kernel) if kernel.supports(DequantProblem(m=1, k=16), c) is None], ids=str
-)
+@pytest.mark.parametrize("config", configs(kernel, DequantProblem(m=1, k=16)), ids=str)
 @pytest.mark.parametrize("sf_layout", ["linear", "blocked_128x4"])
 def test_every_config(config, sf_layout, device):
     check(random((7, 1104), device, 0.37).with_sf_layout(sf_layout), torch.float32, config)

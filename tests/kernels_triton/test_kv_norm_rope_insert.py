@@ -11,6 +11,7 @@ from fp4suite.problem import KvNormRopeInsertProblem
 from fp4suite.testing import assert_same_bytes
 from kernels_triton import kv_norm_rope_insert as kernel
 
+from .checks import configs
 from .rope_inputs import FORMATS, LAST, angles, far_table, gaussian_rows, sparse_table
 
 HEAD, ROPE, EPS = 512, 64, 1e-6
@@ -58,11 +59,7 @@ def inputs(m: int, hard_rows, device: torch.device, dtype: torch.dtype = torch.b
     return kv, weight, slots
 
 
-@pytest.mark.parametrize(
-    "config",
-    [c for c in testing.configs(kernel) if kernel.supports(KvNormRopeInsertProblem(m=1), c) is None],
-    ids=str,
-)
+@pytest.mark.parametrize("config", configs(kernel, KvNormRopeInsertProblem(m=1)), ids=str)
 def test_every_config(config, device, hard_rows):
     """Ragged in rows."""
     kv, weight, slots = inputs(11, hard_rows, device)

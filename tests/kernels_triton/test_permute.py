@@ -9,13 +9,11 @@ from fp4suite.dispatch import Target, choose_for
 from fp4suite.problem import PermuteProblem
 from kernels_triton import permute, permute_small
 
+from .checks import configs
+
 BOTH = [permute, permute_small]
 SMALL = permute.Config(block_s=512, chunk=64, num_warps=4)
 LARGE = permute_small.Config(block_s=64, num_warps=8)
-
-
-def supported(kernel, p: PermuteProblem) -> list:
-    return [c for c in testing.configs(kernel) if kernel.supports(p, c) is None]
 
 
 def check(kernel, ids: Tensor, experts: int, config=None) -> tuple[Tensor, Tensor]:
@@ -36,7 +34,7 @@ def draw(m: int, topk: int, experts: int, device: torch.device, seed: int = 0) -
 
 @pytest.mark.parametrize(
     ("kernel", "config"),
-    [(k, c) for k in BOTH for c in supported(k, PermuteProblem(m=300, topk=6, experts=384))],
+    [(k, c) for k in BOTH for c in configs(k, PermuteProblem(m=300, topk=6, experts=384))],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_every_config(kernel, config, device):

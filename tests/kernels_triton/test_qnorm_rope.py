@@ -9,6 +9,7 @@ from fp4suite.dispatch import on_target
 from fp4suite.problem import QnormRopeProblem
 from kernels_triton import qnorm_rope as kernel
 
+from .checks import configs
 from .rope_inputs import LAST, angles, far_table, gaussian_rows, sparse_table
 
 HEAD, ROPE, EPS = 512, 64, 1e-6
@@ -24,11 +25,7 @@ def check(q: Tensor, positions: Tensor, table: Tensor, config: object = None) ->
         torch.testing.assert_close(out.cpu(), want.cpu(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [c for c in testing.configs(kernel) if kernel.supports(QnormRopeProblem(m=1, heads=3), c) is None],
-    ids=str,
-)
+@pytest.mark.parametrize("config", configs(kernel, QnormRopeProblem(m=1, heads=3)), ids=str)
 def test_every_config(config, device):
     """Ragged in heads."""
     q = gaussian_rows(3, 5, HEAD, dtype=torch.bfloat16, device=device)

@@ -9,7 +9,7 @@ from fp4suite.problem import QuantizeFp8Problem
 from fp4suite.reference import fp8
 from kernels_triton import quantize_fp8 as kernel
 
-from .checks import every_bf16
+from .checks import configs, every_bf16
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 PROBLEM = QuantizeFp8Problem(m=5, k=1088)
@@ -27,7 +27,7 @@ def check(x: torch.Tensor, config: kernel.Config | None = None) -> FP8RowTensor:
     return out
 
 
-@pytest.mark.parametrize("config", [c for c in testing.configs(kernel) if kernel.supports(PROBLEM, c) is None], ids=str)
+@pytest.mark.parametrize("config", configs(kernel, PROBLEM), ids=str)
 def test_every_config(config, device, hard_rows):
     """Ragged in m and k."""
     check(hard_rows(5, 1088, torch.bfloat16, device), config)

@@ -9,7 +9,7 @@ from fp4suite.dispatch import on_target
 from fp4suite.problem import RopeInverseProblem
 from kernels_triton import rope_inverse as kernel
 
-from .checks import every_bf16
+from .checks import configs, every_bf16
 from .rope_inputs import angles, far_table, gaussian_rows
 
 HEAD, ROPE = 512, 64
@@ -25,11 +25,7 @@ def check(o: Tensor, positions: Tensor, table: Tensor, config: object = None) ->
         torch.testing.assert_close(out.cpu(), want.cpu(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [c for c in testing.configs(kernel) if kernel.supports(RopeInverseProblem(m=1, heads=3), c) is None],
-    ids=str,
-)
+@pytest.mark.parametrize("config", configs(kernel, RopeInverseProblem(m=1, heads=3)), ids=str)
 def test_every_config(config, device):
     """Ragged in heads."""
     o = gaussian_rows(3, 5, HEAD, dtype=torch.bfloat16, device=device)

@@ -10,7 +10,7 @@ from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import RULES, RopeInverseQuantizeProblem
 from kernels_triton import rope_inverse_quantize as kernel
 
-from .checks import assert_same
+from .checks import RULES_LAYOUTS_TYPES, assert_same, configs
 from .rope_inputs import angles, far_table, gaussian_rows
 
 HEAD, ROPE = 512, 64
@@ -34,30 +34,19 @@ def check(
     out.sf.view(torch.uint8).fill_(0xFF)
     kernel.launch(o, positions, table, groups, alpha, out, rule, config or kernel.Config())  # type: ignore[arg-type]
     keys = {"groups": groups, "rule": rule, "sf_layout": sf_layout}
-    here = reference.rope_inverse_quantize(o, positions, table, alpha=alpha, **keys)  # type: ignore[arg-type]
-    moved = (o.cpu(), positions.cpu(), table.cpu())
-    there = reference.rope_inverse_quantize(*moved, alpha=alpha.cpu(), **keys)  # type: ignore[arg-type]
-    assert_same(out, here, there)
+    for device in {o.device, torch.device("cpu")}:
+        moved = (x.to(device) for x in (o, positions, table))
+        assert_same(out, reference.rope_inverse_quantize(*moved, alpha=alpha.to(device), **keys))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        c
-        for c in testing.configs(kernel)
-        if kernel.supports(RopeInverseQuantizeProblem(m=1, heads=6, groups=2), c) is None
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("config", configs(kernel, RopeInverseQuantizeProblem(m=1, heads=6, groups=2)), ids=str)
 def test_every_config(config, device):
     """Ragged in tokens and in columns: three heads a group."""
     o = gaussian_rows(5, 6, HEAD, dtype=torch.bfloat16, device=device)
     check(o, *angles(5, ROPE, device), 2, config=config)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("sf_layout", ["linear", "blocked_128x4"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("rule", "sf_layout", "dtype"), RULES_LAYOUTS_TYPES, ids=str)
 def test_every_rule_layout_and_type(rule, sf_layout, dtype, device):
     o = gaussian_rows(6, 6, 32, dtype=dtype, device=device)
     check(o, *angles(6, 16, device), 2, rule, sf_layout, TALL)
