@@ -6,8 +6,6 @@ second reads them again to fold them, from L2 as far as that holds them. The str
 the bit.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,29 +13,18 @@ from fp4suite.built import Built
 from fp4suite.problem import HyperConnectionPostPreProblem
 
 from . import host, hyper_connection
-from .hyper_connection import INVARIANT as INVARIANT, SPACE as SPACE, Config as Config
+from .hyper_connection import (
+    INVARIANT as INVARIANT,
+    SPACE as SPACE,
+    Config as Config,
+    arithmetic as arithmetic,
+    build_key as build_key,
+    default as default,
+    in_arithmetic as in_arithmetic,
+    supports as supports,
+)
 
 OUTPUTS = hyper_connection.STREAMS * (hyper_connection.STREAMS + 2)
-
-
-def default(problem: HyperConnectionPostPreProblem) -> Config:
-    """As many programs as fill the GPU."""
-    return hyper_connection.default(problem.m, problem.x, post=True)
-
-
-def supports(problem: HyperConnectionPostPreProblem, config: Config) -> str | None:
-    """Why this problem cannot run with this config, or None if it can."""
-    return hyper_connection.refuse(problem.n, problem.k, problem.x, config, post=True)
-
-
-def arithmetic(problem: HyperConnectionPostPreProblem, config: Config) -> str:
-    """In which order a config sums."""
-    return hyper_connection.arithmetic(config)
-
-
-def in_arithmetic(problem: HyperConnectionPostPreProblem, wanted: str) -> Config | None:
-    """The config of an arithmetic, None for one that is not the default's for any number of tokens."""
-    return hyper_connection.in_arithmetic(wanted)
 
 
 def launch(
@@ -72,11 +59,6 @@ def warm(problem: HyperConnectionPostPreProblem, config: Config) -> None:
         launch(h[:, 0], h, post, comb, fn, base, scale, norm, 1.0, 1.0, 1, out, config)
 
 
-def build_key(problem: HyperConnectionPostPreProblem, config: Config) -> tuple[Any, ...]:
-    """What of a problem `build` depends on: its sizes are read at launch."""
-    return (problem.x,)
-
-
 def build(problem: HyperConnectionPostPreProblem, config: Config, arch: str) -> Built:
     """The launch that multiplies, compiled for `arch` without a GPU."""
-    return hyper_connection.build_sums(problem.x, config, arch, outputs=OUTPUTS, post=True)
+    return hyper_connection.build_sums(problem.x, problem.k, config, arch, outputs=OUTPUTS, post=True)

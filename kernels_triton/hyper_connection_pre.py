@@ -4,8 +4,6 @@ Memory bound: reads the streams (8 bytes a column in BF16) and writes 2 bytes a 
 fn and the fold (see `hyper_connection`): each reads the streams, the second time from L2 as far as that holds them.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,29 +11,18 @@ from fp4suite.built import Built
 from fp4suite.problem import HyperConnectionPreProblem
 
 from . import host, hyper_connection
-from .hyper_connection import INVARIANT as INVARIANT, SPACE as SPACE, Config as Config
+from .hyper_connection import (
+    INVARIANT as INVARIANT,
+    SPACE as SPACE,
+    Config as Config,
+    arithmetic as arithmetic,
+    build_key as build_key,
+    default as default,
+    in_arithmetic as in_arithmetic,
+    supports as supports,
+)
 
 OUTPUTS = hyper_connection.STREAMS * (hyper_connection.STREAMS + 2)
-
-
-def default(problem: HyperConnectionPreProblem) -> Config:
-    """As many programs as fill the GPU."""
-    return hyper_connection.default(problem.m, problem.x)
-
-
-def supports(problem: HyperConnectionPreProblem, config: Config) -> str | None:
-    """Why this problem cannot run with this config, or None if it can."""
-    return hyper_connection.refuse(problem.n, problem.k, problem.x, config)
-
-
-def arithmetic(problem: HyperConnectionPreProblem, config: Config) -> str:
-    """In which order a config sums."""
-    return hyper_connection.arithmetic(config)
-
-
-def in_arithmetic(problem: HyperConnectionPreProblem, wanted: str) -> Config | None:
-    """The config of an arithmetic, None for one that is not the default's for any number of tokens."""
-    return hyper_connection.in_arithmetic(wanted)
 
 
 def launch(
@@ -64,11 +51,6 @@ def warm(problem: HyperConnectionPreProblem, config: Config) -> None:
         launch(h, fn, base, scale, norm, 1.0, 1.0, 1, out, config)
 
 
-def build_key(problem: HyperConnectionPreProblem, config: Config) -> tuple[Any, ...]:
-    """What of a problem `build` depends on: its sizes are read at launch."""
-    return (problem.x,)
-
-
 def build(problem: HyperConnectionPreProblem, config: Config, arch: str) -> Built:
     """The launch that multiplies, compiled for `arch` without a GPU."""
-    return hyper_connection.build_sums(problem.x, config, arch, outputs=OUTPUTS)
+    return hyper_connection.build_sums(problem.x, problem.k, config, arch, outputs=OUTPUTS)

@@ -37,7 +37,7 @@ FOLDS: list[tuple[ModuleType, Any]] = [
 ]
 ALL = [*FOLDS, (hyper_connection_post, HyperConnectionPostProblem)]
 NAMES = ["pre", "head", "post_pre", "post"]
-SMALL = hyper_connection.Config(block_m=16, block_d=32, splits=2, num_warps=4, fold_warps=4)
+SMALL = hyper_connection.Config(block_m=16, block_d=32, num_warps=4, fold_warps=4, overlap=False)
 
 
 def small(module: ModuleType) -> Any:
@@ -45,7 +45,7 @@ def small(module: ModuleType) -> Any:
     if module is hyper_connection_post:
         return module.Config(block_d=256, num_warps=2)
     if module is hyper_connection_post_pre:
-        return dataclasses.replace(SMALL, block_m=64, num_warps=8)
+        return dataclasses.replace(SMALL, block_m=32)
     return SMALL
 
 
@@ -66,24 +66,30 @@ def check(module: ModuleType, problem: Problem, device: torch.device, config: An
             {"num_warps": 8, "block_d": 64},
             {"block_m": 64},
             {"block_m": 128, "num_warps": 8},
-            {"splits": 1},
-            {"splits": 128},
-            {"splits": 8, "block_d": 64, "num_stages": 3},
-            {"fold_warps": 8, "chunk": 256},
+            {"programs": 1},
+            {"block_d": 128, "num_stages": 2},
+            {"fold_warps": 8, "overlap": True},
             {"fold_warps": 16},
         )
     ],
     ids=str,
 )
 def test_every_knob(config, device):
-    """Ragged in tokens, columns of a step, and columns of a part; more parts than steps."""
+    """Ragged in tokens and in columns of a part; blocks of tokens in turn and next to each other."""
     check(hyper_connection_pre, HyperConnectionPreProblem(m=17, k=144), device, config)
 
 
 @pytest.mark.parametrize(("module", "kind"), FOLDS, ids=NAMES[:3])
-def test_chunks_of_tokens(module, kind, device):
-    """Pairs of launches for some tokens each, the last for what is left."""
-    check(module, kind(m=11, k=48), device, dataclasses.replace(small(module), chunk=4))
+def test_pairs_of_launches(module, kind, device, monkeypatch):
+    """Some tokens each, the last what is left."""
+    monkeypatch.setattr(hyper_connection, "TOKENS_A_PAIR", 4)
+    check(module, kind(m=11, k=48), device)
+
+
+@pytest.mark.parametrize(("module", "kind"), FOLDS, ids=NAMES[:3])
+def test_folds_that_wait_for_parts(module, kind, device):
+    """Several blocks of tokens, one after the other in a program of the product."""
+    check(module, kind(m=41, k=48), device, dataclasses.replace(small(module), programs=1, overlap=True))
 
 
 @pytest.mark.parametrize("config", testing.configs(hyper_connection_post), ids=str)
@@ -191,10 +197,11 @@ def test_weights_of_any_magnitude_are_multiplied_whole(device):
     h[2, 1, 0], h[2, 1, 1] = 1.0, -1.0
     fn = torch.randn(24, 4 * k, generator=torch.Generator().manual_seed(0)).to(device)
     fn[:, k + 1] = fn[:, k] * (1 + 2.0**-20)  # what is left of token 2 is in the last bits
-    parts = hyper_connection.launch_sums(h, fn, SMALL)
+    parts, _ = hyper_connection.launch_sums(h, fn, SMALL)
     want = torch.stack([fn[:, 3], fn[:, 2 * k + 5] * -3, fn[:, k] - fn[:, k + 1]])
-    torch.testing.assert_close(parts.sum(0)[:, :24], want, rtol=2.0**-22, atol=0)
-    torch.testing.assert_close(parts.sum(0)[:, 24], torch.tensor([1.0, 9.0, 2.0], device=device), rtol=0, atol=0)
+    outputs = [*range(1, 5), *range(8, 12), *range(16, 32)]  # where they lie: of pre, of post, of comb
+    torch.testing.assert_close(parts.sum(1)[:, outputs], want, rtol=2.0**-22, atol=0)
+    torch.testing.assert_close(parts.sum(1)[:, 0], torch.tensor([1.0, 9.0, 2.0], device=device), rtol=0, atol=0)
 
 
 def test_logits_beyond_the_range_of_exp(device):
@@ -324,9 +331,12 @@ def test_refusals():
     )
     assert pre(SMALL, n=2) == "n=2: the kernels are written for 4 streams"
     assert "rows of 65536 columns spill" in pre(SMALL, k=65536)
-    assert "leaves threads of 8 warps idle" in pre(dataclasses.replace(SMALL, num_warps=8))
-    assert "step spills" in pre(hyper_connection.Config(block_d=64, num_warps=4))
-    assert "4 stages take 311296 bytes of shared memory" in pre(hyper_connection.Config(block_d=64, num_stages=4))
+    assert "rows of 7168 columns spill" in pre(SMALL, x="fp32")
+    assert "leaves threads of 8 warps idle" in hyper_connection.supports(
+        HyperConnectionPostPreProblem(m=1, k=7168), dataclasses.replace(SMALL, num_warps=8)
+    )
+    assert "step spills" in pre(hyper_connection.Config(num_warps=4))
+    assert "3 stages take 237568 bytes of shared memory" in pre(hyper_connection.Config(block_m=64, block_d=128))
     post = HyperConnectionPostProblem(m=1, k=7168, n=3)
     assert hyper_connection_post.supports(post, small(hyper_connection_post)) is not None
 
@@ -344,16 +354,16 @@ def test_shapes_of_the_models(module, kind, k, m, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("module", "kind"), FOLDS, ids=NAMES[:3])
 def test_every_step_on_a_gpu(module, kind, device):
-    """Each step that is let through, with parts, folds and chunks in turn."""
+    """Each step that is let through, the rest in turn."""
     problem = kind(m=130, k=7168)
     case = testing.case(problem, device)
     space = module.SPACE
-    others = zip(*(itertools.cycle(space[n]) for n in ("splits", "num_stages", "fold_warps", "chunk")), strict=True)
+    others = zip(*(itertools.cycle(space[n]) for n in ("programs", "fold_warps")), itertools.cycle((False, True, True)))
     ran = 0
     for step, more in zip(
         itertools.product(space["block_m"], space["block_d"], space["num_warps"]), others, strict=False
     ):
-        names = ("block_m", "block_d", "num_warps", "splits", "num_stages", "fold_warps", "chunk")
+        names = ("block_m", "block_d", "num_warps", "programs", "fold_warps", "overlap")
         config = module.Config(**dict(zip(names, (*step, *more), strict=True)))
         if module.supports(problem, config) is not None:
             config = dataclasses.replace(config, num_stages=2)

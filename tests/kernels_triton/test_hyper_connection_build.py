@@ -15,10 +15,18 @@ from fp4suite import built, testing
 from fp4suite.built import Built
 from fp4suite.problem import HyperConnectionPostPreProblem, HyperConnectionPostProblem, HyperConnectionPreProblem
 from kernels_triton import hyper_connection, hyper_connection_post
+from ptx_emulator.memory import GlobalMemory
 
 ARCHS = ("sm_90a", "sm_100a")
-FEW = {post: hyper_connection.default(1, "bf16", post=post) for post in (False, True)}
-MANY = hyper_connection.default(4096, "bf16")
+KINDS = {False: HyperConnectionPreProblem, True: HyperConnectionPostPreProblem}
+
+
+def default(m: int, post: bool, x: str = "bf16") -> hyper_connection.Config:
+    return hyper_connection.default(KINDS[post](m=m, k=7168, x=x))
+
+
+def defaults(post: bool) -> list[hyper_connection.Config]:
+    return list(dict.fromkeys(default(m, post) for m in (1, 64, 4096)))
 
 
 def compiled(pool: concurrent.futures.Executor, jobs: list[tuple[Callable[..., Built], tuple, dict]]) -> list[Built]:
@@ -26,51 +34,70 @@ def compiled(pool: concurrent.futures.Executor, jobs: list[tuple[Callable[..., B
 
 
 def configs(post: bool) -> list[hyper_connection.Config]:
-    """The defaults, the largest and the smallest steps that are let through, and the most stages."""
+    """The defaults, and the largest steps that are let through."""
     changes: list[dict[str, Any]] = [
-        {"block_m": 16, "block_d": 64, "num_warps": 4, "num_stages": 4},
-        {"block_m": 64, "block_d": 32, "num_warps": 8, "num_stages": 4},
-        {"block_m": 64, "block_d": 64, "num_warps": 4, "num_stages": 2},
-        {"block_m": 128, "block_d": 32, "num_warps": 4, "num_stages": 2},
+        {"block_m": 16, "num_warps": 4},
+        {"block_m": 64, "num_warps": 4},
         {"block_m": 64, "block_d": 64},
-        {"block_m": 128, "block_d": 64, "num_warps": 8, "num_stages": 2},
+        {"block_m": 32, "block_d": 64, "num_stages": 2},
+        {"block_m": 128, "block_d": 32},
+        {"block_m": 64, "block_d": 128, "num_stages": 2},
     ]
-    wanted = [FEW[post], MANY, *(dataclasses.replace(MANY, **change) for change in changes)]
-    return [c for c in wanted if hyper_connection.refuse(4, 7168, "bf16", c, post=post) is None]
+    wanted = [*defaults(post), *(dataclasses.replace(hyper_connection.Config(), **change) for change in changes)]
+    return [c for c in wanted if hyper_connection.supports(KINDS[post](m=64, k=7168), c) is None]
 
 
 @pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_products_do_not_spill(arch, post, pool):
-    wanted = configs(post) if arch == "sm_90a" else [FEW[post], MANY]
-    assert len(wanted) >= (3 if arch == "sm_90a" else 2)
-    jobs = [(hyper_connection.build_sums, ("bf16", c, arch), {"outputs": 24, "post": post}) for c in wanted]
-    jobs += [(hyper_connection.build_sums, ("bf16", MANY, arch), {"outputs": 4})]
+    wanted = configs(post) if arch == "sm_90a" else defaults(post)
+    assert len(wanted) >= (5 if arch == "sm_90a" else 2)
+    jobs = [(hyper_connection.build_sums, ("bf16", 7168, c, arch), {"outputs": 24, "post": post}) for c in wanted]
+    jobs += [(hyper_connection.build_sums, ("bf16", 7168, default(4096, False), arch), {"outputs": 4})]
     for (_, args, _), b in zip(jobs, compiled(pool, jobs), strict=True):
+        config = args[2]
         assert built.resources(b).refusal(arch) is None, args
-        tensor_core = {"sm_90a": "wgmma", "sm_100a": "tcgen05.mma"}[arch] if args[1].block_m > 16 else "mma.sync"
+        tensor_core = {"sm_90a": "wgmma", "sm_100a": "tcgen05.mma"}[arch] if config.block_m >= 64 else "mma.sync"
         assert tensor_core in b.ptx, args
         assert "cp.async" in b.ptx, args  # the next step is on its way
 
 
+def test_a_product_leaves_room_for_folds(pool):
+    """On an SM of 65,536 registers and 228 KB: without room there is no overlap."""
+    for post in (False, True):
+        config = default(4096, post)
+        jobs: list[tuple[Callable[..., Built], tuple, dict]] = [
+            (hyper_connection.build_sums, ("bf16", 7168, config, "sm_90a"), {"outputs": 24, "post": post}),
+            (hyper_connection.build_fold, ("bf16", 7168, config, "sm_90a"), {"sinkhorn": True, "made": post}),
+        ]
+        product, fold = (built.resources(b) for b in compiled(pool, jobs))
+        programs = 7168 // config.block_d
+        programs *= max(1, config.programs // programs)
+        assert programs <= 132 * min(65536 // (product.registers * 32 * config.num_warps), 2), (post, product)
+        free = 65536 - product.registers * 32 * config.num_warps
+        assert free >= fold.registers * 32 * config.fold_warps * 2, (post, product, fold)
+        assert product.shared_bytes + 2 * fold.shared_bytes + 3072 <= 228 * 1024, (post, product, fold)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_folds_do_not_spill(arch, pool):
-    """Two programs an SM at least, so that one loads while the other computes."""
     jobs: list[tuple[Callable[..., Built], tuple, dict]] = [
-        (
-            hyper_connection.build_fold,
-            ("bf16", k, dataclasses.replace(MANY, fold_warps=w), arch),
-            {"sinkhorn": sinkhorn},
-        )
+        (hyper_connection.build_fold, ("bf16", k, config, arch), {"sinkhorn": sinkhorn, "made": made})
         for k in (4096, 7168)
-        for w in hyper_connection.SPACE["fold_warps"]
-        for sinkhorn in (False, True)
+        for config in (
+            dataclasses.replace(hyper_connection.Config(), fold_warps=w, overlap=overlap)
+            for w in hyper_connection.SPACE["fold_warps"]
+            for overlap in (False, True)
+        )
+        for sinkhorn, made in ((False, False), (True, False), (True, True))
+        if hyper_connection.supports(HyperConnectionPreProblem(m=64, k=k), config) is None
     ]
     for (_, args, _), b in zip(jobs, compiled(pool, jobs), strict=True):
         found = built.resources(b)
         assert found.refusal(arch) is None, args
-        assert found.registers * 32 * args[2].fold_warps <= 32768, (args, found)
+        assert found.shared_bytes <= 16384, args
         assert "ld.global.v4.b32" in b.ptx, args
+        assert "griddepcontrol.wait" in b.ptx, args
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -91,10 +118,11 @@ def test_other_types_compile(x, pool):
     jobs: list[tuple[Callable[..., Built], tuple, dict]] = [
         (
             hyper_connection.build_sums,
-            (x, hyper_connection.default(1, x, post=True), "sm_90a"),
+            (x, 7168, default(1, True, x), "sm_90a"),
             {"outputs": 24, "post": True},
         ),
-        (hyper_connection.build_fold, (x, 7168, MANY, "sm_90a"), {"sinkhorn": True}),
+        (hyper_connection.build_sums, (x, 7168, default(1, False, x), "sm_90a"), {"outputs": 24}),
+        (hyper_connection.build_fold, (x, 7168, default(1, False, x), "sm_90a"), {"sinkhorn": True}),
         (
             hyper_connection_post.build,
             (HyperConnectionPostProblem(m=1, k=7168, x=x), hyper_connection_post.Config(), "sm_90a"),
@@ -105,40 +133,69 @@ def test_other_types_compile(x, pool):
         assert built.resources(b).spill_bytes <= 64  # products outside of tensor cores: right, not fast
 
 
-def emulated(b: Built, grid: tuple[int, ...], args: list[Any]) -> None:
-    """Launch on CPU tensors; None stands for a pointer that the kernel was compiled without."""
-    arrays = [
-        a.view(torch.int16).numpy() if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a for a in args
-    ]
-    module = ptx_emulator.load(b.ptx)
-    module.launch(
-        grid=grid,
-        block=module.program().kernel.required_threads,
-        args=[a.numpy() if isinstance(a, torch.Tensor) else a for a in arrays if a is not None] + [0, 0],
-        shared=b.shared_bytes,
-    )
+def launches(built_launches: list[tuple[Built, int, list[Any]]], **how: Any) -> list[Any]:
+    """Launches on CPU tensors that share them; None stands for a pointer that a kernel was compiled without."""
+    memory = GlobalMemory()
+    prepared = []
+    for b, programs, args in built_launches:
+        loaded = ptx_emulator.load(b.ptx)
+        arrays = [
+            a.view(torch.int16) if isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 else a
+            for a in args
+            if a is not None
+        ]
+        prepared.append(
+            loaded.prepare(
+                grid=(programs, 1, 1),
+                block=loaded.program().kernel.required_threads,
+                args=[*(a.numpy() if isinstance(a, torch.Tensor) else a for a in arrays), 0, 0],
+                shared=b.shared_bytes,
+                memory=memory,
+                **how,
+            )
+        )
+    return prepared
 
 
-@pytest.mark.parametrize("post", [False, True])
-@pytest.mark.parametrize("few", [False, True])
-def test_hoppers_machine_code_in_the_emulator(few, post, pool):
-    """Both launches, on tensor cores: within the bounds of the case, and the streams to the byte."""
-    config = dataclasses.replace(FEW[post] if few else MANY, splits=2)
-    kind = HyperConnectionPostPreProblem if post else HyperConnectionPreProblem
-    case = testing.case(kind(m=5, k=144), "cpu", 3)
+CASES = {
+    "few": (False, 5, default(1, False)),
+    "few, post": (True, 5, default(1, True)),
+    "many": (False, 5, default(4096, False)),
+    "many, post": (True, 5, default(4096, True)),
+    "blocks in turn": (False, 21, dataclasses.replace(default(1, False), programs=1, overlap=True)),
+    "blocks in turn, post": (True, 35, dataclasses.replace(default(1, True), block_m=32, programs=1, overlap=True)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hoppers_machine_code_in_the_emulator(name, pool):
+    """Both launches, on tensor cores: within the bounds of the case, and the streams to the byte. Where the fold waits
+    for parts, both at once: no read of what another program writes but in the order of its count.
+    """
+    post, m, config = CASES[name]
+    k = 144
+    case = testing.case(KINDS[post](m=m, k=k), "cpu", 3)
     case.poison()
     y, h, site = (case.operands[0], case.operands[1], case.operands[2:4]) if post else (None, case.operands[0], ())
     fn, base, scale, weight = case.operands[-7:-3]
     streams, *folded = case.out if post else (None, *case.out)
     jobs: list[tuple[Callable[..., Built], tuple, dict]] = [
-        (hyper_connection.build_sums, ("bf16", config, "sm_90a"), {"outputs": 24, "post": post}),
-        (hyper_connection.build_fold, ("bf16", 144, config, "sm_90a"), {"sinkhorn": True}),
+        (hyper_connection.build_sums, ("bf16", k, config, "sm_90a"), {"outputs": 24, "post": post}),
+        (hyper_connection.build_fold, ("bf16", k, config, "sm_90a"), {"sinkhorn": True, "made": post}),
     ]
     product, fold = compiled(pool, jobs)
-    parts = torch.full((2, 5, 32), torch.nan)
-    operands = [h, h.stride(0), h.stride(1), y, 144, *(site or (None, None)), streams, fn, parts, 5, 144]
-    emulated(product, (-(-5 // config.block_m), 2, 1), operands)
+    count, blocks = -(-k // config.block_d), -(-m // config.block_m)
+    groups = max(1, min(blocks, config.programs // count))
+    parts = torch.full((m, count, 32), torch.nan)
+    done = torch.zeros(blocks, dtype=torch.int32) if config.overlap else None
+    operands = [h, h.stride(0), h.stride(1), y, k, *(site or (None, None)), streams, fn, parts, done, m, k, groups]
+    first = (product, count * groups, operands)
     entering = h if streams is None else streams
-    operands = [entering, entering.stride(0), entering.stride(1), parts, base, scale, weight, *folded, 5, 144]
-    emulated(fold, (6, 1, 1), [*operands, testing.EPS, testing.EPS, 20])
+    operands = [entering, entering.stride(0), entering.stride(1), parts, done, base, scale, weight, *folded, m, k]
+    second = (fold, blocks * (config.block_m + config.block_m // 8), [*operands, testing.EPS, testing.EPS, 20])
+    if config.overlap:
+        ptx_emulator.run_together(launches([first, second], races="strict", cooperative=True, seed=1))
+    else:
+        for one in launches([first, second], races="strict"):
+            one.run(1)
     case.check()
