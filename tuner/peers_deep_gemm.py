@@ -27,7 +27,7 @@ TF32_LIMIT = 2.0**-6  # of coefficients and outputs whose logits were multiplied
 
 
 def logits(case: Case) -> Call:
-    """One sequence: keys gathered beforehand. A sequence a query: pages, and a schedule made beforehand for all layers.
+    """A sequence a query: pages, and a schedule made beforehand for all layers. One sequence: keys gathered beforehand.
 
     Queries are E4M3 with a scale a head, which its weight takes over.
     """
@@ -37,17 +37,7 @@ def logits(case: Case) -> Call:
     assert isinstance(p, IndexLogitsProblem)
     codes, heads = quantized_queries(q, weights, scale)
     limits = (positions + 1) // ratio
-    if p.sequence_count == 1:
-        slots = entry_slots(block_table[0], cache)[: p.entries]
-        keys, key_scales = stored_keys(cache, slots)
-        first = torch.zeros_like(limits)
-
-        def launch() -> Tensor:
-            found: Tensor = deep_gemm.fp8_fp4_mqa_logits(
-                (codes, None), (keys, key_scales), heads, first, limits, p.entries
-            )
-            return found
-    else:
+    if p.sequence_count == p.m:
         paged = cache.data.view(len(cache.data), PAGE, 1, p.head_dim + 4)
         lengths = limits[:, None].contiguous()
         schedule = deep_gemm.get_paged_mqa_logits_metadata(lengths, PAGE, deep_gemm.get_num_sms())
@@ -56,6 +46,16 @@ def logits(case: Case) -> Call:
         def launch() -> Tensor:
             found: Tensor = deep_gemm.fp8_fp4_paged_mqa_logits(
                 (single, None), paged, heads, lengths, block_table, schedule, p.entries
+            )
+            return found
+    else:
+        slots = entry_slots(block_table[0], cache)[: p.entries]
+        keys, key_scales = stored_keys(cache, slots)
+        first = torch.zeros_like(limits)
+
+        def launch() -> Tensor:
+            found: Tensor = deep_gemm.fp8_fp4_mqa_logits(
+                (codes, None), (keys, key_scales), heads, first, limits, p.entries
             )
             return found
 

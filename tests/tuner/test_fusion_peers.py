@@ -248,10 +248,16 @@ def libraries(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("sequences", [1, 0])
-def test_index_scores_are_those_of_the_cache(libraries, sequences):
-    problem = problems.IndexLogitsProblem(m=5, entries=200, format="fp8", sequences=sequences, heads=4)
+@pytest.mark.parametrize(("m", "sequences", "paged"), [(5, 1, False), (5, 0, True), (1, 0, True)])
+def test_index_scores_are_those_of_the_cache(libraries, monkeypatch, m, sequences, paged):
+    problem = problems.IndexLogitsProblem(m=m, entries=200, format="fp8", sequences=sequences, heads=4)
+    launched = []
+    for name in ("fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits"):
+        real = getattr(libraries.deep_gemm, name)
+        watched = lambda *args, name=name, real=real: launched.append(name) or real(*args)  # noqa: E731
+        monkeypatch.setattr(libraries.deep_gemm, name, watched)
     call, scores = called("deep_gemm_logits", problem)
+    assert launched[0] == ("fp8_fp4_paged_mqa_logits" if paged else "fp8_fp4_mqa_logits")
     assert call.check(scores) <= 1
     libraries.deep_gemm.wrong = 1.01
     with pytest.raises(AssertionError, match="scores differs from the reference"):
