@@ -253,21 +253,28 @@ def _site(problem: HyperConnectionPostProblem, config: Any, arch: str, resources
 
 
 def _fold(problem: Any, config: Any, arch: str, resources: Resources | None) -> Work:
-    """The product of the streams with fn, in parts; the fold that follows counts as ramps and a second reading."""
+    """The product of the streams with fn, in programs that keep their columns; the fold that follows counts as ramps
+    and, unless it overlaps, a second reading.
+    """
     p, threads = problem, 32 * config.num_warps
     size, outputs = ELEMENT_BYTES[p.x], p.n if isinstance(p, HyperConnectionHeadProblem) else p.n * (p.n + 2)
-    columns = math.ceil(p.k / (config.block_d * config.splits)) * config.block_d * p.n
-    rows = min(config.block_m, p.m)
-    moved = (2 * p.n + 1) / p.n if isinstance(p, HyperConnectionPostPreProblem) else 1  # streams in and out, and y
-    step = config.block_d * p.n * (rows * size * moved + 4 * outputs)
+    post = isinstance(p, HyperConnectionPostPreProblem)
+    parts, blocks = math.ceil(p.k / config.block_d), math.ceil(p.m / config.block_m)
+    groups = max(1, min(blocks, config.programs // parts))
+    steps = math.ceil(blocks / groups)
+    columns, rows = config.block_d * p.n, min(config.block_m, p.m)
+    moved = (2 * p.n + 1) / p.n if post else 1  # streams in and out, and y
+    step = rows * columns * size * moved
+    part = 4 * 32 * rows
     return Work(
-        ctas=math.ceil(p.m / config.block_m) * config.splits,
+        ctas=parts * groups,
         threads=threads,
-        cta_bytes=columns * (rows * size * moved + 4 * outputs),
+        cta_bytes=steps * (step + part) + 4 * outputs * columns,
         in_flight=max(1, config.num_stages - 1) * step,
-        cta_instructions=columns * (config.block_m * 5 * moved + 32 * 10),
+        # thread instructions a number of a step, counted in SASS of sm_90a (Triton 3.7): 8 without making it, 27 with
+        cta_instructions=steps * config.block_m * columns * (27 if post else 8) + 32 * columns * 10,
         ramps=3,  # its own; the fold's, which begins when all parts are there
-        unshared_bytes=p.bytes + p.m * p.n * p.k * size,
+        unshared_bytes=p.bytes + (0 if config.overlap else p.m * p.n * p.k * size),
     )
 
 
