@@ -1,16 +1,15 @@
 """The highest of a query's index scores: cache slots of the `topk` best entries, in rising entry order.
 
-Memory bound: reads 4 bytes an entry, once, and writes 4 a slot. A score becomes an integer whose order is that of the
-numbers (-0 as 0, NaN above infinity), so that the k-th highest is found exactly, by halving the interval of integers
-and counting; among equal ones the lower entry wins. The result is the same for every config.
+Memory bound: reads 4 bytes an entry, once, and writes 4 a slot. The k-th highest is found exactly, by halving an
+interval of FP32 numbers and counting how many scores are at or above its middle; among equal ones the lower entry wins.
+The result is the same for every config.
 
-One program a query. It looks at its first 2 · tile scores in registers; of each further tile it keeps what exceeds the
-k-th highest so far, which for scores in no particular order soon is next to nothing, in a buffer of 2 · tile that is
-cut back to k where it could overflow. Few queries over many entries are split: each part gives a list of its k
-highest, and a second launch chooses among these.
+One program a query holds up to `held` scores in registers. Of a longer row it looks at the maxima of groups of `group`
+entries, which a launch before has made: the k highest entries lie in the k groups of highest maxima, the lower group
+among equals. For if an entry is in none of these, k groups go before its own, by a larger maximum or by an equal one
+in a lower place, and each has an entry that goes before it. Rows of more than `held` groups have maxima of maxima.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,196 +18,265 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp4suite import arch as archs
 from fp4suite.built import Built
 from fp4suite.problem import IndexTopkProblem
 
 from . import host
 
-MISSING = tl.constexpr(-(2**31))  # below the integer of every number
-HIGHEST = tl.constexpr(2**31 - 1)  # that of NaN
-RUN = tl.constexpr(16)  # scores under one running sum
+LOWEST = tl.constexpr(-(2**31) + 0x7FFFFF)  # -inf by _order
+HIGHEST = tl.constexpr(0x7F800000)  # +inf
+TILE = 2048  # scores of a program that makes maxima
+TILE_WARPS = 4
+LEVELS = 2  # of maxima, at most
+MOST = 64  # scores that one thread may hold
+# of a thread with up to 32 scores, and with more, where there are no maxima: left alone, sm_90a's would take 115 or 160
+# and an SM hold one or two programs less; with fewer than these it spills
+REGISTERS = {"sm_90a": (80, 128), "sm_100a": (128, 255)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A program holds 2 · tile scores; queries are split until there are about `programs` of them."""
+    """A program holds `held` scores; longer rows have maxima of `group` entries."""
 
-    tile: int = 2048
-    programs: int = 264
+    held: int = 16384
+    group: int = 16
+    num_warps: int = 8
 
 
-SPACE = {"tile": (1024, 2048), "programs": (132, 264, 528)}
-WARPS = 16  # eight scores a thread: sixteen spill
+SPACE = {"held": (8192, 16384), "group": (4, 8, 16), "num_warps": (4, 8, 16, 32)}
 
 
 def supports(problem: IndexTopkProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
-    if min(problem.topk, problem.entries) > config.tile:
-        return f"topk={problem.topk} is more than tile={config.tile}"
+    k = min(problem.topk, problem.entries)
+    count = levels(problem.entries, config)
+    if count > LEVELS:
+        return f"entries={problem.entries} are more than held={config.held} groups of group={config.group} squared"
+    held = _held(problem.entries, k, config)
+    if held > config.held:
+        return f"topk={k} groups of group={config.group} are more than held={config.held} entries"
+    if held > MOST * 32 * config.num_warps:
+        return f"{held} scores are more than {MOST} a thread: num_warps={config.num_warps}"
     return None
 
 
 def default(problem: IndexTopkProblem) -> Config:
-    """A tile of at least twice the result, if there is one."""
-    return Config(tile=1024 if 2 * min(problem.topk, problem.entries) <= 1024 else 2048)
+    """Groups so large that there are as many of them as members of those that are chosen."""
+    k = min(problem.topk, problem.entries)
+    fit = [c for c in (Config(group=g) for g in (4, 8, 16)) if supports(problem, c) is None]
+    enough = (c for c in fit if triton.cdiv(problem.entries, c.group) <= max(c.group * k, 4096))
+    return next(enough, fit[-1] if fit else Config())
+
+
+def levels(entries: int, config: Config) -> int:
+    """How often maxima are taken of `entries` until a program holds them."""
+    count = 0
+    while entries > config.held:
+        entries, count = triton.cdiv(entries, config.group), count + 1
+    return count
+
+
+def _held(entries: int, k: int, config: Config) -> int:
+    """Scores that a program has to hold at a time, a power of two."""
+    count = levels(entries, config)
+    top = triton.cdiv(entries, config.group**count)
+    return triton.next_power_of_2(max(top, k * config.group if count else 0, 16))
 
 
 @triton.jit
 def _order(x):
-    """FP32 -> int32 in the same order; 0 for -0, HIGHEST for NaN, never MISSING."""
+    """FP32 -> int32 in the same order, -0 below 0, NaN beyond the infinity of its sign."""
     bits = x.to(tl.int32, bitcast=True)
-    key = tl.where(x == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    return tl.where(x != x, HIGHEST, key)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _running(x, N: tl.constexpr):
-    """Running sums of x [N], by runs of RUN, which takes fewer registers than a scan of all at once."""
-    runs = x.reshape(N // RUN, RUN)
-    total = tl.sum(runs, axis=1)
-    return (tl.cumsum(runs, axis=1) + (tl.cumsum(total) - total)[:, None]).reshape(N)
+def _of_order(key):
+    """The number whose `_order` is key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _threshold(keys, K):
-    """MISSING, or an integer that no more than K of keys are at or above, the K highest if the rest of them equal it.
+def _largest(x, axis: tl.constexpr):
+    """The largest along an axis, NaN above infinity."""
+    return _of_order(tl.max(tl.where(x != x, 0x7FFFFFFF, _order(x)), axis=axis))
 
-    What comes after these keys belongs to the K highest of all only if it exceeds the threshold.
-    """
-    more = tl.sum((keys != MISSING).to(tl.int32)) > K
-    low = tl.where(more, tl.min(tl.where(keys == MISSING, HIGHEST, keys)), MISSING)
-    high = tl.where(more, tl.max(keys), MISSING)
-    while low < high:  # at least K keys from low on, fewer than K above high
-        middle = (low | high) - ((low ^ high) >> 1)  # half their sum, rounded up, which may pass 2**31 itself
-        count = tl.sum((keys >= middle).to(tl.int32))
+
+@triton.jit
+def _count(flags, COLUMNS: tl.constexpr):
+    """How many of flags [rows, COLUMNS] are 1: added up as FP32, which leaves the integer units to comparisons."""
+    each = tl.sum(tl.sum(flags, axis=0).reshape(COLUMNS // 4, 4), axis=1)  # of one thread
+    return tl.sum(each.to(tl.int32))
+
+
+@triton.jit
+def _highest(x, K, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """x', least: x' is at least `least`, or NaN where x [N / COLUMNS, COLUMNS] is one of its K highest."""
+    # by their order, at least K numbers (`from_low`) from low on, fewer than K (`above`) beyond high; NaN are highest
+    low, high = LOWEST, HIGHEST
+    from_low, above = N, 0
+    top = tl.max(tl.max(x, axis=0))
+    middle = tl.where((top > 0.0) & (top < float("inf")), _order(top * 0.0625), 0)  # most often the K-th is higher
+    while low < high:
+        pivot = _of_order(middle)
+        count = _count(tl.where(x < pivot, 0.0, 1.0), COLUMNS)
         high = tl.where(count == K, middle, tl.where(count > K, high, middle - 1))
+        above = tl.where(count < K, count, above)
         low = tl.where(count >= K, middle, low)
-    return low
+        from_low = tl.where(count >= K, count, from_low)
+        middle = (low | high) - ((low ^ high) >> 1)  # half their sum, rounded up, which may pass 2**31 itself
+    least = _of_order(low)
+    if from_low > K:  # of those that equal the least, the ones up to place `last`
+        at = tl.arange(0, N).reshape(N // COLUMNS, COLUMNS)
+        if least == float("inf"):
+            above = _count(tl.where(x != x, 1.0, 0.0), COLUMNS)
+            if above >= K:  # NaN alone is enough
+                x = tl.where(x != x, float("inf"), float("-inf"))
+                above = 0
+        first, last = 0, N - 1
+        while first < last:
+            half = (first + last) // 2
+            enough = _count(tl.where((x == least) & (at <= half), 1.0, 0.0), COLUMNS) >= K - above
+            last = tl.where(enough, half, last)
+            first = tl.where(enough, first, half + 1)
+        x = tl.where((x <= least) & ((x != least) | (at > last)), 0.0, 1.0)
+        least = 1.0
+    return x, least
 
 
 @triton.jit
-def _places(keys, threshold, K, N: tl.constexpr):
-    """Which of keys [N] are the K highest, the earlier among equals, and their places among these; their number."""
-    above = keys > threshold
-    equal = (keys == threshold) & (keys != MISSING)
-    wanted = K - tl.sum(above.to(tl.int32))
-    seen = _running((above.to(tl.int32) << 16) | equal.to(tl.int32), N)  # two counts, each below 2**15
-    equals = seen & 0xFFFF
-    chosen = above | (equal & (equals <= wanted))
-    return chosen, (seen >> 16) + tl.minimum(equals, wanted) - 1, tl.sum(chosen.to(tl.int32))
+def _places(chosen, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """How many are chosen before each. Both halves of them are counted in one integer, fours of them at a time."""
+    FOURS: tl.constexpr = N // 4
+    flags = chosen.to(tl.int32).reshape(FOURS, 4)
+    shift = 16 * tl.arange(0, 2)[:, None]
+    both = tl.sum(tl.sum(flags, axis=1).reshape(2, FOURS // 2) << shift, axis=0)
+    before = tl.cumsum(both) - both
+    before = ((before[None, :] >> shift) & 0xFFFF) + tl.where(shift > 0, tl.sum(both) & 0xFFFF, 0)
+    return (before.reshape(FOURS, 1) + tl.cumsum(flags, axis=1) - flags).reshape(N // COLUMNS, COLUMNS)
 
 
 @triton.jit
-def _keys(ptr, at, end, ENCODED: tl.constexpr, ALIGNED: tl.constexpr):
-    """Keys at positions `at` of a row, of scores or of keys (ENCODED); MISSING from `end` on.
-
-    ALIGNED: the row goes on to a multiple of 16, so that a mask may too, which vector loads want.
-    """
-    inside = at < (tl.cdiv(end, 16) * 16 if ALIGNED else end)
-    if ENCODED:
-        keys = tl.load(ptr + at, mask=inside, other=MISSING)
-    else:
-        keys = _order(tl.load(ptr + at, mask=inside, other=0.0))
-    return tl.where(at < end, keys, MISSING)
+def _choose(x, K, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which of x [N / COLUMNS, COLUMNS] are its K highest, and the places of these among each other."""
+    x, least = _highest(x, K, N, COLUMNS)
+    chosen = ~(x < least)
+    return chosen, _places(chosen, N, COLUMNS)
 
 
 @triton.jit
-def _spots(buffer_at, at, held_at, kept):
-    """Where in their row the keys lie that a program holds: at `at`, or as the buffer says where they came from it."""
-    return tl.where(kept > 0, tl.load(buffer_at + held_at, mask=held_at < kept, other=0), at)
+def _put(out, places, numbers, chosen):
+    # The hints are not so, but with them the store keeps the layout that numbers have: nothing moves between threads.
+    # No two lanes are stored as one vector, for the mask differs from element to element.
+    at = out + places
+    tl.store(tl.max_contiguous(tl.multiple_of(at, [1, 16]), [1, 4]), numbers, mask=chosen)
 
 
-@triton.jit(do_not_specialize=["JOBS", "SPLITS", "SPAN", "ENTRIES", "K", "ratio"])
+@triton.jit
+def _visible(positions_ptr, sequence_ids_ptr, row, ENTRIES, ratio):
+    seen = tl.minimum((tl.load(positions_ptr + row) + 1) // ratio, ENTRIES)
+    return tl.where(tl.load(sequence_ids_ptr + row) >= 0, seen, 0)
+
+
+@triton.jit
+def _padded(count):
+    """count as a multiple of 16, which vector loads want of rows, and of masks too."""
+    return tl.cdiv(count, 16) * 16
+
+
+@triton.jit(do_not_specialize=["ENTRIES", "ratio"])
+def _maxima(
+    scores_ptr, stride_row, positions_ptr, sequence_ids_ptr, maxima_ptr, tops_ptr, ENTRIES, ratio,
+    GROUP: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Maxima of GROUP scores, and tops of GROUP maxima unless tops_ptr is None, as far as they are visible."""
+    row = tl.program_id(1).to(tl.int64)  # before the multiply: long prompts pass 2**31 scores
+    visible = _visible(positions_ptr, sequence_ids_ptr, row, ENTRIES, ratio)
+    if tl.program_id(0) * TILE < visible:
+        COUNT: tl.constexpr = TILE // GROUP
+        groups = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+        at = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        inside = at < (_padded(visible) if ALIGNED else visible)
+        x = tl.load(scores_ptr + row * stride_row + at, mask=inside, other=float("-inf"))
+        largest = _largest(tl.where(at < visible, x, float("-inf")), 1)
+        count = tl.cdiv(ENTRIES, GROUP)
+        tl.store(maxima_ptr + row * _padded(count) + groups, largest, mask=groups < count)
+        if tops_ptr is not None:
+            count = tl.cdiv(count, GROUP)
+            groups = tl.program_id(0) * (COUNT // GROUP) + tl.arange(0, COUNT // GROUP)
+            largest = _largest(largest.reshape(COUNT // GROUP, GROUP), 1)
+            tl.store(tops_ptr + row * _padded(count) + groups, largest, mask=groups < count)
+
+
+@triton.jit
+def _members(groups_ptr, K, GROUP: tl.constexpr, N: tl.constexpr):
+    """Numbers [N / GROUP, GROUP] of the members of K groups, and whether they are any."""
+    own = tl.arange(0, N // GROUP)
+    groups = tl.load(groups_ptr + own, mask=own < K, other=0)
+    return groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (own < K)[:, None]
+
+
+@triton.jit
+def _descend(
+    groups_ptr, source, out, count, end, K, GROUP: tl.constexpr, ALIGNED: tl.constexpr, N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write to out the numbers of the K highest below `end` in source, which are members of `count` groups."""
+    tl.debug_barrier()  # groups have been written
+    numbers, inside = _members(groups_ptr, count, GROUP, N)
+    x = tl.load(source + numbers, mask=inside & (ALIGNED | (numbers < end)), other=float("-inf"))
+    x = tl.where(numbers < end, x, float("-inf")).reshape(N // COLUMNS, COLUMNS)
+    chosen, places = _choose(x, tl.minimum(K, end), N, COLUMNS)
+    numbers, inside = _members(groups_ptr, count, GROUP, N)  # again: they need not be kept meanwhile
+    tl.debug_barrier()  # source has been read, which may be where out is
+    _put(out, places, numbers.reshape(N // COLUMNS, COLUMNS), chosen)
+
+
+@triton.jit(do_not_specialize=["ENTRIES", "K", "ratio"])
 def _index_topk(
-    source_ptr,
-    stride_row,
-    list_entries_ptr,
-    table_ptr,
-    stride_table,
-    positions_ptr,
-    sequence_ids_ptr,
-    buffer_keys_ptr,
-    buffer_at_ptr,
-    out_ptr,
-    out_entries_ptr,
-    JOBS,
-    SPLITS,
-    SPAN,
-    ENTRIES,
-    K,
-    ratio,
-    FROM_LISTS: tl.constexpr,
-    TO_LISTS: tl.constexpr,
-    BUFFERED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    HELD: tl.constexpr = 2 * TILE
-    held_at = tl.arange(0, HELD)
-    tile_at = tl.arange(0, TILE)
-    for turn in range(tl.cdiv(JOBS - tl.program_id(0), tl.num_programs(0))):
-        job = tl.program_id(0) + turn * tl.num_programs(0)
-        row = job // SPLITS
-        split = job % SPLITS
-        sequence = tl.load(sequence_ids_ptr + row)
-        begin = split * SPAN * TILE
-        if FROM_LISTS:
-            end = ENTRIES
-        else:
-            visible = tl.minimum((tl.load(positions_ptr + row) + 1) // ratio, ENTRIES)
-            end = tl.minimum(tl.where(sequence >= 0, visible, 0), begin + SPAN * TILE)
-        # int64 before the multiply: long prompts pass 2**31 scores
-        source = source_ptr + row.to(tl.int64) * stride_row
-        keys = _keys(source, begin + held_at, end, FROM_LISTS, ALIGNED)
-        threshold = _threshold(keys, K)
-        kept = 0  # keys that were read back from the buffer; their places in the row lie beside them
-        buffer_keys = buffer_keys_ptr
-        buffer_at = buffer_at_ptr
-        if BUFFERED:
-            buffer_keys += tl.program_id(0).to(tl.int64) * HELD
-            buffer_at += tl.program_id(0).to(tl.int64) * HELD
-            start = begin + HELD
-            while start < end:
-                chosen, place, count = _places(keys, threshold, K, HELD)
-                at = _spots(buffer_at, begin + held_at, held_at, kept)
-                tl.debug_barrier()  # all that was in the buffer has been read
-                tl.store(buffer_keys + place, keys, mask=chosen)
-                tl.store(buffer_at + place, at, mask=chosen)
-                while (start < end) & (count <= TILE):  # as long as there is room for a whole tile
-                    fresh = _keys(source, start + tile_at, end, FROM_LISTS, ALIGNED)
-                    new = (fresh > threshold).to(tl.int32)
-                    more = tl.sum(new)
-                    if more > 0:
-                        behind = count + _running(new, TILE) - 1
-                        tl.store(buffer_keys + behind, fresh, mask=new != 0)
-                        tl.store(buffer_at + behind, start + tile_at, mask=new != 0)
-                        count += more
-                    start += TILE
-                tl.debug_barrier()
-                kept = count
-                keys = _keys(buffer_keys, held_at, kept, True, True)
-                threshold = _threshold(keys, K)
+    scores_ptr, stride_row, maxima_ptr, tops_ptr, table_ptr, stride_table, positions_ptr, sequence_ids_ptr, out_ptr,
+    ENTRIES, K, ratio, GROUP: tl.constexpr, PAGE: tl.constexpr, TOP: tl.constexpr, MEMBERS: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """A query. TOP: its scores, or the maxima of the last level that is not None; MEMBERS: of K groups; WIDTH >= K."""
+    # int64 before the multiply: long prompts pass 2**31 scores
+    row = tl.program_id(0).to(tl.int64)
+    visible = _visible(positions_ptr, sequence_ids_ptr, row, ENTRIES, ratio)
+    scores, source, out = scores_ptr + row * stride_row, scores_ptr + row * stride_row, out_ptr + row * K
+    count, groups, maxima, chosen_ptr = visible, tl.cdiv(visible, GROUP), out, out
+    # the numbers of what is chosen of maxima take the place of these
+    if maxima_ptr is not None:
+        source = maxima_ptr + row * _padded(tl.cdiv(ENTRIES, GROUP))
+        count, maxima = groups, source.to(tl.pointer_type(tl.int32), bitcast=True)
+        chosen_ptr = maxima
+    if tops_ptr is not None:
+        source = tops_ptr + row * _padded(tl.cdiv(tl.cdiv(ENTRIES, GROUP), GROUP))
+        count, chosen_ptr = tl.cdiv(groups, GROUP), source.to(tl.pointer_type(tl.int32), bitcast=True)
 
-        chosen, place, count = _places(keys, threshold, K, HELD)
-        at = begin + held_at
-        if BUFFERED:
-            at = _spots(buffer_at, at, held_at, kept)
-        if FROM_LISTS:
-            at = tl.load(list_entries_ptr + row.to(tl.int64) * stride_row + at, mask=chosen, other=0)
-        out = out_ptr + job.to(tl.int64) * K
-        if TO_LISTS:
-            tl.store(out + place, keys, mask=chosen)
-            tl.store(out_entries_ptr + job.to(tl.int64) * K + place, at, mask=chosen)
-            tl.store(out + tile_at, MISSING, mask=(tile_at >= count) & (tile_at < K))
-        else:
-            tl.store(out + place, at, mask=chosen)
-            tl.debug_barrier()  # entries, now that there are few, become slots
-            entries = tl.load(out + tile_at, mask=tile_at < count, other=0)
-            pages = table_ptr + tl.maximum(sequence, 0).to(tl.int64) * stride_table
-            page = tl.load(pages + entries // PAGE, mask=tile_at < count, other=-1)
-            tl.debug_barrier()
-            tl.store(out + tile_at, tl.where(page >= 0, page * PAGE + entries % PAGE, -1), mask=tile_at < K)
+    first: tl.constexpr = min(TOP, COLUMNS)
+    at = tl.arange(0, TOP // first)[:, None] * first + tl.arange(0, first)[None, :]
+    inside = at < (_padded(count) if ALIGNED or maxima_ptr is not None else count)
+    x = tl.load(source + at, mask=inside, other=float("-inf"))
+    x = tl.where(at < count, x, float("-inf"))
+    # what is not there is -inf and behind all that is: with at most as many chosen as there are, none of it is chosen
+    chosen, places = _choose(x, tl.minimum(K, count), TOP, first)
+    tl.debug_barrier()
+    _put(chosen_ptr, places, at, chosen)
+    then: tl.constexpr = min(MEMBERS, COLUMNS)  # 0 without maxima
+    if tops_ptr is not None:
+        source = maxima.to(tl.pointer_type(tl.float32), bitcast=True)
+        _descend(chosen_ptr, source, maxima, tl.minimum(K, count), groups, K, GROUP, True, MEMBERS, then)
+    if maxima_ptr is not None:
+        _descend(maxima, scores, out, tl.minimum(K, groups), visible, K, GROUP, ALIGNED, MEMBERS, then)
+    tl.debug_barrier()
+    at = tl.arange(0, WIDTH)
+    inside = at < tl.minimum(K, visible)
+    entries = tl.load(out + at, mask=inside, other=0)
+    pages = table_ptr + tl.maximum(tl.load(sequence_ids_ptr + row), 0).to(tl.int64) * stride_table
+    page = tl.load(pages + entries // PAGE, mask=inside, other=-1)
+    tl.debug_barrier()
+    tl.store(out + at, tl.where(page >= 0, page * PAGE + entries % PAGE, -1), mask=at < K)
 
 
 def launch(
@@ -225,53 +293,23 @@ def launch(
     (tokens, entries), k = logits.shape, out.shape[1]
     if tokens == 0 or k == 0:
         return
-    parts, span = split(tokens, entries, k, config)
-    table, rows = (block_table, host.row_stride(block_table)), (positions, sequence_ids)
-    scores = logits, host.row_stride(logits), None
-    if parts == 1:
-        _run(scores, table, rows, (out, None), tokens, 1, span, entries, k, ratio, page_size, config)
-        return
-    keys, found = (torch.empty(tokens, parts * k, dtype=torch.int32, device=out.device) for _ in range(2))
-    _run(scores, table, rows, (keys, found), tokens, parts, span, entries, k, ratio, page_size, config)
-    width = parts * k
-    span = triton.cdiv(width, config.tile)
-    _run((keys, width, found), table, rows, (out, None), tokens, 1, span, width, k, ratio, page_size, config)
-
-
-def split(tokens: int, entries: int, k: int, config: Config) -> tuple[int, int]:
-    """Parts of a query, and tiles in a part: none shorter than what a program holds, or than all lists together."""
-    tiles = triton.cdiv(entries, config.tile)
-    parts = max(1, min(tiles // 2, config.programs // tokens, math.isqrt(entries // k)))
-    span = triton.cdiv(tiles, parts)
-    return triton.cdiv(tiles, span), span
-
-
-def _run(
-    source: tuple[Tensor, int, Tensor | None],
-    table: tuple[Tensor, int],
-    rows: tuple[Tensor, Tensor],
-    out: tuple[Tensor, Tensor | None],
-    tokens: int,
-    parts: int,
-    span: int,
-    entries: int,
-    k: int,
-    ratio: int,
-    page_size: int,
-    config: Config,
-) -> None:
-    jobs, held = tokens * parts, 2 * config.tile
-    buffered = span > 2
-    programs = min(jobs, 2 * config.programs) if buffered else jobs  # a buffer each: not as many as there are tokens
-    buffers: tuple[Tensor | None, Tensor | None] = (None, None)
-    if buffered:
-        room = torch.empty(2, programs, held, dtype=torch.int32, device=out[0].device)
-        buffers = room[0], room[1]
-    sizes = jobs, parts, span, entries, k, ratio
-    aligned = entries % 16 == 0 and source[1] % 16 == 0
-    constants = _constants(source[2] is not None, out[1] is not None, buffered, aligned, page_size, config)
-    _index_topk[(programs,)](
-        *source, *table, *rows, *buffers, *out, *sizes, **constants, num_warps=WARPS, **host.OPTIONS
+    count, stride = levels(entries, config), host.row_stride(logits)
+    groups = triton.cdiv(entries, config.group)
+    sizes = (groups, triton.cdiv(groups, config.group))[:count]
+    aligned = entries % 16 == 0 and stride % 16 == 0
+    made = [torch.empty(tokens, triton.cdiv(size, 16) * 16, dtype=torch.float32, device=out.device) for size in sizes]
+    maxima = (*made, None, None)[:LEVELS]
+    if count:
+        grid = (triton.cdiv(entries, TILE), tokens)
+        _maxima[grid](
+            logits, stride, positions, sequence_ids, *maxima, entries, ratio, GROUP=config.group, ALIGNED=aligned,
+            TILE=TILE, num_warps=TILE_WARPS, **host.OPTIONS,
+        )  # fmt: skip
+    rows = block_table, host.row_stride(block_table), positions, sequence_ids
+    constants = _constants(entries, k, page_size, aligned, config)
+    options = _options(constants, archs.of(out.device), config)
+    _index_topk[(tokens,)](
+        logits, stride, *maxima, *rows, out, entries, k, ratio, **constants, **options, **host.OPTIONS
     )
 
 
@@ -285,34 +323,55 @@ def warm(problem: IndexTopkProblem, config: Config) -> None:
 
 
 def build_key(problem: IndexTopkProblem, config: Config) -> tuple[Any, ...]:
-    """What of a problem `build` depends on: the sizes are read at launch, but for whether rows outgrow a program."""
-    return problem.page_size, triton.cdiv(problem.entries, config.tile) > 2
+    """What of a problem `build` depends on: the sizes are read at launch, but for the power of two that holds them."""
+    k = min(problem.topk, problem.entries)
+    return tuple(_constants(problem.entries, k, problem.page_size, True, config).values())
 
 
 def build(problem: IndexTopkProblem, config: Config, arch: str) -> Built:
-    """Compiled for `arch` without a GPU: the program that reads scores and writes slots."""
-    buffered = triton.cdiv(problem.entries, config.tile) > 2
-    types = {"source_ptr": "*fp32", "stride_row": "i32", "table_ptr": "*i32", "stride_table": "i32"}
+    """Compiled for `arch` without a GPU: the program that reads scores, or maxima and scores, and writes slots."""
+    types = {"scores_ptr": "*fp32", "stride_row": "i32", "table_ptr": "*i32", "stride_table": "i32"}
     types |= {"positions_ptr": "*i32", "sequence_ids_ptr": "*i32", "out_ptr": "*i32"}
-    types |= dict.fromkeys(("JOBS", "SPLITS", "SPAN", "ENTRIES", "K", "ratio"), "i32")
-    constants = _constants(False, False, buffered, True, problem.page_size, config)
-    constants |= {"list_entries_ptr": None, "out_entries_ptr": None}
-    if buffered:
-        types |= {"buffer_keys_ptr": "*i32", "buffer_at_ptr": "*i32"}
-    else:
-        constants |= {"buffer_keys_ptr": None, "buffer_at_ptr": None}
-    unaligned = ("stride_table", "JOBS", "SPLITS", "SPAN", "ENTRIES", "K", "ratio")
-    return host.build(_index_topk, types, constants, arch, WARPS, unaligned=unaligned)
+    types |= dict.fromkeys(("ENTRIES", "K", "ratio"), "i32")
+    constants = _constants(problem.entries, min(problem.topk, problem.entries), problem.page_size, True, config)
+    constants |= _maxima_types(problem, config, types)
+    options = _options(constants, arch, config)
+    return host.build(
+        _index_topk, types, constants, arch, unaligned=("stride_table", "ENTRIES", "K", "ratio"), **options
+    )
 
 
-def _constants(
-    from_lists: bool, to_lists: bool, buffered: bool, aligned: bool, page_size: int, config: Config
-) -> dict[str, Any]:
+def build_maxima(problem: IndexTopkProblem, config: Config, arch: str) -> Built:
+    """The program that makes maxima, for a problem that needs them."""
+    types = {"scores_ptr": "*fp32", "stride_row": "i32", "positions_ptr": "*i32", "sequence_ids_ptr": "*i32"}
+    types |= {"ENTRIES": "i32", "ratio": "i32"}
+    constants = {"GROUP": config.group, "ALIGNED": True, "TILE": TILE} | _maxima_types(problem, config, types)
+    return host.build(_maxima, types, constants, arch, TILE_WARPS, unaligned=("ENTRIES", "ratio"))
+
+
+def _maxima_types(problem: IndexTopkProblem, config: Config, types: dict[str, str]) -> dict[str, None]:
+    """Adds the levels that there are to `types`; those that are not, as constants."""
+    count = levels(problem.entries, config)
+    names = ("maxima_ptr", "tops_ptr")
+    types.update(dict.fromkeys(names[:count], "*fp32"))
+    return dict.fromkeys(names[count:])
+
+
+def _constants(entries: int, k: int, page_size: int, aligned: bool, config: Config) -> dict[str, Any]:
+    count = levels(entries, config)
     return {
-        "FROM_LISTS": from_lists,
-        "TO_LISTS": to_lists,
-        "BUFFERED": buffered,
-        "ALIGNED": aligned,
+        "GROUP": config.group,
         "PAGE": page_size,
-        "TILE": config.tile,
+        "TOP": triton.next_power_of_2(max(triton.cdiv(entries, config.group**count), 16)),
+        "MEMBERS": triton.next_power_of_2(max(k * config.group, 16)) if count else 0,
+        "COLUMNS": 128 * config.num_warps,
+        "WIDTH": triton.next_power_of_2(k),
+        "ALIGNED": aligned,
     }
+
+
+def _options(constants: dict[str, Any], arch: str, config: Config) -> dict[str, int]:
+    most = min(65536 // (32 * config.num_warps), 255)
+    if arch in REGISTERS and not constants["MEMBERS"]:  # rows so long as to have maxima are few
+        most = min(REGISTERS[arch][constants["TOP"] > 32 * 32 * config.num_warps], most)
+    return {"num_warps": config.num_warps, "maxnreg": most}

@@ -2,6 +2,8 @@
 have, barriers between writing and reading back, shuffles, hardware conversions and tensor cores, gives the same.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
@@ -10,7 +12,7 @@ from fp4suite import testing
 from fp4suite.problem import CompressKvProblem, IndexLogitsProblem, IndexQueryProblem, IndexTopkProblem
 from kernels_triton import compress_kv, index_logits, index_query, index_topk
 
-from .test_rope_emulated import ARCHS, emulate, pool  # noqa: F401
+from .test_rope_emulated import ARCHS, emulate
 
 
 @pytest.mark.parametrize(
@@ -18,7 +20,7 @@ from .test_rope_emulated import ARCHS, emulate, pool  # noqa: F401
     [(4, 512, "fp8_ds_mla", 4, 13, 1), (4, 128, "index_mxfp4", 2, 3, 3), (12, 128, "nvfp4", 2, 5, 1)],
 )
 @pytest.mark.parametrize("arch", ARCHS)
-def test_compress_kv(arch, ratio, head_dim, format, warps, m, sequences, pool):  # noqa: F811
+def test_compress_kv(arch, ratio, head_dim, format, warps, m, sequences, pool):
     """A step longer than the ring, which begins in the middle of a window, and single tokens."""
     lanes = 2 if ratio == 4 else 1
     problem = CompressKvProblem(
@@ -38,7 +40,7 @@ def test_compress_kv(arch, ratio, head_dim, format, warps, m, sequences, pool): 
 @pytest.mark.parametrize("hadamard", [0, 1])
 @pytest.mark.parametrize("format", ["fp8", "mxfp4"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_index_query(arch, format, hadamard, pool):  # noqa: F811
+def test_index_query(arch, format, hadamard, pool):
     problem, config = IndexQueryProblem(m=2, format=format, hadamard=hadamard, heads=16), index_query.Config()
     case = testing.case(problem, "cpu", 1)
     case.poison()
@@ -48,25 +50,31 @@ def test_index_query(arch, format, hadamard, pool):  # noqa: F811
     case.check()
 
 
+@pytest.mark.parametrize("held", [256, 64, 16])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_index_topk(arch, pool):  # noqa: F811
-    """Rows of eight tiles, so that the buffer is filled, cut back and read again; a program takes both."""
-    tile = 32
-    problem, config = IndexTopkProblem(m=2, entries=8 * tile, topk=16), index_topk.Config(tile=tile)
+def test_index_topk(arch, held, pool):
+    """Rows that a program holds, with maxima, and with maxima of maxima; equal scores, and NaN, among them."""
+    problem, config = IndexTopkProblem(m=3, entries=256, topk=16), index_topk.Config(held=held, group=4, num_warps=2)
     case = testing.case(problem, "cpu", 1)
     case.poison()
     logits, table, positions, ids, ratio, _ = case.operands
-    logits[1] = logits[1].sort().values  # each tile better than those before
-    room = torch.full((2, 1, 2 * tile), -1, dtype=torch.int32)
-    args = (logits, logits.stride(0), table, table.stride(0), positions, ids, room[0], room[1], case.out)
-    args += (2, 1, 8, 8 * tile, 16, ratio)
-    emulate(pool, index_topk, problem, config, arch, (1,), args)
+    logits[1] = (2 * logits[1]).round()
+    logits[2, 40:200:20], logits[2, 1::3] = torch.nan, torch.inf
+    positions[0] = 4 * 201
+    levels = {256: 0, 64: 1, 16: 2}[held]
+    maxima = [torch.full((3, size), torch.nan) for size in (64, 16)][:levels]
+    if levels:
+        args = (logits, logits.stride(0), positions, ids, *maxima, 256, ratio)
+        emulate(pool, SimpleNamespace(build=index_topk.build_maxima), problem, config, arch, (1, 3), args)
+    rows = table, table.stride(0), positions, ids
+    args = (logits, logits.stride(0), *maxima, *rows, case.out, 256, 16, ratio)
+    emulate(pool, index_topk, problem, config, arch, (3,), args)
     case.check()
 
 
 @pytest.mark.parametrize("format", ["fp8", "mxfp4"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_index_logits(arch, format, pool):  # noqa: F811
+def test_index_logits(arch, format, pool):
     problem = IndexLogitsProblem(m=5, entries=192, format=format, sequences=2, heads=64)
     config = index_logits.Config(block_m=4)
     case = testing.case(problem, "cpu", 1)
