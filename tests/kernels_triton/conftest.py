@@ -68,12 +68,14 @@ def _quiet_interpreter():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pool():
     """Processes in which Triton compiles; in this one it may interpret."""
-    before = os.environ.pop("TRITON_INTERPRET", None)  # children read it when they start, which is at their first job
-    workers = min(2, os.cpu_count() or 1)
+    workers = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+    before = os.environ.pop("TRITON_INTERPRET", None)  # children have what there is when they start, at their first job
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as p:
+        for _ in range(workers):
+            p.submit(os.getpid)
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
         yield p
-    if before is not None:
-        os.environ["TRITON_INTERPRET"] = before
