@@ -107,8 +107,7 @@ def test_builds_for_its_own_architecture_only():
         kernel.build(BIG, Config(), "sm_100a")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("out", ["bf16", "fp32"])
+@pytest.mark.parametrize(("config", "out"), zip(CONFIGS, itertools.cycle(("bf16", "fp32"))), ids=str)
 def test_compiles_without_spills(config, out):
     problem = Problem(m=256, n=7168, k=3072, segments=2, out=out)
     built = kernel.build(problem, config)

@@ -1,5 +1,6 @@
 """gemm_nvfp4_sm90_skinny: its refusals, machine code and numbers anywhere, and its numbers on an sm_90 GPU."""
 
+import itertools
 import re
 
 import pytest
@@ -87,8 +88,7 @@ def test_empty_m_is_nothing_to_do():
     sm90_cases.check_empty(kernel, Config(), 1024)
 
 
-@pytest.mark.parametrize("schedule", ["late", "eager"])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(("config", "schedule"), zip(CONFIGS, itertools.cycle(("late", "eager"))), ids=str)
 def test_in_the_emulator(config, schedule):
     """Ragged m, n and k; segments; every element against the FP64 product, every access against the others'."""
     kernel.compiled.cache_clear()
