@@ -52,8 +52,6 @@ from .gemm_nvfp4_sm90_wgmma import (
     WIDE,
     GemmNvfp4Sm90Wgmma,
     Variant,
-    bulk_load,
-    pitch,
     registers_at_launch,
     store_bytes,
 )
@@ -153,18 +151,13 @@ def stages_of(config: Config, out: str) -> int:
     if config.stages:
         return config.stages
     room = (MAX_SHARED_BYTES[ARCH] + CTA_BYTES) // config.blocks - CTA_BYTES - fixed_bytes(config)
-    store = store_bytes(config, out)
-    if config.split > 1:  # one tile a cluster: its sums lie where the stages were
-        fit = room // stage_bytes(config) if store <= room else 0
-    else:
-        fit = max(0, room - store) // stage_bytes(config)
+    fit = max(0, room - store_bytes(config, out)) // stage_bytes(config)
     return min(fit, MAX_STAGES) // config.groups_k * config.groups_k
 
 
 def shared_bytes(config: Config, out: str) -> int:
     """Shared memory of one CTA, as the kernel allocates it."""
-    stages, store = stages_of(config, out) * stage_bytes(config), store_bytes(config, out)
-    return fixed_bytes(config) + (max(stages, store) if config.split > 1 else stages + store)
+    return fixed_bytes(config) + stages_of(config, out) * stage_bytes(config) + store_bytes(config, out)
 
 
 def supports(problem: GemmProblem, config: Config) -> str | None:
@@ -209,7 +202,7 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     if not fits:
         return f"{config.blocks} x {config.groups} warpgroups: the registers do not hold sums of {config.tile_m} tokens"
     need = shared_bytes(config, problem.out)
-    if stages > BARRIER_BYTES // 16 or config.blocks * (need + CTA_BYTES) > MAX_SHARED_BYTES[ARCH] + CTA_BYTES:
+    if stages > BARRIER_BYTES // 16 - 2 or config.blocks * (need + CTA_BYTES) > MAX_SHARED_BYTES[ARCH] + CTA_BYTES:
         return f"{config.blocks} CTAs need {need} bytes of shared memory each, {ARCH} has {MAX_SHARED_BYTES[ARCH]}"
     return None
 
@@ -345,6 +338,8 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         self.out = CUTE_OUT[variant.out]
         self.stages = stages_of(config, variant.out)
         self.atoms = STEP // TILE
+        self.step_bytes = stage_bytes(config)
+        self.warps = WARPGROUP // 32  # of a group
         self.blocks_n = config.groups_n  # tiles of 64 weight rows
         self.chunk = min(config.tile_m, STORE_ROWS)  # tokens of one store
         self.columns = 128 * 8 // self.out.width  # and weight rows
@@ -438,26 +433,19 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         weights = self.stages * self.blocks_n * self.atoms
         sCodes = smem.allocate_tensor(Uint32, cute.make_layout(weights * CODE_BYTES // 4), byte_alignment=128)
         sScales = smem.allocate_tensor(Uint16, cute.make_layout(weights * SCALE_BYTES // 2), byte_alignment=128)
-        numbers = c.groups_k * c.tile_m * pitch(c)
         sScale = smem.allocate_tensor(Float32, cute.make_layout(c.groups * c.tile_m), byte_alignment=16)
-        sums = None
-        if cutlass.const_expr(c.split > 1):
-            extra = shared_bytes(c, self.variant.out) - fixed_bytes(c) - self.stages * stage_bytes(c)
-            if cutlass.const_expr(extra > 0):
-                smem.allocate_tensor(Uint32, cute.make_layout(extra // 4), byte_alignment=16)
-            start = Int32(barriers.iterator.toint()) + BARRIER_BYTES
-            pointer = cute.make_ptr(Float32, start, cute.AddressSpace.smem, assumed_align=16)
-            sums = cute.make_tensor(pointer, cute.make_layout(numbers))
-        elif cutlass.const_expr(c.groups_k > 1):
-            sums = smem.allocate_tensor(Float32, cute.make_layout(numbers), byte_alignment=16)
+        sums = self.sums(smem)
 
         if warp == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(full + i, 1)
                     cute.arch.mbarrier_init(empty + i, 4 * c.groups_n * c.share)
+                self.expect_parts(empty + self.stages)
         cute.arch.mbarrier_init_fence()
         self.meet(c.share > 1)  # nobody may signal a barrier that is not there yet
+        if cutlass.const_expr(c.split > 1):
+            cute.arch.cluster_arrive()
         cute.arch.griddepcontrol_launch_dependents()
 
         if warp >= 4 * c.groups:
@@ -466,7 +454,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
             if warp == 4 * c.groups:
                 self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, work)
             if cutlass.const_expr(c.split > 1):
-                self.meet(True)
+                cute.arch.cluster_wait()
             if work[1] > work[0]:
                 self.meet(True)
         else:
@@ -475,23 +463,8 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
             ring = (sA, sCodes, sScales, full, empty)
             factors = (mExponent, mScale, mAlpha, sScale)
             self.multiply(ring, store, staging, sums, factors, mD, segment_ends, work, tidx)
-        if cutlass.const_expr(c.split * c.share > 1):
+        if cutlass.const_expr(c.share > 1):
             self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
-
-    @cute.jit
-    def load_weights(self, weights, into, n_tile, step, stage, bar):
-        """Codes and scales of one step; the barrier is told what the stage will hold."""
-        b, sfb, row_tiles, k_tiles, policy = weights
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(bar, stage_bytes(self.config))
-            for r in cutlass.range_constexpr(self.blocks_n):
-                row = cutlass.min(n_tile * self.blocks_n + r, row_tiles - 1)
-                at = Int64(row) * Int64(k_tiles) + Int64(step * self.atoms)
-                to = (stage * self.blocks_n + r) * self.atoms
-                for start, target, size in ((b, into[0], CODE_BYTES), (sfb, into[1], SCALE_BYTES)):
-                    bulk_load(
-                        target + to * size, start + at * size, Int32(self.atoms * size), Int32(bar.toint()), policy
-                    )
 
     def mma(self, accumulate: bool):
         """64 weight rows of a warpgroup by the tokens of one MMA, added to what was there or not."""
@@ -531,7 +504,21 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
             self.add_steps(acc, ring, base, count, factor, tokens, group_n, group_k, thread, number >= work[0])
             base += count
             self.scale_tokens(acc, scales, sScale, powers, group, thread)
-            if cutlass.const_expr(c.reduces):
+            if cutlass.const_expr(c.split > 1):
+                self.exchange(
+                    [acc],
+                    sums,
+                    ring[4] + self.stages,
+                    mAlpha,
+                    mD,
+                    segment_ends,
+                    m_tile,
+                    n_tile,
+                    group_n,
+                    group_k,
+                    thread,
+                )
+            elif cutlass.const_expr(c.reduces):
                 self.put([acc], sums, group_n, group_k, thread)
                 self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
             elif number < work[0]:

@@ -12,8 +12,9 @@ and one of 8 bytes of scales, and tiles that follow each other along K are neigh
                tile and, for the weights, before the kernel before this one has ended (see `launch`)
     multiply   warpgroups: decode one step of 64 rows x 64 of K while WGMMA works on the one before
     share      CTAs of a cluster, side by side along n, receive the same tokens by multicast
-    sums       of a tile are kept by one warpgroup, which stores them by TMA, or are spread over `groups_k` warpgroups
-               and `split` CTAs of a cluster, and added through shared memory in a fixed order
+    sums       of a tile are kept by one warpgroup, which stores them by TMA, or are spread over `groups_k` warpgroups,
+               which add them through shared memory, or over those of `split` CTAs of a cluster too, each of which gets
+               a part of the tokens: what the others have of them is sent to its shared memory; always in one order
     tail       tiles of a last wave that would fill at most half of the GPU are each taken by both CTAs of a cluster, in
                halves of K; they swap half of their sums
 """
@@ -54,6 +55,7 @@ REGISTERS = 65536  # of an SM
 WIDE = (24, 232, 240)  # registers of a thread that loads, and of one that keeps many sums: with one warpgroup, with two
 STORE_ROWS = 64  # tokens of one store of d
 WARP_TOKENS = 8  # up to so many are multiplied by warps, without WGMMA
+WARP_ROWS = 16  # weight rows of a warp
 SM_COUNT = 132  # of an H100; what a launch on CPU tensors assumes
 UNBIAS = 2.0 ** (126 - SCALE_BIAS)
 
@@ -61,14 +63,16 @@ UNBIAS = 2.0 ** (126 - SCALE_BIAS)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """tile_m: tokens. groups_n: warpgroups side by side, each with `strips` times 64 weight rows; groups_k: warpgroups
-    that take steps of K in turn. tile_k: elements of K a step, `stages` steps in flight (0: as many as fit). share,
-    split: CTAs of a cluster side by side along n, and along K. tail: those side by side that take a tile of the last
-    wave in parts of K. blocks: CTAs that share an SM.
+    that take steps of K in turn. warps: of a group, each with 16 weight rows; of four, two or three, that only multiply
+    by themselves. tile_k: elements of K a step, `stages` steps in flight (0: as many as fit). share, split: CTAs of a
+    cluster side by side along n, and along K. tail: those side by side that take a tile of the last wave in parts of K.
+    blocks: CTAs that share an SM.
     """
 
     tile_m: int = 64
     groups_n: int = 2
     groups_k: int = 1
+    warps: int = 4
     strips: int = 1
     tile_k: int = 128
     stages: int = 0
@@ -79,7 +83,7 @@ class Config:
 
     @property
     def tile_n(self) -> int:
-        return TILE * self.groups_n * self.strips
+        return WARP_ROWS * self.warps * self.groups_n * self.strips
 
     @property
     def groups(self) -> int:
@@ -92,7 +96,7 @@ class Config:
 
     @property
     def threads(self) -> int:
-        return WARPGROUP * self.groups + (WARPGROUP if self.wide else 32)
+        return 32 * self.warps * self.groups + (WARPGROUP if self.wide else 32)
 
     @property
     def reduces(self) -> bool:
@@ -102,7 +106,7 @@ class Config:
     @property
     def by_warp(self) -> bool:
         """Whether warps multiply by themselves: for few tokens, waiting for WGMMA takes longer than what it does."""
-        return self.tile_m <= WARP_TOKENS
+        return self.tile_m <= WARP_TOKENS or self.warps < 4
 
     @property
     def paired(self) -> int:
@@ -129,6 +133,7 @@ SPACE = {
     "tile_m": (8, 16, 32, 64, 128, 192, 256),
     "groups_n": (1, 2, 3, 4),
     "groups_k": (1, 2, 4),
+    "warps": (4, 3, 2),
     "strips": (1, 2),
     "tile_k": (64, 128, 256),
     "share": (1, 2),
@@ -151,7 +156,7 @@ CUTE_OUT = {"bf16": BFloat16, "fp32": Float32}
 
 def stage_bytes(config: Config) -> int:
     """What one step of K takes of shared memory."""
-    weights = config.tile_n // TILE * (config.tile_k // TILE) * (CODE_BYTES + SCALE_BYTES)
+    weights = config.tile_n * (config.tile_k // TILE) * ((CODE_BYTES + SCALE_BYTES) // TILE)
     return weights + config.tile_m * config.tile_k * 2
 
 
@@ -167,18 +172,62 @@ class Tile(Protocol):
     @property
     def groups_k(self) -> int: ...
     @property
+    def split(self) -> int: ...
+    @property
     def reduces(self) -> bool: ...
 
 
-def pitch(config: Tile) -> int:
-    """Numbers between two tokens' sums: eight lanes of four tokens touch every bank once."""
-    return config.tile_n + 4
+def pitch(columns: int) -> int:
+    """Numbers between two tokens' sums of so many columns: eight lanes of four tokens touch every bank once."""
+    return columns + 4
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Sums of parts of K, in registers of `owners` groups (`groups_k` in each of `split` CTAs), for one of them each.
+
+    A unit is what a group has of eight tokens: four numbers a thread. Each owner adds up `most` units or one less.
+    """
+
+    owners: int
+    units: int
+    columns: int  # of d, of a group and unit
+
+    @property
+    def most(self) -> int:
+        return -(-self.units // self.owners)
+
+    def owner(self, unit: int) -> int:
+        return unit * self.owners // self.units
+
+    def first(self, owner: int) -> int:
+        return -(-owner * self.units // self.owners)
+
+    def count(self, owner: int) -> int:
+        return self.first(owner + 1) - self.first(owner)
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.columns * 8 * 4
+
+    @property
+    def room(self) -> int:
+        """Bytes a group needs for the others' numbers, then for its own as rows of d."""
+        return self.most * max((self.owners - 1) * self.unit_bytes, 8 * pitch(self.columns) * 4)
+
+
+def parts(config: Tile) -> Parts:
+    columns = config.tile_n // config.groups_n
+    strips = max(1, columns // TILE)
+    return Parts(config.split * config.groups_k, strips * config.tile_m // 8, columns // strips)
 
 
 def store_bytes(config: Tile, out: str) -> int:
     """Shared memory through which the sums of a tile leave."""
-    if config.reduces:
-        return config.groups_k * config.tile_m * pitch(config) * 4
+    if config.split > 1:
+        return config.groups_k * config.groups_n * parts(config).room
+    if config.groups_k > 1:
+        return config.groups_k * config.tile_m * pitch(config.tile_n) * 4
     return config.groups_n * 2 * min(config.tile_m, STORE_ROWS) * TILE * CUTE_OUT[out].width // 8
 
 
@@ -187,18 +236,13 @@ def stages_of(config: Config, out: str) -> int:
     if config.stages:
         return config.stages
     room = (MAX_SHARED_BYTES[ARCH] + CTA_BYTES) // config.blocks - CTA_BYTES - BARRIER_BYTES
-    store = store_bytes(config, out)
-    if config.split > 1:  # one tile a cluster: its sums lie where the stages were
-        fit = room // stage_bytes(config) if store <= room else 0
-    else:
-        fit = max(0, room - store) // stage_bytes(config)
+    fit = max(0, room - store_bytes(config, out)) // stage_bytes(config)
     return min(fit, MAX_STAGES) // config.turn * config.turn
 
 
 def shared_bytes(config: Config, out: str) -> int:
     """Shared memory of one CTA, as the kernel allocates it."""
-    stages, store = stages_of(config, out) * stage_bytes(config), store_bytes(config, out)
-    return BARRIER_BYTES + (max(stages, store) if config.split > 1 else stages + store)
+    return BARRIER_BYTES + stages_of(config, out) * stage_bytes(config) + store_bytes(config, out)
 
 
 def registers_at_launch(threads: int) -> int:
@@ -230,6 +274,11 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         return f"{stages} stages: {config.groups_k} warpgroups hold {config.paired} each while they wait for the next"
     if stages % config.turn:
         return f"stages={stages} is not a multiple of {config.turn}: each belongs to the same warpgroups always"
+    if config.warps < 4:
+        if config.tile_m > 2 * WARP_TOKENS or config.groups_n * config.strips * config.share * config.tail > 1:
+            return f"warps={config.warps} is for {2 * WARP_TOKENS} tokens, and groups_n, strips, share and tail of 1"
+        if not config.reduces or config.tile_k == TILE:
+            return f"warps={config.warps} is for sums that are reduced, and tile_k of {2 * TILE} or more"
     if config.share > 1 and config.tile_m % (8 * config.share):
         return f"tile_m={config.tile_m} is not shared by {config.share} CTAs in parts of 8 tokens"
     steps = problem.k // step
@@ -249,7 +298,7 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     if not fits:
         return f"blocks={config.blocks}: the registers do not hold the sums of so many CTAs"
     need = shared_bytes(config, problem.out)
-    if stages > BARRIER_BYTES // 16 or config.blocks * (need + CTA_BYTES) > MAX_SHARED_BYTES[ARCH] + CTA_BYTES:
+    if stages > BARRIER_BYTES // 16 - 2 or config.blocks * (need + CTA_BYTES) > MAX_SHARED_BYTES[ARCH] + CTA_BYTES:
         return f"{config.blocks} CTAs need {need} bytes of shared memory each, {ARCH} has {MAX_SHARED_BYTES[ARCH]}"
     return None
 
@@ -263,6 +312,8 @@ def default(problem: GemmProblem) -> Config:
         many = replace(few, groups_k=4 if tile_m <= 32 else 2)
         wanted = [replace(few, split=4, blocks=2)] if 4 * rows <= SM_COUNT else []
         wanted += [replace(many, split=2)] if 2 * rows <= SM_COUNT and problem.k >= 8192 else []
+        narrow = tile_m <= 2 * WARP_TOKENS and 2 * rows > SM_COUNT and 4 * rows <= 3 * SM_COUNT
+        wanted += [replace(many, warps=3, tile_k=256)] if narrow else []
         wanted += [replace(few, tile_k=tile_k, blocks=2)] if rows > 3 * SM_COUNT else []
         wanted += [replace(many, tile_k=tile_k), many, few]
     else:
@@ -367,6 +418,17 @@ def store4(address: Int32, numbers, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def push4(address: Int32, barrier: Int32, rank: Int32, numbers, *, loc=None, ip=None):
+    """Four numbers to a CTA of the cluster, to shared memory that a barrier counts; addresses are as in this CTA."""
+    args = [x.ir_value(loc=loc, ip=ip) for x in (address, barrier, rank, *numbers)]
+    asm = (
+        "{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, $0, $2; mapa.shared::cluster.u32 bar, $1, $2; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {$3, $4, $5, $6}, [bar]; }"
+    )
+    llvm.inline_asm(None, args, asm, "r,r,r,f,f,f,f", has_side_effects=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def settle(words, never: Int32, address: Int32, *, loc=None, ip=None):
     """Have four words computed here: the compiler would put that after the next wait."""
     args = [x.ir_value(loc=loc, ip=ip) for x in (never, address, *words)]
@@ -457,6 +519,8 @@ class GemmNvfp4Sm90Wgmma:
         self.out = CUTE_OUT[variant.out]
         self.stages = stages_of(config, variant.out)
         self.atoms = config.tile_k // TILE
+        self.step_bytes = stage_bytes(config)
+        self.warps = config.warps  # of a group
         self.blocks_n = config.groups_n * config.strips  # tiles of 64 weight rows
         self.chunk = min(config.tile_m, STORE_ROWS)  # tokens of one store
         self.columns = 128 * 8 // self.out.width  # and weight rows
@@ -498,6 +562,8 @@ class GemmNvfp4Sm90Wgmma:
         clusters = m_tiles * n_groups
         if cutlass.const_expr(c.split == 1):
             clusters = cutlass.min(clusters * c.tail, max_clusters)
+        if cutlass.const_expr(c.warps < 4):
+            b, sfb = (self.quarters(x, size, n, k) for x, size in ((b, CODE_BYTES), (sfb, SCALE_BYTES)))
         self.kernel(tma, store, b, sfb, mAlpha, mD, m_tiles, n_groups, k, segment_ends).launch(
             grid=(c.share, c.split, clusters),
             block=(c.threads, 1, 1),
@@ -507,6 +573,15 @@ class GemmNvfp4Sm90Wgmma:
             preferred_smem_carveout=100,  # percent
             use_pdl=True,
         )
+
+    def quarters(self, pointer, size: int, n, k):
+        """TMA of what one warp has of tiles beside each other along K: [words, quarter, tile along K, tile of rows]."""
+        words = size // 16
+        tiles = n // TILE, k // TILE
+        strides = (1, words, 4 * words, cute.assume(Int64(tiles[1]) * (4 * words), divby=4 * words))
+        source = cute.make_tensor(pointer, cute.make_layout((words, 4, tiles[1], tiles[0]), stride=strides))
+        box = (words, 1, self.atoms, 1)
+        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), source, cute.make_layout(box), box)
 
     def tokens_layout(self):
         """Shared [tile_m, tile_k, stages], rows of 128 bytes in the 128-byte swizzle."""
@@ -525,8 +600,8 @@ class GemmNvfp4Sm90Wgmma:
         self,
         tma: Any,
         store: Any,
-        b: cute.Pointer,
-        sfb: cute.Pointer,
+        b: Any,
+        sfb: Any,
         mAlpha: cute.Tensor,
         mD: cute.Tensor,
         m_tiles: Int32,
@@ -549,37 +624,29 @@ class GemmNvfp4Sm90Wgmma:
         if cutlass.const_expr(not c.reduces):
             layout = self.store_layout()
             staging = smem.allocate_tensor(self.out, layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        weights = self.stages * self.blocks_n * self.atoms
-        sCodes = smem.allocate_tensor(Uint32, cute.make_layout(weights * CODE_BYTES // 4), byte_alignment=128)
-        sScales = smem.allocate_tensor(Uint32, cute.make_layout(weights * SCALE_BYTES // 4), byte_alignment=128)
-        numbers = c.groups_k * c.tile_m * pitch(c)
-        sums = None
-        if cutlass.const_expr(c.split > 1):
-            extra = shared_bytes(c, self.variant.out) - BARRIER_BYTES - self.stages * stage_bytes(c)
-            if cutlass.const_expr(extra > 0):
-                smem.allocate_tensor(Uint32, cute.make_layout(extra // 4), byte_alignment=16)
-            start = Int32(barriers.iterator.toint()) + BARRIER_BYTES
-            pointer = cute.make_ptr(Float32, start, cute.AddressSpace.smem, assumed_align=16)
-            sums = cute.make_tensor(pointer, cute.make_layout(numbers))
-        elif cutlass.const_expr(c.groups_k > 1):
-            sums = smem.allocate_tensor(Float32, cute.make_layout(numbers), byte_alignment=16)
-
+        quarters = self.stages * c.tile_n // WARP_ROWS * self.atoms  # of tiles
+        sCodes = smem.allocate_tensor(Uint32, cute.make_layout(quarters * CODE_BYTES // 16), byte_alignment=128)
+        sScales = smem.allocate_tensor(Uint32, cute.make_layout(quarters * SCALE_BYTES // 16), byte_alignment=128)
+        sums = self.sums(smem)
         if warp == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(full + i, 1)
-                    cute.arch.mbarrier_init(empty + i, 4 * c.groups_n * c.share)
+                    cute.arch.mbarrier_init(empty + i, c.warps * c.groups_n * c.share)
+                self.expect_parts(empty + self.stages)
         cute.arch.mbarrier_init_fence()
         self.meet(c.share > 1)  # nobody may signal a barrier that is not there yet
+        if cutlass.const_expr(c.split > 1):
+            cute.arch.cluster_arrive()
         cute.arch.griddepcontrol_launch_dependents()
 
-        if warp >= 4 * c.groups:
+        if warp >= c.warps * c.groups:
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_decrease(WIDE[0])
-            if warp == 4 * c.groups:
+            if warp == c.warps * c.groups:
                 self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, work)
             if cutlass.const_expr(c.split > 1):
-                self.meet(True)
+                cute.arch.cluster_wait()
             if work[1] > work[0]:
                 self.meet(True)
         else:
@@ -587,8 +654,32 @@ class GemmNvfp4Sm90Wgmma:
                 cute.arch.setmaxregister_increase(WIDE[c.groups])
             ring = (sA, sCodes, sScales, full, empty)
             self.multiply(ring, store, staging, sums, mAlpha, mD, segment_ends, work, tidx)
-        if cutlass.const_expr(c.split * c.share > 1):
+        if cutlass.const_expr(c.share > 1):
             self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
+
+    def sums(self, smem):
+        """Shared memory where parts of sums meet: those of a CTA's groups, or what other CTAs of the cluster send."""
+        c = self.config
+        if not c.reduces:
+            return None
+        numbers = store_bytes(c, self.variant.out) // 4
+        return smem.allocate_tensor(Float32, cute.make_layout(numbers), byte_alignment=16)
+
+    def expect_parts(self, landed):
+        """Make the barriers, one a group, that count what others send it."""
+        c = self.config
+        if c.split > 1:
+            sent = parts(c)
+            for group_k in range(c.groups_k):
+                for group_n in range(c.groups_n):
+                    bar = landed + (group_k * c.groups_n + group_n)
+                    cute.arch.mbarrier_init(bar, 1)
+                    units = [sent.count(part * c.groups_k + group_k) for part in range(c.split)]
+                    _, part, _ = cute.arch.block_idx()
+                    count = Int32(units[0])
+                    for i in range(1, c.split):
+                        count += Int32(part == i) * (units[i] - units[0])
+                    cute.arch.mbarrier_arrive_and_expect_tx(bar, count * ((sent.owners - 1) * sent.unit_bytes))
 
     def work(self, tiles, passes):
         """What this cluster does: how many groups of tiles (side by side along n) of whole K and how many items in all;
@@ -642,8 +733,11 @@ class GemmNvfp4Sm90Wgmma:
         gA = cute.flat_divide(tma.tma_tensor, (c.tile_m, c.tile_k))
         tokens = (tma.atom, cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2))
         policy = create_policy(work[4][0] == 1)  # weights that nobody reads again
-        weights = (b.toint(), sfb.toint(), n // TILE, k // TILE, policy)
-        into = (Int32(sCodes.iterator.toint()), Int32(sScales.iterator.toint()))
+        if cutlass.const_expr(self.warps == 4):
+            weights = (b.toint(), sfb.toint(), n // TILE, k // TILE, policy)
+            into = (Int32(sCodes.iterator.toint()), Int32(sScales.iterator.toint()))
+        else:
+            weights, into = (b, sfb, n // TILE, k // TILE, policy), (sCodes, sScales)
 
         # weights do not depend on the kernel before this one
         m_tile, n_tile, first, count = self.item(Int32(0), work)
@@ -696,17 +790,29 @@ class GemmNvfp4Sm90Wgmma:
     @cute.jit
     def load_weights(self, weights, into, n_tile, step, stage, bar):
         """Codes and scales of one step; the barrier is told what the stage will hold."""
-        c, (b, sfb, row_tiles, k_tiles, policy) = self.config, weights
+        b, sfb, row_tiles, k_tiles, policy = weights
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(bar, stage_bytes(c))
-            for r in cutlass.range_constexpr(self.blocks_n):
-                row = cutlass.min(n_tile * self.blocks_n + r, row_tiles - 1)
-                at = Int64(row) * Int64(k_tiles) + Int64(step * self.atoms)
-                to = (stage * self.blocks_n + r) * self.atoms
-                for start, target, size in ((b, into[0], CODE_BYTES), (sfb, into[1], SCALE_BYTES)):
-                    bulk_load(
-                        target + to * size, start + at * size, Int32(self.atoms * size), Int32(bar.toint()), policy
-                    )
+            cute.arch.mbarrier_arrive_and_expect_tx(bar, self.step_bytes)
+            if cutlass.const_expr(self.warps == 4):
+                for r in cutlass.range_constexpr(self.blocks_n):
+                    row = cutlass.min(n_tile * self.blocks_n + r, row_tiles - 1)
+                    at = Int64(row) * Int64(k_tiles) + Int64(step * self.atoms)
+                    to = (stage * self.blocks_n + r) * self.atoms
+                    for start, target, size in ((b, into[0], CODE_BYTES), (sfb, into[1], SCALE_BYTES)):
+                        bulk_load(
+                            target + to * size, start + at * size, Int32(self.atoms * size), Int32(bar.toint()), policy
+                        )
+        if cutlass.const_expr(self.warps < 4):
+            for w in cutlass.range_constexpr(self.warps):
+                quarter = cutlass.min(n_tile * self.warps + w, 4 * row_tiles - 1)
+                for tma, ring, tile_bytes in ((b, into[0], CODE_BYTES), (sfb, into[1], SCALE_BYTES)):
+                    box = (tile_bytes // 16, 1, self.atoms, 1)
+                    at = cute.assume((stage * self.warps + w) * (box[0] * self.atoms), divby=32)
+                    target = cute.make_tensor(ring.iterator + at, cute.make_layout(box))
+                    source = cute.local_tile(tma.tma_tensor, box, (0, quarter % 4, step, quarter // 4))
+                    target, source = (cute.group_modes(x, 0, 4) for x in (target, source))
+                    to, found = cpasync.tma_partition(tma.atom, 0, cute.make_layout(1), target, source)
+                    cute.copy(tma.atom, found, to, tma_bar_ptr=bar, cache_policy=policy)
 
     @cute.jit
     def multiply(self, ring, store, staging, sums, mAlpha, mD, segment_ends, work, tidx):
@@ -723,9 +829,9 @@ class GemmNvfp4Sm90Wgmma:
             a_source=warpgroup.OperandSource.RMEM,
         )
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        group = cute.arch.make_warp_uniform(tidx // WARPGROUP)
+        group = cute.arch.make_warp_uniform(tidx // (32 * c.warps))
         group_n, group_k = group % c.groups_n, group // c.groups_n
-        thread = tidx % WARPGROUP
+        thread = tidx % (32 * c.warps)
         rows = TILE * c.groups_n
         acc = [cute.make_rmem_tensor(tiled_mma.partition_shape_C((rows, c.tile_m)), Float32) for _ in range(c.strips)]
 
@@ -740,7 +846,11 @@ class GemmNvfp4Sm90Wgmma:
                 shared = number >= work[0]
                 self.add_by_warpgroup(tiled_mma, acc, ring, base, count, group_n, group_k, thread, shared)
             base += count * c.paired
-            if cutlass.const_expr(c.reduces):
+            if cutlass.const_expr(c.split > 1):
+                self.exchange(
+                    acc, sums, ring[4] + self.stages, mAlpha, mD, segment_ends, m_tile, n_tile, group_n, group_k, thread
+                )
+            elif cutlass.const_expr(c.reduces):
                 self.put(acc, sums, group_n, group_k, thread)
                 self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
             elif number < work[0]:
@@ -858,11 +968,16 @@ class GemmNvfp4Sm90Wgmma:
         """
         c, (_, sCodes, sScales, _, _) = self.config, ring
         kk, strip = unit // c.strips, unit % c.strips
-        tile = stage * (self.blocks_n * self.atoms) + (strip * c.groups_n + group_n) * self.atoms + kk
+        parts, thread_of_part = 1, thread  # of a tile, one after the other along K: all of it, or a warp's quarter
+        if c.warps < 4:
+            parts, thread_of_part = 4, thread % 32
+            tile = (stage * self.warps + thread // 32) * self.atoms + kk
+        else:
+            tile = stage * (self.blocks_n * self.atoms) + (strip * c.groups_n + group_n) * self.atoms + kk
         codes, scales = cute.make_rmem_tensor(4, Uint32), cute.make_rmem_tensor(2, Uint32)
-        at = tile * (CODE_BYTES // 4) + thread * 4
+        at = tile * (CODE_BYTES // 4 // parts) + thread_of_part * 4
         cute.autovec_copy(cute.make_tensor(sCodes.iterator + cute.assume(at, divby=4), cute.make_layout(4)), codes)
-        at = tile * (SCALE_BYTES // 4) + thread // 4 * 2
+        at = tile * (SCALE_BYTES // 4 // parts) + thread_of_part // 4 * 2
         cute.autovec_copy(cute.make_tensor(sScales.iterator + cute.assume(at, divby=2), cute.make_layout(2)), scales)
         pairs = [scale_pairs(scales[h]) for h in range(2)]
         if c.ahead and never is not None:
@@ -989,52 +1104,105 @@ class GemmNvfp4Sm90Wgmma:
                     cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
+    def exchange(self, acc, inbox, landed, mAlpha, mD, segment_ends, m_tile, n_tile, group_n, group_k, thread):
+        """Send each part of the sums to the group that owns it, add up what is this group's in the order of the parts;
+        d = sum * alpha, rounded once."""
+        c, sent = self.config, parts(self.config)
+        m, n = mD.shape
+        x, part, _ = cute.arch.block_idx()
+        group, me = group_k * c.groups_n + group_n, part * c.groups_k + group_k
+        start, bars = Int32(inbox.iterator.toint()), Int32(landed.toint())
+        eights = c.tile_m // 8
+        cute.arch.cluster_wait()  # the others' barriers are there
+        for unit in cutlass.range_constexpr(sent.units):
+            owner = sent.owner(unit)
+            if me != owner:
+                to, to_group = owner // c.groups_k, owner % c.groups_k * c.groups_n + group_n
+                source = me - Int32(me > owner)
+                at = start + to_group * sent.room
+                at += (source * sent.most + (unit - sent.first(owner))) * sent.unit_bytes + thread * 16
+                mine = acc[unit // eights]
+                push4(at, bars + 8 * to_group, Int32(to * c.share) + x, [mine[unit % eights * 4 + e] for e in range(4)])
+        cute.arch.mbarrier_wait(landed + group, 0)
+        start += group * sent.room
+        for unit in cutlass.range_constexpr(sent.units):
+            owner, mine = sent.owner(unit), acc[unit // eights]
+            if me == owner:
+                own = [mine[unit % eights * 4 + e] for e in range(4)]
+                at = start + (unit - sent.first(owner)) * sent.unit_bytes + thread * 16
+                step = sent.most * sent.unit_bytes
+                quads = [load4(at + (p - int(p > owner)) * step) if p != owner else own for p in range(sent.owners)]
+                for e in cutlass.range_constexpr(4):
+                    total = quads[0][e]
+                    for quad in quads[1:]:
+                        total = total + quad[e]
+                    mine[unit % eights * 4 + e] = total
+        threads = sent.columns * 2
+        cute.arch.barrier(barrier_id=1 + group, number_of_threads=threads)  # what was sent has been read
+        rows = cute.make_tensor(inbox.iterator + group * (sent.room // 4), cute.make_layout(sent.room // 4))
+        lane, warp = thread % 32, thread // 32
+        stride = pitch(sent.columns)
+        at = lane % 4 * 2 * stride + WARP_ROWS * warp + lane // 4
+        for unit in cutlass.range_constexpr(sent.units):
+            owner, mine = sent.owner(unit), acc[unit // eights]
+            if me == owner:
+                for e in cutlass.range_constexpr(4):
+                    row = 8 * (unit - sent.first(owner)) + e % 2
+                    rows[at + row * stride + 8 * (e // 2)] = mine[unit % eights * 4 + e]
+        cute.arch.barrier(barrier_id=1 + group, number_of_threads=threads)
+        pieces = sent.columns // 4
+        done = cute.make_rmem_tensor(4, self.out)
+        for strip in cutlass.range_constexpr(len(acc)):
+            column = n_tile * c.tile_n + (strip * c.groups_n + group_n) * sent.columns + thread % pieces * 4
+            alphas = [self.factor(mAlpha, segment_ends, column + e) for e in range(4)]
+            for eight in cutlass.range_constexpr(eights):
+                unit = strip * eights + eight
+                owner = sent.owner(unit)
+                token = m_tile * c.tile_m + eight * 8 + thread // pieces
+                if me == owner and token < m and column < n:
+                    row = 8 * (unit - sent.first(owner)) + thread // pieces
+                    quad = load4(start + 4 * (row * stride + thread % pieces * 4))
+                    for e in cutlass.range_constexpr(4):
+                        done[e] = self.out(quad[e] * Float32(UNBIAS) * alphas[e])
+                    target = cute.local_tile(mD, (1, 4), (token, column // 4))
+                    cute.autovec_copy(done, target[0, None])
+
+    @cute.jit
     def put(self, acc, sums, group_n, group_k, thread):
         """A warpgroup's sums, to [groups_k][tile_m][tile_n]."""
         c = self.config
-        lane, warp = thread % 32, thread // 32
-        # stages or sums are free once all warps are done with them
-        cute.arch.barrier(barrier_id=1, number_of_threads=WARPGROUP * c.groups)
+        lane, warp, stride = thread % 32, thread // 32, pitch(c.tile_n)
+        # sums are free once all warps are done with those of the tile before
+        cute.arch.barrier(barrier_id=1, number_of_threads=32 * self.warps * c.groups)
         for strip in cutlass.range_constexpr(c.strips):
             row = (strip * c.groups_n + group_n) * TILE + 16 * warp + lane // 4
-            at = (group_k * c.tile_m + lane % 4 * 2) * pitch(c) + row
+            at = (group_k * c.tile_m + lane % 4 * 2) * stride + row
             for eight in cutlass.range_constexpr(c.tile_m // 8):
                 for e in cutlass.range_constexpr(4):
-                    sums[at + (8 * eight + e % 2) * pitch(c) + 8 * (e // 2)] = acc[strip][4 * eight + e]
-        if cutlass.const_expr(c.split > 1):
-            self.meet(True)
-        else:
-            cute.arch.barrier(barrier_id=1, number_of_threads=WARPGROUP * c.groups)
+                    sums[at + (8 * eight + e % 2) * stride + 8 * (e // 2)] = acc[strip][4 * eight + e]
+        cute.arch.barrier(barrier_id=1, number_of_threads=32 * self.warps * c.groups)
 
     @cute.jit
     def reduce(self, sums, mAlpha, mD, segment_ends, m0, n0, tidx):
-        """Add the parts in their order, each CTA for its share of the tile; d = sum * alpha, rounded once."""
+        """Add the parts in their order; d = sum * alpha, rounded once."""
         c = self.config
         m, n = mD.shape
-        x, part, _ = cute.arch.block_idx()
-        pieces = c.tile_n // 4
+        pieces, stride = c.tile_n // 4, pitch(c.tile_n)
         valid = cutlass.min(m - m0, c.tile_m) * pieces
-        share = (valid + c.split - 1) // c.split
-        threads = WARPGROUP * c.groups
-        batch = max(1, 8 // (c.split * c.groups_k)) if c.tile_m >= 64 else 1  # pieces whose loads are on their way
+        threads = 32 * self.warps * c.groups
+        batch = max(1, 8 // c.groups_k) if c.tile_m >= 64 else 1  # pieces whose loads are on their way
         start = Int32(sums.iterator.toint())
         done = cute.make_rmem_tensor(4, self.out)
-        for i in cutlass.range(0, share, threads * batch, unroll=1):
+        for i in cutlass.range(0, valid, threads * batch, unroll=1):
             got = []
             for j in cutlass.range_constexpr(batch):
-                index = cutlass.min(part * share + i + j * threads + tidx, valid - 1)
-                at = start + 4 * (index // pieces * pitch(c) + index % pieces * 4)
-                quads = []
-                for rank in cutlass.range_constexpr(c.split):
-                    for g in cutlass.range_constexpr(c.groups_k):
-                        where = at + 4 * g * c.tile_m * pitch(c)
-                        quads.append(load4(where) if c.split == 1 else load_peer4(where, Int32(rank) * c.share + x))
-                got.append(quads)
+                index = cutlass.min(i + j * threads + tidx, valid - 1)
+                at = start + 4 * (index // pieces * stride + index % pieces * 4)
+                got.append([load4(at + 4 * g * c.tile_m * stride) for g in range(c.groups_k)])
             for j in cutlass.range_constexpr(batch):
-                mine = i + j * threads + tidx
-                index = part * share + mine
+                index = i + j * threads + tidx
                 token, column = index // pieces, index % pieces * 4
-                if mine < share and index < valid and n0 + column < n:
+                if index < valid and n0 + column < n:
                     for e in cutlass.range_constexpr(4):
                         total = got[j][0][e]
                         for quad in got[j][1:]:

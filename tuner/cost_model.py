@@ -64,9 +64,10 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     IndexQueryProblem.op: 20,
 }
 POOL_INSTRUCTIONS = 40  # of a row and channel: two loads and an exponential; estimate, as the next three
-COUNT_INSTRUCTIONS = 60  # of a score that is held: twenty counts, then its place
+COUNT_INSTRUCTIONS = 70  # of a score that is held: fifteen counts, then its place
+COUNT_OVERHEAD = 15 * 30 * 32  # of a warp that counts: sums over warps, the next middle
 SCAN_INSTRUCTIONS = 8  # of a score that streams by
-TOPK_WARPS = 16
+TOPK_PROGRAMS = 132  # that share a row's maxima among them where queries are few
 SCORE_INSTRUCTIONS, ROUND_INSTRUCTIONS = 55, 6  # of an expert's score, and in each round of the choice; from SASS
 SAMPLE_INSTRUCTIONS = 100  # a logit, in the three launches that read it
 MSE_INSTRUCTIONS = 60  # more, for the rule that tries several scales
@@ -342,14 +343,18 @@ def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Res
 
 
 def _topk(problem: IndexTopkProblem, config: Any, arch: str, resources: Resources | None) -> Work:
-    """A program a query or a part of one: what it holds is counted over and over, what streams by is compared once."""
-    p, held = problem, 2 * config.tile
-    parts = max(1, min(p.entries // held, config.programs // max(1, p.m), math.isqrt(p.entries // max(1, p.topk))))
-    each = math.ceil(p.entries / parts)
-    counted = held * COUNT_INSTRUCTIONS * (1 if each <= held else 3)
+    """A program a query: what it holds is counted over and over. Longer rows have maxima, by a launch before."""
+    p, k, top, levels = problem, min(problem.topk, problem.entries), problem.entries, 0
+    while top > config.held:
+        top, levels = math.ceil(top / config.group), levels + 1
+    members = k * config.group if levels else 0
+    streamed = p.entries * min(1.0, p.m / TOPK_PROGRAMS) if levels else 0.0
+    held = 2.0 ** math.ceil(math.log2(top)) + levels * 2.0 ** math.ceil(math.log2(max(members, 1)))
+    counted = held * COUNT_INSTRUCTIONS + (1 + levels) * config.num_warps * COUNT_OVERHEAD
     return _moved(
-        p.m * parts, 4.0 * each, TOPK_WARPS, counted + each * SCAN_INSTRUCTIONS, ramps=8 if parts == 1 else 16
-    )
+        p.m, 4.0 * (top + levels * members + streamed), config.num_warps, counted + streamed * SCAN_INSTRUCTIONS,
+        ramps=6 + 5 * levels,
+    )  # fmt: skip
 
 
 def _logits(problem: IndexLogitsProblem, config: Any, arch: str, resources: Resources | None) -> Work:
@@ -510,8 +515,8 @@ def _wgmma_us(p: GemmProblem, config: Any, machine: Machine) -> float:
     compute = units * resident * _norm(mma, chain, issue) / clock
     ingest = (units * 64 * 64 * NVFP4_BYTES + k * tokens * a_bytes / c.share) * resident / 150e3
     if c.reduces:
-        through = c.groups_k * tokens * c.tile_n / 1e4 * (1.5 if c.split > 1 else 1.0)
-        leave = 1.5 * through + (1.8 if c.split > 1 else 0.0)
+        through = c.groups_k * tokens * c.tile_n / 1e4
+        leave = 0.6 + 0.8 * through if c.split > 1 else 1.5 * through  # split: fitted to 1,600 timings
     else:
         leave = 1.75 + 0.3 * tokens * c.tile_n / 1e4
     if c.tail > 1 and 0 < ctas % (sms * c.blocks) <= sms * c.blocks // 2:
@@ -535,7 +540,7 @@ def _wgmma_habits(c: Any, one_wave: bool) -> float:
     factor *= 1.07 if c.paired == 2 and c.tile_m <= 128 else 1.0
     factor *= 0.95 if c.ahead and c.tile_m <= 128 else 1.0  # 210 timings of both
     factor *= 1.07 if c.share == 2 and one_wave and c.split == 1 else 1.0
-    factor *= 1.07 if c.groups_k > 1 else 1.0
+    factor *= 1.07 if c.groups_k > 1 and c.split == 1 else 1.0
     factor *= (1.1 if c.tile_m == 192 else 0.88) if c.groups == 1 else 1.0
     return float(factor)
 

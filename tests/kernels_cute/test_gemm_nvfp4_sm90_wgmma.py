@@ -25,6 +25,9 @@ WIDE = Config(tile_m=256, tile_k=64)
 CONFIGS = [
     SMALL,
     Config(tile_m=8, groups_n=2, stages=2, tile_k=256),
+    Config(tile_m=8, groups_n=1, groups_k=4, warps=3, stages=8),
+    Config(tile_m=16, groups_n=1, groups_k=2, warps=2, tile_k=256, stages=4, blocks=2),
+    Config(tile_m=16, groups_n=1, warps=3, stages=3, split=2),
     Config(tile_m=16, groups_n=1, groups_k=4, stages=8, split=2),
     Config(tile_m=16, groups_n=1, strips=2, tile_k=64, share=2, split=2),
     Config(tile_m=32, groups_n=1, stages=3, share=2),
@@ -59,6 +62,10 @@ CONFIGS = [
         (BIG, Config(groups_n=1, groups_k=4, stages=4), "4 stages: 4 warpgroups hold 1 each"),
         (BIG, Config(groups_n=1, groups_k=2, stages=3), "stages=3 is not a multiple of 2"),
         (BIG, Config(share=4), "share=4 is none of 1, 2"),
+        (BIG, Config(groups_n=1, groups_k=2, warps=3), "warps=3 is for 16 tokens, and groups_n"),
+        (BIG, Config(tile_m=8, groups_n=2, groups_k=2, warps=2), "warps=2 is for 16 tokens, and groups_n"),
+        (BIG, Config(tile_m=8, groups_n=1, warps=3), "warps=3 is for sums that are reduced"),
+        (BIG, Config(tile_m=8, groups_n=1, groups_k=2, warps=3, tile_k=64), "and tile_k of 128 or more"),
         (BIG, Config(tile_m=8, share=2), "not shared by 2 CTAs"),
         (replace(BIG, k=512), Config(split=3), "too little for the last of 3 parts"),
         (replace(BIG, k=512), Config(groups_k=2, split=4), "too little for the last of 4 parts of 2 warpgroups"),
@@ -174,7 +181,8 @@ def test_in_the_emulator(config, schedule, monkeypatch):
     rounds = max(2, -(-config.stages * config.tile_k // step))
     k = rounds * step if config.split == 1 else 2 * step - config.tile_k * config.paired
     tiles = 1 if config.split > 1 else 2
-    problem = Problem(m=tiles * config.tile_m - 3, n=config.tile_n * tiles + 64, k=k, out="fp32", segments=2)
+    n = -(-config.tile_n * tiles // 64) * 64 + 64
+    problem = Problem(m=tiles * config.tile_m - 3, n=n, k=k, out="fp32", segments=2)
     case = testing.case(problem, "cpu", 1)
     with emulate("sm_90a", schedule=schedule):
         case.run(kernel, config)
