@@ -12,7 +12,7 @@ from kernels_triton import permute, permute_small
 from .checks import configs
 
 BOTH = [permute, permute_small]
-SMALL = permute.Config(block_s=512, chunk=64, num_warps=4)
+SMALL = permute.Config(block_s=128, summed=16, num_warps=4)
 LARGE = permute_small.Config(block_s=64, num_warps=8)
 
 
@@ -107,7 +107,13 @@ def test_few_slots_take_one_launch():
         (permute_small, PermuteProblem(m=1, topk=1, experts=4097), None, "experts=4097 is over 4096"),
         (permute, PermuteProblem(m=1, topk=1, experts=2048), None, "experts=2048 is over 2047"),
         (permute, PermuteProblem(m=2**30, topk=2, experts=4), None, "do not fit into int32"),
-        (permute, PermuteProblem(m=1, topk=1, experts=4), permute.Config(chunk=256), "256 numbers a thread at a time"),
+        (
+            permute,
+            PermuteProblem(m=1, topk=1, experts=4),
+            permute.Config(block_s=1024, num_warps=4),
+            "64 pairs a thread at a time",
+        ),
+        (permute, PermuteProblem(m=1, topk=1, experts=2047), permute.Config(), "256 counts a thread at a time"),
     ],
 )
 def test_refusals(kernel, problem, config, message):

@@ -12,7 +12,7 @@ import triton
 import ptx_emulator
 from fp4suite import built, reference, testing
 from fp4suite.problem import PermuteProblem, RouteProblem
-from kernels_triton import host, permute, permute_small, route
+from kernels_triton import permute, permute_small, route
 
 
 def launch(b: built.Built, programs: int, num_warps: int, *args: object) -> None:
@@ -42,26 +42,27 @@ def test_route(config, pool):
     testing.assert_same_bytes(torch.from_numpy(weights), want[1], "weights")
 
 
-def counting(config: permute.Config, bins: int) -> built.Built:
-    types = {"ids_ptr": "*i32", "counts_ptr": "*i32", "slots": "i32", "E": "i32"}
-    constants = {"BINS": bins, "BLOCK": config.block_s}
-    return host.build(permute._count, types, constants, "sm_90a", config.num_warps, unaligned=("slots", "E"))
+def parts_of_permute(p: PermuteProblem, config: permute.Config) -> list[built.Built]:
+    return [permute.build_part(kernel, p, config, "sm_90a") for kernel in (permute._count, permute._place)]
 
 
 @pytest.mark.parametrize("kernel", [permute, permute_small], ids=lambda k: k.__name__)
 def test_permute(kernel, pool):
-    """Chunks of fewer slots than a program has threads: no slot may be counted twice."""
+    """Fewer slots a block than a program that places has threads: none may be counted twice."""
     experts, bins = 40, 64
     ids = testing.random_choices(100, 6, experts, torch.Generator().manual_seed(0))
     n, flat = ids.numel(), ids.view(-1).numpy()
     p, sizes = PermuteProblem(m=100, topk=6, experts=experts), (np.int32(n), np.int32(experts))
     order, offsets = np.full(n, -7, np.int32), np.full(experts + 1, -7, np.int32)
     if kernel is permute:
-        config = permute.Config(block_s=512, chunk=64, num_warps=4)
-        counts = np.full((2, bins), -7, np.int32)
-        launch(pool.submit(counting, config, bins).result(), 2, config.num_warps, flat, counts, *sizes)
-        b = pool.submit(permute.build, p, config, "sm_90a").result()
-        launch(b, 2, config.num_warps, flat, counts, order, offsets, sizes[0], np.int32(2), sizes[1])
+        config = permute.Config(block_s=128, summed=16, num_warps=4)
+        blocks = triton.cdiv(n, config.block_s)
+        counts, ranks = (np.full((blocks, size), -7, np.int16) for size in (bins, config.block_s))
+        keys = np.full((blocks, config.block_s), -7, np.int32)
+        count, place = pool.submit(parts_of_permute, p, config).result()
+        launch(count, blocks, config.num_warps, flat, counts, keys, ranks, *sizes)
+        operands = counts, keys, ranks, order, offsets, sizes[0], np.int32(blocks), sizes[1]
+        launch(place, blocks, config.place_warps, *operands)
     else:
         small = permute_small.Config(block_s=64, num_warps=8)
         b = pool.submit(permute_small.build, p, small, "sm_90a").result()
