@@ -5,10 +5,12 @@
     h = post(moe(norm(pre(h))), h)            ... for each layer
     logits = head(norm(fold(h)))
 
+The post of a site and the pre of the next, of the next layer too, are one op: the streams are read and written once.
 One `forward` serves prefill, chunked prefill, decode and any mix of them: `cache.prepare` makes the batch.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,14 @@ from .cache import Batch, KVCache, LayerCache
 from .config import ModelConfig
 from .linear import ActFormat, AnyWeight, Build, Weight, WeightFormat
 from .moe import MoE
+
+
+class Site(NamedTuple):
+    """An attention's or an MoE's output y [tokens, hidden], and what `hyper_connection_post` closes it with."""
+
+    y: Tensor
+    post: Tensor
+    comb: Tensor
 
 
 class Transformer(nn.Module):
@@ -61,9 +71,10 @@ class Transformer(nn.Module):
         """Residual streams after the last layer, [tokens, streams, hidden]."""
         x = self.embedding(batch.token_ids)  # [tokens, hidden]
         h = x[:, None].expand(-1, self.config.hc_mult, -1).contiguous()  # [tokens, streams, hidden]
+        last: Site | None = None
         for layer, layer_cache in zip(self.layers, cache.layers, strict=False):  # draft blocks' caches come last
-            h = layer(h, batch, layer_cache)
-        return h
+            h, last = layer(h, last, batch, layer_cache)
+        return h if last is None else ops.hyper_connection_post(last.y, h, last.post, last.comb)
 
     def logits(self, h: Tensor) -> Tensor:
         """Streams [tokens, streams, hidden] -> FP32 [tokens, vocab]."""
@@ -142,25 +153,25 @@ class Layer(nn.Module):
         self.ffn_norm = build.vector(d)
         self.ffn = MoE(config, layer, build.child("ffn"))
 
-    def forward(self, h: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        """h: [tokens, streams, hidden] -> the same."""
-        x, post, comb = self._pre(h, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, self.attn_norm)
-        h = ops.hyper_connection_post(self.attn(x, batch, cache), h, post, comb)
-        x, post, comb = self._pre(h, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, self.ffn_norm)
-        return ops.hyper_connection_post(self.ffn(x, batch.token_ids), h, post, comb)
+    def forward(self, h: Tensor, last: Site | None, batch: Batch, cache: LayerCache) -> tuple[Tensor, Site]:
+        """h: streams [tokens, streams, hidden]; last: the site that is yet to be closed on them. Returns the same."""
+        h, x, *closing = self._enter(h, last, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale, self.attn_norm)
+        last = Site(self.attn(x, batch, cache), *closing)
+        h, x, *closing = self._enter(h, last, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale, self.ffn_norm)
+        return h, Site(self.ffn(x, batch.token_ids), *closing)
 
-    def _pre(self, h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The site's normed input [tokens, hidden], and what `hyper_connection_post` closes it with."""
-        config = self.config
-        return ops.hyper_connection_pre(
-            h,
-            fn,
-            base,
-            scale,
-            norm,
-            norm_eps=config.rms_norm_eps,
-            eps=config.hc_eps,
-            iterations=config.hc_sinkhorn_iters,
+    def _enter(
+        self, h: Tensor, last: Site | None, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The streams after the last site; the next one's normed input [tokens, hidden], post and comb."""
+        norm_eps, eps, iterations = self.config.rms_norm_eps, self.config.hc_eps, self.config.hc_sinkhorn_iters
+        if last is None:
+            return h, *ops.hyper_connection_pre(
+                h, fn, base, scale, norm, norm_eps=norm_eps, eps=eps, iterations=iterations
+            )
+        closed = (last.y, h, last.post, last.comb)
+        return ops.hyper_connection_post_pre(
+            *closed, fn, base, scale, norm, norm_eps=norm_eps, eps=eps, iterations=iterations
         )
 
 
@@ -185,7 +196,8 @@ class DraftBlock(Layer):
         norm_eps, eps = self.config.rms_norm_eps, self.config.hc_eps
         e = self.e_proj(by_token.each(lambda x: rms_norm(x, self.enorm, norm_eps), embedded))  # [tokens, hidden]
         h = e[:, None] + self.h_proj(by_token.each(lambda x: rms_norm(x, self.hnorm, norm_eps), h))
-        h = super().forward(h, batch, cache)
+        h, last = super().forward(h, None, batch, cache)
+        h = ops.hyper_connection_post(last.y, h, last.post, last.comb)
         y = ops.hyper_connection_head(
             h, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.norm, norm_eps=norm_eps, eps=eps
         )

@@ -174,6 +174,12 @@ def _patched(name: str) -> tuple[str, Callable[..., object]]:
         order = [*range(n, 2 * n), *range(n), *range(2 * n, len(base))]
         return real["hyper_connection_pre"](h, fn[order], base[order], scale, *rest, **how)
 
+    def closed_by(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[str, Callable[..., object]]:
+        def post_pre(y: Tensor, h: Tensor, post: Tensor, comb: Tensor, *rest: object, **how: object) -> object:
+            return real["hyper_connection_post_pre"](y, h, *change(post, comb), *rest, **how)
+
+        return "hyper_connection_post_pre", post_pre
+
     def weights_from_bias(logits: Tensor, **how):
         ids, weights = real["route"](logits, **how)
         if how["bias"] is not None:
@@ -207,18 +213,9 @@ def _patched(name: str) -> tuple[str, Callable[..., object]]:
         "window only": ("sparse_attention", lambda q, c, i, k, s: real["sparse_attention"](q, c[:1], i[:1], k, s)),
         "q not normed": ("qnorm_rope", lambda q, p, t, eps: real["qnorm_rope"](q, p, t, eps) * q.std()),
         "q turned at the next position": ("qnorm_rope", lambda q, p, t, eps: real["qnorm_rope"](q, p + 1, t, eps)),
-        "comb not transposed": (
-            "hyper_connection_post",
-            lambda y, h, post, comb: real["hyper_connection_post"](y, h, post, comb.transpose(1, 2)),
-        ),
-        "post without its factor 2": (
-            "hyper_connection_post",
-            lambda y, h, post, comb: real["hyper_connection_post"](y, h, post / 2, comb),
-        ),
-        "post with epsilon": (
-            "hyper_connection_post",
-            lambda y, h, post, comb: real["hyper_connection_post"](y, h, post + 0.02, comb),
-        ),
+        "comb not transposed": closed_by(lambda post, comb: (post, comb.transpose(1, 2))),
+        "post without its factor 2": closed_by(lambda post, comb: (post / 2, comb)),
+        "post with epsilon": closed_by(lambda post, comb: (post + 0.02, comb)),
         "pre and post swapped": ("hyper_connection_pre", pre_with_pre_and_post_swapped),
         "weights from biased scores": ("route", weights_from_bias),
         "bias unused": ("route", lambda logits, **how: real["route"](logits, **(how | {"bias": None}))),
