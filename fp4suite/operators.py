@@ -384,7 +384,7 @@ def _index_logits(
     (m, heads, _), (sequences, pages) = q.shape, block_table.shape
     problem = IndexLogitsProblem(
         m=m, entries=_bucket(pages * page_size), format=format, sequences=int(sequences != m), heads=heads,
-        head_dim=head_dim, page_size=page_size, x=dtype_name(q, "q"),
+        head_dim=head_dim, page_size=page_size, x="fp8" if q.dtype == torch.float8_e4m3fn else dtype_name(q, "q"),
     )  # fmt: skip
     choice = dispatch.choose("index_logits", problem, q.device)
     if choice.is_reference:

@@ -529,7 +529,10 @@ def index_logits(
     ratio: int,
     scale: float,
 ) -> Tensor:
-    """Float32 [tokens, pages * page_size] scores of the block table's entries, -inf where not visible."""
+    """Float32 [tokens, pages * page_size] scores of the block table's entries, -inf where not visible.
+
+    q in float8_e4m3fn, for keys in fp8 alone, is multiplied as it is: the scale of a head belongs into its weight.
+    """
     return _ops.index_logits(
         q, weights, cache.data, cache.format, cache.page_size, cache.head_dim,
         block_table, positions, sequence_ids, ratio, scale,

@@ -16,7 +16,7 @@ Act = Literal["bf16", "nvfp4", "fp8"]  # the format of a GEMM's activations
 ACTS: tuple[Act, ...] = ("bf16", "nvfp4", "fp8")
 RouteChoice = Literal["score", "bias", "table"]
 ROUTE_CHOICES: tuple[RouteChoice, ...] = ("score", "bias", "table")
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+ELEMENT_BYTES = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

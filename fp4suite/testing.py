@@ -23,6 +23,7 @@ from torch import Tensor
 from . import layouts, reference
 from .formats import (
     BLOCK,
+    E4M3_MAX,
     FP8RowTensor,
     IndexCache,
     IndexFormat,
@@ -492,6 +493,7 @@ def assert_index_logits_close(
 
     Bound: (d / 16 + 16 + heads) * 2^-23 * scale * sum over heads of |weight| sum |q k|. A product is summed in FP32
     that the tensor core truncates once a step of 16, as in `assert_gemm_close`; then heads are added up in FP32.
+    q in E4M3 adds 2^-11: FP8 tensor cores of sm_90 keep 13 bits of a sum's largest term.
     """
     d, heads = q.shape[2], q.shape[1]
     want = torch.zeros(got.shape, dtype=torch.float64, device=got.device)
@@ -503,7 +505,7 @@ def assert_index_logits_close(
     hidden = torch.arange(got.shape[1], device=got.device) >= limits[:, None]
     if not torch.equal(got == -torch.inf, hidden):
         raise AssertionError("what is -inf is not what cannot be seen")
-    room = size * (d / 16 + 16 + heads) * 2.0**-23
+    room = size * ((d / 16 + 16 + heads) * 2.0**-23 + (2.0**-11 if q.dtype == torch.float8_e4m3fn else 0.0))
     _assert_within(got.masked_fill(hidden, 0), want.masked_fill(hidden, 0), room)
 
 
@@ -522,8 +524,11 @@ def _index_logits_case(p: IndexLogitsProblem, gen: torch.Generator) -> Case:
     block_table = torch.stack(
         [torch.randperm(stored, generator=gen, device=device)[:pages] for _ in range(p.sequence_count)]
     ).int()
-    q = random_activations((p.m, p.heads, p.head_dim), gen, TORCH_DTYPES[p.x])
+    q = random_activations((p.m, p.heads, p.head_dim), gen, TORCH_DTYPES.get(p.x, torch.float32))
     weights = torch.randn(p.m, p.heads, generator=gen, device=device)
+    if p.x == "fp8":  # of a head the largest is 448; what it was is in the weight
+        step = q.abs().amax(-1).clamp_min(1e-20) / E4M3_MAX
+        q, weights = (q / step[..., None]).to(torch.float8_e4m3fn), weights * step
     sequence_ids = (torch.arange(p.m, device=device) * p.sequence_count // max(p.m, 1)).int()
     back = torch.arange(p.m - 1, -1, -1, device=device) % max(1, p.m // p.sequence_count)
     positions = (p.entries * ratio - 1 - back).clamp(min=0).int()

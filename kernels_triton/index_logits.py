@@ -7,7 +7,8 @@ keys read once (132 bytes in fp8) and 4 bytes written a score.
 
 One program block_n entries and block_m consecutive queries. Keys are loaded and decoded once for each run of queries
 of one sequence; q, weights and products pass query by query. Operands are BF16 where q is, which holds keys of every
-format but fp32 exactly, under the power of two that fp8 has for a row, which is applied to the sum; else FP32.
+format but fp32 exactly, under the power of two that fp8 has for a row, which is applied to the sum; E4M3 where q and
+the keys are, at twice the rate; else FP32.
 """
 
 from dataclasses import dataclass, replace
@@ -47,8 +48,10 @@ PLAIN = {"block_n": 32, "num_warps": 8, "num_stages": 2}  # without tensor cores
 def supports(problem: IndexLogitsProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
     p = problem
-    if p.x not in ("bf16", "fp32"):
-        return f"q in {p.x}: only bf16 and fp32 are multiplied"
+    if p.x not in ("bf16", "fp32", "fp8"):
+        return f"q in {p.x}: only fp8, bf16 and fp32 are multiplied"
+    if p.x == "fp8" and p.format != "fp8":
+        return f"q in fp8, keys in {p.format}: both have to be"
     if p.head_dim % 16 or (p.format == "mxfp4" and p.head_dim % 32):
         return f"head_dim={p.head_dim} is not a multiple of {32 if p.format == 'mxfp4' else 16}"
     if not 1 <= p.heads <= 128:
@@ -75,7 +78,9 @@ def effective(config: Config, fp32: bool) -> Config:
 
 
 def default(problem: IndexLogitsProblem) -> Config:
-    """Single queries where each has a sequence of its own."""
+    """Single queries where each has a sequence of its own; larger blocks in FP8, which L2 would keep waiting for q."""
+    if problem.x == "fp8" and problem.m >= 512:
+        return Config(block_m=32, block_n=256, num_warps=8)
     return Config(block_m=1 if problem.m <= problem.sequence_count else 8 if problem.m < 512 else 16)
 
 
@@ -94,8 +99,8 @@ def in_arithmetic(problem: IndexLogitsProblem, wanted: str) -> Config:
 
 @triton.jit
 def _load_keys(
-    cache_ptr, slots, FORMAT: tl.constexpr, FP32: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
+    cache_ptr, slots, FORMAT: tl.constexpr, FP32: tl.constexpr, FP8: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Keys [N, D] at slots [N] (zeros where negative), and what their products are to be multiplied by [N]."""
@@ -116,11 +121,14 @@ def _load_keys(
         if FP32 or not CVT:  # the interpreter multiplies in FP32
             keys = widen(keys)
     elif FORMAT == "fp8":
-        byte = tl.load(cache_ptr + rows[:, None] + cols[None, :], mask=inside, other=0)
-        if CVT:
+        at = cache_ptr + rows[:, None] + cols[None, :]
+        if CVT and FP8:  # no bytes that become numbers: those would go to the tensor core through registers
+            keys = tl.load(at.to(tl.pointer_type(tl.float8e4nv), bitcast=True), mask=inside, other=0.0)
+        elif CVT:
+            byte = tl.load(at, mask=inside, other=0)
             keys = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32 if FP32 else tl.bfloat16)
         else:
-            keys = e4m3_to_f32(byte)
+            keys = e4m3_to_f32(tl.load(at, mask=inside, other=0))
         # of four bytes, which need not be aligned
         word = tl.arange(0, 4)[None, :]
         parts = tl.load(cache_ptr + scales[:, None] + word, mask=there[:, None], other=0).to(tl.int32)
@@ -143,10 +151,10 @@ def _load_keys(
 @triton.jit(do_not_specialize=["TOKENS"])
 def _index_logits(
     q_ptr, stride_m, stride_h, weights_ptr, stride_w, cache_ptr, table_ptr, stride_table, positions_ptr,
-    sequence_ids_ptr, ratio, scale, out_ptr, TOKENS, ENTRIES, HEADS, FORMAT: tl.constexpr, FP32: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr,
-    PAGE_BYTES: tl.constexpr, TENSOR_MEMORY: tl.constexpr, BLOCK_M: tl.constexpr, N: tl.constexpr, H: tl.constexpr,
-    D: tl.constexpr,
+    sequence_ids_ptr, ratio, scale, out_ptr, TOKENS, ENTRIES, FORMAT: tl.constexpr, FP32: tl.constexpr,
+    FP8: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, TENSOR_MEMORY: tl.constexpr, BLOCK_M: tl.constexpr,
+    N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     entries = tl.program_id(1) * N + tl.arange(0, N)
     heads, cols = tl.arange(0, H), tl.arange(0, D)
@@ -156,6 +164,7 @@ def _index_logits(
     sequences = tl.load(sequence_ids_ptr + group, mask=group < end, other=-1)
     visible = (tl.load(positions_ptr + group, mask=group < end, other=-1) + 1) // ratio
     q_at = heads.to(tl.int64)[:, None] * stride_h + cols[None, :]
+    WHOLE: tl.constexpr = HEADS == H and HEAD_DIM == D
     q_inside = (heads < HEADS)[:, None] & (cols < HEAD_DIM)[None, :]
     while first < end:
         sequence = tl.load(sequence_ids_ptr + first)
@@ -167,24 +176,29 @@ def _index_logits(
             page = tl.load(pages + entries // PAGE_SIZE, mask=seen, other=-1)
             slots = tl.where(page >= 0, page * PAGE_SIZE + entries % PAGE_SIZE, -1)
             keys, factor = _load_keys(
-                cache_ptr, slots, FORMAT, FP32, HEAD_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, N, D
+                cache_ptr, slots, FORMAT, FP32, FP8, HEAD_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, N, D
             )
             factor = factor * scale
             for token in range(first, stop):
                 # int64 before the multiply: a long batch passes 2**31 elements
                 row = token + tl.zeros([1, 1], tl.int64)
-                q = tl.load(q_ptr + row * stride_m + q_at, mask=q_inside, other=0.0)
-                w = widen(
-                    tl.load(weights_ptr + row * stride_w + heads[None, :], mask=heads[None, :] < HEADS, other=0.0)
-                )
-                if FP32 or not CVT:
+                if WHOLE:
+                    q = tl.load(q_ptr + row * stride_m + q_at)
+                    w = tl.load(weights_ptr + row * stride_w + heads[None, :])
+                else:
+                    q = tl.load(q_ptr + row * stride_m + q_at, mask=q_inside, other=0.0)
+                    w = tl.load(weights_ptr + row * stride_w + heads[None, :], mask=heads[None, :] < HEADS, other=0.0)
+                w = widen(w)
+                limit = (tl.load(positions_ptr + token) + 1) // ratio
+                if FP8 and not CVT:
+                    dots = tl.dot(keys, tl.trans(e4m3_to_f32(q.to(tl.uint8, bitcast=True))), input_precision="ieee")
+                elif FP32 or not CVT:
                     dots = tl.dot(keys, tl.trans(widen(q)), input_precision="ieee")  # [N, H]
                 else:
                     dots = tl.dot(keys, tl.trans(q))
                 if TENSOR_MEMORY:  # all warps have read the products before one begins those of the next query
                     tl.debug_barrier()
                 score = tl.sum(tl.maximum(dots, 0.0) * w, axis=1) * factor
-                limit = (tl.load(positions_ptr + token) + 1) // ratio
                 score = tl.where(entries < limit, score, float("-inf"))
                 at = out_ptr + (token + tl.zeros([1], tl.int64)) * ENTRIES + entries
                 tl.store(at, score, mask=entries < ENTRIES)
@@ -207,29 +221,31 @@ def launch(
     out: Tensor,
     config: Config,
 ) -> None:
-    """q [m, heads, head_dim] and weights [m, heads], dims and heads contiguous -> out FP32 [m, entries], contiguous."""
+    """q [m, heads, head_dim] and weights [m, heads], dims and heads contiguous -> out FP32 [m, entries], contiguous.
+
+    q in float8_e4m3fn has no scale: that of a head belongs into its weight.
+    """
     (m, heads, _), entries = q.shape, out.shape[1]
     if m == 0 or entries == 0:
         return
     fp32 = cache.format == "fp32" or q.dtype == torch.float32
     config = effective(config, fp32)
-    constants = _constants(cache, heads, fp32, archs.of(q.device), config)
+    constants = _constants(cache, heads, fp32, q.dtype == torch.float8_e4m3fn, archs.of(q.device), config)
     operands = (q, q.stride(0), q.stride(1), weights, host.row_stride(weights), cache.data, block_table)
-    sizes = (host.row_stride(block_table), positions, sequence_ids, ratio, scale, out, m, entries, heads)
+    sizes = (host.row_stride(block_table), positions, sequence_ids, ratio, scale, out, m, entries)
     grid = (triton.cdiv(m, config.block_m), triton.cdiv(entries, constants["N"]))
-    _index_logits[grid](
-        *operands, *sizes, **constants, num_warps=config.num_warps, num_stages=config.num_stages, **host.OPTIONS
-    )
+    _index_logits[grid](*operands, *sizes, **constants, **_options(constants, config))
 
 
 def warm(problem: IndexLogitsProblem, config: Config) -> None:
     """Compile for the current device what launches of `problem` need."""
     p = problem
-    q = torch.zeros(1, p.heads, p.head_dim, dtype=host.DTYPES[p.x], device="cuda")
+    dtype = torch.float8_e4m3fn if p.x == "fp8" else host.DTYPES[p.x]
+    q = torch.zeros(1, p.heads, p.head_dim, dtype=dtype, device="cuda")
     nothing = torch.zeros(1, dtype=torch.int32, device="cuda")
     pages = triton.cdiv(p.entries, p.page_size)
-    table, out = nothing[None].expand(1, pages).contiguous(), q.new_zeros(1, pages * p.page_size, dtype=torch.float32)
-    weights = torch.zeros(1, p.heads, device="cuda")
+    table = nothing[None].expand(1, pages).contiguous()
+    out, weights = torch.zeros(1, pages * p.page_size, device="cuda"), torch.zeros(1, p.heads, device="cuda")
     launch(q, weights, _cache(p, "cuda"), table, nothing, nothing - 1, 4, 1.0, out, config)
 
 
@@ -242,15 +258,14 @@ def build(problem: IndexLogitsProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU."""
     p = problem
     config = effective(config, in_fp32(p))
-    types = {"q_ptr": f"*{p.x}", "stride_m": "i32", "stride_h": "i32", "weights_ptr": "*fp32", "stride_w": "i32"}
+    types = {"q_ptr": "*fp8e4nv" if p.x == "fp8" else f"*{p.x}", "stride_m": "i32", "stride_h": "i32"}
+    types |= {"weights_ptr": "*fp32", "stride_w": "i32"}
     types |= {"cache_ptr": "*u8", "table_ptr": "*i32", "stride_table": "i32", "positions_ptr": "*i32"}
     types |= {"sequence_ids_ptr": "*i32", "ratio": "i32", "scale": "fp32", "out_ptr": "*fp32"}
-    types |= {"TOKENS": "i32", "ENTRIES": "i32", "HEADS": "i32"}
-    constants = _constants(_cache(p, "cpu"), p.heads, in_fp32(p), arch, config)
+    types |= {"TOKENS": "i32", "ENTRIES": "i32"}
+    constants = _constants(_cache(p, "cpu"), p.heads, in_fp32(p), p.x == "fp8", arch, config)
     unaligned = ("stride_table", "ratio", "TOKENS")
-    return host.build(
-        _index_logits, types, constants, arch, config.num_warps, unaligned=unaligned, num_stages=config.num_stages
-    )
+    return host.build(_index_logits, types, constants, arch, unaligned=unaligned, **_options(constants, config))
 
 
 def _cache(p: IndexLogitsProblem, device: str) -> IndexCache:
@@ -258,11 +273,13 @@ def _cache(p: IndexLogitsProblem, device: str) -> IndexCache:
     return IndexCache(data.to(device), p.format, p.page_size, p.head_dim)
 
 
-def _constants(cache: IndexCache, heads: int, fp32: bool, arch: str, config: Config) -> dict[str, Any]:
+def _constants(cache: IndexCache, heads: int, fp32: bool, fp8: bool, arch: str, config: Config) -> dict[str, Any]:
     layout = cache.layout
     return {
         "FORMAT": cache.format,
         "FP32": fp32,
+        "FP8": fp8,
+        "HEADS": heads,
         "HEAD_DIM": cache.head_dim,
         "PAGE_SIZE": cache.page_size,
         "ROW_BYTES": layout.row_bytes,
@@ -274,3 +291,12 @@ def _constants(cache: IndexCache, heads: int, fp32: bool, arch: str, config: Con
         "H": max(16, triton.next_power_of_2(heads)),
         "D": max(16, triton.next_power_of_2(cache.head_dim)),
     }
+
+
+def _options(constants: dict[str, Any], config: Config) -> dict[str, Any]:
+    # bits are not the reference's anyhow: a product with a weight and the sum over heads are one FFMA
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if constants["FP8"] and not constants["TENSOR_MEMORY"]:
+        # left alone it takes 155: one program of eight warps an SM, whose tensor cores wait while it adds up heads
+        options["maxnreg"] = 128 if config.num_warps >= 8 else 160
+    return options

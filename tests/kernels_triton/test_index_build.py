@@ -52,17 +52,22 @@ def test_index_topk(entries, pool):
         assert b.shared_bytes <= 4096, arch
 
 
-@pytest.mark.parametrize("format", ["fp8", "mxfp4", "bf16"])
-def test_index_logits_uses_tensor_cores(format, pool):
-    problem = IndexLogitsProblem(m=4096, entries=8192, format=format)
+@pytest.mark.parametrize(("format", "x"), [("fp8", "fp8"), ("fp8", "bf16"), ("mxfp4", "bf16"), ("bf16", "bf16")])
+def test_index_logits_uses_tensor_cores(format, x, pool):
+    problem = IndexLogitsProblem(m=4096, entries=8192, format=format, x=x)
     configs = [
-        index_logits.Config(block_m=m, block_n=n, num_warps=n // 32) for m, n in ((1, 128), (16, 128), (16, 256))
+        index_logits.Config(block_m=m, block_n=n, num_warps=n // 32)
+        for m, n in ((1, 128), (8, 128), (32, 256) if x == "fp8" else (16, 128))
     ]
     assert index_logits.default(problem) in configs
     jobs = [(index_logits, problem, c, arch) for c in configs for arch in ARCHS]
     for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
         assert index_logits.supports(problem, config) is None
         assert built.resources(b).refusal(arch) is None, (config, arch)
+        if (x, arch) == ("fp8", "sm_90a"):
+            assert "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3" in b.ptx, config
+            assert built.resources(b).registers <= 160, config
+            assert built.resources(b).registers <= 128 or config.num_warps < 8, config
         assert ("wgmma.mma_async" if arch == "sm_90a" else "tcgen05.mma") in b.ptx, (config, arch)
         # queries on their way while one is multiplied: not where a barrier stands between
         assert ("cp.async" in b.ptx) == (arch == "sm_90a"), (config, arch)

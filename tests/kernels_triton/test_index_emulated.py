@@ -72,15 +72,15 @@ def test_index_topk(arch, held, pool):
     case.check()
 
 
-@pytest.mark.parametrize("format", ["fp8", "mxfp4"])
+@pytest.mark.parametrize(("format", "x"), [("fp8", "fp8"), ("fp8", "bf16"), ("mxfp4", "bf16")])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_index_logits(arch, format, pool):
-    problem = IndexLogitsProblem(m=5, entries=192, format=format, sequences=2, heads=64)
+def test_index_logits(arch, format, x, pool):
+    problem = IndexLogitsProblem(m=5, entries=192, format=format, sequences=2, heads=64, x=x)
     config = index_logits.Config(block_m=4)
     case = testing.case(problem, "cpu", 1)
     case.poison()
     q, weights, cache, table, positions, ids, ratio, scale = case.operands
     args = (q, q.stride(0), q.stride(1), weights, weights.stride(0), cache.data, table, table.stride(0), positions, ids)
-    args += (ratio, scale, case.out, 5, 192, 64)
+    args += (ratio, scale, case.out, 5, 192)
     emulate(pool, index_logits, problem, config, arch, (2, 2), args)
     case.check()

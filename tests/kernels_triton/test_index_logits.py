@@ -36,7 +36,9 @@ class Step:
         table = torch.randperm(24, generator=g).view(3, 8)
         table[1, 2] = table[2, 7] = -1
         self.page, self.seen = page, torch.tensor([33, *range(22, 29), 0, 1, 16, 17, 40, 40, 40])
-        q = testing.random_activations((15, heads, d), g, testing.TORCH_DTYPES[dtype])
+        q = testing.random_activations((15, heads, d), g, testing.TORCH_DTYPES.get(dtype, torch.float32))
+        if dtype == "fp8":
+            q = (q * (448 / q.abs().amax(-1, keepdim=True))).to(torch.float8_e4m3fn)
         self.q, self.weights = q.to(device), torch.randn(15, heads, generator=g).to(device)
         self.table = table.int().to(device)
         self.positions = (3 * self.seen + 1).int().to(device)
@@ -72,11 +74,18 @@ def test_every_format_and_type(format, dtype, device):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want[want > -INF].abs().max()))
 
 
+@pytest.mark.parametrize(("heads", "d"), [(6, 32), (64, 128)])
+def test_queries_in_fp8(heads, d, device):
+    step = Step(device, "fp8", heads=heads, d=d, dtype="fp8")
+    step.check(step.run(SMALL))
+
+
 @pytest.mark.parametrize("block_m", [1, 2, 16])
 @pytest.mark.parametrize("block_n", [16, 64])
-def test_blocks_of_any_size(block_m, block_n, device):
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_blocks_of_any_size(dtype, block_m, block_n, device):
     """Runs that end inside of a block, blocks that nobody sees, ragged ends; other ratios."""
-    step, config = Step(device, "fp8"), kernel.Config(block_m=block_m, block_n=block_n, num_warps=1)
+    step, config = Step(device, "fp8", dtype=dtype), kernel.Config(block_m=block_m, block_n=block_n, num_warps=1)
     step.check(step.run(config))
     step.check(step.run(config, ratio=7), ratio=7)
 
@@ -113,9 +122,9 @@ def test_strides_and_nothing(device):
 
 
 def test_cases_of_the_tuner(device):
-    for m, sequences in ((5, 5), (9, 1)):
+    for m, sequences, x in ((5, 5, "bf16"), (9, 1, "bf16"), (9, 1, "fp8")):
         problem = IndexLogitsProblem(
-            m=m, entries=40, format="fp8", sequences=sequences, heads=5, head_dim=32, page_size=8
+            m=m, entries=40, format="fp8", sequences=sequences, heads=5, head_dim=32, page_size=8, x=x
         )
         c = testing.case(problem, device)
         c.run(kernel, SMALL)
@@ -147,7 +156,9 @@ def test_refusals():
 
     usual = kernel.Config()
     assert why(usual) is None
-    assert why(usual, x="fp16") == "q in fp16: only bf16 and fp32 are multiplied"
+    assert why(usual, x="fp16") == "q in fp16: only fp8, bf16 and fp32 are multiplied"
+    assert why(usual, x="fp8") is None
+    assert why(usual, x="fp8", format="mxfp4") == "q in fp8, keys in mxfp4: both have to be"
     assert why(usual, head_dim=48, format="mxfp4") == "head_dim=48 is not a multiple of 32"
     assert why(usual, heads=129) == "heads=129: a program holds up to 128"
     assert why(kernel.Config(block_n=64, num_warps=8)) == "block_n=64 is less than 16 entries a warp: num_warps=8"
@@ -157,8 +168,8 @@ def test_refusals():
 @pytest.mark.parametrize("config", testing.configs(kernel), ids=str)
 @pytest.mark.parametrize(("m", "sequences"), [(1, 1), (64, 64), (700, 3)])
 def test_real_sizes(m, sequences, config, device):
-    for format in ("fp8", "mxfp4", "bf16"):
-        problem = IndexLogitsProblem(m=m, entries=3000, format=format, sequences=sequences)
+    for format, x in (("fp8", "fp8"), ("fp8", "bf16"), ("mxfp4", "bf16"), ("bf16", "bf16")):
+        problem = IndexLogitsProblem(m=m, entries=3000, format=format, sequences=sequences, x=x)
         if kernel.supports(problem, config) is None:
             c = testing.case(problem, device)
             c.run(kernel, config)
@@ -166,9 +177,10 @@ def test_real_sizes(m, sequences, config, device):
 
 
 @pytest.mark.gpu
-def test_a_row_is_the_same_in_any_batch(device):
+@pytest.mark.parametrize("x", ["bf16", "fp8"])
+def test_a_row_is_the_same_in_any_batch(x, device):
     """To the bit, under configs of one arithmetic, wherever its run of queries begins."""
-    problem = IndexLogitsProblem(m=200, entries=2000, format="fp8", sequences=2)
+    problem = IndexLogitsProblem(m=200, entries=2000, format="fp8", sequences=2, x=x)
     c = testing.case(problem, device)
     c.run(kernel, kernel.in_arithmetic(problem, kernel.INVARIANT))
     q, weights, cache, table, positions, sequence_ids, ratio, scale = c.operands
