@@ -68,7 +68,6 @@ HAZARDS = [
 def run(name: str, schedule: str, rewrite=None) -> None:
     problem, config = CASES[name]
     case = testing.case(problem, "cpu", 4)
-    kernel.compiled.cache_clear()
     with emulate("sm_90a", schedule=schedule, rewrite=rewrite):
         case.run(kernel, config)
     case.check()
@@ -78,8 +77,6 @@ def run(name: str, schedule: str, rewrite=None) -> None:
 def _few_clusters(monkeypatch):
     """A round of whole tiles, and a tail."""
     monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 5)
-    yield
-    kernel.compiled.cache_clear()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

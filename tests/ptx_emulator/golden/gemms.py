@@ -52,9 +52,8 @@ def kernel_of(config: Any) -> ModuleType:
     return next(module for module in (sm90, skinny, wgmma, fp8) if isinstance(config, module.Config))
 
 
-def digest(problem: GemmProblem, config: Any) -> str:
-    """Of the kernel's PTX, comments left out, and its names, which hold those of types."""
-    ptx = kernel_of(config).build(problem, config, "sm_90a").ptx
+def digest(ptx: str) -> str:
+    """Of a kernel's PTX, comments left out, and its names, which hold those of types."""
     return hashlib.sha256(re.sub(r"//.*|kernel_cutlass_\w+", "", ptx).encode()).hexdigest()
 
 
@@ -73,7 +72,8 @@ def record(path: str) -> None:
         kernel.launch(*operands, out, *case.tail, config)
         case.out.copy_(out)
         case.check()
-        found[f"out{number}"], found[f"ptx{number}"] = raw(out), np.array(digest(problem, config))
+        ptx = kernel.build(problem, config, "sm_90a").ptx
+        found[f"out{number}"], found[f"ptx{number}"] = raw(out), np.array(digest(ptx))
     np.savez_compressed(path, **found)
 
 
