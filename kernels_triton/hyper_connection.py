@@ -152,6 +152,16 @@ def build_key(problem: FoldProblem, config: Config) -> tuple[Any, ...]:
 
 
 @triton.jit
+def _wide(x):
+    """`widen` in an instruction a number, wherever a pair of BF16 numbers comes from."""
+    if CVT and x.dtype == tl.bfloat16:
+        halves: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return tl.inline_asm_elementwise(halves, "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    else:
+        return widen(x)
+
+
+@triton.jit
 def closed(y, x0, x1, x2, x3, post, c0, c1, c2, c3):
     """One stream after a site: post y + sum of c_j x_j, in FP32."""
     return post * y + (((c0 * x0 + c1 * x1) + c2 * x2) + c3 * x3)
@@ -188,7 +198,7 @@ def _times(x, factors, total):
             total = tl.dot(x, factors[i], total)
         return total
     else:
-        return tl.dot(widen(x), factors[0], total, input_precision="ieee")
+        return tl.dot(_wide(x), factors[0], total, input_precision="ieee")
 
 
 @triton.jit
@@ -237,7 +247,7 @@ def _sums(
     fn_inside = is_output[:, None] & (cols < D)[None, :]
     factors = ()
     for k in tl.static_range(N if POST else 1):
-        fn = widen(tl.load(fn_at + k * D, mask=fn_inside, other=0.0))
+        fn = _wide(tl.load(fn_at + k * D, mask=fn_inside, other=0.0))
         factors = factors + (_factors(fn, h_ptr.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
     for block in range(tl.program_id(0) // PARTS, (M + BLOCK_M - 1) // BLOCK_M, GROUPS):
         # int64 before the multiply: a long batch passes 2**31 elements
@@ -260,18 +270,16 @@ def _sums(
                 c1 = tl.load(c + N, mask=live, other=0.0)[:, None]
                 c2 = tl.load(c + 2 * N, mask=live, other=0.0)[:, None]
                 c3 = tl.load(c + 3 * N, mask=live, other=0.0)[:, None]
-                # opaque, so that it is not the FP32 numbers that are kept for all streams
-                y, x0, x1, x2, x3 = _opaque(y), _opaque(x0), _opaque(x1), _opaque(x2), _opaque(x3)
-                x = closed(widen(y), widen(x0), widen(x1), widen(x2), widen(x3), post, c0, c1, c2, c3)
+                x = closed(_wide(y), _wide(x0), _wide(x1), _wide(x2), _wide(x3), post, c0, c1, c2, c3)
                 x = narrow(x, h_ptr.dtype.element_ty, CVT)
                 tl.store(out_ptr + (rows[:, None] * N + k) * D + cols[None, :], x, mask=inside)
                 x = _opaque(x)
                 total = _times(x, factors[k], total)
-                squares = tl.fma(widen(x), widen(x), squares)
+                squares = tl.fma(_wide(x), _wide(x), squares)
         else:
             x = tl.load(h_at, mask=inside, other=0.0)
             total = _times(x, factors[0], total)  # type: ignore[misc]
-            squares = widen(x) * widen(x)
+            squares = _wide(x) * _wide(x)
         total = tl.where(place[None, :] == 0, tl.sum(squares, axis=1)[:, None], total)
         at = parts_ptr + (rows * PARTS + part)[:, None] * WIDTH + place[None, :]
         tl.store(at, total, mask=live[:, None] & (place < WIDTH)[None, :])
@@ -482,9 +490,9 @@ def _y(
             x0, x1, x2, x3 = held[chunk]  # type: ignore[var-annotated]
         else:
             x0, x1, x2, x3 = _streams_at(h_at + cols, stride_n, cols < D)
-        y = ((p0 * widen(x0) + p1 * widen(x1)) + p2 * widen(x2)) + p3 * widen(x3)
+        y = ((p0 * _wide(x0) + p1 * _wide(x1)) + p2 * _wide(x2)) + p3 * _wide(x3)
         y = narrow(y, y_at.dtype.element_ty, CVT)
-        squares = tl.fma(widen(y), widen(y), squares)
+        squares = tl.fma(_wide(y), _wide(y), squares)
         row = row + (y,)  # type: ignore[assignment]  # noqa: RUF005
     norm = _norm_of(tl.sum(squares, axis=0), D, norm_eps) if weight_ptr is not None else 1.0
     for chunk in tl.static_range(CHUNKS):
@@ -492,7 +500,7 @@ def _y(
         y = row[chunk]
         if weight_ptr is not None:
             weight = weights[chunk] if HELD else tl.load(weight_ptr + cols, mask=cols < D, other=0.0)
-            y = narrow(widen(y) * norm * widen(weight), y_at.dtype.element_ty, CVT)
+            y = narrow(_wide(y) * norm * _wide(weight), y_at.dtype.element_ty, CVT)
         tl.store(y_at + cols, y, mask=cols < D)
 
 
