@@ -428,9 +428,32 @@ def _index_query(q: Tensor, positions: Tensor, table: Tensor, format: IndexForma
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with _on(q.device):
         choice.module.launch(
-            _unit_stride(q), positions.contiguous(), table.contiguous(), format, hadamard, out, choice.config
+            _unit_stride(q), positions.contiguous(), table.contiguous(), format, hadamard, out, None, choice.config
         )
     return out
+
+
+def _index_query_fp8(
+    q: Tensor, weights: Tensor, positions: Tensor, table: Tensor, hadamard: bool
+) -> tuple[Tensor, Tensor]:
+    (m, heads, head_dim), kind = q.shape, dtype_name(q, "q")
+    if list(weights.shape) != [m, heads]:
+        raise ValueError(f"weights must be {[m, heads]}, as many as q has heads, got {list(weights.shape)}")
+    problem = IndexQueryProblem(
+        m=m, format="fp8", hadamard=int(hadamard), heads=heads, head_dim=head_dim, rope_dim=table.shape[1], x=kind,
+        codes=1,
+    )  # fmt: skip
+    choice = dispatch.choose("index_query", problem, q.device)
+    if choice.is_reference:
+        codes, scaled = reference.index_query_fp8(q, weights, positions, table, hadamard=hadamard)
+        return codes.view(torch.uint8), scaled
+    out, scaled = _fake_index_query_fp8(q, weights)
+    with _on(q.device):
+        choice.module.launch(
+            _unit_stride(q), positions.contiguous(), table.contiguous(), "fp8", hadamard, out,
+            (_unit_stride(weights), scaled), choice.config,
+        )  # fmt: skip
+    return out, scaled
 
 
 def _index_topk(
@@ -751,6 +774,10 @@ def _fake_post_pre(
     return h.new_empty(h.shape), *_fake_pre(h, *rest)
 
 
+def _fake_index_query_fp8(q: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape, dtype=torch.uint8), weights.new_empty(weights.shape, dtype=torch.float32)
+
+
 def _fake_index_logits(
     q: Tensor, weights: Tensor, data: Tensor, format: str, page_size: int, head_dim: int, block_table: Tensor, *_: Any
 ) -> Tensor:
@@ -849,6 +876,11 @@ _register(
 )
 _register(
     "index_query(Tensor q, Tensor positions, Tensor table, str format, bool hadamard) -> Tensor", _index_query, _same
+)
+_register(
+    "index_query_fp8(Tensor q, Tensor weights, Tensor positions, Tensor table, bool hadamard) -> (Tensor, Tensor)",
+    _index_query_fp8,
+    _fake_index_query_fp8,
 )
 _register(
     "index_topk(Tensor logits, Tensor block_table, Tensor positions, Tensor sequence_ids, int ratio, int topk, "

@@ -518,6 +518,14 @@ def index_query(
     return _ops.index_query(q, positions, table, format, hadamard)
 
 
+def index_query_fp8(
+    q: Tensor, weights: Tensor, positions: Tensor, table: Tensor, *, hadamard: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`index_query` in fp8 as float8_e4m3fn codes, and float32 weights [tokens, heads] that hold their scales."""
+    codes, scaled = _ops.index_query_fp8(q, weights, positions, table, hadamard)
+    return codes.view(torch.float8_e4m3fn), scaled
+
+
 def index_logits(
     q: Tensor,
     weights: Tensor,

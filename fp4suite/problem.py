@@ -248,7 +248,10 @@ class CompressKvProblem(Problem):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexQueryProblem(Problem):
-    """RoPE, perhaps Hadamard, and the rounding of an index format for q [m, heads, head_dim]."""
+    """RoPE, perhaps Hadamard, and the rounding of an index format for q [m, heads, head_dim].
+
+    codes: 1 for E4M3 bytes (format fp8), whose scales go into weights [m, heads], in place of the numbers.
+    """
 
     op: ClassVar[str] = "index_query"
     m: int
@@ -258,6 +261,7 @@ class IndexQueryProblem(Problem):
     head_dim: int = 128
     rope_dim: int = 64
     x: str = "bf16"
+    codes: int = 0
 
     @property
     def k(self) -> int:
@@ -270,7 +274,9 @@ class IndexQueryProblem(Problem):
 
     @property
     def bytes(self) -> int:
-        return 2 * ELEMENT_BYTES[self.x] * self.m * self.heads * self.head_dim + rope_bytes(self.m, self.rope_dim)
+        out, weights = (1, 8 * self.m * self.heads) if self.codes else (ELEMENT_BYTES[self.x], 0)
+        elements = self.m * self.heads * self.head_dim
+        return (ELEMENT_BYTES[self.x] + out) * elements + weights + rope_bytes(self.m, self.rope_dim)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -199,12 +199,14 @@ def _walk(
                     yield "index_logits", csa, IndexLogitsProblem(
                         m=rows, entries=context // OVERLAP_RATIO, format=format, sequences=sequences,
                         heads=config["index_n_heads"] // tp, head_dim=config["index_head_dim"],
+                        x="fp8" if format == "fp8" else "bf16",
                     )  # fmt: skip
         elif op == IndexQueryProblem.op:
             for format in ("fp8", "mxfp4"):
                 yield "index_query", csa, IndexQueryProblem(
                     m=rows, format=format, hadamard=int(format == "mxfp4"), heads=config["index_n_heads"] // tp,
                     head_dim=config["index_head_dim"], rope_dim=config["qk_rope_head_dim"],
+                    codes=int(format == "fp8"),
                 )  # fmt: skip
         elif op == IndexTopkProblem.op:
             for context, most in INDEX_CONTEXTS:

@@ -479,11 +479,26 @@ def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
 def _index_query_case(p: IndexQueryProblem, gen: torch.Generator) -> Case:
     q = random_activations((p.m, p.heads, p.head_dim), gen, TORCH_DTYPES[p.x])
     positions, table = _positions(p.m, p.rope_dim, gen)
-    out, format = torch.empty_like(q), cast(IndexFormat, p.format)
     operands = (q, positions, table, p.format, bool(p.hadamard))
+    if p.codes:
+        weights = torch.randn(p.m, p.heads, generator=gen, device=gen.device)
+        codes, scaled = torch.empty(q.shape, dtype=torch.uint8, device=gen.device), torch.empty_like(weights)
+
+        def poison() -> None:
+            codes.fill_(0x7F)
+            scaled.fill_(torch.nan)
+
+        def verify() -> None:
+            want = reference.index_query_fp8(q, weights, positions, table, hadamard=bool(p.hadamard))
+            assert_same_bytes(codes, want[0].view(torch.uint8), "codes")
+            assert_same_bytes(scaled, want[1], "weights")
+
+        both = partial(reference.index_query_fp8, q, weights, positions, table, hadamard=bool(p.hadamard))
+        return Case(p, operands, codes, ((weights, scaled),), poison, verify, both)
+    out, format = torch.empty_like(q), cast(IndexFormat, p.format)
     eager = partial(reference.index_query, q, positions, table, format=format, hadamard=bool(p.hadamard))
     same = lambda: assert_same_bytes(out, eager(), "out")  # noqa: E731
-    return Case(p, operands, out, (), partial(out.fill_, torch.nan), same, eager)
+    return Case(p, operands, out, (None,), partial(out.fill_, torch.nan), same, eager)
 
 
 def assert_index_logits_close(

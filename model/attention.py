@@ -140,8 +140,11 @@ class Indexer(nn.Module):
         if step.rows is not None:  # every visible entry is chosen: nothing to score
             return step.rows
         q = self.wq_b(c_q).unflatten(-1, (heads, head_dim))
-        q = ops.index_query(q, batch.positions, cache.table, format=cache.index.format, hadamard=hadamard)
         weights = self.weights_proj(x, torch.float32)  # [tokens, heads]
+        if cache.index.format == "fp8":  # multiplied as they are stored
+            q, weights = ops.index_query_fp8(q, weights, batch.positions, cache.table)
+        else:
+            q = ops.index_query(q, batch.positions, cache.table, format=cache.index.format, hadamard=hadamard)
         scale = head_dim**-0.5 * heads**-0.5
         logits = ops.index_logits(
             q,

@@ -68,7 +68,7 @@ class Roofs:
         kind, rate = ("read", self.read) if isinstance(problem, GemmProblem) else ("copy", self.copy)
         memory_us = problem.bytes / rate / 1e3
         if isinstance(problem, GemmProblem | IndexLogitsProblem):
-            fp8 = isinstance(problem, GemmProblem) and problem.act == "fp8"
+            fp8 = (problem.act if isinstance(problem, GemmProblem) else problem.x) == "fp8"
             mma = self.mma * (2 if fp8 else 1)  # FP8 tensor cores are twice as fast as those for BF16
             if (mma_us := problem.flops / mma / 1e6) > memory_us:
                 return f"mma {mma:.0f} TFLOP/s", mma_us

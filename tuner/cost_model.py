@@ -130,7 +130,7 @@ MACHINES = {
         clock_ghz=1.85,
         dram=6700,
         l2=6500,
-        mma_tflops={"bf16": 2000, "nvfp4": 5400},
+        mma_tflops={"bf16": 2000, "fp8": 4000, "nvfp4": 5400},
         launch_us=0.98,
         latency_us=0.8,
         l2_bytes=126e6,
@@ -369,8 +369,9 @@ def _logits(problem: IndexLogitsProblem, config: Any, arch: str, resources: Reso
         cta_bytes=config.block_n * (row.row_bytes + row.scale_bytes) + own * (query + 4 * config.block_n),
         in_flight=(config.num_stages - 1) * query,
         cta_flops=2.0 * products * p.head_dim,
-        cta_instructions=3.0 * products + 6.0 * config.block_n * p.head_dim,
+        cta_instructions=(4.7 if p.x == "fp8" else 6.2) * products + 6.0 * config.block_n * p.head_dim,
         ramps=3,
+        act="fp8" if p.x == "fp8" else "bf16",
     )
 
 

@@ -19,6 +19,7 @@ from .indexer import (
     entry_slots as entry_slots,
     index_logits as index_logits,
     index_query as index_query,
+    index_query_fp8 as index_query_fp8,
     index_topk as index_topk,
 )
 from .moe import combine as combine, moe as moe, moe_nvfp4 as moe_nvfp4, permute as permute, swiglu as swiglu

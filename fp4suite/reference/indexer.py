@@ -24,13 +24,34 @@ def index_query(
 
     The values returned are those that keys of the same `format` would be stored as; every one but fp32's fits BF16.
     """
-    tokens, heads, d = q.shape
-    turned = rotate(wide(q), positions, table)
-    turned = hadamard_transform(turned) if hadamard else turned
+    turned = _turned(q, positions, table, hadamard)
     if format == "fp32":
         return turned.to(q.dtype)
-    like = IndexCache(torch.empty(0, index_layout(format, 1, d).page_bytes, dtype=torch.uint8), format, 1, d)
-    return decode_rows(like, encode_rows(like, turned.float().reshape(-1, d))).view(tokens, heads, d).to(q.dtype)
+    like = _like(format, q.shape[2])
+    return decode_rows(like, encode_rows(like, turned.float().flatten(0, 1))).view(q.shape).to(q.dtype)
+
+
+def index_query_fp8(
+    q: Tensor, weights: Tensor, positions: Tensor, table: Tensor, *, hadamard: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`index_query` in fp8, as codes float8_e4m3fn [tokens, heads, head_dim], and weights FP32 [tokens, heads] times
+    the power of two that each head's codes stand under.
+    """
+    turned = _turned(q, positions, table, hadamard)
+    codes, scales = encode_rows(_like("fp8", q.shape[2]), turned.float().flatten(0, 1))
+    scaled = weights.float() * scales.view(torch.float32).view(weights.shape)
+    return codes.view(q.shape).view(torch.float8_e4m3fn), scaled
+
+
+def _turned(q: Tensor, positions: Tensor, table: Tensor, hadamard: bool) -> Tensor:
+    turned = rotate(wide(q), positions, table)
+    return hadamard_transform(turned) if hadamard else turned
+
+
+def _like(format: IndexFormat, head_dim: int) -> IndexCache:
+    """A cache without rows, whose format rounds queries."""
+    data = torch.empty(0, index_layout(format, 1, head_dim).page_bytes, dtype=torch.uint8)
+    return IndexCache(data, format, 1, head_dim)
 
 
 def index_logits(

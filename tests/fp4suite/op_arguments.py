@@ -107,6 +107,8 @@ def arguments(name: str) -> tuple[tuple, dict]:
             return (kv, gate, ape, g(HEAD), table, 1e-6, state, _kv_cache()), {**rows, **step}
         case "index_query":
             return (g(tokens, 3, HEAD), positions, table), {"hadamard": True, "format": "mxfp4"}
+        case "index_query_fp8":
+            return (g(tokens, 3, HEAD), g(tokens, 3, seed=2), positions, table), {"hadamard": True}
         case "index_logits":
             step = {**rows, "ratio": 4, "scale": 0.1}
             return (g(tokens, 32, HEAD), g(tokens, 32, seed=2), _index_cache(), block_table), step

@@ -22,6 +22,7 @@ EXACT = [
     (index_query, IndexQueryProblem(m=64, format="fp32")),
     (index_query, IndexQueryProblem(m=64, format="bf16")),
     (index_query, IndexQueryProblem(m=64, format="fp8")),
+    (index_query, IndexQueryProblem(m=64, format="fp8", codes=1)),
     (index_query, IndexQueryProblem(m=64, format="mxfp4", hadamard=1)),
 ]
 

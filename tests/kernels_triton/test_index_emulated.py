@@ -38,14 +38,17 @@ def test_compress_kv(arch, ratio, head_dim, format, warps, m, sequences, pool):
 
 
 @pytest.mark.parametrize("hadamard", [0, 1])
-@pytest.mark.parametrize("format", ["fp8", "mxfp4"])
+@pytest.mark.parametrize(("format", "codes"), [("fp8", 0), ("fp8", 1), ("mxfp4", 0)])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_index_query(arch, format, hadamard, pool):
-    problem, config = IndexQueryProblem(m=2, format=format, hadamard=hadamard, heads=16), index_query.Config()
+def test_index_query(arch, format, codes, hadamard, pool):
+    problem = IndexQueryProblem(m=2, format=format, hadamard=hadamard, heads=16, codes=codes)
+    config = index_query.Config()
     case = testing.case(problem, "cpu", 1)
     case.poison()
     q, positions, table, _, _ = case.operands
-    args = (q, q.stride(0), q.stride(1), positions, table, case.out, problem.heads)
+    weights, scaled = case.tail[0] or (None, None)
+    added = () if weights is None else (weights, weights.stride(0), scaled)
+    args = (q, q.stride(0), q.stride(1), positions, table, case.out, *added, problem.heads)
     emulate(pool, index_query, problem, config, arch, (2, 1), args)
     case.check()
 

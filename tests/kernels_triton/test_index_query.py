@@ -26,7 +26,7 @@ def check(
     at, table = torch.tensor(positions, dtype=torch.int32, device=q.device), table.to(q.device)
     want = reference.index_query(q, at, table, format=format, hadamard=hadamard)  # type: ignore[arg-type]
     out = torch.full(q.shape, float("nan"), dtype=q.dtype, device=q.device)
-    kernel.launch(q, at, table, format, hadamard, out, config)
+    kernel.launch(q, at, table, format, hadamard, out, None, config)
     found, wanted = out.float(), want.float()
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(found.signbit() & ~found.isnan(), wanted.signbit() & ~wanted.isnan())  # of zeros too
@@ -43,6 +43,22 @@ def queries(tokens: int, heads: int, d: int, device: torch.device, dtype: torch.
 def test_every_format_and_type(format, hadamard, dtype, device):
     """A ragged number of heads; the last of a million positions."""
     check(queries(3, 21, 64, device, dtype), [0, 1_048_575, 77], format, hadamard)
+
+
+@pytest.mark.parametrize(("dtype", "d"), [(torch.bfloat16, 64), (torch.float32, 128), (torch.bfloat16, 96)], ids=str)
+def test_codes(dtype, d, device):
+    """E4M3 bytes and weights that hold their scales are the reference's, and stand for the same numbers."""
+    q, weights = queries(3, 21, d, device, dtype), torch.randn(3, 42, device=device)[:, ::2]
+    q[0, 4], q[1, 5, 7], q[2, 6, 3] = 0.0, torch.nan, torch.inf
+    at, table = torch.tensor([0, 1_048_575, 77], dtype=torch.int32, device=device), TABLE.to(device)
+    want, scaled = reference.index_query_fp8(q, weights, at, table)
+    codes, found = torch.zeros(q.shape, dtype=torch.uint8, device=device), torch.zeros(3, 21, device=device)
+    kernel.launch(q, at, table, "fp8", False, codes, (weights.contiguous(), found), WIDE)
+    testing.assert_same_bytes(codes, want.view(torch.uint8), "codes")
+    testing.assert_same_bytes(found, scaled, "weights")
+    numbers = reference.index_query(q.float(), at, table, format="fp8")
+    unit = reference.index_query_fp8(q, torch.ones_like(weights), at, table)[1]
+    testing.assert_same_bytes(codes.view(torch.float8_e4m3fn).float() * unit[..., None], numbers, "numbers")
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -90,7 +106,7 @@ def test_strides_and_nothing(device):
     check(q[::2, 3:20, 16:80], [1, 2, 3], "fp8", False)
     check(q[:, :, :64].transpose(0, 1)[:5], [4] * 5, "mxfp4", True)
     out = q.new_zeros(0, 24, 128)
-    kernel.launch(q[:0], torch.zeros(0, dtype=torch.int32, device=device), TABLE, "fp8", False, out, WIDE)
+    kernel.launch(q[:0], torch.zeros(0, dtype=torch.int32, device=device), TABLE, "fp8", False, out, None, WIDE)
 
 
 def test_cases_of_the_tuner(device):
@@ -101,6 +117,31 @@ def test_cases_of_the_tuner(device):
         c.out[1, 2, 3] += 1
         with pytest.raises(AssertionError, match="out: "):
             c.check()
+
+
+def test_codes_of_the_tuner(device):
+    c = testing.case(IndexQueryProblem(m=3, format="fp8", heads=5, head_dim=64, rope_dim=16, codes=1), device)
+    c.run(kernel, WIDE)
+    c.check()
+    c.tail[0][1][2, 4] *= 2
+    with pytest.raises(AssertionError, match="weights: "):
+        c.check()
+    c.run(kernel, WIDE)
+    c.out[1, 2, 3] += 1
+    with pytest.raises(AssertionError, match="codes: "):
+        c.check()
+
+
+def test_the_op_in_fp8(device):
+    q = queries(4, 8, 64, device).transpose(1, 2).contiguous().transpose(1, 2)
+    at, weights = torch.arange(4, dtype=torch.int32, device=device), torch.randn(8, 4, device=device).T
+    want = reference.index_query_fp8(q, weights, at, TABLE.to(device))
+    with on_target("sm_90a"), override(kernel="triton_index_query", config=WIDE):
+        codes, scaled = ops.index_query_fp8(q, weights, at, TABLE.to(device))
+    assert torch.equal(codes.view(torch.uint8), want[0].view(torch.uint8))
+    assert torch.equal(scaled, want[1])
+    with pytest.raises(ValueError, match=r"weights must be \[4, 8\]"):
+        ops.index_query_fp8(q, weights[:, :7], at, TABLE.to(device))
 
 
 def test_the_op(device):
