@@ -104,9 +104,9 @@ class Config:
         sums = self.tile_m // 2 + self.tile_m // self.runs // 2
         if not self.reduces:
             return sums + 40
-        if self.tile_m <= 16 or (self.promote > 1 and self.groups_n > 1):
+        if self.tile_m <= 16 or (self.promote > 1 and (self.groups_n > 1 or self.split > 1)):
             return sums + 48
-        return sums + (40 if self.promote > 1 or self.blocks > 1 else 32)
+        return sums + (40 if self.promote > 1 or self.blocks > 1 or self.split > 1 else 32)
 
     @property
     def wide(self) -> bool:
@@ -197,6 +197,7 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         fits = config.groups <= 2
         fits = fits and config.groups * WIDE[config.groups] + WIDE[0] <= REGISTERS // WARPGROUP // config.blocks
         fits = fits and at_launch >= config.tile_m // config.runs // 2 + 30
+        fits = fits and (config.split == 1 or config.runs > 1 or config.promote == 1)
     else:
         fits = config.groups <= 4 and at_launch >= config.registers
     if not fits:

@@ -262,6 +262,15 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     for knob, values in SPACE.items():
         if getattr(config, knob) not in values:
             return f"{knob}={getattr(config, knob)} is none of {', '.join(map(str, values))}"
+    if config.warps < 4:
+        if config.tile_m > 2 * WARP_TOKENS or config.groups_n * config.strips * config.share * config.tail > 1:
+            return f"warps={config.warps} is for {2 * WARP_TOKENS} tokens, and groups_n, strips, share and tail of 1"
+        if not config.reduces or config.tile_k == TILE:
+            return f"warps={config.warps} is for sums that are reduced, and tile_k of {2 * TILE} or more"
+    if config.tail > 1 and (
+        config.reduces or config.strips > 1 or config.tile_m not in (128, 256) or config.share != config.tail
+    ):
+        return f"tail={config.tail} is for one strip of 128 or 256 tokens, share={config.tail} and split=1"
     step = config.tile_k * config.paired
     if problem.n % TILE or problem.k % step:
         return f"n={problem.n}, k={problem.k}: n must be a multiple of {TILE}, k of {step}"
@@ -274,21 +283,13 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         return f"{stages} stages: {config.groups_k} warpgroups hold {config.paired} each while they wait for the next"
     if stages % config.turn:
         return f"stages={stages} is not a multiple of {config.turn}: each belongs to the same warpgroups always"
-    if config.warps < 4:
-        if config.tile_m > 2 * WARP_TOKENS or config.groups_n * config.strips * config.share * config.tail > 1:
-            return f"warps={config.warps} is for {2 * WARP_TOKENS} tokens, and groups_n, strips, share and tail of 1"
-        if not config.reduces or config.tile_k == TILE:
-            return f"warps={config.warps} is for sums that are reduced, and tile_k of {2 * TILE} or more"
     if config.share > 1 and config.tile_m % (8 * config.share):
         return f"tile_m={config.tile_m} is not shared by {config.share} CTAs in parts of 8 tokens"
     steps = problem.k // step
     if steps - (config.split - 1) * -(-steps // config.split) < config.groups_k:
         return f"k={problem.k} leaves too little for the last of {config.split} parts of {config.groups_k} warpgroups"
-    if config.tail > 1:
-        if config.reduces or config.strips > 1 or config.tile_m not in (128, 256) or config.share != config.tail:
-            return f"tail={config.tail} is for one strip of 128 or 256 tokens, share={config.tail} and split=1"
-        if steps < config.tail:
-            return f"k={problem.k} is too little for {config.tail} CTAs"
+    if steps < config.tail:
+        return f"k={problem.k} is too little for {config.tail} CTAs"
     at_launch = registers_at_launch(config.blocks * config.threads)
     if config.wide:
         fits = config.groups * WIDE[1] + WIDE[0] <= REGISTERS // WARPGROUP // config.blocks

@@ -1,8 +1,11 @@
 """What there is to choose from for one problem: every kernel of the op, every config of its SPACE that supports it."""
 
 import dataclasses
+import functools
 import itertools
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 from fp4suite import registry
 from fp4suite.problem import Problem
 
-MAX_CANDIDATES = 20_000  # a larger SPACE is sampled down to this, with a fixed seed
+MAX_CANDIDATES = 50_000  # a larger SPACE is sampled down to this, with a fixed seed
 
 Knob = int | str | bool
 
@@ -24,7 +27,7 @@ class Candidate:
 
     @property
     def config(self) -> Any:
-        return registry.make_config(registry.load(self.kernel), dict(self.knobs))
+        return _config(registry.load(self.kernel), self.knobs)
 
     @property
     def params(self) -> dict[str, Knob]:
@@ -33,6 +36,11 @@ class Candidate:
 
     def __str__(self) -> str:
         return f"{self.kernel}({', '.join(f'{k}={v}' for k, v in self.knobs)})"
+
+
+@functools.lru_cache(2 * MAX_CANDIDATES)
+def _config(module: ModuleType, knobs: tuple[tuple[str, Knob], ...]) -> Any:
+    return registry.make_config(module, dict(knobs))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,15 +151,19 @@ def checked_space(module: ModuleType) -> dict[str, tuple[Knob, ...]]:
     return {name: tuple(values) for name, values in module.SPACE.items()}
 
 
-def _walk(default: Candidate, space: dict[str, tuple[Knob, ...]]) -> list[Candidate]:
+def _walk(default: Candidate, space: dict[str, tuple[Knob, ...]]) -> Sequence[Candidate]:
     kernel = default.kernel
-    total = 1
-    for values in space.values():
-        total *= len(values)
-    if total <= MAX_CANDIDATES:
-        return [Candidate(kernel, tuple(zip(space, v, strict=True))) for v in itertools.product(*space.values())]
+    if math.prod(len(values) for values in space.values()) <= MAX_CANDIDATES:
+        return _all(kernel, tuple(space.items()))
     rng = random.Random(0)
     drawn: dict[Candidate, None] = {default: None}
     while len(drawn) < MAX_CANDIDATES:
         drawn[Candidate(kernel, tuple((name, rng.choice(values)) for name, values in space.items()))] = None
     return list(drawn)
+
+
+@functools.lru_cache(4)
+def _all(kernel: str, space: tuple[tuple[str, tuple[Knob, ...]], ...]) -> tuple[Candidate, ...]:
+    names = [name for name, _ in space]
+    values = itertools.product(*(values for _, values in space))
+    return tuple(Candidate(kernel, tuple(zip(names, v, strict=True))) for v in values)
