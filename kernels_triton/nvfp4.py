@@ -206,12 +206,17 @@ def row_sum(x, ROWS: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def exp_neg(g):
     """exp(-g) of FP32 by the operations of `reference.quant.exp_neg`; of NaN it may be anything."""
-    t = tl.minimum(tl.maximum(g * -LOG2E, EXP2_MIN), EXP2_MAX)
+    return exp2_times(tl.minimum(tl.maximum(g * -LOG2E, EXP2_MIN), EXP2_MAX), 0)
+
+
+@triton.jit
+def exp2_times(t, POWER: tl.constexpr):
+    """2^t times 2^POWER, for t in EXP2_MIN .. EXP2_MAX less POWER; outside it may be anything."""
     shifted = t + ROUND
     f = t - (shifted - ROUND)
     p = (((EXP2_4 * f + EXP2_3) * f + EXP2_2) * f + EXP2_1) * f + EXP2_0
     # the low bits of `shifted` are the integer part; moved to the exponent's place they make its power of two
-    power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+    power = ((shifted.to(tl.int32, bitcast=True) << 23) + (127 + POWER) * 8388608).to(tl.float32, bitcast=True)
     return (p * f + 1.0) * power
 
 
