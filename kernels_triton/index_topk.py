@@ -294,6 +294,8 @@ def launch(
     if tokens == 0 or k == 0:
         return
     count, stride = levels(entries, config), host.row_stride(logits)
+    if count > LEVELS:
+        raise ValueError(f"{entries} entries need maxima {count} times over with {config}, {LEVELS} is the most")
     groups = triton.cdiv(entries, config.group)
     sizes = (groups, triton.cdiv(groups, config.group))[:count]
     aligned = entries % 16 == 0 and stride % 16 == 0

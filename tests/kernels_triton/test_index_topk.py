@@ -157,6 +157,9 @@ def test_refusals():
     assert why(64, 4096) is None
     assert why(32768, 2048) == "topk=2048 groups of group=16 are more than held=16384 entries"
     assert why(1 << 20, 64, group=4) == "entries=1048576 are more than held=16384 groups of group=4 squared"
+    few = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="1025 entries need maxima 4 times over"):
+        kernel.launch(torch.zeros(1, 1025), few[None], few, few, 4, 8, few[None], kernel.Config(held=16, group=4))
     assert why(16384, 64, num_warps=4) == "16384 scores are more than 64 a thread: num_warps=4"
 
 
