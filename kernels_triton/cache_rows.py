@@ -19,7 +19,7 @@ import triton.language as tl
 from fp4suite.formats import BLOCK as _BLOCK, MX_BLOCK as _MX_BLOCK, IndexCache, PagedCache
 from fp4suite.reference import cache as reference
 
-from .nvfp4 import AMAX_TO_ALPHA, BLOCK, pack_e2m1, quantize_blocks
+from .nvfp4 import AMAX_TO_ALPHA, BLOCK, absmax_scale, pack_e2m1
 from .rounding import bf16_bits, e4m3_bits, e8m0_of_6, e8m0_of_448, e8m0_reciprocal, largest, rounded
 
 MX_BLOCK = tl.constexpr(_MX_BLOCK)
@@ -31,6 +31,8 @@ MX_FLOOR = tl.constexpr(reference.MX_FLOOR)
 def constants(cache: PagedCache | IndexCache) -> dict[str, Any]:
     """The constexpr arguments of `store` that say where the parts of a row lie."""
     layout = cache.layout
+    if cache.data.data_ptr() % 4:
+        raise ValueError("a cache that is written in words of four bytes must begin at a multiple of four")
     return {
         "FORMAT": cache.format if isinstance(cache, PagedCache) else f"index_{cache.format}",
         "HEAD_DIM": cache.head_dim,
@@ -76,12 +78,14 @@ def store(
     elif FORMAT == "nvfp4":
         START: tl.constexpr = NOPE // 2 + NOPE // BLOCK + 4  # where the BF16 dims begin
         _store_bf16(y, pairs + (START // 2 - NOPE), stored, cache_ptr, NOPE, HEAD_DIM, PADDED)
-        _store_nvfp4(rounded(y, tl.bfloat16), rows, stored, cache_ptr, NOPE, E2M1_CVT, ROWS, PADDED)
+        _store_nvfp4(rounded(y, tl.bfloat16), rows, stored, cache_ptr, NOPE, ROW_BYTES, E2M1_CVT, ROWS, PADDED)
     elif FORMAT == "index_fp8":
-        _store_fp8_rows(rounded(y, tl.bfloat16), rows, scales, stored, cache_ptr, HEAD_DIM, ROWS, PADDED)
+        _store_fp8_rows(rounded(y, tl.bfloat16), rows, scales, stored, cache_ptr, HEAD_DIM, PAGE_BYTES, ROWS, PADDED)
     else:
         tl.static_assert(FORMAT == "index_mxfp4", "unknown cache format")
-        _store_mxfp4(rounded(y, tl.bfloat16), rows, scales, stored, cache_ptr, HEAD_DIM, E2M1_CVT, ROWS, PADDED)
+        _store_mxfp4(
+            rounded(y, tl.bfloat16), rows, scales, stored, cache_ptr, HEAD_DIM, PAGE_BYTES, E2M1_CVT, ROWS, PADDED
+        )
 
 
 @triton.jit
@@ -93,11 +97,16 @@ def _store_bf16(y, pairs, stored, cache_ptr, FIRST: tl.constexpr, LAST: tl.const
 
 
 @triton.jit
-def _store_word(bits, at, stored, cache_ptr, ROWS: tl.constexpr):
-    """int32 [ROWS] as four bytes at `at`, which need not be aligned."""
-    byte = tl.arange(0, 4)
-    value = (bits[:, None] >> (8 * byte)[None, :]).to(tl.uint8)
-    tl.store(cache_ptr + at[:, None] + byte[None, :], value, mask=stored[:, None])
+def _store_words(words, at, mask, cache_ptr, BYTES: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """int32 [ROWS, WORDS] at bytes `at` [ROWS] and behind, where mask [ROWS, WORDS]; BYTES divides every such place,
+    of rows that are not stored too."""
+    if BYTES % 4 == 0:
+        places = at[:, None] // 4 + tl.arange(0, WORDS)[None, :]
+        tl.store(cache_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + places, words, mask=mask)
+    else:
+        byte = tl.arange(0, 4)[None, None, :]
+        places = (at[:, None] + 4 * tl.arange(0, WORDS)[None, :])[:, :, None] + byte
+        tl.store(cache_ptr + places, (words[:, :, None] >> (8 * byte)).to(tl.uint8), mask=mask[:, :, None])
 
 
 @triton.jit
@@ -134,7 +143,8 @@ def _store_fp8_groups(
 
 @triton.jit
 def _store_fp8_rows(
-    y, rows, scales, stored, cache_ptr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr
+    y, rows, scales, stored, cache_ptr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr, ROWS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
     """E4M3 under one FP32 power of two a row, which goes to the page's scales."""
     cols = tl.arange(0, PADDED)
@@ -142,42 +152,44 @@ def _store_fp8_rows(
     byte = e8m0_of_448(at_least(largest(tl.where(inside, y, 0.0), 1), FP8_FLOOR))  # [ROWS]
     data = e4m3_bits(y * e8m0_reciprocal(byte)[:, None])
     tl.store(cache_ptr + rows[:, None] + cols[None, :], data, mask=stored[:, None] & inside)
-    _store_word(byte << 23, scales, stored, cache_ptr, ROWS)
+    _store_words((byte << 23)[:, None], scales, stored[:, None], cache_ptr, PAGE_BYTES, ROWS, 1)
 
 
 @triton.jit
 def _store_mxfp4(
-    y, rows, scales, stored, cache_ptr, HEAD_DIM: tl.constexpr, E2M1_CVT: tl.constexpr,
+    y, rows, scales, stored, cache_ptr, HEAD_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """E2M1 in blocks of 32 columns, then a byte of E8M0 a block in the page's scales."""
     BLOCKS: tl.constexpr = PADDED // MX_BLOCK
     y = y.reshape(ROWS, BLOCKS, MX_BLOCK)
     byte = e8m0_of_6(at_least(largest(y, 2), MX_FLOOR))  # [ROWS, BLOCKS]
-    y = (y * e8m0_reciprocal(byte)[:, :, None]).reshape(ROWS, PADDED // BLOCK, BLOCK)
-    packed = pack_e2m1(y, ROWS, PADDED // BLOCK, E2M1_CVT).reshape(ROWS, PADDED // 2)
-    pairs, blocks = tl.arange(0, PADDED // 2), tl.arange(0, BLOCKS)
-    mask = stored[:, None] & (pairs < HEAD_DIM // 2)[None, :]
-    tl.store(cache_ptr + rows[:, None] + pairs[None, :], packed, mask=mask)
+    y = (y * e8m0_reciprocal(byte)[:, :, None]).reshape(ROWS, PADDED // 8, 8)
+    words, blocks = tl.arange(0, PADDED // 8), tl.arange(0, BLOCKS)
+    mask = stored[:, None] & (words < HEAD_DIM // 8)[None, :]
+    _store_words(pack_e2m1(y, ROWS, PADDED // 8, E2M1_CVT), rows, mask, cache_ptr, PAGE_BYTES, ROWS, PADDED // 8)
     mask = stored[:, None] & (blocks < HEAD_DIM // MX_BLOCK)[None, :]
     tl.store(cache_ptr + scales[:, None] + blocks[None, :], byte.to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def _store_nvfp4(
-    y, rows, stored, cache_ptr, NOPE: tl.constexpr, E2M1_CVT: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr
+    y, rows, stored, cache_ptr, NOPE: tl.constexpr, ROW_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Codes of the first NOPE columns, their block scales, and the row's alpha in FP32."""
     BLOCKS: tl.constexpr = PADDED // BLOCK
-    cols, pairs, blocks = tl.arange(0, PADDED), tl.arange(0, PADDED // 2), tl.arange(0, BLOCKS)
+    cols, words, blocks = tl.arange(0, PADDED), tl.arange(0, PADDED // 8), tl.arange(0, BLOCKS)
     y = tl.where((cols < NOPE)[None, :], y, 0.0).reshape(ROWS, BLOCKS, BLOCK)
+    amax = largest(y, 2)
     # by way of the blocks' maxima: so alpha lies where the blocks' scales are computed, each in one thread
-    alpha = tl.div_rn(tl.max(largest(y, 2), axis=1).to(tl.float32, bitcast=True), AMAX_TO_ALPHA)  # [ROWS]
-    packed, byte = quantize_blocks(y, alpha[:, None], "absmax", ROWS, BLOCKS, E2M1_CVT)
-    at = cache_ptr + rows[:, None]
-    mask = stored[:, None] & (pairs < NOPE // 2)[None, :]
-    tl.store(at + pairs[None, :], packed.reshape(ROWS, PADDED // 2), mask=mask)
+    alpha = tl.div_rn(tl.max(amax, axis=1).to(tl.float32, bitcast=True), AMAX_TO_ALPHA)  # [ROWS]
+    byte, factor = absmax_scale(amax.to(tl.float32, bitcast=True), alpha[:, None])
+    codes = pack_e2m1((y * factor[:, :, None]).reshape(ROWS, PADDED // 8, 8), ROWS, PADDED // 8, E2M1_CVT)
+    mask = stored[:, None] & (words < NOPE // 8)[None, :]
+    _store_words(codes, rows, mask, cache_ptr, ROW_BYTES, ROWS, PADDED // 8)
     mask = stored[:, None] & (blocks < NOPE // BLOCK)[None, :]
-    tl.store(at + NOPE // 2 + blocks[None, :], byte.to(tl.uint8), mask=mask)
+    tl.store(cache_ptr + rows[:, None] + NOPE // 2 + blocks[None, :], byte.to(tl.uint8), mask=mask)
     bits = tl.where(alpha != alpha, float("nan"), alpha).to(tl.int32, bitcast=True)
-    _store_word(bits, rows + NOPE // 2 + NOPE // BLOCK, stored, cache_ptr, ROWS)
+    at = rows + NOPE // 2 + NOPE // BLOCK
+    _store_words(bits[:, None], at, stored[:, None], cache_ptr, ROW_BYTES if NOPE % 64 == 0 else 2, ROWS, 1)

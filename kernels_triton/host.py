@@ -19,12 +19,12 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}  # a multiply-add of the c
 LEAST, MOST = 8, 64  # elements of a tile one thread may hold
 
 
-def refuse_tile(block_m: int, block_k: int, num_warps: int, rule: str = "absmax") -> str | None:
-    """Why a [block_m, block_k] tile cannot be, or None."""
+def refuse_tile(block_m: int, block_k: int, num_warps: int, rule: str = "absmax", *, least: int = LEAST) -> str | None:
+    """Why a [block_m, block_k] tile cannot be, or None; least: elements that a thread has to hold."""
     held = block_m * block_k / (32 * num_warps)
-    if held < LEAST:
+    if held < least:
         return (
-            f"block_m={block_m} block_k={block_k} num_warps={num_warps}: {held:g} elements a thread, less than {LEAST}"
+            f"block_m={block_m} block_k={block_k} num_warps={num_warps}: {held:g} elements a thread, less than {least}"
         )
     return _refuse_held(held, num_warps, rule)
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from fp4suite.formats import BLOCK as _BLOCK
 from fp4suite.reference import e2m1, quant
 
+CVT = tl.constexpr(not triton.knobs.runtime.interpret)  # compiled: the hardware's conversions, and assembly
 BLOCK = tl.constexpr(_BLOCK)
 ALPHA_MIN = tl.constexpr(e2m1.ALPHA_MIN)
 MSE_FIRST = tl.constexpr(min(e2m1.MSE_STEPS))  # tried in ascending order, without 0
@@ -81,16 +82,21 @@ def _power_below(y):
 
 
 @triton.jit
-def e2m1_code(y):
-    """y <= 6 -> E2M1 code as int32; saturates at -6; the sign of -0 is kept.
+def e2m1_magnitude(y):
+    """|y| -> its E2M1 code without sign, saturating, in the low byte of int32 bits whose upper three are 0x4B0000;
+    NaN counts as 6.
 
-    Near 2^22 times 1, 2 or 4 floats lie 0.5, 1 or 2 apart, as E2M1 numbers do near |y|: one addition rounds to nearest,
-    ties to even. It leaves the exponent e of |y| in bit 23 up and the count n of steps in the low bits; the code is
-    n + 2 e. The 3 beside 2^22 makes up for what the exponent's bias leaves modulo 8.
+    Drawn over a = |y|, the codes lie on three lines, the lowest of which counts: 2 a up to 2, a + 2 up to 4, a / 2 + 4
+    up to 6. From 2^23 on floats lie 1 apart, so that the one addition of each line rounds to the nearest code, ties to
+    the even one; and the lowest line, rounded, is the lowest of the rounded lines.
     """
-    a, power = _power_below(y)
-    bits = tl.fma(power, 4194307.0, a).to(tl.int32, bitcast=True)  # the product is exact: as good as one addition
-    return ((bits + (bits >> 22)) & 7) | ((y.to(tl.int32, bitcast=True) >> 28) & 8)
+    a = tl.abs(y)
+    a = tl.where(a < 6.0, a, 6.0)
+    first = tl.fma(a, 2.0, 8388608.0)  # exact products: as good as one addition
+    second = a + 8388610.0
+    third = tl.fma(a, 0.5, 8388612.0)
+    bits = tl.minimum(first.to(tl.int32, bitcast=True), second.to(tl.int32, bitcast=True))
+    return tl.minimum(bits, third.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -140,29 +146,55 @@ def sf_offsets(rows, blocks, K, SF_BLOCKED: tl.constexpr):
 
 
 @triton.jit
-def pack_e2m1(y, ROWS: tl.constexpr, BLOCKS: tl.constexpr, E2M1_CVT: tl.constexpr):
-    """y [ROWS, BLOCKS, 16] -> bytes uint8 [ROWS, BLOCKS, 8], even k in the low nibble; saturates, NaN gives +6."""
-    even, odd = tl.split(y.reshape(ROWS, BLOCKS, BLOCK // 2, 2))
+def _eighths(x, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """x [ROWS, GROUPS, 8] -> its eight columns, each [ROWS, GROUPS]."""
+    even, odd = tl.split(x.reshape(ROWS, GROUPS, 4, 2))
+    x04, x26 = tl.split(even.reshape(ROWS, GROUPS, 2, 2))
+    x15, x37 = tl.split(odd.reshape(ROWS, GROUPS, 2, 2))
+    x0, x4 = tl.split(x04)
+    x1, x5 = tl.split(x15)
+    x2, x6 = tl.split(x26)
+    x3, x7 = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def pack_e2m1(y, ROWS: tl.constexpr, GROUPS: tl.constexpr, E2M1_CVT: tl.constexpr):
+    """y [ROWS, GROUPS, 8] -> int32 [ROWS, GROUPS], element i in bits 4 i to 4 i + 3; saturates, NaN gives +6.
+
+    y comes out of a multiplication: the GPU's NaN then have no sign.
+    """
     if E2M1_CVT:
+        y0, y1, y2, y3, y4, y5, y6, y7 = _eighths(tl.minimum(y, 6.0), ROWS, GROUPS)  # of NaN and 6 a GPU takes 6
         return tl.inline_asm_elementwise(
             """
             {
             .reg .b8 b0, b1, b2, b3;
-            cvt.rn.satfinite.e2m1x2.f32 b0, $5, $1;
-            cvt.rn.satfinite.e2m1x2.f32 b1, $6, $2;
-            cvt.rn.satfinite.e2m1x2.f32 b2, $7, $3;
-            cvt.rn.satfinite.e2m1x2.f32 b3, $8, $4;
+            cvt.rn.satfinite.e2m1x2.f32 b0, $2, $1;
+            cvt.rn.satfinite.e2m1x2.f32 b1, $4, $3;
+            cvt.rn.satfinite.e2m1x2.f32 b2, $6, $5;
+            cvt.rn.satfinite.e2m1x2.f32 b3, $8, $7;
             mov.b32 $0, {b0, b1, b2, b3};
             }
             """,
             "=r,f,f,f,f,f,f,f,f",
-            [tl.minimum(even, 6.0), tl.minimum(odd, 6.0)],  # of NaN and 6 a GPU takes 6
-            dtype=tl.uint8,
+            [y0, y1, y2, y3, y4, y5, y6, y7],
+            dtype=tl.int32,
             is_pure=True,
-            pack=4,
+            pack=1,
         )
     else:
-        return (e2m1_code(_below_6(even)) | (e2m1_code(_below_6(odd)) << 4)).to(tl.uint8)
+        if not CVT:
+            y = tl.where(y == y, y, 6.0)
+        codes = _eighths(e2m1_magnitude(y), ROWS, GROUPS)
+        bits = _eighths(y.to(tl.uint32, bitcast=True), ROWS, GROUPS)
+        word = codes[7]
+        top = bits[7] >> 28  # a sign above three bits of exponent
+        for i in tl.static_range(6, -1, -1):
+            word = word * 16 + codes[i]
+            top = (top << 4) | (bits[i] >> 28)
+        # 0x4B000000 * 17, what the codes bring with them, and this make 2^32
+        return (word + 0x05000000) | (top & 0x88888888).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -173,15 +205,23 @@ def _below_6(y):
 
 @triton.jit
 def _reciprocal(scale):
-    return tl.where(scale == 0.0, 0.0, tl.div_rn(1.0, tl.where(scale == 0.0, 1.0, scale)))
+    """1 / scale, rounded to nearest, or 0 of 0."""
+    if CVT:
+        one_over = tl.inline_asm_elementwise(
+            "rcp.rn.f32 $0, $1;", "=f,f", [scale], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        one_over = tl.div_rn(1.0, scale)
+    return tl.where(scale == 0.0, 0.0, one_over)
 
 
 @triton.jit
-def _squared_error(x, scaled, sf, alpha, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Rule "mse": error of each block of x [ROWS, BLOCKS, 16] under scales sf [ROWS, BLOCKS], in units of alpha."""
-    y = _below_6(x * _reciprocal(sf * alpha)[:, :, None])
-    d = scaled - e2m1_round(y) * sf[:, :, None]
-    return pair_sum(d * d, ROWS, BLOCKS, BLOCK)
+def _squared_error(lo, hi, scaled_lo, scaled_hi, sf, alpha, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Rule "mse": error of each block, in units of alpha, under scales sf [ROWS, BLOCKS]; halves [ROWS, BLOCKS, 8]."""
+    factor = _reciprocal(sf * alpha)[:, :, None]
+    d_lo = scaled_lo - e2m1_round(_below_6(lo * factor)) * sf[:, :, None]
+    d_hi = scaled_hi - e2m1_round(_below_6(hi * factor)) * sf[:, :, None]
+    return pair_sum(d_lo * d_lo, ROWS, BLOCKS, 8) + pair_sum(d_hi * d_hi, ROWS, BLOCKS, 8)
 
 
 @triton.jit
@@ -221,40 +261,104 @@ def exp2_times(t, POWER: tl.constexpr):
 
 
 @triton.jit
-def quantize_blocks(x, alpha, RULE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, E2M1_CVT: tl.constexpr):
-    """FP32 x [ROWS, BLOCKS, 16] under a scalar alpha -> (bytes uint8 [ROWS, BLOCKS, 8], scale int32 [ROWS, BLOCKS])."""
-    amax = tl.max(magnitude_bits(x), axis=2).to(tl.float32, bitcast=True)
+def absmax_scale(amax, alpha):
+    """Rule "absmax": largest magnitudes of blocks -> (scales as int32 bytes, factors of the blocks' elements)."""
     usable = alpha >= ALPHA_MIN
-    divisor = tl.where(usable, alpha, 1.0)
+    inv = tl.where(usable, tl.div_rn(1.0, tl.where(usable, alpha, 1.0)), 0.0)
+    t = amax * SIXTH * inv
+    t = tl.where(t <= E4M3_MAX, t, E4M3_MAX)
+    if CVT:
+        e4m3 = t.to(tl.float8e4nv)
+        byte = e4m3.to(tl.uint8, bitcast=True).to(tl.int32)
+        scale = e4m3.to(tl.float32)
+    else:
+        byte = e4m3_encode(t)
+        scale = e4m3_decode(byte)
+    return byte, _reciprocal(scale * alpha)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _block_amax(lo, hi, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Largest magnitude of each block, NaN above infinity: halves [ROWS, BLOCKS, 8] -> [ROWS, BLOCKS]."""
+    x = _eighths(_larger(lo, hi), ROWS, BLOCKS)
+    return _larger(_larger(_larger(x[0], x[1]), _larger(x[2], x[3])), _larger(_larger(x[4], x[5]), _larger(x[6], x[7])))
+
+
+@triton.jit
+def quantize_blocks(
+    lo, hi, alpha, RULE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, E2M1_CVT: tl.constexpr
+):
+    """FP32 halves of blocks [ROWS, BLOCKS, 8] under a scalar alpha -> (codes in words, int32 [ROWS, BLOCKS, 2], scales
+    as bytes, int32 [ROWS, BLOCKS])."""
+    amax = _block_amax(lo, hi, ROWS, BLOCKS)
     if RULE == "modelopt_weight":
+        usable = alpha >= ALPHA_MIN
+        divisor = tl.where(usable, alpha, 1.0)
         t = tl.where(usable, tl.div_rn(amax, 6.0 * divisor), 0.0)
         t = tl.where(t == 0.0, 1.0, t)
         t = tl.where(t <= E4M3_MAX, t, E4M3_MAX)
         byte = e4m3_encode(tl.where(t < E4M3_MIN, E4M3_MIN, t))
-        scale = e4m3_decode(byte) * divisor
-        y = tl.where(usable, tl.div_rn(x, scale[:, :, None]), 0.0) + 0.0  # -0 + 0 = 0
+        scale = (e4m3_decode(byte) * divisor)[:, :, None]
+        lo = tl.where(usable, tl.div_rn(lo, scale), 0.0) + 0.0  # -0 + 0 = 0
+        hi = tl.where(usable, tl.div_rn(hi, scale), 0.0) + 0.0
     else:
-        inv = tl.where(usable, tl.div_rn(1.0, divisor), 0.0)
-        t = amax * SIXTH * inv
-        byte = e4m3_encode(tl.where(t <= E4M3_MAX, t, E4M3_MAX))
+        byte, factor = absmax_scale(amax, alpha)
         if RULE == "mse":
-            scaled = x * inv
+            inv = tl.where(alpha >= ALPHA_MIN, tl.div_rn(1.0, alpha), 0.0)
+            scaled_lo = lo * inv
+            scaled_hi = hi * inv
             start = byte
-            least = _squared_error(x, scaled, e4m3_decode(byte), alpha, ROWS, BLOCKS)
+            least = _squared_error(lo, hi, scaled_lo, scaled_hi, e4m3_decode(byte), alpha, ROWS, BLOCKS)
             for step in tl.static_range(MSE_FIRST, MSE_LAST + 1):
                 if step != 0:
                     trial = tl.minimum(tl.maximum(start + step, 0), 126)
-                    error = _squared_error(x, scaled, e4m3_decode(trial), alpha, ROWS, BLOCKS)
+                    sf = e4m3_decode(trial)
+                    error = _squared_error(lo, hi, scaled_lo, scaled_hi, sf, alpha, ROWS, BLOCKS)
                     better = error < least
                     byte = tl.where(better, trial, byte)
                     least = tl.where(better, error, least)
-        y = x * _reciprocal(e4m3_decode(byte) * alpha)[:, :, None]
-    return pack_e2m1(y, ROWS, BLOCKS, E2M1_CVT), byte
+            factor = _reciprocal(e4m3_decode(byte) * alpha)
+        lo *= factor[:, :, None]
+        hi *= factor[:, :, None]
+    words = tl.join(pack_e2m1(lo, ROWS, BLOCKS, E2M1_CVT), pack_e2m1(hi, ROWS, BLOCKS, E2M1_CVT))
+    return words, byte
+
+
+@triton.jit
+def load_half(at, blocks, inside, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """The first (HALF = 0) or second eight columns of each of `blocks` (int32 [BLOCKS]) of rows that begin at the
+    pointers `at` [ROWS, 1, 1]: FP32 [ROWS, BLOCKS, 8], 0 where not `inside` [ROWS or 1, BLOCKS, 1] (None: all are).
+
+    A thread loads 16 bytes at a time. So it holds eight columns of each half, and whole blocks, whose scales no other
+    thread computes again.
+    """
+    at += (blocks[:, None] * BLOCK + HALF * 8)[None, :, :]
+    if at.dtype.element_ty.primitive_bitwidth == 32:
+        quarter = tl.arange(0, 4)[None, None, :]
+        first = _load(at + quarter, inside)
+        second = _load(at + 4 + quarter, inside)
+        return tl.join(first, second).permute(0, 1, 3, 2).reshape(ROWS, BLOCKS, 8)
+    else:
+        return widen(_load(at + tl.arange(0, 8)[None, None, :], inside))
+
+
+@triton.jit
+def _load(at, inside):
+    if inside is None:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
 def store_quantized(
-    x,
+    lo,
+    hi,
     rows,
     blocks,
     alpha,
@@ -268,16 +372,17 @@ def store_quantized(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Quantise x [ROWS, BLOCKS, 16], whose rows (int64 [ROWS]) and blocks of k (int32 [BLOCKS]) are given, and store.
+    """Quantise the halves [ROWS, BLOCKS, 8] of blocks, whose rows (int64 [ROWS]) and places in k (int32 [BLOCKS]) are
+    given, and store.
 
     In the blocked layout the tiles together have to cover M to a multiple of 128 and K to one of 64: padding becomes 0.
     """
-    packed, byte = quantize_blocks(x, alpha, RULE, ROWS, BLOCKS, E2M1_CVT)
+    words, byte = quantize_blocks(lo, hi, alpha, RULE, ROWS, BLOCKS, E2M1_CVT)
     count = K // BLOCK
     inside = (rows < M)[:, None] & (blocks < count)[None, :]
-    pairs = blocks[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    at = rows[:, None, None] * (K // 2) + pairs[None, :, :]
-    tl.store(data_ptr + at, packed, mask=inside[:, :, None])
+    pairs = blocks[:, None] * 2 + tl.arange(0, 2)[None, :]
+    at = data_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + rows[:, None, None] * (K // 8) + pairs[None, :, :]
+    tl.store(at, words, mask=inside[:, :, None])
     sf_at = sf_ptr + sf_offsets(rows, blocks, K, SF_BLOCKED)
     if SF_BLOCKED:
         padded = (rows < (M + 127) // 128 * 128)[:, None] & (blocks < (count + 3) // 4 * 4)[None, :]

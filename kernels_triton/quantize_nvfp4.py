@@ -13,28 +13,33 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4suite.built import Built
-from fp4suite.formats import NVFP4Tensor
+from fp4suite.formats import BLOCK, NVFP4Tensor
 from fp4suite.problem import QuantizeProblem, Rule
 
 from . import amax, host
-from .nvfp4 import magnitude_bits, store_quantized, widen
+from .nvfp4 import load_half, magnitude_bits, store_quantized
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_m rows by block_k elements of K a program."""
+    """block_m rows by block_k elements of K a program, whole blocks of 16 a thread."""
 
     block_m: int = 4
     block_k: int = 1024
     num_warps: int = 4
 
 
-SPACE = {"block_m": (1, 4, 16), "block_k": (256, 1024), "num_warps": (2, 4, 8)}
+SPACE = {"block_m": (1, 4, 16), "block_k": (512, 1024, 2048), "num_warps": (1, 2, 4, 8)}
 
 
 def supports(problem: QuantizeProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
-    return host.refuse_tile(config.block_m, config.block_k, config.num_warps, problem.rule)
+    return host.refuse_tile(config.block_m, config.block_k, config.num_warps, problem.rule, least=BLOCK)
+
+
+def default(problem: QuantizeProblem) -> Config:
+    """Two blocks a thread; one, and a warp a program, where there is too little for every SM."""
+    return Config() if problem.m * problem.k >= 1 << 20 else Config(block_m=1, block_k=512, num_warps=1)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -56,16 +61,17 @@ def _quantize_nvfp4(
     # int64 before the multiply: stacked experts pass 2**31 elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     blocks = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
-    cols = blocks[:, None] * 16 + tl.arange(0, 16)[None, :]
-    inside = (rows < M)[:, None, None] & (cols < K)[None, :, :]
-    x = widen(tl.load(x_ptr + rows[:, None, None] * stride_m + cols[None, :, :], mask=inside, other=0.0))
+    inside = (rows < M)[:, None, None] & (blocks < K // 16)[None, :, None]
+    at = x_ptr + rows[:, None, None] * stride_m
+    lo = load_half(at, blocks, inside, 0, BLOCK_M, BLOCK_K // 16)
+    hi = load_half(at, blocks, inside, 1, BLOCK_M, BLOCK_K // 16)
     if RULE == "amax":
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(amax_ptr + tile, tl.max(magnitude_bits(x)))
+        tl.store(amax_ptr + tile, tl.max(tl.maximum(magnitude_bits(lo), magnitude_bits(hi))))
     else:
         alpha = tl.load(alpha_ptr)
         store_quantized(
-            x, rows, blocks, alpha, data_ptr, sf_ptr, M, K, RULE, SF_BLOCKED, E2M1_CVT, BLOCK_M, BLOCK_K // 16
+            lo, hi, rows, blocks, alpha, data_ptr, sf_ptr, M, K, RULE, SF_BLOCKED, E2M1_CVT, BLOCK_M, BLOCK_K // 16
         )
 
 

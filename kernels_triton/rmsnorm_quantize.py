@@ -15,62 +15,153 @@ from torch import Tensor
 from fp4suite.built import Built
 from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import RmsnormQuantizeProblem, Rule
+from fp4suite.reference.quant import SUM_CHUNK as _SUM_CHUNK
 
 from . import amax, host
-from .nvfp4 import magnitude_bits, row_sum, store_quantized, widen
+from .nvfp4 import SUM_CHUNK, load_half, magnitude_bits, pair_sum, store_quantized
+
+MOST_HELD = 128  # elements of a row in a thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_m rows a program."""
+    """block_m rows by one of `parts` of their columns a program; every part sums its rows as a whole.
+
+    Quantised are 16 columns a thread at a time: a tile is 512 num_warps / block_m columns wide. `held` rows stay in
+    registers from the sum to the quantiser; others are read again, from L1 or L2.
+    """
 
     block_m: int = 1
-    num_warps: int = 8
+    num_warps: int = 2
+    parts: int = 1
+    held: bool = False
+
+    @property
+    def tile_k(self) -> int:
+        """Columns that are quantised at a time."""
+        return 512 * self.num_warps // self.block_m
 
 
-SPACE = {"block_m": (1, 2, 4), "num_warps": (2, 4, 8, 16)}
+SPACE = {"block_m": (1, 2, 4), "num_warps": (1, 2, 4, 8), "parts": (1, 2, 4, 8), "held": (False, True)}
 
 
 def supports(problem: RmsnormQuantizeProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
-    return host.refuse_rows(config.block_m, problem.k, config.num_warps, problem.rule)
+    tiles = triton.cdiv(problem.k, config.tile_k)
+    if config.num_warps < config.block_m:
+        return f"block_m={config.block_m} num_warps={config.num_warps}: a row takes a warp or more"
+    if config.parts > tiles:
+        return f"k={problem.k} has {tiles} tiles of {config.tile_k} columns, too few for {config.parts} parts"
+    if config.held and (config.parts > 1 or config.tile_k > _SUM_CHUNK):
+        return f"held rows have one part and tiles of up to {_SUM_CHUNK} columns, got {config.parts} of {config.tile_k}"
+    if config.held and tiles * 16 > MOST_HELD:
+        return f"k={problem.k} tile_k={config.tile_k}: {tiles * 16} elements a thread, held up to {MOST_HELD}"
+    return None
+
+
+def default(problem: RmsnormQuantizeProblem) -> Config:
+    """Few rows: each by several programs, 16 columns a thread. Many: two warps a row, or one, that hold it."""
+    if problem.m <= 128:
+        num_warps = 4 if problem.k > 2048 else 2
+        return Config(num_warps=num_warps, parts=triton.cdiv(problem.k, 512 * num_warps))
+    wanted = (Config(num_warps=warps, held=True) for warps in (1, 2))
+    return next((c for c in wanted if supports(problem, c) is None), Config(num_warps=4))
 
 
 @triton.jit(do_not_specialize=["M"])
 def _rmsnorm_quantize(
-    x_ptr,
-    stride_m,
-    weight_ptr,
-    alpha_ptr,
-    data_ptr,
-    sf_ptr,
-    amax_ptr,
-    M,
-    K,
-    eps,
-    RULE: tl.constexpr,
-    SF_BLOCKED: tl.constexpr,
-    E2M1_CVT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PADDED_K: tl.constexpr,
-):
-    BLOCKS: tl.constexpr = PADDED_K // 16
+    x_ptr, stride_m, weight_ptr, alpha_ptr, data_ptr, sf_ptr, amax_ptr, M, eps, K: tl.constexpr, RULE: tl.constexpr,
+    SF_BLOCKED: tl.constexpr, E2M1_CVT: tl.constexpr, BLOCK_M: tl.constexpr, SUM_K: tl.constexpr, TILE_K: tl.constexpr,
+    TILES: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
     # int64 before the multiply: a long batch passes 2**31 elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    blocks = tl.arange(0, BLOCKS)
-    cols = blocks[:, None] * 16 + tl.arange(0, 16)[None, :]
-    inside = (rows < M)[:, None, None] & (cols < K)[None, :, :]
-    x = widen(tl.load(x_ptr + rows[:, None, None] * stride_m + cols[None, :, :], mask=inside, other=0.0))
-    weight = widen(tl.load(weight_ptr + cols, mask=cols < K, other=0.0))
-
-    mean = tl.div_rn(row_sum((x * x).reshape(BLOCK_M, PADDED_K), BLOCK_M, PADDED_K), K.to(tl.float32))
-    y = x * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None, None] * weight[None, :, :]
+    at = x_ptr + (tl.minimum(rows, M - 1) * stride_m)[:, None, None]  # of what lies beyond, nothing is kept
+    weight_at = weight_ptr + tl.zeros([BLOCK_M, 1, 1], tl.int32)
+    x = ()
+    first = ()
+    second = ()
+    for i in tl.static_range((K + SUM_K - 1) // SUM_K):
+        tile = _load_tile(at, i, K, BLOCK_M, SUM_K)
+        x += tile
+        first += (tile[0] * tile[0],)
+        second += (tile[1] * tile[1],)
+    start = tl.program_id(1) * TILES
+    w = ()
+    if TILES == 1:  # few registers: whatever needs no sum is on its way before it
+        w = _load_tile(weight_at, start, K, BLOCK_M, TILE_K)
+        if not HELD:
+            x = _load_tile(at, start, K, BLOCK_M, TILE_K)
     if RULE == "amax":
-        y = tl.where(inside, y, 0.0)  # eps = 0 makes rows of zeros, the padding's too, NaN
-        tl.store(amax_ptr + tl.program_id(0), tl.max(magnitude_bits(y)))
+        most = tl.zeros([BLOCK_M, TILE_K // 16, 8], tl.int32)
     else:
         alpha = tl.load(alpha_ptr)
-        store_quantized(y, rows, blocks, alpha, data_ptr, sf_ptr, M, K, RULE, SF_BLOCKED, E2M1_CVT, BLOCK_M, BLOCKS)
+
+    mean = tl.div_rn(_row_sum(first, second, BLOCK_M, SUM_K), tl.full([BLOCK_M], K, tl.float32))
+    factor = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None, None]
+    for i in tl.static_range(TILES):
+        if TILES > 1:
+            w = _load_tile(weight_at, start + i, K, BLOCK_M, TILE_K)
+            if not HELD:
+                x = _load_tile(at, start + i, K, BLOCK_M, TILE_K)
+        lo = x[2 * i if HELD else 0] * factor * w[0]
+        hi = x[2 * i + 1 if HELD else 1] * factor * w[1]
+        blocks = (start + i) * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
+        if RULE == "amax":
+            # eps = 0 makes rows of zeros NaN, the padding too
+            larger = tl.maximum(magnitude_bits(lo), magnitude_bits(hi))
+            most = tl.maximum(most, tl.where((blocks < K // 16)[None, :, None], larger, 0))
+        else:
+            store_quantized(
+                lo, hi, rows, blocks, alpha, data_ptr, sf_ptr, M, K, RULE, SF_BLOCKED, E2M1_CVT, BLOCK_M, TILE_K // 16
+            )
+    if RULE == "amax":
+        tl.store(amax_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(most))
+
+
+@triton.jit
+def _load_tile(at, tile, K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr):
+    """The two halves of the blocks in columns from tile * TILE_K on."""
+    blocks = tile * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
+    if K % TILE_K == 0:
+        return _halves(at, blocks, None, ROWS, TILE_K)
+    else:
+        return _halves(at, blocks, (blocks < K // 16)[None, :, None], ROWS, TILE_K)
+
+
+@triton.jit
+def _halves(at, blocks, inside, ROWS: tl.constexpr, TILE_K: tl.constexpr):
+    lo = load_half(at, blocks, inside, 0, ROWS, TILE_K // 16)
+    hi = load_half(at, blocks, inside, 1, ROWS, TILE_K // 16)
+    return lo, hi
+
+
+@triton.jit
+def _row_sum(first, second, ROWS: tl.constexpr, SUM_K: tl.constexpr):
+    """Sum of each row, whose tiles of SUM_K columns are given as the first and second halves of their blocks, in the
+    order of `reference.quant`: [ROWS]."""
+    Q: tl.constexpr = SUM_CHUNK // SUM_K  # tiles under one tree of pairs
+    for level in tl.static_range(8, -1, -1):
+        if Q << level < len(first):
+            first = _fold(first, Q << level)
+            second = _fold(second, Q << level)
+    sums = ()
+    for i in tl.static_range(len(first)):
+        blocks = pair_sum(first[i], ROWS, SUM_K // 16, 8) + pair_sum(second[i], ROWS, SUM_K // 16, 8)
+        sums += (pair_sum(blocks.reshape(ROWS, 1, SUM_K // 16), ROWS, 1, SUM_K // 16).reshape(ROWS),)
+    return _fold(sums, 1)[0]
+
+
+@triton.jit
+def _fold(parts, HALF: tl.constexpr):
+    """The second half added to the first, which has HALF parts; what it lacks is zero."""
+    folded = ()
+    for i in tl.static_range(HALF):
+        if i + HALF < len(parts):
+            folded += (parts[i] + parts[i + HALF],)
+        else:
+            folded += (parts[i],)
+    return folded
 
 
 def launch(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, out: NVFP4Tensor, rule: Rule, config: Config) -> None:
@@ -80,8 +171,8 @@ def launch(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, out: NVFP4Tenso
         return
     (programs, _) = host.grid(m, k, config.block_m, k, out.sf_layout)
     constants = _constants(k, rule, out.sf_layout, host.has_e2m1_cvt(x.device), config)
-    operands = (x, host.row_stride(x), weight, alpha, out.data, out.sf.view(torch.uint8), None, m, k, eps)
-    _rmsnorm_quantize[(programs,)](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
+    operands = (x, host.row_stride(x), weight, alpha, out.data, out.sf.view(torch.uint8), None, m, eps)
+    _rmsnorm_quantize[(programs, config.parts)](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
 
 
 def global_scale(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, config: Config) -> None:
@@ -91,10 +182,10 @@ def global_scale(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, config: C
         alpha.zero_()
         return
     (programs, _) = host.grid(m, k, config.block_m, k, "linear")
-    bits = amax.tile_maxima(programs, x.device)
+    bits = amax.tile_maxima(programs * config.parts, x.device)
     constants = _constants(k, "amax", "linear", False, config)
-    operands = (x, host.row_stride(x), weight, None, None, None, bits, m, k, eps)
-    _rmsnorm_quantize[(programs,)](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
+    operands = (x, host.row_stride(x), weight, None, None, None, bits, m, eps)
+    _rmsnorm_quantize[(programs, config.parts)](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
     amax.finish(bits, alpha)
 
 
@@ -107,14 +198,14 @@ def warm(problem: RmsnormQuantizeProblem, config: Config) -> None:
 
 
 def build_key(problem: RmsnormQuantizeProblem, config: Config) -> tuple[Any, ...]:
-    """What of a problem `build` depends on: m is read at launch, k within its power of two."""
-    return problem.x, problem.rule, problem.sf_layout, triton.next_power_of_2(problem.k)
+    """What of a problem `build` depends on: m is read at launch."""
+    return problem.x, problem.rule, problem.sf_layout, problem.k
 
 
 def build(problem: RmsnormQuantizeProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU."""
     types = {"x_ptr": f"*{problem.x}", "stride_m": "i32", "weight_ptr": f"*{problem.x}", "alpha_ptr": "*fp32"}
-    types |= {"data_ptr": "*u8", "sf_ptr": "*u8", "M": "i32", "K": "i32", "eps": "fp32"}
+    types |= {"data_ptr": "*u8", "sf_ptr": "*u8", "M": "i32", "eps": "fp32"}
     constants = _constants(problem.k, problem.rule, problem.sf_layout, arch == "sm_100a", config)
     constants["amax_ptr"] = None
     return host.build(_rmsnorm_quantize, types, constants, arch, config.num_warps, unaligned=("M",))
@@ -122,9 +213,13 @@ def build(problem: RmsnormQuantizeProblem, config: Config, arch: str) -> Built:
 
 def _constants(k: int, rule: str, sf_layout: str, e2m1_cvt: bool, config: Config) -> dict[str, Any]:
     return {
+        "K": k,
         "RULE": rule,
         "SF_BLOCKED": sf_layout == "blocked_128x4",
         "E2M1_CVT": e2m1_cvt,
         "BLOCK_M": config.block_m,
-        "PADDED_K": triton.next_power_of_2(k),
+        "SUM_K": min(config.tile_k, _SUM_CHUNK),
+        "TILE_K": config.tile_k,
+        "TILES": triton.cdiv(triton.cdiv(k, config.tile_k), config.parts),
+        "HELD": config.held,
     }

@@ -53,11 +53,17 @@ def load_angles(table_ptr, positions, live, angles, ROPE_DIM: tl.constexpr):
 def turn(x, cos, sin, angles, INVERSE: tl.constexpr, ROPE_DIM: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr):
     """x [ROWS, 2 PAIRS] with the pairs that have an angle turned; cos and sin [ROWS or 1, PAIRS]."""
     a, b = tl.split(x.reshape(ROWS, PAIRS, 2))
+    turned = ((angles >= 0) & (angles < ROPE_DIM // 2))[None, :]
+    return tl.join(*turn_pairs(a, b, cos, sin, turned, INVERSE)).reshape(ROWS, 2 * PAIRS)
+
+
+@triton.jit
+def turn_pairs(a, b, cos, sin, turned, INVERSE: tl.constexpr):
+    """The pairs (a, b), turned where `turned`."""
     if INVERSE:
         c = a * cos + b * sin
         d = b * cos - a * sin
     else:
         c = a * cos - b * sin
         d = b * cos + a * sin
-    turned = ((angles >= 0) & (angles < ROPE_DIM // 2))[None, :]
-    return tl.join(tl.where(turned, c, a), tl.where(turned, d, b)).reshape(ROWS, 2 * PAIRS)
+    return tl.where(turned, c, a), tl.where(turned, d, b)

@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4suite.built import Built
-from fp4suite.formats import NVFP4Tensor
+from fp4suite.formats import BLOCK, NVFP4Tensor
 from fp4suite.problem import RopeInverseQuantizeProblem, Rule
 
 from . import amax, host
 from .nvfp4 import magnitude_bits, store_quantized, widen
-from .rope import head_strides, load_angles, refuse_heads, turn
+from .rope import head_strides, refuse_heads, turn_pairs
 from .rounding import rounded
 
 
@@ -39,8 +39,13 @@ def supports(problem: RopeInverseQuantizeProblem, config: Config) -> str | None:
     if problem.heads % problem.groups or problem.k % 16:
         return f"heads={problem.heads} of {problem.head_dim} dims do not make {problem.groups} groups in blocks of 16"
     return refuse_heads(problem.head_dim, problem.rope_dim, problem.x) or host.refuse_tile(
-        config.block_m, config.block_k, config.num_warps, problem.rule
+        config.block_m, config.block_k, config.num_warps, problem.rule, least=BLOCK
     )
+
+
+def default(problem: RopeInverseQuantizeProblem) -> Config:
+    """Two blocks a thread; one where there are few tokens."""
+    return Config() if problem.m * problem.heads >= 1 << 13 else Config(block_k=512)
 
 
 @triton.jit(do_not_specialize=["M", "sf_group"], do_not_specialize_on_alignment=["positions_ptr"])
@@ -52,26 +57,47 @@ def _rope_inverse_quantize(
     # int64 before the multiply: a long batch passes 2**31 elements
     group = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    heads = group * (K // HEAD_DIM) + cols // HEAD_DIM
-    at = o_ptr + rows[:, None] * stride_m + (heads * stride_h + cols % HEAD_DIM)[None, :]
-    x = widen(tl.load(at, mask=(rows < M)[:, None] & (cols < K)[None, :], other=0.0))
-
-    positions = tl.load(positions_ptr + rows, mask=rows < M, other=-1)
-    pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-    angles = pairs % (HEAD_DIM // 2) - (HEAD_DIM - ROPE_DIM) // 2
-    cos, sin = load_angles(table_ptr, positions, positions >= 0, angles, ROPE_DIM)
-    y = rounded(turn(x, cos, sin, angles, True, ROPE_DIM, BLOCK_M, BLOCK_K // 2), o_ptr.dtype.element_ty)
+    blocks = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
+    heads_ptr = o_ptr + group * (K // HEAD_DIM) * stride_h
+    lo = _turned_half(
+        heads_ptr, stride_m, stride_h, positions_ptr, table_ptr, rows, blocks, M, K, 0, HEAD_DIM, ROPE_DIM
+    )
+    hi = _turned_half(
+        heads_ptr, stride_m, stride_h, positions_ptr, table_ptr, rows, blocks, M, K, 1, HEAD_DIM, ROPE_DIM
+    )
     if RULE == "amax":
         tile = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(amax_ptr + tile, tl.max(magnitude_bits(y)))
+        tl.store(amax_ptr + tile, tl.max(tl.maximum(magnitude_bits(lo), magnitude_bits(hi))))
     else:
-        blocks = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
         store_quantized(
-            y.reshape(BLOCK_M, BLOCK_K // 16, 16), rows, blocks, tl.load(alpha_ptr),
-            data_ptr + group * M * (K // 2), sf_ptr + group * sf_group,
+            lo, hi, rows, blocks, tl.load(alpha_ptr), data_ptr + group * M * (K // 2), sf_ptr + group * sf_group,
             M, K, RULE, SF_BLOCKED, E2M1_CVT, BLOCK_M, BLOCK_K // 16,
         )  # fmt: skip
+
+
+@triton.jit
+def _turned_half(
+    heads_ptr, stride_m, stride_h, positions_ptr, table_ptr, rows, blocks, M, K, HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
+):  # fmt: skip
+    """The first or second eight columns of each of `blocks`, turned back: FP32 [rows, blocks, 8]."""
+    ROWS: tl.constexpr = rows.shape[0]
+    BLOCKS: tl.constexpr = blocks.shape[0]
+    cols = blocks[:, None] * 16 + HALF * 8 + tl.arange(0, 8)[None, :]
+    at = (cols // HEAD_DIM).to(tl.int64) * stride_h + cols % HEAD_DIM
+    inside = (rows < M)[:, None, None] & (blocks < K // 16)[None, :, None]
+    x = widen(tl.load(heads_ptr + (rows * stride_m)[:, None, None] + at[None, :, :], mask=inside, other=0.0))
+    a, b = tl.split(x.reshape(ROWS, BLOCKS, 4, 2))
+    pairs = blocks[:, None] * 8 + HALF * 4 + tl.arange(0, 4)[None, :]
+    angles = pairs % (HEAD_DIM // 2) - (HEAD_DIM - ROPE_DIM) // 2
+    turned = ((angles >= 0) & (angles < ROPE_DIM // 2))[None, :, :]
+    positions = tl.load(positions_ptr + rows, mask=rows < M, other=-1)[:, None, None]
+    at = table_ptr + positions.to(tl.int64) * ROPE_DIM + angles[None, :, :]
+    known = turned & (positions >= 0)
+    cos = tl.load(at, mask=known, other=0.0)
+    sin = tl.load(at + ROPE_DIM // 2, mask=known, other=0.0)
+    y = tl.join(*turn_pairs(a, b, cos, sin, turned, True)).reshape(ROWS, BLOCKS, 8)
+    return rounded(y, heads_ptr.dtype.element_ty)
 
 
 def launch(

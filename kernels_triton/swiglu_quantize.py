@@ -13,28 +13,33 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4suite.built import Built
-from fp4suite.formats import NVFP4Tensor
+from fp4suite.formats import BLOCK, NVFP4Tensor
 from fp4suite.problem import Rule, SwigluQuantizeProblem
 
 from . import amax, host
-from .nvfp4 import exp_neg, magnitude_bits, store_quantized, widen
+from .nvfp4 import exp_neg, load_half, magnitude_bits, store_quantized
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_m rows by block_k output columns a program."""
+    """block_m rows by block_k output columns a program, whole blocks of 16 a thread."""
 
     block_m: int = 4
     block_k: int = 512
     num_warps: int = 4
 
 
-SPACE = {"block_m": (1, 4, 16), "block_k": (256, 512), "num_warps": (2, 4, 8)}
+SPACE = {"block_m": (1, 4, 16), "block_k": (256, 512, 1024), "num_warps": (1, 2, 4, 8)}
 
 
 def supports(problem: SwigluQuantizeProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
-    return host.refuse_tile(config.block_m, config.block_k, config.num_warps, problem.rule)
+    return host.refuse_tile(config.block_m, config.block_k, config.num_warps, problem.rule, least=BLOCK)
+
+
+def default(problem: SwigluQuantizeProblem) -> Config:
+    """A block a thread; one warp a program where there is too little for every SM."""
+    return Config() if problem.m * problem.k >= 1 << 19 else Config(block_m=1, num_warps=1)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -57,24 +62,30 @@ def _swiglu_quantize(
     # int64 before the multiply: a long batch passes 2**31 elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     blocks = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
-    cols = blocks[:, None] * 16 + tl.arange(0, 16)[None, :]
-    inside = (rows < M)[:, None, None] & (cols < K)[None, :, :]
-    at = rows[:, None, None] * stride_m + cols[None, :, :]
-    g = widen(tl.load(x_ptr + at, mask=inside, other=0.0))
-    u = widen(tl.load(x_ptr + K + at, mask=inside, other=0.0))
-
-    # a NaN stays one
-    g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
-    u = tl.minimum(tl.maximum(u, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL)
-    y = tl.div_rn(g, 1.0 + exp_neg(g)) * u
+    inside = (rows < M)[:, None, None] & (blocks < K // 16)[None, :, None]
+    at = x_ptr + rows[:, None, None] * stride_m
+    g_lo = load_half(at, blocks, inside, 0, BLOCK_M, BLOCK_K // 16)
+    u_lo = load_half(at + K, blocks, inside, 0, BLOCK_M, BLOCK_K // 16)
+    g_hi = load_half(at, blocks, inside, 1, BLOCK_M, BLOCK_K // 16)
+    u_hi = load_half(at + K, blocks, inside, 1, BLOCK_M, BLOCK_K // 16)
+    lo = _swiglu(g_lo, u_lo, limit)
+    hi = _swiglu(g_hi, u_hi, limit)
     if RULE == "amax":
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(amax_ptr + tile, tl.max(magnitude_bits(y)))
+        tl.store(amax_ptr + tile, tl.max(tl.maximum(magnitude_bits(lo), magnitude_bits(hi))))
     else:
         alpha = tl.load(alpha_ptr)
         store_quantized(
-            y, rows, blocks, alpha, data_ptr, sf_ptr, M, K, RULE, SF_BLOCKED, E2M1_CVT, BLOCK_M, BLOCK_K // 16
+            lo, hi, rows, blocks, alpha, data_ptr, sf_ptr, M, K, RULE, SF_BLOCKED, E2M1_CVT, BLOCK_M, BLOCK_K // 16
         )
+
+
+@triton.jit
+def _swiglu(g, u, limit):
+    # a NaN stays one
+    g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
+    u = tl.minimum(tl.maximum(u, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.div_rn(g, 1.0 + exp_neg(g)) * u
 
 
 def launch(x: Tensor, limit: float, alpha: Tensor, out: NVFP4Tensor, rule: Rule, config: Config) -> None:

@@ -11,11 +11,11 @@ from kernels_triton import host, nvfp4
 
 
 @triton.jit
-def _encode(x_ptr, data_ptr, E2M1_CVT: tl.constexpr):
+def _encode(x_ptr, one, data_ptr, E2M1_CVT: tl.constexpr):
     at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-    y = tl.load(x_ptr + at)
-    packed = nvfp4.pack_e2m1(y.reshape(1, 64, 16), 1, 64, E2M1_CVT)
-    tl.store(data_ptr + tl.program_id(0) * 512 + tl.arange(0, 512), packed.reshape(512))
+    y = tl.load(x_ptr + at) * one  # what is packed is a product
+    words = nvfp4.pack_e2m1(y.reshape(1, 128, 8), 1, 128, E2M1_CVT)
+    tl.store(data_ptr + tl.program_id(0) * 128 + tl.arange(0, 128), words.reshape(128))
 
 
 @triton.jit
@@ -60,9 +60,10 @@ def _row_sum(x_ptr, out_ptr, ROWS: tl.constexpr, N: tl.constexpr):
 @triton.jit
 def _block_errors(x_ptr, sf_ptr, out_ptr, alpha, inv):
     blocks = tl.arange(0, 64)
-    x = tl.load(x_ptr + blocks[:, None] * 16 + tl.arange(0, 16)[None, :]).reshape(1, 64, 16)
+    at = (x_ptr + blocks[:, None] * 16 + tl.arange(0, 8)[None, :]).reshape(1, 64, 8)
+    lo, hi = tl.load(at), tl.load(at + 8)
     sf = tl.load(sf_ptr + blocks).reshape(1, 64)
-    tl.store(out_ptr + blocks, nvfp4._squared_error(x, x * inv, sf, alpha, 1, 64).reshape(64))
+    tl.store(out_ptr + blocks, nvfp4._squared_error(lo, hi, lo * inv, hi * inv, sf, alpha, 1, 64).reshape(64))
 
 
 def numbers(device: torch.device) -> torch.Tensor:
@@ -86,7 +87,7 @@ def cvt_choices() -> list[bool]:
 def test_e2m1_encode(device, e2m1_cvt):
     x = numbers(device)
     data = torch.full((x.numel() // 2,), 0xAA, dtype=torch.uint8, device=device)
-    _encode[(len(x),)](x, data, E2M1_CVT=e2m1_cvt, **host.OPTIONS)
+    _encode[(len(x),)](x, 1.0, data.view(torch.int32), E2M1_CVT=e2m1_cvt, **host.OPTIONS)
     assert torch.equal(e2m1.unpack(data), e2m1.encode(x.view(-1)))
 
 

@@ -8,9 +8,9 @@ from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import RULES, RmsnormQuantizeProblem
 from kernels_triton import rmsnorm_quantize as kernel
 
-from .checks import RULES_LAYOUTS_TYPES, assert_same, configs, every_bf16, run
+from .checks import RULES_LAYOUTS_TYPES, assert_same, every_bf16, run
 
-WIDE = kernel.Config(block_m=16)  # few programs over padded rows, for the interpreter's sake
+WIDE = kernel.Config(block_m=16, num_warps=16)  # few programs over padded rows, for the interpreter's sake
 
 
 def check(
@@ -36,16 +36,10 @@ def weights(k: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -
 
 @pytest.mark.parametrize("k", [64, 1104, 7168])
 def test_every_config(k, device, hard_rows):
-    """Ragged in m, and in k against the power of two that holds it."""
-    for config in configs(kernel, RmsnormQuantizeProblem(m=5, k=k)):
+    """Ragged in m, and in k against tiles and the chunks of the sum. Tiles depend on warps: nothing is left out."""
+    problem = RmsnormQuantizeProblem(m=5, k=k)
+    for config in [c for c in testing.configs(kernel) if kernel.supports(problem, c) is None]:
         check(hard_rows(5, k, torch.bfloat16, device), weights(k, device), 0.002, config=config)
-
-
-@pytest.mark.parametrize("config", testing.configs(kernel), ids=str)
-def test_what_registers_hold(config):
-    most = 32 if config.num_warps == 16 else 64  # elements a thread
-    held = config.block_m * 8192 / (32 * config.num_warps)
-    assert (kernel.supports(RmsnormQuantizeProblem(m=5, k=7168), config) is None) == (held <= most)
 
 
 @pytest.mark.parametrize(("rule", "sf_layout", "dtype"), RULES_LAYOUTS_TYPES, ids=str)
@@ -56,9 +50,12 @@ def test_every_rule_layout_and_type(rule, sf_layout, dtype, device, hard_rows):
         check(x, weights(208, device, weight_dtype), 0.002, rule, sf_layout, WIDE)
 
 
-@pytest.mark.parametrize("k", [16, 48, 512, 1024, 1536, 2064, 4096, 16384])
-def test_lengths(k, device, hard_rows):
-    check(hard_rows(3, k, torch.bfloat16, device), weights(k, device), 0.002)
+@pytest.mark.parametrize("k", [16, 48, 512, 1024, 1536, 2064, 4096, 7168, 16384])
+@pytest.mark.parametrize("m", [3, 4096])
+def test_lengths(m, k, device, hard_rows):
+    """By the default configs of few and of many rows."""
+    config = kernel.default(RmsnormQuantizeProblem(m=m, k=k))
+    check(hard_rows(3, k, torch.bfloat16, device), weights(k, device), 0.002, config=config)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.0, 1.0])
@@ -99,7 +96,7 @@ def test_global_scale(m, eps, device, hard_rows):
         if zero_row and m:
             x[-1] = 0
         alpha = torch.full((), 123.0, device=device)
-        kernel.global_scale(x, weight, eps, alpha, kernel.Config(block_m=4))
+        kernel.global_scale(x, weight, eps, alpha, kernel.Config(block_m=4, num_warps=4))
         want = reference.rmsnorm_quantize(x.cpu(), weight.cpu(), eps).alpha
         torch.testing.assert_close(alpha.cpu(), want, rtol=0, atol=0, equal_nan=True)
 
@@ -115,9 +112,14 @@ def test_every_bit_of_the_norm(device):
 
 
 def test_refusals():
-    assert kernel.supports(RmsnormQuantizeProblem(m=1, k=16384), kernel.Config()) is None
-    why = kernel.supports(RmsnormQuantizeProblem(m=1, k=16400), kernel.Config())
-    assert why == "128 elements a thread spill: 8 warps hold 64 by rule absmax"
+    def why(k: int, **config: int) -> str | None:
+        return kernel.supports(RmsnormQuantizeProblem(m=1, k=k), kernel.Config(**config))
+
+    assert why(16384) is None
+    assert why(7168, block_m=2, num_warps=1) == "block_m=2 num_warps=1: a row takes a warp or more"
+    assert why(1536, parts=4) == "k=1536 has 2 tiles of 1024 columns, too few for 4 parts"
+    assert why(7168, num_warps=4, held=True) == "held rows have one part and tiles of up to 1024 columns, got 1 of 2048"
+    assert why(7168, num_warps=1, held=True) == "k=7168 tile_k=512: 224 elements a thread, held up to 128"
 
 
 @pytest.mark.gpu
