@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp4suite import arch as archs
 from fp4suite.built import Built
 from fp4suite.problem import (
     ELEMENT_BYTES,
@@ -81,7 +82,9 @@ SPACE = {
 def default(problem: FoldProblem) -> Config:
     """One step and whole rows in registers for few tokens; for many, what leaves room for folds beside the product."""
     few = problem.m <= 256
-    if isinstance(problem, HyperConnectionPostPreProblem) or problem.x != "bf16":
+    # tcgen05 (sm_100a) takes copies of its operands, for which larger steps leave no room
+    small = problem.x != "bf16" or archs.current() == "sm_100a"
+    if small or isinstance(problem, HyperConnectionPostPreProblem):
         return Config(
             block_m=64, block_d=32, programs=2 * SMS, num_warps=4, fold_warps=8 if few else 4, overlap=not few
         )
@@ -225,13 +228,16 @@ def _sums(
     D,
     GROUPS,
     POST: tl.constexpr,
+    JOINT: tl.constexpr,
     HEAD: tl.constexpr,
     PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A row of parts is WIDTH numbers: the sum of squares, pre from 1 on, post from 8 and comb from 16."""
+    """A row of parts is WIDTH numbers: the sum of squares, pre from 1 on, post from 8 and comb from 16. JOINT: one
+    product of all streams, next to each other.
+    """
     WIDTH: tl.constexpr = 8 if HEAD else 32
     PADDED: tl.constexpr = 16 if HEAD else 32  # what tl.dot takes at least
     if CVT:
@@ -240,13 +246,13 @@ def _sums(
     place = tl.arange(0, PADDED)
     output, is_output = _output(place)
     is_output &= place < WIDTH
-    FLAT: tl.constexpr = BLOCK_D if POST else N * BLOCK_D  # columns of a product
+    FLAT: tl.constexpr = N * BLOCK_D if JOINT else BLOCK_D  # columns of a product
     stream = tl.arange(0, FLAT) // BLOCK_D
     cols = part * BLOCK_D + tl.arange(0, FLAT) % BLOCK_D
     fn_at = fn_ptr + output[:, None] * (N * D) + (stream * D + cols)[None, :]
     fn_inside = is_output[:, None] & (cols < D)[None, :]
     factors = ()
-    for k in tl.static_range(N if POST else 1):
+    for k in tl.static_range(1 if JOINT else N):
         fn = _wide(tl.load(fn_at + k * D, mask=fn_inside, other=0.0))
         factors = factors + (_factors(fn, h_ptr.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
     for block in range(tl.program_id(0) // PARTS, (M + BLOCK_M - 1) // BLOCK_M, GROUPS):
@@ -262,8 +268,9 @@ def _sums(
             x1 = tl.load(h_at + stride_n, mask=inside, other=0.0)
             x2 = tl.load(h_at + 2 * stride_n, mask=inside, other=0.0)
             x3 = tl.load(h_at + 3 * stride_n, mask=inside, other=0.0)
-            squares = tl.zeros([BLOCK_M, FLAT], tl.float32)
-            for k in tl.static_range(N):
+        squares = tl.zeros([BLOCK_M, FLAT], tl.float32)
+        for k in tl.static_range(1 if JOINT else N):
+            if POST:
                 c = comb_ptr + rows * (N * N) + k
                 post = tl.load(post_ptr + rows * N + k, mask=live, other=0.0)[:, None]
                 c0 = tl.load(c, mask=live, other=0.0)[:, None]
@@ -274,12 +281,10 @@ def _sums(
                 x = narrow(x, h_ptr.dtype.element_ty, CVT)
                 tl.store(out_ptr + (rows[:, None] * N + k) * D + cols[None, :], x, mask=inside)
                 x = _opaque(x)
-                total = _times(x, factors[k], total)
-                squares = tl.fma(_wide(x), _wide(x), squares)
-        else:
-            x = tl.load(h_at, mask=inside, other=0.0)
-            total = _times(x, factors[0], total)  # type: ignore[misc]
-            squares = _wide(x) * _wide(x)
+            else:
+                x = tl.load(h_at + k * stride_n, mask=inside, other=0.0)
+            total = _times(x, factors[k], total)
+            squares = tl.fma(_wide(x), _wide(x), squares)
         total = tl.where(place[None, :] == 0, tl.sum(squares, axis=1)[:, None], total)
         at = parts_ptr + (rows * PARTS + part)[:, None] * WIDTH + place[None, :]
         tl.store(at, total, mask=live[:, None] & (place < WIDTH)[None, :])
@@ -602,7 +607,7 @@ def launch_sums(
     `_sums`. With config.overlap also how many parts of each block of tokens are there, int32.
     """
     tokens, _, d = h.shape
-    constants = _sums_constants(fn.shape[0], d, site is not None, config)
+    constants = _sums_constants(fn.shape[0], d, site is not None, h.dtype, config)
     count = constants["PARTS"]
     parts = torch.empty(tokens, count, _width(fn.shape[0]), dtype=torch.float32, device=h.device)
     blocks = triton.cdiv(tokens, config.block_m)
@@ -645,7 +650,7 @@ def build_sums(x: str, k: int, config: Config, arch: str, *, outputs: int, post:
     """`_sums` compiled for `arch` without a GPU."""
     types = {"h_ptr": f"*{x}", "stride_m": "i32", "stride_n": "i32", "stride_y": "i32", "fn_ptr": "*fp32"}
     types |= {"parts_ptr": "*fp32", "M": "i32", "D": "i32", "GROUPS": "i32"}
-    constants = _sums_constants(outputs, k, post, config)
+    constants = _sums_constants(outputs, k, post, host.DTYPES[x], config)
     for wanted, more in (
         (post, {"y_ptr": f"*{x}", "post_ptr": "*fp32", "comb_ptr": "*fp32", "out_ptr": f"*{x}"}),
         (config.overlap, {"done_ptr": "*i32"}),
@@ -672,9 +677,10 @@ def build_fold(x: str, k: int, config: Config, arch: str, *, sinkhorn: bool, mad
     return host.build(_fold, types, constants, arch, config.fold_warps, unaligned=unaligned, launch_pdl=True)
 
 
-def _sums_constants(outputs: int, d: int, post: bool, config: Config) -> dict[str, Any]:
+def _sums_constants(outputs: int, d: int, post: bool, dtype: torch.dtype, config: Config) -> dict[str, Any]:
     return {
         "POST": post,
+        "JOINT": not post and dtype == torch.bfloat16,  # others' products would be of too many instructions
         "HEAD": outputs == STREAMS,
         "PARTS": triton.cdiv(d, config.block_d),
         "WHOLE": d % config.block_d == 0,
