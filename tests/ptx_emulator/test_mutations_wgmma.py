@@ -1,7 +1,7 @@
 """Deliberate faults in the PTX of `gemm_nvfp4_sm90_wgmma`: each must end in a refusal, a hang or a wrong result.
 
-Two configs: many tokens, shared by two CTAs, with tiles of the tail in parts of K; and few tokens, multiplied by warps,
-with parts of K in warpgroups and CTAs. m and n are ragged, scales random, rings wrap.
+Two configs: many tokens, shared by two CTAs, with tiles of the tail in parts of K; and few tokens, multiplied by three
+warps a group, with parts of K in groups and CTAs. m and n are ragged, scales random, rings wrap.
 """
 
 import pytest
@@ -18,8 +18,8 @@ from .test_mutations import ADDRESS, NO_WAIT, REG, WAIT, assert_caught, mutated
 CASES = {
     "many": (GemmProblem(m=200, n=320, k=128 * 6, segments=2, order=kernel.WEIGHT_ORDER),
              Config(tile_m=128, groups_n=1, tile_k=64, stages=3, share=2, tail=2)),
-    "few": (GemmProblem(m=5, n=128, k=64 * 14, segments=2, order=kernel.WEIGHT_ORDER),
-            Config(tile_m=8, groups_n=1, groups_k=2, tile_k=64, stages=4, split=2)),
+    "few": (GemmProblem(m=13, n=128, k=128 * 14, segments=2, order=kernel.WEIGHT_ORDER),
+            Config(tile_m=16, groups_n=1, groups_k=2, warps=3, tile_k=128, stages=4, split=2)),
 }  # fmt: skip
 
 MEET = r"barrier\.cluster\.arrive;\n\tbarrier\.cluster\.wait;"
@@ -47,13 +47,17 @@ FAULTS = [
     ("many", "swapped before the other CTA is there", MEET, "", 2),
     ("few", "load without a free stage", WAIT, NO_WAIT, 0),
     ("few", "multiplied before the stage is full", WAIT, NO_WAIT, 1),
+    ("few", "parts added before they are there", WAIT, NO_WAIT, 2),
     ("few", "stage released by no warp", r"mbarrier\.arrive\.shared\.b64[^;]*;", "", 0),
-    ("few", "swizzle of the tokens", rf"(ldmatrix\S+ [^}}]*}}), {ADDRESS};", r"\1, [%r114];", 0),
+    ("few", "the neighbour's quarter of a tile", r"(\.4d[^{]*\{%r\d+, %r\d+), %r15,", r"\1, %r17,", 0),
+    ("few", "swizzle of the tokens", rf"(ldmatrix\S+ [^}}]*}}), {ADDRESS};", r"\1, [%r152];", 1),
     ("few", "tokens exchanged", rf"(mma\.sync[^}}]*}}, {{[^}}]*}}), {{({REG}), ({REG})}}", r"\1, {\3, \2}", 1),
     ("few", "a quarter of a step twice", rf"(mma\.sync[^}}]*}}), \{{{REG}, {REG}, {REG}, {REG}}}, \{{{REG}, {REG}}}",
-     r"\1, {%r157, %r158, %r159, %r160}, {%r161, %r162}", 2),
-    ("few", "sums of the own CTA twice", MAPA, r"\1, 0;", 2),
-    ("few", "CTAs that do not meet", MEET, "", 1),
+     r"\1, {%r206, %r207, %r208, %r209}, {%r210, %r211}", 4),
+    ("few", "parts sent to one CTA only", r"(mapa\.shared::cluster\.u32 \w+, %r\d+), %r409;", r"\1, 0;", -1),
+    ("few", "a part sent beside its place", r"\[to\]", "[to+16]", 0),
+    ("few", "too few bytes of parts expected", r"(mov\.b32 \t%r\d+), 4608;", r"\1, 3072;", 0),
+    ("few", "sent before the other CTA has its barriers", r"barrier\.cluster\.wait;", "", 1),
 ]  # fmt: skip
 
 # case, name, pattern, replacement, which, what the refusal says
@@ -61,7 +65,8 @@ HAZARDS = [
     ("many", "staging not fenced for its store", r"fence\.proxy\.async\.shared::cta;", "", 0, "no proxy fence"),
     ("many", "stored before all have written", r"bar\.sync \t1, 128;", "", 1, "data race|never written"),
     ("many", "a CTA ends before its peer has read", MEET, "", -1, "memory gone|deadlock|data race|ended"),
-    ("few", "sums put before all are done", r"bar\.sync \t1, 256;", "", 0, "data race"),
+    ("few", "rows over parts that are not yet read", r"bar\.sync \t%r\d+, 96;", "", 0, "data race"),
+    ("few", "rows read before all are there", r"bar\.sync \t%r\d+, 96;", "", 1, "data race|never written"),
 ]
 
 
