@@ -39,6 +39,7 @@ CASES = [
     (GemmProblem(m=30, n=64, k=1024, act="bf16"), skinny.Config(tile_m=32, depth=2)),
     (GemmProblem(m=1, n=128, k=1024, out="fp32", order=PREPARED), wgmma.Config(tile_m=8, groups_n=1, groups_k=4)),
     (GemmProblem(m=13, n=192, k=1024, segments=2, order=PREPARED), wgmma.Config(tile_m=16, groups_n=1, split=2)),
+    (GemmProblem(m=9, n=128, k=1024, order=PREPARED), wgmma.Config(tile_m=16, groups_n=1, warps=3, split=2)),
     (GemmProblem(m=70, n=192, k=512, out="fp32", order=PREPARED), wgmma.Config(share=2)),
     (GemmProblem(m=260, n=192, k=256, order=PREPARED), wgmma.Config(tile_m=256, tile_k=64)),
     (GemmProblem(m=13, n=192, k=1024, act="fp8", order=fp8.WEIGHT_ORDER), fp8.Config(tile_m=16, groups_n=1, split=2)),
