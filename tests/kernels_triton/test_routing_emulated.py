@@ -11,18 +11,18 @@ import triton
 
 import ptx_emulator
 from fp4suite import built, reference, testing
-from fp4suite.problem import PermuteProblem, RouteProblem
-from kernels_triton import permute, permute_small, route
+from fp4suite.problem import PermuteProblem, RouteProblem, SampleProblem
+from kernels_triton import permute, permute_small, route, sample
 
 
-def launch(b: built.Built, programs: int, num_warps: int, *args: object) -> None:
+def launch(b: built.Built, programs: int, num_warps: int, *args: object, chunks: int = 1) -> None:
     """The kernel's own arguments; behind them Triton's two scratch pointers, which nothing here uses.
 
     Without the search for races: threads that hold the same number may all store it to one place.
     """
     parameters = re.findall(r"\.entry\s+\S+\(([^)]*)\)", b.ptx)[0].count(".param")
     unused = [np.zeros(16, np.uint8)] * (parameters - len(args))
-    grid, block = (programs, 1, 1), (32 * num_warps, 1, 1)
+    grid, block = (programs, chunks, 1), (32 * num_warps, 1, 1)
     ptx_emulator.load(b.ptx).launch(grid=grid, block=block, args=[*args, *unused], shared=b.shared_bytes, races=False)
 
 
@@ -70,3 +70,36 @@ def test_permute(kernel, pool):
     want = reference.permute(ids, experts)
     assert torch.equal(torch.from_numpy(order), want[0])
     assert torch.equal(torch.from_numpy(offsets), want[1])
+
+
+def parts_of_sample(p: SampleProblem, config: sample.Config) -> list[built.Built]:
+    kernels = (sample._survey, sample._bound, sample._weigh, sample._finish)
+    return [sample.build_part(kernel, p, config, "sm_90a") for kernel in kernels]
+
+
+def test_sample(pool):
+    """Divisions by multiply-adds, at temperatures near FP32's ends too; a crowd of two different logits."""
+    m, p, config = 6, SampleProblem(m=6, vocab=1500), sample.Config(chunk=1024)
+    gen = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(m, p.vocab, generator=gen)
+    logits[3] *= 1e-36
+    logits[5] = torch.randint(2, (p.vocab,), generator=gen).float()
+    temperature = torch.tensor([0.0, 1.0, 0.7, 1.5e-36, 3e37, 1.0])
+    top_p, uniform = torch.tensor([1.0, 1.0, 0.95, 0.6, 0.5, 0.9]), torch.rand(m, generator=gen)
+    want = reference.sample(logits, temperature, top_p, uniform)
+
+    chunks = triton.cdiv(p.vocab, config.chunk)
+    most, where = (np.full((m, chunks), -7, np.int32) for _ in range(2))
+    rough, bounds = np.full((m, chunks, sample.RUNGS), np.nan, np.float32), np.full((m, 11), np.nan, np.float32)
+    mass, counts = np.full((m, chunks, 3), -7, np.int64), np.full((m, chunks, 10), -7, np.int32)
+    listed, places = np.full(m, -7, np.int32), np.full((m, sample.LISTED), -7, np.int64)
+    out = np.full(m, -7, np.int64)
+    heat, *asked = (t.numpy() for t in (temperature, top_p, uniform))
+    rows, vocab = (logits.numpy(), np.int32(p.vocab)), np.int32(p.vocab)
+    survey, bound, weigh, finish = pool.submit(parts_of_sample, p, config).result()
+    launch(survey, m, config.num_warps, *rows, heat, most, where, rough, vocab, chunks=chunks)
+    launch(bound, m, 1, heat, *asked, most, where, rough, bounds, listed, out, np.int32(chunks))
+    launch(weigh, m, config.num_warps, *rows, heat, bounds, mass, counts, listed, places, vocab, chunks=chunks)
+    operands = (*rows, heat, *asked, bounds, mass, counts, listed, places, out, np.int32(chunks), vocab)
+    launch(finish, m, sample.FINISH_WARPS, *operands)
+    assert out.tolist() == want.tolist()
