@@ -113,26 +113,32 @@ def _combine(
     cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = in_rows[:, None] & (cols < K)[None, :]
     choice = tl.arange(0, CHOICES)
+    at = rows.to(tl.int64)[:, None]  # the rows of a long batch pass 2**31 elements
+    # all that needs no place is asked for before places are looked for
+    ids = ()
+    weights = ()
+    for j in tl.static_range(TOPK):
+        ids += (tl.load(ids_ptr + rows * TOPK + j, mask=in_rows, other=-1),)  # type: ignore[assignment]
+        weights += (tl.load(weights_ptr + rows * TOPK + j, mask=in_rows, other=0.0),)  # type: ignore[assignment]
+    if SHARED:
+        shared = tl.load(shared_ptr + at * stride_shared + cols[None, :], mask=inside, other=0.0)
     if SEARCHED:
         wanted = tl.where(choice[None, :] < TOPK, rows[:, None] * TOPK + choice[None, :], -2)
         found = _find(place_ptr, wanted.reshape(BLOCK_M * CHOICES), M * TOPK, BLOCK_M * CHOICES, SEARCH)
         found = found.reshape(BLOCK_M, CHOICES)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for j in tl.static_range(TOPK):
-        slot = rows * TOPK + j
         if SEARCHED:
             place = tl.sum(tl.where(choice[None, :] == j, found, 0), axis=1)
         else:
-            place = tl.load(place_ptr + slot, mask=in_rows, other=0)
-        live = in_rows & (tl.load(ids_ptr + slot, mask=in_rows, other=-1) >= 0)
-        # int64 before the multiply: the rows of a long batch pass 2**31 elements
-        at = place.to(tl.int64)[:, None] * stride_y + cols[None, :]
-        x = widen(tl.load(y_ptr + at, mask=inside & live[:, None], other=0.0))
-        weight = tl.load(weights_ptr + slot, mask=live, other=0.0)
-        acc += x * weight[:, None]
-    at = rows.to(tl.int64)[:, None]
+            place = tl.load(place_ptr + rows * TOPK + j, mask=in_rows, other=0)
+        live = ids[j] >= 0  # type: ignore[misc]
+        y = tl.load(
+            y_ptr + place.to(tl.int64)[:, None] * stride_y + cols[None, :], mask=inside & live[:, None], other=0.0
+        )
+        acc += widen(y) * tl.where(live, weights[j], 0.0)[:, None]  # type: ignore[misc]
     if SHARED:
-        acc += widen(tl.load(shared_ptr + at * stride_shared + cols[None, :], mask=inside, other=0.0))
+        acc += widen(shared)
     tl.store(out_ptr + at * K + cols[None, :], narrow(acc, out_ptr.dtype.element_ty, COMPILED), mask=inside)
 
 

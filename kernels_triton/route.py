@@ -62,9 +62,8 @@ SPACE = {"block_m": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8), "presort": (Fal
 
 
 def default(problem: RouteProblem) -> Config:
-    """A warp a token where tokens are few, two tokens where they are many."""
-    many, presort = problem.m > 256, problem.choice != "table" and problem.experts > _candidates(problem.topk)
-    return Config(block_m=2 if many else 1, presort=presort)
+    """A warp a token, alone in its program: where one token's scores have to be exact, no other waits for them."""
+    return Config(presort=problem.choice != "table" and problem.experts > _candidates(problem.topk))
 
 
 def supports(problem: RouteProblem, config: Config) -> str | None:
@@ -208,17 +207,24 @@ def _ranked(
     logits_ptr, stride_m, bias_ptr, rows, in_rows, candidates,
     BIASED: tl.constexpr, TOPK: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """The first of the candidates (int32 [ROWS, CANDIDATES]) in the exact order: int32 [ROWS, CHOICES]."""
+    """The first of the candidates (int32 [ROWS, CANDIDATES]) in the exact order, and their scores: [ROWS, CHOICES]."""
     at = rows[:, None] * stride_m + candidates
     s = _affinity(widen(tl.load(logits_ptr + at, mask=in_rows[:, None], other=0.0)))
     if BIASED:
-        s += tl.load(bias_ptr + candidates, mask=in_rows[:, None], other=0.0)
-    key = _ordered(s)
+        key = _ordered(s + tl.load(bias_ptr + candidates, mask=in_rows[:, None], other=0.0))
+    else:
+        key = _ordered(s)
     higher = key[:, None, :] > key[:, :, None]
     before = higher | ((key[:, None, :] == key[:, :, None]) & (candidates[:, None, :] < candidates[:, :, None]))
     rank = tl.sum(before.to(tl.int32), axis=2)  # [ROWS, CANDIDATES]
     placed = rank[:, None, :] == tl.arange(0, CHOICES)[None, :, None]
-    return tl.sum(tl.where(placed, candidates[:, None, :], 0), axis=2)
+    ids = tl.sum(tl.where(placed, candidates[:, None, :], 0), axis=2)
+    return ids, tl.sum(tl.where(placed, s[:, None, :], 0.0), axis=2)  # of one and zeros: exact
+
+
+@triton.jit
+def _scores(logits_ptr, stride_m, rows, ids, chosen):
+    return _affinity(widen(tl.load(logits_ptr + rows[:, None] * stride_m + ids, mask=chosen, other=0.0)))
 
 
 @triton.jit(do_not_specialize=["M", "V"])
@@ -259,19 +265,23 @@ def _route(
             CHOICE == "bias", TOPK, CANDIDATES, EXPERT_BITS, BLOCK_M, CHUNKS, CHUNK,
         )  # fmt: skip
         if tl.min((certain | ~in_rows).to(tl.int32), axis=0) == 1:
-            ids = _ranked(logits_ptr, stride_m, bias_ptr, rows, in_rows, candidates, CHOICE == "bias", TOPK, CHOICES)
+            ids, s = _ranked(
+                logits_ptr, stride_m, bias_ptr, rows, in_rows, candidates, CHOICE == "bias", TOPK, CHOICES
+            )  # fmt: skip
         else:
             ids = _choose(
                 logits_ptr, stride_m, bias_ptr, rows, in_rows, E,
                 CHOICE == "bias", TOPK, CHOICES, BLOCK_M, CHUNKS, CHUNK,
             )  # fmt: skip
+            s = _scores(logits_ptr, stride_m, rows, ids, inside)
     else:
         ids = _choose(
             logits_ptr, stride_m, bias_ptr, rows, in_rows, E,
             CHOICE == "bias", TOPK, CHOICES, BLOCK_M, CHUNKS, CHUNK,
         )  # fmt: skip
     chosen = inside & (ids >= 0) & (ids < E)
-    s = _affinity(widen(tl.load(logits_ptr + rows[:, None] * stride_m + ids, mask=chosen, other=0.0)))
+    if not PRESORT:
+        s = _scores(logits_ptr, stride_m, rows, ids, chosen)
     s = tl.where(chosen, s, 0.0)
     total = pair_sum(s.reshape(BLOCK_M, 1, CHOICES), BLOCK_M, 1, CHOICES)
     at = rows[:, None] * TOPK + choice[None, :]
