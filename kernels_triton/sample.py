@@ -408,25 +408,40 @@ def _kept(limit, key, above, top, heat):
 
 @triton.jit
 def _among(
-    list_ptr, row, listed, total, limit, uniform, above_end, above_pick, bounds_ptr, top, heat, HELD: tl.constexpr,
-    LISTED: tl.constexpr, COMPILED: tl.constexpr,
+    list_ptr, row, listed, need, above, bounds_ptr, top, heat,
+    HELD: tl.constexpr, LISTED: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """The token, from the list; -1 if it cannot tell, as a bracket was wrong."""
+    """`_bisect` of a bracket's listed tokens; the token that reaches the mass `need`; and whether the bracket has it.
+    above: the mass above where the bracket begins.
+    """
     nth = tl.arange(0, HELD)
     entry = tl.load(list_ptr + row * LISTED + nth, mask=nth < listed, other=0)
     x, at = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True), entry.to(tl.int32)
-    key, mass = _key(x), tl.where(nth < listed, _mass(top - x, heat, COMPILED), 0)
-    own = tl.where(_between(x, tl.load(bounds_ptr + 1), tl.load(bounds_ptr + 2)), mass, 0)
-    good = (limit == total) | ((above_end < limit) & (limit <= above_end + tl.sum(own, axis=0)))
-    last, above = _bisect(limit - above_end, key, own)
-    kept = tl.where(limit == total, total, _kept(limit, last, above_end + above, top, heat))
-    target = _target(uniform, kept)
-    own = tl.where(_between(x, tl.load(bounds_ptr + 6), tl.load(bounds_ptr + 7)), mass, 0)
-    good &= (above_pick <= target) & (target < above_pick + tl.sum(own, axis=0))
-    chosen, above = _bisect(target + 1 - above_pick, key, own)
-    before = (target - above_pick - above) // tl.maximum(_mass_of(chosen, top, heat), 1)
-    token = _nth(before, at, (key == chosen) & (mass > 0))
-    return tl.where(good, token, -1)
+    inside = (nth < listed) & _between(x, tl.load(bounds_ptr), tl.load(bounds_ptr + 1))
+    key, mass = _key(x), tl.where(inside, _mass(top - x, heat, COMPILED), 0)
+    good = (above < need) & (need <= above + tl.sum(mass, axis=0))
+    chosen, more = _bisect(need - above, key, mass)
+    above += more
+    before = (need - 1 - above) // tl.maximum(_mass_of(chosen, top, heat), 1)
+    return chosen, above, _nth(before, at, (key == chosen) & (mass > 0)), good
+
+
+@triton.jit
+def _in_list(
+    list_ptr, row, listed, need, above, bounds_ptr, top, heat,
+    FEW: tl.constexpr, LISTED: tl.constexpr, COMPILED: tl.constexpr,
+):  # fmt: skip
+    """`_among`, of as many tokens as are listed; not good if the list is too short."""
+    key, token, good = tl.full((), 0, tl.int32), tl.full((), -1, tl.int32), above < 0
+    if listed <= FEW:
+        key, above, token, good = _among(
+            list_ptr, row, listed, need, above, bounds_ptr, top, heat, FEW, LISTED, COMPILED
+        )  # fmt: skip
+    elif listed <= LISTED:
+        key, above, token, good = _among(
+            list_ptr, row, listed, need, above, bounds_ptr, top, heat, LISTED, LISTED, COMPILED
+        )  # fmt: skip
+    return key, above, token, good
 
 
 # --- finish, from all of a row ----------------------------------------------------------------------------------------
@@ -495,35 +510,6 @@ def _nth_of_row(nth, wanted, logits_ptr, stride_m, row, start, end, top, BLOCK: 
 
 
 @triton.jit
-def _of_row(
-    logits_ptr, stride_m, counts_ptr, row, chunks, V, total, limit, uniform, above_end, above_pick, bounds_ptr, top,
-    heat, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, COMPILED: tl.constexpr,
-):  # fmt: skip
-    """The token, without the list."""
-    finite = _finite(top)
-    kept = total
-    if limit != total:
-        last, above, _, known = _of_two(counts_ptr, row, chunks, limit, above_end, bounds_ptr + 1, finite, heat, CHUNKS)
-        if not known:
-            last, above = _bisect_row(limit, logits_ptr, stride_m, row, V, top, heat, BLOCK, COMPILED)
-        kept = _kept(limit, last, above, finite, heat)
-    target = _target(uniform, kept)
-    chosen, above, number, known = _of_two(
-        counts_ptr + COUNTS, row, chunks, target + 1, above_pick, bounds_ptr + 6, finite, heat, CHUNKS
-    )  # fmt: skip
-    if not known:
-        chosen, above = _bisect_row(target + 1, logits_ptr, stride_m, row, V, top, heat, BLOCK, COMPILED)
-    before = ((target - above) // tl.maximum(_mass_of(chosen, finite, heat), 1)).to(tl.int32)
-    start = tl.full((), 0, tl.int32)
-    if known:
-        reached = tl.cumsum(number, axis=0)
-        chunk = tl.sum((reached <= before).to(tl.int32), axis=0)
-        before -= tl.sum(tl.where(tl.arange(0, CHUNKS) < chunk, number, 0), axis=0)
-        start = chunk * CHUNK
-    return _nth_of_row(before, chosen, logits_ptr, stride_m, row, start, V, top, BLOCK)
-
-
-@triton.jit
 def _finish(
     logits_ptr, stride_m, heat_ptr, top_p_ptr, uniform_ptr, bounds_ptr, mass_ptr, counts_ptr, listed_ptr, list_ptr,
     out_ptr, chunks, V,
@@ -538,28 +524,45 @@ def _finish(
         listed = tl.load(listed_ptr + row)
         bounds_ptr += BOUNDS * row
         top = tl.load(bounds_ptr)
+        finite = _finite(top)
         nth = tl.arange(0, CHUNKS)
         at = mass_ptr + (row * chunks + nth) * 3
         total = tl.sum(tl.load(at, mask=nth < chunks, other=0), axis=0)
-        limit = _limit(tl.load(top_p_ptr + row), total)
         above_end = tl.sum(tl.load(at + 1, mask=nth < chunks, other=0), axis=0)
         above_pick = tl.sum(tl.load(at + 2, mask=nth < chunks, other=0), axis=0)
-        token = tl.full((), -1, tl.int32)
-        if listed <= FEW:
-            token = _among(
-                list_ptr, row, listed, total, limit, uniform, above_end, above_pick, bounds_ptr, _finite(top), heat,
-                FEW, LISTED, COMPILED,
+
+        limit = _limit(tl.load(top_p_ptr + row), total)
+        kept = total
+        if limit != total:
+            key, above, _, known = _in_list(
+                list_ptr, row, listed, limit, above_end, bounds_ptr + 1, finite, heat, FEW, LISTED, COMPILED
             )  # fmt: skip
-        elif listed <= LISTED:
-            token = _among(
-                list_ptr, row, listed, total, limit, uniform, above_end, above_pick, bounds_ptr, _finite(top), heat,
-                LISTED, LISTED, COMPILED,
+            if not known:
+                key, above, number, known = _of_two(
+                    counts_ptr, row, chunks, limit, above_end, bounds_ptr + 1, finite, heat, CHUNKS
+                )  # fmt: skip
+            if not known:
+                key, above = _bisect_row(limit, logits_ptr, stride_m, row, V, top, heat, BLOCK, COMPILED)
+            kept = _kept(limit, key, above, finite, heat)
+
+        target = _target(uniform, kept)
+        key, above, token, known = _in_list(
+            list_ptr, row, listed, target + 1, above_pick, bounds_ptr + 6, finite, heat, FEW, LISTED, COMPILED
+        )  # fmt: skip
+        if not known:
+            key, above, number, known = _of_two(
+                counts_ptr + COUNTS, row, chunks, target + 1, above_pick, bounds_ptr + 6, finite, heat, CHUNKS
             )  # fmt: skip
-        if token < 0:
-            token = _of_row(
-                logits_ptr, stride_m, counts_ptr, row, chunks, V, total, limit, uniform, above_end, above_pick,
-                bounds_ptr, top, heat, CHUNK, CHUNKS, BLOCK, COMPILED,
-            )  # fmt: skip
+            if not known:
+                key, above = _bisect_row(target + 1, logits_ptr, stride_m, row, V, top, heat, BLOCK, COMPILED)
+            before = ((target - above) // tl.maximum(_mass_of(key, finite, heat), 1)).to(tl.int32)
+            start = tl.full((), 0, tl.int32)
+            if known:
+                reached = tl.cumsum(number, axis=0)
+                chunk = tl.sum((reached <= before).to(tl.int32), axis=0)
+                before -= tl.sum(tl.where(tl.arange(0, CHUNKS) < chunk, number, 0), axis=0)
+                start = chunk * CHUNK
+            token = _nth_of_row(before, key, logits_ptr, stride_m, row, start, V, top, BLOCK)
         tl.store(out_ptr + row, token.to(tl.int64))
 
 
