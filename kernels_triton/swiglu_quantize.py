@@ -17,7 +17,10 @@ from fp4suite.formats import BLOCK, NVFP4Tensor
 from fp4suite.problem import Rule, SwigluQuantizeProblem
 
 from . import amax, host
-from .nvfp4 import exp_neg, load_half, magnitude_bits, store_quantized
+from .nvfp4 import CVT, EXP2_MAX, LOG2E, exp2_times, exp_neg, load_half, magnitude_bits, store_quantized
+
+FP32_MAX = tl.constexpr(3.4028234663852886e38)
+MOST_BOUNDED = 80.0  # limit up to which exp(-g) is far from the smallest numbers and no quotient overflows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,7 @@ def _swiglu_quantize(
     E2M1_CVT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
     # int64 before the multiply: a long batch passes 2**31 elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -68,8 +72,8 @@ def _swiglu_quantize(
     u_lo = load_half(at + K, blocks, inside, 0, BLOCK_M, BLOCK_K // 16)
     g_hi = load_half(at, blocks, inside, 1, BLOCK_M, BLOCK_K // 16)
     u_hi = load_half(at + K, blocks, inside, 1, BLOCK_M, BLOCK_K // 16)
-    lo = _swiglu(g_lo, u_lo, limit)
-    hi = _swiglu(g_hi, u_hi, limit)
+    lo = _swiglu(g_lo, u_lo, limit, BOUNDED)
+    hi = _swiglu(g_hi, u_hi, limit, BOUNDED)
     if RULE == "amax":
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         tl.store(amax_ptr + tile, tl.max(tl.maximum(magnitude_bits(lo), magnitude_bits(hi))))
@@ -81,11 +85,32 @@ def _swiglu_quantize(
 
 
 @triton.jit
-def _swiglu(g, u, limit):
+def _swiglu(g, u, limit, BOUNDED: tl.constexpr):
     # a NaN stays one
     g = tl.minimum(g, limit, propagate_nan=tl.PropagateNan.ALL)
     u = tl.minimum(tl.maximum(u, -limit, propagate_nan=tl.PropagateNan.ALL), limit, propagate_nan=tl.PropagateNan.ALL)
-    return tl.div_rn(g, 1.0 + exp_neg(g)) * u
+    if BOUNDED and CVT:
+        return _over_one_plus(g, exp2_times(tl.minimum(g * -LOG2E, EXP2_MAX), 0)) * u
+    else:
+        return tl.div_rn(g, 1.0 + exp_neg(g)) * u
+
+
+@triton.jit
+def _over_one_plus(g, e):
+    """g / (1 + e), both operations rounded to nearest, for e = exp(-g): half the instructions of a division that knows
+    nothing of its operands.
+
+    Both sides are scaled by 2^-4, so that the divisor's reciprocal is normal. One Newton step makes it the nearest (the
+    same that rcp.rn takes between its checks), so that one step corrects the quotient (Markstein). The remainder is
+    exact, or 0 where g is so small that the divisor is a power of two. -x would be 0 - x, which loses the sign of 0.
+    """
+    d = tl.fma(e, 0.0625, 0.0625)  # a sixteenth of 1 + e, with its rounding
+    d = tl.minimum(d, FP32_MAX)  # infinity's reciprocal is 0, and so is this one's: the quotient is -0
+    near = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1)
+    r = tl.fma(near, tl.fma(d * -1.0, near, 1.0), near)
+    q = g * r
+    remainder = tl.fma(d, q, g * -1.0)
+    return tl.fma(remainder, r * -1.0, q) * 0.0625
 
 
 def launch(x: Tensor, limit: float, alpha: Tensor, out: NVFP4Tensor, rule: Rule, config: Config) -> None:
@@ -94,7 +119,7 @@ def launch(x: Tensor, limit: float, alpha: Tensor, out: NVFP4Tensor, rule: Rule,
     if m == 0:
         return
     grid = host.grid(m, k, config.block_m, config.block_k, out.sf_layout)
-    constants = _constants(rule, out.sf_layout, host.has_e2m1_cvt(x.device), config)
+    constants = _constants(limit, rule, out.sf_layout, host.has_e2m1_cvt(x.device), config)
     operands = (x, host.row_stride(x), alpha, out.data, out.sf.view(torch.uint8), None, m, k, limit)
     _swiglu_quantize[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
 
@@ -107,7 +132,7 @@ def global_scale(x: Tensor, limit: float, alpha: Tensor, config: Config) -> None
         return
     grid = host.grid(m, k, config.block_m, config.block_k, "linear")
     bits = amax.tile_maxima(grid[0] * grid[1], x.device)
-    constants = _constants("amax", "linear", False, config)
+    constants = _constants(limit, "amax", "linear", False, config)
     operands = (x, host.row_stride(x), None, None, None, bits, m, k, limit)
     _swiglu_quantize[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
     amax.finish(bits, alpha)
@@ -130,15 +155,16 @@ def build(problem: SwigluQuantizeProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU."""
     types = {"x_ptr": f"*{problem.x}", "stride_m": "i32", "alpha_ptr": "*fp32", "data_ptr": "*u8", "sf_ptr": "*u8"}
     types |= {"M": "i32", "K": "i32", "limit": "fp32"}
-    constants = _constants(problem.rule, problem.sf_layout, arch == "sm_100a", config) | {"amax_ptr": None}
+    constants = _constants(10.0, problem.rule, problem.sf_layout, arch == "sm_100a", config) | {"amax_ptr": None}
     return host.build(_swiglu_quantize, types, constants, arch, config.num_warps, unaligned=("M",))
 
 
-def _constants(rule: str, sf_layout: str, e2m1_cvt: bool, config: Config) -> dict[str, Any]:
+def _constants(limit: float, rule: str, sf_layout: str, e2m1_cvt: bool, config: Config) -> dict[str, Any]:
     return {
         "RULE": rule,
         "SF_BLOCKED": sf_layout == "blocked_128x4",
         "E2M1_CVT": e2m1_cvt,
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
+        "BOUNDED": limit <= MOST_BOUNDED,
     }

@@ -118,11 +118,12 @@ def test_instructions(pool):
     ]
     for (module, problem, _, arch), b in zip(jobs, build(pool, jobs), strict=True):
         where = f"{module.__name__} {problem} {arch}"
-        # the arithmetic is IEEE: nothing approximate, flushed or contracted
+        # the arithmetic is IEEE: nothing approximate, flushed or contracted but for SwiGLU's quotients, by five
+        # multiply-adds from an approximate reciprocal each
         inexact = re.findall(r"\b(?:fma|ex2|lg2|rcp|rsqrt|div|sqrt)\.(?!rn)\S+|\S+\.ftz\S*", b.ptx)
-        assert not inexact, (where, inexact)
-        fused = re.findall(r"fma\.rn\.f32 .*", b.ptx)
-        assert all(EXACT.search(f) for f in fused), (where, fused)
+        assert set(inexact) == ({"rcp.approx.ftz.f32"} if module is swiglu_quantize else set()), (where, inexact)
+        fused = [f for f in re.findall(r"fma\.rn\.f32 .*", b.ptx) if not EXACT.search(f)]
+        assert len(fused) == 5 * len(inexact), (where, fused)
         assert "div.rn.f32" in b.ptx, where
         # 16-byte loads, and FP4 in hardware where there is an instruction
         assert "ld.global.v4.b32" in b.ptx, where
