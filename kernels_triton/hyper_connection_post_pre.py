@@ -2,7 +2,7 @@
 
 Memory bound: reads 10 bytes a column (streams and output, BF16), writes the new streams (8) and the next input (2). Two
 launches (see `hyper_connection`): the first makes and writes the new streams and multiplies them while it has them, the
-second reads them again to fold them, from L2 as far as that holds them. The streams are `hyper_connection_post`'s to
+second, close behind it, reads them again from L2 to fold them. The streams are `hyper_connection_post`'s to
 the bit.
 """
 
