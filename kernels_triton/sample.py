@@ -222,7 +222,8 @@ def _masses_above(keys, top, rough_ptr, row, chunks, heat, CHUNKS: tl.constexpr,
     own = tl.where(j == RUNGS - 1, RUNGS - 1, j[None, :] - lower[:, None])
     at = (row * chunks + nth)[:, None] * RUNGS + own
     rough = tl.load(rough_ptr + at, mask=(nth < chunks)[:, None] & (own >= 0), other=0.0)
-    return tl.sum(rough * _rough_mass(_number(keys), top, heat)[:, None], axis=0), rung
+    rough *= _rough_mass(_number(keys), top, heat)[:, None]
+    return tl.sum(tl.where(rough == rough, rough, 0.0), axis=0), rung  # NaN of chunks without a finite logit
 
 
 @triton.jit
