@@ -59,12 +59,12 @@ class Config:
     tokens starts with the last of its parts, while the product goes on.
     """
 
-    block_m: int = 128
-    block_d: int = 64
-    programs: int = SMS
-    num_warps: int = 8
+    block_m: int = 64
+    block_d: int = 32
+    programs: int = 2 * SMS
+    num_warps: int = 4
     num_stages: int = 3
-    fold_warps: int = 4
+    fold_warps: int = 8
     overlap: bool = True
 
 
@@ -85,12 +85,10 @@ def default(problem: FoldProblem) -> Config:
     # tcgen05 (sm_100a) takes copies of its operands, for which larger steps leave no room
     small = problem.x != "bf16" or archs.current() == "sm_100a"
     if small or isinstance(problem, HyperConnectionPostPreProblem):
-        return Config(
-            block_m=64, block_d=32, programs=2 * SMS, num_warps=4, fold_warps=8 if few else 4, overlap=not few
-        )
+        return Config(fold_warps=8 if few else 4, overlap=not few)
     if few:
-        return Config(block_m=16 if problem.m <= 16 else 64, num_warps=4, fold_warps=8, overlap=False)
-    return Config()
+        return Config(block_m=16 if problem.m <= 16 else 64, block_d=64, programs=SMS, overlap=False)
+    return Config(block_m=128, block_d=64, programs=SMS, num_warps=8, fold_warps=4)
 
 
 def arithmetic(problem: FoldProblem, config: Config) -> str:
@@ -105,7 +103,7 @@ def _arithmetic(config: Config) -> str:
     )
 
 
-INVARIANT = _arithmetic(Config(block_m=64, block_d=32, num_warps=4, fold_warps=8))
+INVARIANT = _arithmetic(Config())
 
 
 def in_arithmetic(problem: FoldProblem, wanted: str) -> Config | None:

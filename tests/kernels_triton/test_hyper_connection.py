@@ -335,8 +335,8 @@ def test_refusals():
     assert "leaves threads of 8 warps idle" in hyper_connection.supports(
         HyperConnectionPostPreProblem(m=1, k=7168), dataclasses.replace(SMALL, num_warps=8)
     )
-    assert "step spills" in pre(hyper_connection.Config(num_warps=4))
-    assert "3 stages take 237568 bytes of shared memory" in pre(hyper_connection.Config(block_m=64, block_d=128))
+    assert "step spills" in pre(hyper_connection.Config(block_m=128, block_d=64))
+    assert "3 stages take 237568 bytes of shared memory" in pre(hyper_connection.Config(block_d=128, num_warps=8))
     post = HyperConnectionPostProblem(m=1, k=7168, n=3)
     assert hyper_connection_post.supports(post, small(hyper_connection_post)) is not None
 

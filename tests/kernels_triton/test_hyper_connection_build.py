@@ -43,7 +43,7 @@ def configs(post: bool) -> list[hyper_connection.Config]:
         {"block_m": 128, "block_d": 32},
         {"block_m": 64, "block_d": 128, "num_stages": 2},
     ]
-    wanted = [*defaults(post), *(dataclasses.replace(hyper_connection.Config(), **change) for change in changes)]
+    wanted = [*defaults(post), *(dataclasses.replace(default(4096, False), **change) for change in changes)]
     return [c for c in wanted if hyper_connection.supports(KINDS[post](m=64, k=7168), c) is None]
 
 
