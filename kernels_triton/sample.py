@@ -36,7 +36,7 @@ MOST_CHUNKS = 1024
 MOST_VOCAB = 1 << (62 - MASS_BITS)  # masses of all tokens fit into int64
 
 WIDEST = tl.constexpr(1.5)  # from edge to edge; less where the temperature is
-UNCERTAIN = tl.constexpr(2.0**-13)  # of a rough mass: ex2.approx and FP32 sums keep to 2^-16
+UNCERTAIN = tl.constexpr(2.0**-15)  # of a rough mass: ex2.approx and FP32 sums keep to 2^-16
 CROWD = tl.constexpr(1200.0)  # tokens between two edges: more are not all listed
 # How far, in parts of the way from edge to edge, the end of a mass may lie from where its neighbours say it does: what
 # the shape of the distribution makes of it, and how far n independent tokens stray, as 0.5 / sqrt(n) is their deviation
@@ -253,14 +253,15 @@ def _bracket(least, most, masses, rung, top, heat, RUNGS: tl.constexpr):
     next = tl.maximum(_at(masses, first + 1, RUNGS) - _at(masses, first, RUNGS), 1e-30)
     slope = tl.where((first > 1) & (first < RUNGS - 2), 0.5 * tl.log2(next / wide), 0.0)
     slope = tl.where(tl.abs(slope) < 4.0, slope, 0.0)
-    part = (least - above) / tl.maximum(mass, 1e-30)
+    part = (least - above) / tl.maximum(_at(masses, first, RUNGS) - above, 1e-30)
     even = tl.abs(slope) < 0.01
     steep = tl.log2(1.0 + part * (tl.exp2(slope) - 1.0)) / tl.where(even, 1.0, slope)
     part = tl.where(even, part, steep)
     stray = STRAY_SHAPE + STRAY_TOKENS * tl.rsqrt(tl.maximum(number, 1.0))
-    closer = crowd & (first == last) & (first > 0) & (first < RUNGS - 1)
+    closer = crowd & (last - first < 2) & (first > 0) & (last < RUNGS - 1)
+    far = tl.where(last == first, part, 1.0) + stray  # where the next edge is in doubt, beyond that
     inner_begin = tl.where(closer & (part > stray), begin - step * (part - stray), begin)
-    inner_end = tl.where(closer & (part + stray < 1.0), begin - step * (part + stray), end)
+    inner_end = tl.where(closer & ((last > first) | (far < 1.0)), begin - step * far, end)
     return begin, end, inner_begin, inner_end, crowd
 
 

@@ -52,7 +52,8 @@ def test_every_launch_of_sample(arch, pool):
         inexact = [op for op in re.findall(APPROXIMATE, found[name].ptx) if op != "fma.rn.f32"]
         assert not inexact, (name, inexact[:3])
     held = sample.Config().chunk // (32 * sample.Config().num_warps)
-    assert len(re.findall(r"fma\.rn\.f32", found["_weigh"].ptx)) == 4 * held
+    pairs = re.findall(r"fma\.rn\.f32(x2)?", found["_weigh"].ptx)  # sm_100a: two at a time
+    assert sum(2 if pair else 1 for pair in pairs) == 4 * held
 
 
 @pytest.mark.parametrize("x", ["bf16", "fp16", "fp32"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from fp4suite import reference, testing
@@ -86,6 +87,29 @@ def test_a_row_of_more_candidates_than_are_listed(device):
         logits = torch.zeros(2, vocab)
         logits[1] = 1e-4 * draw(vocab)  # in one bin, all different
         check(logits.to(device), torch.ones(2), torch.tensor([0.7, 0.9]), torch.tensor([0.6, 0.3]), kernel.Config())
+
+
+def test_crowds(device, monkeypatch):
+    """Intervals of more tokens than are all listed, of many logits and of two: found without bisecting the row. Neither
+    chunks beside the row nor one without a finite logit change that.
+    """
+    monkeypatch.setattr(kernel, "LISTED", 512)
+    monkeypatch.setattr(kernel, "FEW", 128)
+    if device.type == "cpu":
+        monkeypatch.setattr(kernel, "CROWD", tl.constexpr(300.0))
+        monkeypatch.setattr(kernel, "_bisect_row", None)  # it cannot be called
+    logits = 3 * draw(6, 6000, seed=4)
+    logits[3:] = logits[3:].round()
+    logits[:, 2048:3072] = -INF
+    temperature, top_p = torch.tensor([1.0, 3.0, 1.5]).repeat(2), torch.tensor([1.0, 0.95, 0.6]).repeat(2)
+    check(logits.to(device), temperature, top_p, torch.tensor([0.99, 0.5, 0.9, 0.99, 0.5, 0.9]))
+
+
+def test_a_bracket_that_misses_is_noticed(device, monkeypatch):
+    if device.type == "cpu":
+        monkeypatch.setattr(kernel, "STRAY_SHAPE", tl.constexpr(-0.1))
+        monkeypatch.setattr(kernel, "STRAY_TOKENS", tl.constexpr(0.0))
+    check(draw(1, 4000, seed=5).to(device), torch.tensor([2.0]), torch.tensor([0.7]), torch.tensor([0.6]))
 
 
 def test_logits_that_differ_in_their_last_bit(device):
