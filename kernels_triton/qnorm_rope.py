@@ -4,7 +4,6 @@ Memory bound: reads and writes 2 bytes a dim (BF16). One program block_h heads o
 128 heads reaches every SM; the token's angles are loaded once for all of them.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,31 +16,21 @@ from fp4suite.problem import QnormRopeProblem
 
 from . import host
 from .nvfp4 import narrow, widen
-from .rope import head_strides, load_angles, pair_angles, refuse_heads, rms_normed, turn
+from .rope import (
+    HEAD_SPACE,
+    HeadConfig,
+    default_heads,
+    head_strides,
+    load_angles,
+    pair_angles,
+    rms_normed,
+    supports_heads,
+    turn,
+)
 from .rounding import CVT
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """block_h heads of a token a program."""
-
-    block_h: int = 1
-    num_warps: int = 1
-
-
-SPACE = {"block_h": (1, 2, 4, 8), "num_warps": (1, 2, 4)}
-
-
-def supports(problem: QnormRopeProblem, config: Config) -> str | None:
-    """Why this problem cannot run with this config, or None if it can."""
-    return refuse_heads(problem.head_dim, problem.rope_dim, problem.x) or host.refuse_rows(
-        config.block_h, problem.head_dim, config.num_warps, "absmax"
-    )
-
-
-def default(problem: QnormRopeProblem) -> Config:
-    """Where there are many heads, two a warp: twice the loads that a warp waits for."""
-    return Config(block_h=2) if problem.m * problem.heads >= 1 << 15 else Config()
+Config = HeadConfig
+SPACE, supports, default = HEAD_SPACE, supports_heads, default_heads
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
@@ -65,7 +54,7 @@ def _qnorm_rope(
     tl.store(at, narrow(y, out_ptr.dtype.element_ty, CVT), mask=inside)
 
 
-def launch(q: Tensor, positions: Tensor, table: Tensor, eps: float, out: Tensor, config: Config) -> None:
+def launch(q: Tensor, positions: Tensor, table: Tensor, eps: float, out: Tensor, config: HeadConfig) -> None:
     """q [m, heads, head_dim], tokens and heads of any stride -> out, its like, contiguous.
 
     positions: int [m], contiguous, in range of table float32 [positions, rope_dim].
@@ -79,14 +68,14 @@ def launch(q: Tensor, positions: Tensor, table: Tensor, eps: float, out: Tensor,
     _qnorm_rope[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
 
 
-def warm(problem: QnormRopeProblem, config: Config) -> None:
+def warm(problem: QnormRopeProblem, config: HeadConfig) -> None:
     """Compile for the current device what launches of `problem` need."""
     q = torch.zeros(1, problem.heads, problem.head_dim, dtype=host.DTYPES[problem.x], device="cuda")
     table, first = torch.zeros(1, problem.rope_dim, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
     launch(q, first, table, 1.0, torch.empty_like(q), config)
 
 
-def build_key(problem: QnormRopeProblem, config: Config) -> tuple[Any, ...]:
+def build_key(problem: QnormRopeProblem, config: HeadConfig) -> tuple[Any, ...]:
     """What of a problem `build` depends on: m and heads are read at launch."""
     return problem.x, problem.head_dim, problem.rope_dim
 
@@ -99,6 +88,6 @@ def build(problem: QnormRopeProblem, config: Config, arch: str) -> Built:
     return host.build(_qnorm_rope, types, constants, arch, config.num_warps, unaligned=("positions_ptr",))
 
 
-def _constants(head_dim: int, rope_dim: int, config: Config) -> dict[str, Any]:
+def _constants(head_dim: int, rope_dim: int, config: HeadConfig) -> dict[str, Any]:
     padded = triton.next_power_of_2(head_dim)
     return {"HEAD_DIM": head_dim, "ROPE_DIM": rope_dim, "BLOCK_H": config.block_h, "PADDED": padded}

@@ -78,16 +78,16 @@ def _rmsnorm_quantize(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     at = x_ptr + (tl.minimum(rows, M - 1) * stride_m)[:, None, None]  # of what lies beyond, nothing is kept
     weight_at = weight_ptr + tl.zeros([BLOCK_M, 1, 1], tl.int32)
-    x = ()
-    first = ()
-    second = ()
+    x = _nothing()
+    first = _nothing()
+    second = _nothing()
     for i in tl.static_range((K + SUM_K - 1) // SUM_K):
         tile = _load_tile(at, i, K, BLOCK_M, SUM_K)
         x += tile
         first += (tile[0] * tile[0],)
         second += (tile[1] * tile[1],)
     start = tl.program_id(1) * TILES
-    w = ()
+    w = _nothing()
     if TILES == 1:  # few registers: whatever needs no sum is on its way before it
         w = _load_tile(weight_at, start, K, BLOCK_M, TILE_K)
         if not HELD:
@@ -120,6 +120,11 @@ def _rmsnorm_quantize(
 
 
 @triton.jit
+def _nothing():
+    return ()
+
+
+@triton.jit
 def _load_tile(at, tile, K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr):
     """The two halves of the blocks in columns from tile * TILE_K on."""
     blocks = tile * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
@@ -145,7 +150,7 @@ def _row_sum(first, second, ROWS: tl.constexpr, SUM_K: tl.constexpr):
         if Q << level < len(first):
             first = _fold(first, Q << level)
             second = _fold(second, Q << level)
-    sums = ()
+    sums = _nothing()
     for i in tl.static_range(len(first)):
         blocks = pair_sum(first[i], ROWS, SUM_K // 16, 8) + pair_sum(second[i], ROWS, SUM_K // 16, 8)
         sums += (pair_sum(blocks.reshape(ROWS, 1, SUM_K // 16), ROWS, 1, SUM_K // 16).reshape(ROWS),)
@@ -155,7 +160,7 @@ def _row_sum(first, second, ROWS: tl.constexpr, SUM_K: tl.constexpr):
 @triton.jit
 def _fold(parts, HALF: tl.constexpr):
     """The second half added to the first, which has HALF parts; what it lacks is zero."""
-    folded = ()
+    folded = _nothing()
     for i in tl.static_range(HALF):
         if i + HALF < len(parts):
             folded += (parts[i] + parts[i + HALF],)

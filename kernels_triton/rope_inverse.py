@@ -4,7 +4,6 @@ Memory bound: reads and writes 2 bytes a dim (BF16), most of which is a copy. On
 Where the output projection takes NVFP4, `rope_inverse_quantize` writes 9/16 byte instead.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,31 +16,11 @@ from fp4suite.problem import RopeInverseProblem
 
 from . import host
 from .nvfp4 import narrow, widen
-from .rope import head_strides, load_angles, pair_angles, refuse_heads, turn
+from .rope import HEAD_SPACE, HeadConfig, default_heads, head_strides, load_angles, pair_angles, supports_heads, turn
 from .rounding import CVT
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """block_h heads of a token a program."""
-
-    block_h: int = 1
-    num_warps: int = 1
-
-
-SPACE = {"block_h": (1, 2, 4, 8), "num_warps": (1, 2, 4)}
-
-
-def supports(problem: RopeInverseProblem, config: Config) -> str | None:
-    """Why this problem cannot run with this config, or None if it can."""
-    return refuse_heads(problem.head_dim, problem.rope_dim, problem.x) or host.refuse_rows(
-        config.block_h, problem.head_dim, config.num_warps, "absmax"
-    )
-
-
-def default(problem: RopeInverseProblem) -> Config:
-    """Where there are many heads, two a warp: twice the loads that a warp waits for."""
-    return Config(block_h=2) if problem.m * problem.heads >= 1 << 15 else Config()
+Config = HeadConfig
+SPACE, supports, default = HEAD_SPACE, supports_heads, default_heads
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
@@ -64,7 +43,7 @@ def _rope_inverse(
     tl.store(at, narrow(y, out_ptr.dtype.element_ty, CVT), mask=inside)
 
 
-def launch(o: Tensor, positions: Tensor, table: Tensor, out: Tensor, config: Config) -> None:
+def launch(o: Tensor, positions: Tensor, table: Tensor, out: Tensor, config: HeadConfig) -> None:
     """o [m, heads, head_dim], tokens and heads of any stride -> out, its like, contiguous.
 
     positions: int [m], contiguous, in range of table float32 [positions, rope_dim].
@@ -78,14 +57,14 @@ def launch(o: Tensor, positions: Tensor, table: Tensor, out: Tensor, config: Con
     _rope_inverse[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
 
 
-def warm(problem: RopeInverseProblem, config: Config) -> None:
+def warm(problem: RopeInverseProblem, config: HeadConfig) -> None:
     """Compile for the current device what launches of `problem` need."""
     o = torch.zeros(1, problem.heads, problem.head_dim, dtype=host.DTYPES[problem.x], device="cuda")
     table, first = torch.zeros(1, problem.rope_dim, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
     launch(o, first, table, torch.empty_like(o), config)
 
 
-def build_key(problem: RopeInverseProblem, config: Config) -> tuple[Any, ...]:
+def build_key(problem: RopeInverseProblem, config: HeadConfig) -> tuple[Any, ...]:
     """What of a problem `build` depends on: m and heads are read at launch."""
     return problem.x, problem.head_dim, problem.rope_dim
 
@@ -98,6 +77,6 @@ def build(problem: RopeInverseProblem, config: Config, arch: str) -> Built:
     return host.build(_rope_inverse, types, constants, arch, config.num_warps, unaligned=("positions_ptr",))
 
 
-def _constants(head_dim: int, rope_dim: int, config: Config) -> dict[str, Any]:
+def _constants(head_dim: int, rope_dim: int, config: HeadConfig) -> dict[str, Any]:
     padded = triton.next_power_of_2(head_dim)
     return {"HEAD_DIM": head_dim, "ROPE_DIM": rope_dim, "BLOCK_H": config.block_h, "PADDED": padded}
