@@ -1,7 +1,7 @@
 """RMSNorm with a weight, then NVFP4, without the normed row in memory.
 
-Memory bound: reads 2 bytes (BF16) and writes 9/16 an element. One program block_m whole rows, kept in registers
-between the sum of squares and the quantiser.
+Memory bound: reads 2 bytes (BF16) and writes 9/16 an element. One program block_m rows, or a part of each of few rows;
+rows stay in registers between the sum of squares and the quantiser, or are read again from L1 or L2.
 """
 
 from dataclasses import dataclass
