@@ -52,7 +52,8 @@ def test_sm90_gives_the_bits_of_an_h100(number):
     case = testing.case(problem, "cpu", number)
 
     def same(ptx: str) -> str:
-        assert golden.digest(ptx) == recorded, "another compiler or another kernel: record again"
+        same_code = golden.digest(ptx) == recorded
+        assert same_code != (number in golden.EARLIER), "another compiler or another kernel: record again"
         return ptx
 
     with emulate("sm_90a", rewrite=same):

@@ -39,7 +39,6 @@ CASES = [
     (GemmProblem(m=30, n=64, k=1024, act="bf16"), skinny.Config(tile_m=32, depth=2)),
     (GemmProblem(m=1, n=128, k=1024, out="fp32", order=PREPARED), wgmma.Config(tile_m=8, groups_n=1, groups_k=4)),
     (GemmProblem(m=13, n=192, k=1024, segments=2, order=PREPARED), wgmma.Config(tile_m=16, groups_n=1, split=2)),
-    (GemmProblem(m=9, n=128, k=1024, order=PREPARED), wgmma.Config(tile_m=16, groups_n=1, warps=3, split=2)),
     (GemmProblem(m=70, n=192, k=512, out="fp32", order=PREPARED), wgmma.Config(share=2)),
     (GemmProblem(m=260, n=192, k=256, order=PREPARED), wgmma.Config(tile_m=256, tile_k=64)),
     (GemmProblem(m=13, n=192, k=1024, act="fp8", order=fp8.WEIGHT_ORDER), fp8.Config(tile_m=16, groups_n=1, split=2)),
@@ -47,6 +46,8 @@ CASES = [
     (GemmProblem(m=150, n=192, k=640, act="fp8", segments=3, order=fp8.WEIGHT_ORDER), fp8.Config(share=2)),
     (GemmProblem(m=260, n=192, k=384, act="fp8", out="fp32", order=fp8.WEIGHT_ORDER), fp8.Config(tile_m=256)),
 ]
+# recorded from machine code before the present one, whose sums are the same: bits are compared, the code's hash is not
+EARLIER = (12, 13, 16, 17)
 
 
 def kernel_of(config: Any) -> ModuleType:
