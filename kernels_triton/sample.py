@@ -58,7 +58,7 @@ class Config:
     """chunk tokens a program."""
 
     chunk: int = 4096
-    num_warps: int = 4
+    num_warps: int = 8
 
 
 SPACE = {"chunk": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)}
