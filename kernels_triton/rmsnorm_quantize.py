@@ -56,12 +56,14 @@ def supports(problem: RmsnormQuantizeProblem, config: Config) -> str | None:
         return f"held rows have one part and tiles of up to {_SUM_CHUNK} columns, got {config.parts} of {config.tile_k}"
     if config.held and tiles * 16 > MOST_HELD:
         return f"k={problem.k} tile_k={config.tile_k}: {tiles * 16} elements a thread, held up to {MOST_HELD}"
+    if problem.rule == "mse" and triton.cdiv(tiles, config.parts) > 2:
+        return f"rule mse takes ten times the code: up to two tiles a program, got {triton.cdiv(tiles, config.parts)}"
     return None
 
 
 def default(problem: RmsnormQuantizeProblem) -> Config:
     """Few rows: each by several programs, 16 columns a thread. Many: two warps a row, or one, that hold it."""
-    if problem.m <= 128:
+    if problem.m <= 128 or problem.rule == "mse":
         num_warps = 4 if problem.k > 2048 else 2
         return Config(num_warps=num_warps, parts=triton.cdiv(problem.k, 512 * num_warps))
     wanted = (Config(num_warps=warps, held=True) for warps in (1, 2))
