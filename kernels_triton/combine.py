@@ -132,11 +132,9 @@ def _combine(
             place = tl.sum(tl.where(choice[None, :] == j, found, 0), axis=1)
         else:
             place = tl.load(place_ptr + rows * TOPK + j, mask=in_rows, other=0)
-        live = ids[j] >= 0  # type: ignore[misc]
-        y = tl.load(
-            y_ptr + place.to(tl.int64)[:, None] * stride_y + cols[None, :], mask=inside & live[:, None], other=0.0
-        )
-        acc += widen(y) * tl.where(live, weights[j], 0.0)[:, None]  # type: ignore[misc]
+        live = (ids[j] >= 0)[:, None]  # type: ignore[index]
+        y = tl.load(y_ptr + place.to(tl.int64)[:, None] * stride_y + cols[None, :], mask=inside & live, other=0.0)
+        acc += widen(y) * tl.where(live, weights[j][:, None], 0.0)
     if SHARED:
         acc += widen(shared)
     tl.store(out_ptr + at * K + cols[None, :], narrow(acc, out_ptr.dtype.element_ty, COMPILED), mask=inside)
