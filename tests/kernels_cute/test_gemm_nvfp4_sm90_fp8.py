@@ -36,7 +36,7 @@ CONFIGS = [
     Config(tile_m=256, groups_n=1, stages=2, blocks=2),
     replace(WIDE, stages=3),
     replace(WIDE, stages=3, share=2),
-    Config(tile_m=64, groups_n=4, stages=2, split=2),
+    Config(tile_m=64, groups_n=3, stages=2, split=2),
     Config(tile_m=8, groups_n=1, groups_k=2, stages=4),
     Config(tile_m=8, groups_n=3, stages=2, split=3),
     Config(tile_m=16, groups_n=2, stages=3, promote=2),
