@@ -1,7 +1,10 @@
 """Architectures as strings: "sm_100a" (B200), "sm_90a" (H100, H200) and "cpu"."""
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -26,9 +29,22 @@ def of(device: torch.device | str) -> str:
     return _of_cuda(device.index if device.index is not None else torch.cuda.current_device())
 
 
+_assumed: ContextVar[str | None] = ContextVar("fp4suite_assumed_arch", default=None)
+
+
+@contextlib.contextmanager
+def assume(arch: str) -> Iterator[None]:
+    """Within the block, `arch` is the current one."""
+    token = _assumed.set(arch)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
 def current() -> str:
-    """The architecture of the current CUDA device, or "cpu" where there is none."""
-    return of("cuda") if torch.cuda.is_available() else "cpu"
+    """The architecture that is assumed, or of the current CUDA device, or "cpu" where there is none."""
+    return _assumed.get() or (of("cuda") if torch.cuda.is_available() else "cpu")
 
 
 def device_name(device: torch.device | str) -> str:

@@ -234,7 +234,8 @@ def on_target(arch: str, device: str | None = None) -> Iterator[None]:
         raise ValueError(f"arch must be one of {', '.join(archs.ARCHS)}, got {arch!r}")
     token = _target.set(Target(arch, device or arch))
     try:
-        yield
+        with archs.assume(arch):
+            yield
     finally:
         _target.reset(token)
 

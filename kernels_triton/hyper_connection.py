@@ -82,10 +82,10 @@ SPACE = {
 def default(problem: FoldProblem) -> Config:
     """One step and whole rows in registers for few tokens; for many, what leaves room for folds beside the product."""
     few = problem.m <= 256
-    # tcgen05 (sm_100a) takes copies of its operands, for which larger steps leave no room
-    small = problem.x != "bf16" or archs.current() == "sm_100a"
-    if small or isinstance(problem, HyperConnectionPostPreProblem):
-        return Config(fold_warps=8 if few else 4, overlap=not few)
+    # tcgen05 (sm_100a) takes copies of its operands, for which larger steps, and more of them, leave no room
+    copies = archs.current() == "sm_100a"
+    if copies or problem.x != "bf16" or isinstance(problem, HyperConnectionPostPreProblem):
+        return Config(num_stages=2 if copies else 3, fold_warps=8 if few else 4, overlap=not few)
     if few:
         return Config(block_m=16 if problem.m <= 16 else 64, block_d=64, programs=SMS, overlap=False)
     return Config(block_m=128, block_d=64, programs=SMS, num_warps=8, fold_warps=4)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from fp4suite import registry
+from fp4suite import arch as archs, registry
 from fp4suite.problem import Problem
 
 MAX_CANDIDATES = 50_000  # a larger SPACE is sampled down to this, with a fixed seed
@@ -84,6 +84,11 @@ def of(problem: Problem, arch: str, agreed: tuple[str, str] | None = None) -> Sp
     Raises NoKernel if there is none, and ValueError if a SPACE is not one: a knob that Config does not have, no values,
     a default that SPACE leaves out.
     """
+    with archs.assume(arch):
+        return _of(problem, arch, agreed)
+
+
+def _of(problem: Problem, arch: str, agreed: tuple[str, str] | None) -> Space:
     found: list[Candidate] = []
     choices: dict[str, dict[str, tuple[Knob, ...]]] = {}
     defaults: list[Candidate] = []

@@ -118,7 +118,7 @@ def test_global_scale_of_more_tiles_than_one_step(device):
 
 def test_refusals():
     assert kernel.supports(problem(), kernel.Config()) is None
-    assert "less than 8" in (kernel.supports(problem(), kernel.Config(block_m=1, block_k=256)) or "")
+    assert "less than 16" in (kernel.supports(problem(), kernel.Config(block_m=1, block_k=256)) or "")
     big = kernel.Config(block_m=16, block_k=1024, num_warps=8)
     assert kernel.supports(problem(), big) is None
     assert "spill" in (kernel.supports(problem("mse"), big) or "")

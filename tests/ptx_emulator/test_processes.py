@@ -32,8 +32,9 @@ def launch(body: str, out, processes: int, *args, params: str = "", grid: int = 
 
 @pytest.fixture(autouse=True)
 def _nobody_stays_behind():
+    others = multiprocessing.active_children()  # compilers that tests of other folders share
     yield
-    assert not multiprocessing.active_children()
+    assert not [child for child in multiprocessing.active_children() if child not in others]
 
 
 @pytest.mark.parametrize("processes", [2, 3, 100])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fp4suite.problem import GemmProblem
+from fp4suite.problem import GemmProblem, HyperConnectionPreProblem
 from tuner import space
 
 
@@ -70,3 +70,10 @@ def test_what_is_no_space(choices, message):
     module = SimpleNamespace(__name__="m", Config=_Config, SPACE=choices)
     with pytest.raises(ValueError, match=message):
         space.checked_space(module)
+
+
+def test_default_is_that_of_the_architecture_that_is_tuned_for():
+    """Defaults that depend on it are asked under it, on a machine that has neither."""
+    problem = HyperConnectionPreProblem(m=2048, k=4096)
+    stages = {arch: dict(space.of(problem, arch).default.knobs)["num_stages"] for arch in ("sm_90a", "sm_100a")}
+    assert stages == {"sm_90a": 3, "sm_100a": 2}
