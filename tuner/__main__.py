@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fp4suite import arch as archs
@@ -148,7 +149,7 @@ def _bench_peers(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def _bench_gemm_peers(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
-    from . import bench_peers, peers, peers_plot, peers_rows, targets
+    from . import bench_peers, peers, peers_plot, peers_rows
     from .side_by_side import OWN
 
     options = bench_peers.Options(
@@ -164,12 +165,7 @@ def _bench_gemm_peers(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         resume=args.resume,
         quiet=args.quiet,
     )
-    (target,) = targets.targets(args.arch or "sm_90a", args.device)
-    out = args.out or provenance.results_dir() / "bench"
-    configs = targets.load_configs(args.layers_of or ["pro", "flash"])
-    outcome = bench_peers.run(target, configs, out, options)
-    if not outcome.rows:
-        raise ValueError("nothing was timed: no cell of these layers has a kernel here, or the time was too short")
+    out, outcome = _beside(bench_peers, args, options)
     print(peers_rows.render(outcome.rows, outcome.absent))
     plots = peers_plot.draw(peers_rows.load(outcome.path), out.parent / "plots")
     print(f"rows in {outcome.path}, plots: {', '.join(map(str, plots))}")
@@ -177,7 +173,7 @@ def _bench_gemm_peers(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 
 def _bench_fusion_peers(args: argparse.Namespace, ops: Sequence[str]) -> tuple[int, dict[str, Any]]:
-    from . import bench_fusions, fusion_rows, peers_fusions, targets
+    from . import bench_fusions, fusion_rows, peers_fusions
     from .side_by_side import OWN
 
     for name, given in (("--order", args.order), ("--act", args.act)):
@@ -194,15 +190,22 @@ def _bench_fusion_peers(args: argparse.Namespace, ops: Sequence[str]) -> tuple[i
         resume=args.resume,
         quiet=args.quiet,
     )
-    (target,) = targets.targets(args.arch or "sm_90a", args.device)
-    out = args.out or provenance.results_dir() / "bench"
-    configs = targets.load_configs(args.layers_of or ["pro", "flash"])
-    outcome = bench_fusions.run(target, configs, out, options)
-    if not outcome.rows:
-        raise ValueError("nothing was timed: no cell of these layers has a kernel here, or the time was too short")
+    _, outcome = _beside(bench_fusions, args, options)
     print(fusion_rows.render(outcome.rows, outcome.absent))
     print(f"rows in {', '.join(map(str, outcome.paths))}")
     return _peers_end(outcome.rows, outcome.absent, outcome.left, outcome.paths, OWN)
+
+
+def _beside(bench: ModuleType, args: argparse.Namespace, options: Any) -> tuple[Path, Any]:
+    """What a run of a side-by-side benchmark did, and the folder of its rows."""
+    from . import targets
+
+    (target,) = targets.targets(args.arch or "sm_90a", args.device)
+    out = args.out or provenance.results_dir() / "bench"
+    outcome = bench.run(target, targets.load_configs(args.layers_of or ["pro", "flash"]), out, options)
+    if not outcome.rows:
+        raise ValueError("nothing was timed: no cell of these layers has a kernel here, or the time was too short")
+    return out, outcome
 
 
 def _peers_end(
