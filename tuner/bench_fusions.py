@@ -18,7 +18,7 @@ from fp4suite.errors import UnsupportedError
 from fp4suite.problem import Problem
 
 from . import fusion_cells, fusion_rows, peers_fusions, provenance, side_by_side, stats, worker
-from .bench import Roofs, Row
+from .bench import Row
 from .fusion_cells import COPY
 from .fusion_rows import REFUSED, ROOFS
 from .side_by_side import EMPTY, OWN, RECORD_S, Timed, quotient, spelled
@@ -91,12 +91,12 @@ def run(
     say(f"{len(todo)} cells to time, {len(outcome.rows)} kept, in about {options.seconds:.0f} s")
     child = start()
     try:
-        roofs = Roofs(**child.call(backend.roofs, target.cuda, timeout=RECORD_S))
-        say(f"a long copy: {roofs.copy:.0f} GB/s")
+        copy = child.call(backend.long_copy, target.cuda, timeout=RECORD_S)
+        say(f"a long copy: {copy:.0f} GB/s")
         measuring = _Measuring(child, backend, target.cuda, options.seed, outcome.absent)
         beginning = provenance.now()
         for cell, timed in measuring.within(todo, began, options.seconds, options.quiet):
-            row = _row(target, cell, timed, roofs.copy, _notes(cell, outcome.absent)) | {"run": beginning}
+            row = _row(target, cell, timed, copy, _notes(cell, outcome.absent)) | {"run": beginning}
             outcome.rows.append(row)
             outcome.left -= 1
             fusion_rows.store(files[cell.problem.op], row)

@@ -141,10 +141,6 @@ def sound() -> None:
     torch.ones(16, device=_cell.device).sum().item()
 
 
-def roofs(device: str) -> dict[str, float]:
-    """GB/s of reading and of copying, TFLOP/s of cuBLAS in BF16."""
-    return {
-        "read": measure.read_bandwidth(device),
-        "copy": measure.copy_bandwidth(device),
-        "mma": measure.matmul_tflops(device),
-    }
+def long_copy(device: str) -> float:
+    """GB/s of a copy of 1 GiB, read and written."""
+    return measure.copy_bandwidth(device)
