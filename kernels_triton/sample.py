@@ -50,7 +50,7 @@ LEAST_HEAT, MOST_HEAT = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
 COLDEST_ROUGH = tl.constexpr(1e-30)
 LARGEST = tl.constexpr(0x7FFFFFFF)
 SMALLEST = tl.constexpr(-0x80000000)
-INFINITY, NAN = tl.constexpr(float("inf")), tl.constexpr(float("nan"))
+INFINITY = tl.constexpr(float("inf"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +194,7 @@ def _survey(
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     x = _logits(logits_ptr, stride_m, row, at, at < V)
     heat = tl.load(heat_ptr + row)
-    most = tl.where(tl.max((x != x).to(tl.int32), axis=0) > 0, NAN, tl.max(x, axis=0))
+    most = tl.where(tl.max((x != x).to(tl.int32), axis=0) > 0, float("nan"), tl.max(x, axis=0))
     here = row * tl.num_programs(1) + chunk
     tl.store(most_ptr + here, _key(most))
     if heat == 0.0:
@@ -240,7 +240,7 @@ def _bracket(least, most, masses, rung, top, heat, RUNGS: tl.constexpr):
     step = _step(heat)
     first = tl.sum((masses <= least).to(tl.int32), axis=0)
     last = tl.minimum(tl.sum((masses <= most).to(tl.int32), axis=0), RUNGS - 1)
-    begin = tl.where(first > 0, (rung - (first - 1)) * step, NAN)
+    begin = tl.where(first > 0, (rung - (first - 1)) * step, float("nan"))
     end = tl.where(last < RUNGS - 1, (rung - last) * step, -INFINITY)
     above = _at(masses, first - 1, RUNGS)
     mass = _at(masses, last, RUNGS) - above

@@ -48,8 +48,15 @@ CONFIGS = [
     Config(tile_m=128, groups_n=1, stages=3, share=2, tail=2, promote=2),
     replace(WIDE, stages=3, share=2, tail=2),
 ]
+FEW_TOKENS = Problem(m=12, n=4096, k=4096)
+REPEATED = [SMALL, WIDE, Config(tile_m=64, groups_n=1, groups_k=2, split=2)]
 
 # --- anywhere ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", REPEATED, ids=str)
+def test_what_is_repeated_on_a_gpu_is_supported(config):
+    assert kernel.supports(FEW_TOKENS, config) is None
 
 
 @pytest.mark.parametrize(
@@ -510,11 +517,10 @@ def test_strided_rows_are_read_and_written_in_place(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [SMALL, WIDE, Config(tile_m=64, groups_k=2, split=2)], ids=str)
+@pytest.mark.parametrize("config", REPEATED, ids=str)
 def test_repeated_runs_and_graph_replays_agree_to_the_bit(config, device):
-    problem = Problem(m=12, n=4096, k=4096)
-    kernel.warm(problem, config)
-    case = testing.case(problem, device, seed=8)
+    kernel.warm(FEW_TOKENS, config)
+    case = testing.case(FEW_TOKENS, device, seed=8)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
