@@ -1,12 +1,14 @@
-"""Slots in expert order by a counting sort: two launches, deterministic, nothing read on the host.
+"""Slots in expert order by a counting sort: three launches, deterministic, nothing read on the host.
 
-    count   each block of slots compares all pairs of its own: how many there are of each expert, and how many of a
-            slot's expert come before it
-    place   each block adds up what all blocks counted, to the first place of each expert and to where its own slots of
-            it begin; a slot's place is that plus its rank in the block
+    sort    each block of slots sorts its own by expert and index, as numbers that hold both: a slot's place in the
+            block is how many of the block's numbers are below its own; where each expert begins and ends in it is kept
+    scan    for each block and expert, how many slots of the expert earlier blocks have
+    place   a slot's place is the first of its expert, plus what earlier blocks have of it, plus its place among the
+            block's own of that expert
 
-Bound by latency: of two launches, and of reading all counts, blocks * experts int16 a block, through L2. Two launches,
-because no block can place a slot before all have counted. Few slots are sorted in one launch by `permute_small`.
+Bound by latency: of three launches, as no block can place a slot before all have counted; of two instructions for each
+pair of slots in a block; and of counts, blocks * experts * 8 bytes, that pass through L2. Few slots are sorted in one
+launch by `permute_small`.
 """
 
 from dataclasses import dataclass
@@ -23,28 +25,24 @@ from fp4suite.problem import PermuteProblem
 from . import host
 
 MOST_EXPERTS = 2047
-COMPARED = 8  # slots that those of a block are compared with at a time
-EACH = 1 << 16  # a slot's count of equals goes beside its rank in one sum
+COMPARED = 32  # slots that those of a block are compared with at a time
+SCANNED, SCANNED_BINS, SCAN_WARPS = 256, 8, 8  # blocks and experts whose counts a program adds up at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_s slots a program; counts of `summed` blocks added at a time; num_warps count, place_warps place."""
+    """block_s slots a program."""
 
-    block_s: int = 256
-    summed: int = 64
-    num_warps: int = 8
-    place_warps: int = 16
+    block_s: int = 128
+    num_warps: int = 4
 
 
-SPACE = {"block_s": (128, 256, 512, 1024), "summed": (16, 32, 64), "num_warps": (4, 8, 16), "place_warps": (8, 16)}
+SPACE = {"block_s": (64, 128, 256, 512), "num_warps": (2, 4, 8, 16)}
 
 
 def default(problem: PermuteProblem) -> Config:
-    """Blocks large enough that adding their counts takes no longer than comparing their slots."""
-    slots = problem.m * problem.topk
-    block_s = 256 if slots <= 1 << 16 else 512 if slots <= 1 << 18 else 1024
-    return Config(block_s=block_s, summed=min(64, 32768 // _bins(problem.experts)), num_warps=block_s // 32)
+    """A thread a slot, in small blocks while their counts are few."""
+    return Config() if problem.m * problem.topk <= 1 << 16 else Config(block_s=256, num_warps=8)
 
 
 def supports(problem: PermuteProblem, config: Config) -> str | None:
@@ -54,72 +52,81 @@ def supports(problem: PermuteProblem, config: Config) -> str | None:
         return f"{slots} slots do not fit into int32"
     if problem.experts > MOST_EXPERTS:
         return f"experts={problem.experts} is over {MOST_EXPERTS}"
-    held = config.block_s * COMPARED // (32 * config.num_warps)
-    if held > 32:
-        return f"block_s={config.block_s} num_warps={config.num_warps}: {held} pairs a thread at a time, more than 32"
-    held = config.summed * _bins(problem.experts) // (32 * config.place_warps)
-    return None if held <= 64 else f"{held} counts a thread at a time, more than 64"
+    held = config.block_s / (32 * config.num_warps)
+    if not 1 <= held <= 2:
+        return f"block_s={config.block_s} num_warps={config.num_warps}: {held:g} slots a thread, not 1 or 2"
+    return None
 
 
 @triton.jit
-def _keys(ids_ptr, at, slots, E):
-    """Bin of each slot: its expert, or E for ids outside of 0 .. E - 1 and for what lies behind the last slot."""
+def _numbers(ids_ptr, at, slots, E, BLOCK: tl.constexpr):
+    """Expert and index of each slot of a block in one; ids outside of 0 .. E - 1, and behind the last slot, as E."""
     ids = tl.load(ids_ptr + at, mask=at < slots, other=-1)
-    return tl.where((ids < 0) | (ids >= E), E, ids)
+    return tl.where((ids < 0) | (ids >= E), E, ids) * BLOCK + at % BLOCK
 
 
 @triton.jit(do_not_specialize=["slots"])
-def _count(
-    ids_ptr, counts_ptr, keys_ptr, ranks_ptr, slots, E,
-    BINS: tl.constexpr, BLOCK: tl.constexpr, COMPARED: tl.constexpr, EACH: tl.constexpr,
+def _sort(
+    ids_ptr, numbers_ptr, sorted_ptr, begins_ptr, ends_ptr, slots, E,
+    BINS: tl.constexpr, BLOCK: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
-    begin, nth = tl.program_id(0) * BLOCK, tl.arange(0, BLOCK)
-    counts_ptr += tl.program_id(0).to(tl.int64) * BINS
-    bins = tl.arange(0, BINS)
-    tl.store(counts_ptr + bins, tl.zeros((BINS,), tl.int16))
-    keys = _keys(ids_ptr, begin + nth, slots, E)
-    tl.store(keys_ptr + begin + nth, keys)
-    tl.debug_barrier()  # zeros are stored before counts, and keys before they are read
-    found = tl.zeros((COMPARED, BLOCK), tl.int32)
+    block = tl.program_id(0)
+    bins, nth = tl.arange(0, BINS), tl.arange(0, BLOCK)
+    begins_ptr += block.to(tl.int64) * BINS
+    ends_ptr += block.to(tl.int64) * BINS
+    numbers_ptr += block * BLOCK
+    sorted_ptr += block * BLOCK
+    own = _numbers(ids_ptr, block * BLOCK + nth, slots, E, BLOCK)
+    tl.store(numbers_ptr + nth, own)
+    tl.store(begins_ptr + bins, tl.zeros((BINS,), tl.int16))
+    tl.store(ends_ptr + bins, tl.zeros((BINS,), tl.int16))
+    tl.debug_barrier()  # numbers are stored before they are read, and zeros before where experts begin
+    place = tl.full((BLOCK,), 0, tl.int32)
     for start in range(0, BLOCK, COMPARED):
-        other = start + tl.arange(0, COMPARED)
-        step = tl.where(other[:, None] < nth[None, :], EACH + 1, EACH)
-        equal = keys[None, :] == tl.load(keys_ptr + begin + other)[:, None]
-        found += tl.where(equal, step, 0)
-    found = tl.sum(found, axis=0)
-    count, rank = found // EACH, found % EACH
-    tl.store(ranks_ptr + begin + nth, rank.to(tl.int16))
-    tl.store(counts_ptr + keys, count.to(tl.int16), mask=rank == count - 1)
+        others = tl.load(numbers_ptr + start + tl.arange(0, COMPARED))
+        below = (others[:, None] - own[None, :]).to(tl.uint32) >> 31  # fewer instructions than a comparison
+        place += tl.sum(below.to(tl.int32), axis=0)
+    tl.store(sorted_ptr + place, own)
+    tl.debug_barrier()
+    expert = tl.load(sorted_ptr + nth) // BLOCK
+    before = tl.load(sorted_ptr + nth - 1, mask=nth > 0, other=-BLOCK) // BLOCK
+    after = tl.load(sorted_ptr + nth + 1, mask=nth < BLOCK - 1, other=-BLOCK) // BLOCK
+    tl.store(begins_ptr + expert, nth.to(tl.int16), mask=expert != before)
+    tl.store(ends_ptr + expert, (nth + 1).to(tl.int16), mask=expert != after)
 
 
-@triton.jit
-def _sums(counts_ptr, blocks, own, BINS: tl.constexpr, SUMMED: tl.constexpr):
-    """Slots of each bin in all blocks, and in those before block `own`: int32 [BINS] each."""
-    bins = tl.arange(0, BINS)
-    total = tl.full((BINS,), 0, tl.int32)
-    before = tl.full((BINS,), 0, tl.int32)
-    for start in range(0, blocks, SUMMED):
-        block = start + tl.arange(0, SUMMED)
-        at = block.to(tl.int64)[:, None] * BINS + bins[None, :]
-        counts = tl.load(counts_ptr + at, mask=(block < blocks)[:, None], other=0).to(tl.int32)
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((block < own)[:, None], counts, 0), axis=0)
-    return total, before
-
-
-@triton.jit(do_not_specialize=["slots", "blocks"])
-def _place(
-    counts_ptr, keys_ptr, ranks_ptr, order_ptr, offsets_ptr, slots, blocks, E,
-    BINS: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["blocks"])
+def _scan(
+    begins_ptr, ends_ptr, bases_ptr, totals_ptr, blocks,
+    BINS: tl.constexpr, SCANNED: tl.constexpr, SCANNED_BINS: tl.constexpr,
 ):  # fmt: skip
-    own = tl.program_id(0)
-    bins = tl.arange(0, BINS)
-    at = own * BLOCK + tl.arange(0, BLOCK)
-    keys, rank = tl.load(keys_ptr + at), tl.load(ranks_ptr + at)
-    total, before = _sums(counts_ptr, blocks, own, BINS, SUMMED)
-    first = tl.cumsum(total, axis=0) - total
-    tl.store(offsets_ptr + bins, first, mask=(bins <= E) & (own == 0))
-    tl.store(order_ptr + tl.gather(first + before, keys, axis=0) + rank, at, mask=at < slots)
+    bins = tl.program_id(0) * SCANNED_BINS + tl.arange(0, SCANNED_BINS)
+    total = tl.full((SCANNED_BINS,), 0, tl.int32)
+    for start in range(0, blocks, SCANNED):
+        block = start + tl.arange(0, SCANNED)
+        inside = (block < blocks)[:, None]
+        at = block.to(tl.int64)[:, None] * BINS + bins[None, :]
+        ends = tl.load(ends_ptr + at, mask=inside, other=0).to(tl.int32)
+        counts = ends - tl.load(begins_ptr + at, mask=inside, other=0).to(tl.int32)
+        # what earlier blocks have, less where the expert begins in this one: counts and begins make its end
+        tl.store(bases_ptr + at, total[None, :] + tl.cumsum(counts, axis=0) - ends, mask=inside)
+        total += tl.sum(counts, axis=0)
+    tl.store(totals_ptr + bins, total)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _place(
+    sorted_ptr, bases_ptr, totals_ptr, order_ptr, offsets_ptr, slots, E, BINS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    block = tl.program_id(0)
+    bins, nth = tl.arange(0, BINS), tl.arange(0, BLOCK)
+    numbers = tl.load(sorted_ptr + block * BLOCK + nth)
+    bases, totals = tl.load(bases_ptr + block.to(tl.int64) * BINS + bins), tl.load(totals_ptr + bins)
+    first = tl.cumsum(totals, axis=0) - totals
+    tl.store(offsets_ptr + bins, first, mask=(bins <= E) & (block == 0))
+    place = tl.gather(first + bases, numbers // BLOCK, axis=0) + nth
+    slot = block * BLOCK + numbers % BLOCK
+    tl.store(order_ptr + place, slot, mask=slot < slots)
 
 
 def launch(topk_ids: Tensor, experts: int, out: tuple[Tensor, Tensor], config: Config) -> None:
@@ -133,17 +140,18 @@ def launch(topk_ids: Tensor, experts: int, out: tuple[Tensor, Tensor], config: C
         offsets.zero_()
         return
     blocks, bins, device = triton.cdiv(slots, config.block_s), _bins(experts), topk_ids.device
-    counts = torch.empty(blocks, bins, dtype=torch.int16, device=device)
-    keys = torch.empty(blocks, config.block_s, dtype=torch.int32, device=device)
-    ranks = torch.empty_like(keys, dtype=torch.int16)
-    _count[(blocks,)](
-        topk_ids, counts, keys, ranks, slots, experts, **_constants(_count, experts, config),
-        num_warps=config.num_warps, **host.OPTIONS,
-    )  # fmt: skip
-    _place[(blocks,)](
-        counts, keys, ranks, order, offsets, slots, blocks, experts, **_constants(_place, experts, config),
-        num_warps=config.place_warps, **host.OPTIONS,
-    )  # fmt: skip
+    numbers, ordered = torch.empty(2, blocks, config.block_s, dtype=torch.int32, device=device)
+    begins, ends = torch.empty(2, blocks, bins, dtype=torch.int16, device=device)
+    bases = torch.empty(blocks, bins, dtype=torch.int32, device=device)
+    totals = torch.empty(bins, dtype=torch.int32, device=device)
+    launches: tuple[tuple[Any, int, tuple[Any, ...]], ...] = (
+        (_sort, blocks, (topk_ids, numbers, ordered, begins, ends, slots, experts)),
+        (_scan, bins // _scanned_bins(experts), (begins, ends, bases, totals, blocks)),
+        (_place, blocks, (ordered, bases, totals, order, offsets, slots, experts)),
+    )
+    for kernel, programs, operands in launches:
+        constants = _constants(kernel, experts, config)
+        kernel[(programs,)](*operands, **constants, num_warps=_warps(kernel, config), **host.OPTIONS)
 
 
 def warm(problem: PermuteProblem, config: Config) -> None:
@@ -158,19 +166,19 @@ def build_key(problem: PermuteProblem, config: Config) -> tuple[Any, ...]:
 
 
 def build(problem: PermuteProblem, config: Config, arch: str) -> Built:
-    """The placing kernel compiled for `arch` without a GPU."""
-    return build_part(_place, problem, config, arch)
+    """The sorting kernel compiled for `arch` without a GPU."""
+    return build_part(_sort, problem, config, arch)
 
 
 def build_part(kernel: Any, problem: PermuteProblem, config: Config, arch: str) -> Built:
     """One of the kernels of a launch compiled for `arch` without a GPU."""
-    types = dict.fromkeys(("ids_ptr", "keys_ptr", "order_ptr", "offsets_ptr"), "*i32")
-    types |= dict.fromkeys(("counts_ptr", "ranks_ptr"), "*i16") | dict.fromkeys(("slots", "blocks", "E"), "i32")
+    pointers = ("ids_ptr", "numbers_ptr", "sorted_ptr", "bases_ptr", "totals_ptr", "order_ptr", "offsets_ptr")
+    types = dict.fromkeys(pointers, "*i32") | dict.fromkeys(("begins_ptr", "ends_ptr"), "*i16")
+    types |= dict.fromkeys(("slots", "blocks", "E"), "i32")
     types = {n: t for n, t in types.items() if n in kernel.arg_names}
     constants = _constants(kernel, problem.experts, config)
-    warps = config.place_warps if kernel is _place else config.num_warps
     sizes = tuple(n for n in ("slots", "blocks", "E") if n in types)
-    return host.build(kernel, types, constants, arch, warps, unaligned=sizes)
+    return host.build(kernel, types, constants, arch, _warps(kernel, config), unaligned=sizes)
 
 
 def _bins(experts: int) -> int:
@@ -178,6 +186,15 @@ def _bins(experts: int) -> int:
     return triton.next_power_of_2(experts + 1)
 
 
+def _scanned_bins(experts: int) -> int:
+    return min(SCANNED_BINS, _bins(experts))
+
+
+def _warps(kernel: Any, config: Config) -> int:
+    return SCAN_WARPS if kernel is _scan else config.num_warps
+
+
 def _constants(kernel: Any, experts: int, config: Config) -> dict[str, int]:
-    all = {"BINS": _bins(experts), "SUMMED": config.summed, "BLOCK": config.block_s, "COMPARED": COMPARED, "EACH": EACH}
+    all = {"BINS": _bins(experts), "BLOCK": config.block_s, "COMPARED": COMPARED, "SCANNED": SCANNED}
+    all["SCANNED_BINS"] = _scanned_bins(experts)
     return {name: c for name, c in all.items() if name in kernel.arg_names}

@@ -3,7 +3,7 @@
     place(slot) = |{other: (expert, index) of other < (expert, index) of slot}|, first(expert) = |{other: expert < it}|
 
 Bound by latency: slots * (slots + experts) comparisons of integers in one launch without memory of its own. Each
-program finds the places of block_s slots, or the first places of block_s experts.
+program finds the places of block_p slots, or the first places of block_p experts.
 """
 
 from dataclasses import dataclass
@@ -19,20 +19,20 @@ from fp4suite.problem import PermuteProblem
 
 from . import host
 
-MOST_SLOTS = 8192  # then two launches that count are faster; and an expert with an index fits into int32
+MOST_SLOTS = 4096  # then three launches that sort are faster; and an expert with an index fits into int32
 MOST_EXPERTS = 4096
 COMPARED = 512  # slots at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_s slots or experts a program."""
+    """block_p slots or experts a program."""
 
-    block_s: int = 16
+    block_p: int = 16
     num_warps: int = 4
 
 
-SPACE = {"block_s": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)}
+SPACE = {"block_p": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)}
 
 
 def supports(problem: PermuteProblem, config: Config) -> str | None:
@@ -42,7 +42,7 @@ def supports(problem: PermuteProblem, config: Config) -> str | None:
         return f"{slots} slots, more than {MOST_SLOTS}"
     if problem.experts > MOST_EXPERTS:
         return f"experts={problem.experts} is over {MOST_EXPERTS}"
-    held = config.block_s * COMPARED // (32 * config.num_warps)
+    held = config.block_p * COMPARED // (32 * config.num_warps)
     return None if held <= 128 else f"{held} comparisons a thread at a time, more than 128"
 
 
@@ -76,7 +76,7 @@ def launch(topk_ids: Tensor, experts: int, out: tuple[Tensor, Tensor], config: C
     """
     order, offsets = out
     slots = topk_ids.numel()
-    grid = (triton.cdiv(slots + experts + 1, config.block_s),)
+    grid = (triton.cdiv(slots + experts + 1, config.block_p),)
     _permute_small[grid](
         topk_ids, order, offsets, slots, experts, **_constants(config), num_warps=config.num_warps, **host.OPTIONS
     )
@@ -100,4 +100,4 @@ def build(problem: PermuteProblem, config: Config, arch: str) -> Built:
 
 
 def _constants(config: Config) -> dict[str, Any]:
-    return {"BLOCK": config.block_s, "COMPARED": COMPARED}
+    return {"BLOCK": config.block_p, "COMPARED": COMPARED}

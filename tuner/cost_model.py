@@ -291,16 +291,14 @@ def _route(problem: RouteProblem, config: Any, arch: str, resources: Resources |
 
 
 def _permute(problem: PermuteProblem, config: Any, arch: str, resources: Resources | None) -> Work:
-    """All pairs of slots at once, or two launches that count: the second waits for the first and reads its counts."""
+    """All pairs of slots at once; or three launches: pairs within blocks, and two that read and write their counts."""
     slots = problem.m * problem.topk
-    queries, ramps = slots + problem.experts + 1, 2
-    instructions = 4.0 * config.block_s * slots
-    cta_bytes = 4.0 * slots
-    if hasattr(config, "chunk"):
-        queries, ramps = slots, 4 + config.block_s // config.chunk
-        instructions = 3.0 * config.block_s * config.chunk
-        cta_bytes = 12.0 * config.block_s + 4.0 * problem.experts * math.ceil(slots / config.block_s)
-    return _moved(math.ceil(queries / config.block_s), cta_bytes, config.num_warps, instructions, ramps=ramps)
+    if hasattr(config, "block_p"):
+        programs = math.ceil((slots + problem.experts + 1) / config.block_p)
+        return _moved(programs, 4.0 * slots, config.num_warps, 4.0 * config.block_p * slots, ramps=2)
+    blocks, counts = math.ceil(slots / config.block_s), 20.0 * problem.experts  # bytes and instructions of a block's
+    instructions = 3.0 * config.block_s**2 + counts
+    return _moved(blocks, 32.0 * config.block_s + counts, config.num_warps, instructions, ramps=6)
 
 
 def _combine(problem: CombineProblem, config: Any, arch: str, resources: Resources | None) -> Work:
@@ -540,6 +538,7 @@ def _wgmma_habits(c: Any, one_wave: bool) -> float:
     factor *= 1.23 if in_flight <= 256 else 1.12 if in_flight <= 384 else 1.0
     factor *= 1.07 if c.paired == 2 and c.tile_m <= 128 else 1.0
     factor *= 0.95 if c.ahead and c.tile_m <= 128 else 1.0  # 210 timings of both
+    factor *= 0.96 if c.reads_ahead else 1.0  # 45 pairs
     factor *= 1.07 if c.share == 2 and one_wave and c.split == 1 else 1.0
     factor *= 1.07 if c.groups_k > 1 and c.split == 1 else 1.0
     factor *= (1.1 if c.tile_m == 192 else 0.88) if c.groups == 1 else 1.0

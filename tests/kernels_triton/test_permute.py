@@ -1,4 +1,4 @@
-"""permute gives the reference's order and offsets: by counting and by comparing, ragged, empty, slots of no expert."""
+"""permute gives the reference's order and offsets: by sorting and by comparing, ragged, empty, slots of no expert."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from kernels_triton import permute, permute_small
 from .checks import configs
 
 BOTH = [permute, permute_small]
-SMALL = permute.Config(block_s=128, summed=16, num_warps=4)
-LARGE = permute_small.Config(block_s=64, num_warps=8)
+SMALL = permute.Config(block_s=64, num_warps=2)
+LARGE = permute_small.Config(block_p=64, num_warps=8)
 
 
 def check(kernel, ids: Tensor, experts: int, config=None) -> tuple[Tensor, Tensor]:
@@ -71,6 +71,14 @@ def test_one_expert_takes_all_and_the_order_is_stable(kernel, device):
         assert offsets.tolist() == [600 * (e > expert) * (expert >= 0) for e in range(9)]
 
 
+def test_more_blocks_than_are_scanned_at_a_time(device):
+    """Counts of the first SCANNED blocks carry over to those of later ones; the last experts begin in the last."""
+    slots = 64 * (permute.SCANNED + 3) - 5
+    ids = (torch.arange(slots) * 9 // slots).int().view(-1, 1).to(device)
+    ids[::7] = 3
+    check(permute, ids, 9, SMALL)
+
+
 @pytest.mark.parametrize("kernel", BOTH, ids=lambda k: k.__name__)
 def test_experts_fall_from_slot_to_slot(kernel, device):
     ids = (1023 - torch.arange(1024)).int().view(512, 2).to(device) // 4
@@ -103,17 +111,11 @@ def test_few_slots_take_one_launch():
 @pytest.mark.parametrize(
     ("kernel", "problem", "config", "message"),
     [
-        (permute_small, PermuteProblem(m=8193, topk=1, experts=4), None, "8193 slots, more than 8192"),
+        (permute_small, PermuteProblem(m=4097, topk=1, experts=4), None, "4097 slots, more than 4096"),
         (permute_small, PermuteProblem(m=1, topk=1, experts=4097), None, "experts=4097 is over 4096"),
         (permute, PermuteProblem(m=1, topk=1, experts=2048), None, "experts=2048 is over 2047"),
         (permute, PermuteProblem(m=2**30, topk=2, experts=4), None, "do not fit into int32"),
-        (
-            permute,
-            PermuteProblem(m=1, topk=1, experts=4),
-            permute.Config(block_s=1024, num_warps=4),
-            "64 pairs a thread at a time",
-        ),
-        (permute, PermuteProblem(m=1, topk=1, experts=2047), permute.Config(), "256 counts a thread at a time"),
+        (permute, PermuteProblem(m=1, topk=1, experts=4), permute.Config(block_s=512), "4 slots a thread, not 1 or 2"),
     ],
 )
 def test_refusals(kernel, problem, config, message):

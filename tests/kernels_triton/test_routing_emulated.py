@@ -1,5 +1,5 @@
 """What Triton compiles, run on a CPU by `ptx_emulator`: choices made by warps' instructions and approximate functions,
-and histograms in shared memory, which the interpreter does not have.
+and barriers and scans over warps, which the interpreter does not have.
 """
 
 import re
@@ -43,30 +43,34 @@ def test_route(config, pool):
 
 
 def parts_of_permute(p: PermuteProblem, config: permute.Config) -> list[built.Built]:
-    return [permute.build_part(kernel, p, config, "sm_90a") for kernel in (permute._count, permute._place)]
+    return [
+        permute.build_part(kernel, p, config, "sm_90a") for kernel in (permute._sort, permute._scan, permute._place)
+    ]
 
 
 @pytest.mark.parametrize("kernel", [permute, permute_small], ids=lambda k: k.__name__)
 def test_permute(kernel, pool):
-    """Fewer slots a block than a program that places has threads: none may be counted twice."""
+    """Blocks of slots, the last ragged, whose counts fill a part of a scan."""
     experts, bins = 40, 64
     ids = testing.random_choices(100, 6, experts, torch.Generator().manual_seed(0))
     n, flat = ids.numel(), ids.view(-1).numpy()
     p, sizes = PermuteProblem(m=100, topk=6, experts=experts), (np.int32(n), np.int32(experts))
     order, offsets = np.full(n, -7, np.int32), np.full(experts + 1, -7, np.int32)
     if kernel is permute:
-        config = permute.Config(block_s=128, summed=16, num_warps=4)
+        config = permute.Config(block_s=64, num_warps=2)
         blocks = triton.cdiv(n, config.block_s)
-        counts, ranks = (np.full((blocks, size), -7, np.int16) for size in (bins, config.block_s))
-        keys = np.full((blocks, config.block_s), -7, np.int32)
-        count, place = pool.submit(parts_of_permute, p, config).result()
-        launch(count, blocks, config.num_warps, flat, counts, keys, ranks, *sizes)
-        operands = counts, keys, ranks, order, offsets, sizes[0], np.int32(blocks), sizes[1]
-        launch(place, blocks, config.place_warps, *operands)
+        numbers, ordered = (np.full((blocks, config.block_s), -7, np.int32) for _ in range(2))
+        begins, ends = (np.full((blocks, bins), -7, np.int16) for _ in range(2))
+        bases, totals = np.full((blocks, bins), -7, np.int32), np.full(bins, -7, np.int32)
+        sort, scan, place = pool.submit(parts_of_permute, p, config).result()
+        launch(sort, blocks, config.num_warps, flat, numbers, ordered, begins, ends, *sizes)
+        programs = bins // permute.SCANNED_BINS
+        launch(scan, programs, permute.SCAN_WARPS, begins, ends, bases, totals, np.int32(blocks))
+        launch(place, blocks, config.num_warps, ordered, bases, totals, order, offsets, *sizes)
     else:
-        small = permute_small.Config(block_s=64, num_warps=8)
+        small = permute_small.Config(block_p=64, num_warps=8)
         b = pool.submit(permute_small.build, p, small, "sm_90a").result()
-        launch(b, triton.cdiv(n + experts + 1, small.block_s), small.num_warps, flat, order, offsets, *sizes)
+        launch(b, triton.cdiv(n + experts + 1, small.block_p), small.num_warps, flat, order, offsets, *sizes)
     want = reference.permute(ids, experts)
     assert torch.equal(torch.from_numpy(order), want[0])
     assert torch.equal(torch.from_numpy(offsets), want[1])
