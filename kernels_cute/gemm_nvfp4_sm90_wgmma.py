@@ -120,6 +120,11 @@ class Config:
         return room and self.tile_m >= 64 and self.tile_k * self.strips > TILE
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether what is decoded beside an MMA is read from shared memory before that begins."""
+        return self.ahead and not self.wide and self.tile_m >= 128
+
+    @property
     def turn(self) -> int:
         """What the number of stages is a multiple of.
 
@@ -843,6 +848,9 @@ class GemmNvfp4Sm90Wgmma:
                 sum.fill(0.0)
             if cutlass.const_expr(c.by_warp):
                 self.add_by_warp(acc, ring, base, count, group_n, group_k, thread)
+            elif cutlass.const_expr(c.reads_ahead):
+                shared = number >= work[0]
+                self.add_reading_ahead(tiled_mma, acc, ring, base, count, group_n, group_k, thread, shared)
             else:
                 shared = number >= work[0]
                 self.add_by_warpgroup(tiled_mma, acc, ring, base, count, group_n, group_k, thread, shared)
@@ -916,6 +924,55 @@ class GemmNvfp4Sm90Wgmma:
         self.release(empty + slot, lane, shared)
 
     @cute.jit
+    def add_reading_ahead(self, tiled_mma, acc, ring, base, count, group_n, group_k, thread, shared):
+        """The same, where a step has several units and registers are left for the codes and scales of one more: they are
+        read before the unit ahead of theirs is multiplied, so that decoding them need not wait for shared memory."""
+        c, (sA, _, _, full, empty) = self.config, ring
+        lane = thread % 32
+        tokens = tiled_mma.make_fragment_B(tiled_mma.get_slice(group_n * WARPGROUP).partition_B(sA))
+        shape = tiled_mma.partition_shape_A((TILE * c.groups_n, TILE))
+        frag = [cute.make_rmem_tensor(shape, BFloat16) for _ in range(2)]
+        words = cute.make_rmem_tensor(6, Uint32)  # codes, scales of a unit to come
+        index = base + group_k
+        slot, phase, before = index % self.stages, index // self.stages % 2, Int32(0)
+        never = Int32(count < 0)
+        cute.arch.mbarrier_wait(full + slot, phase)
+        self.read(ring, slot, group_n, 0, thread, words)
+        self.decode(self.settled(ring, words, never), frag[0])
+        self.read(ring, slot, group_n, 1, thread, words)
+        for i in cutlass.range(group_k, count, c.groups_k, unroll=1):
+            coming = slot  # the step whose units are read
+            for u in cutlass.range_constexpr(self.units):
+                kk, strip = u // c.strips, u % c.strips
+                warpgroup.fence()
+                for s in cutlass.range_constexpr(TILE // 16):
+                    part = tokens[None, None, kk * (TILE // 16) + s, slot]
+                    cute.gemm(tiled_mma, acc[strip], frag[u % 2][None, None, s], part, acc[strip])
+                warpgroup.commit_group()
+                if cutlass.const_expr(u + 1 < self.units):
+                    packed = self.settled(ring, words, never)
+                    warpgroup.wait_group(1)
+                    if cutlass.const_expr(u == 0):  # noqa: SIM102
+                        if i > group_k:
+                            self.release(empty + before, lane, shared)
+                    self.decode(packed, frag[(u + 1) % 2])
+                    if cutlass.const_expr(u + 2 < self.units):
+                        self.read(ring, slot, group_n, u + 2, thread, words)
+                    elif i + c.groups_k < count:
+                        coming, phase = self.advance(slot, phase, c.groups_k)
+                        cute.arch.mbarrier_wait(full + coming, phase)
+                        self.read(ring, coming, group_n, 0, thread, words)
+                elif i + c.groups_k < count:
+                    packed = self.settled(ring, words, never)
+                    warpgroup.wait_group(1)
+                    self.decode(packed, frag[0])
+                    self.read(ring, coming, group_n, 1, thread, words)
+            before = slot
+            slot = coming
+        warpgroup.wait_group(0)
+        self.release(empty + before, lane, shared)
+
+    @cute.jit
     def add_by_warp(self, acc, ring, base, count, group_n, group_k, thread):
         """Add the products of this warpgroup's steps of a tile, each warp those of its 16 rows of every 64."""
         c, (sA, _, _, full, empty) = self.config, ring
@@ -967,6 +1024,12 @@ class GemmNvfp4Sm90Wgmma:
 
         never: 0, which the compiler does not know.
         """
+        words = cute.make_rmem_tensor(6, Uint32)
+        self.read(ring, stage, group_n, unit, thread, words)
+        return self.settled(ring, words, never)
+
+    def read(self, ring, stage, group_n, unit: int, thread, words):
+        """Four words of codes and two of scales, as they lie in shared memory."""
         c, (_, sCodes, sScales, _, _) = self.config, ring
         kk, strip = unit // c.strips, unit % c.strips
         parts, thread_of_part = 1, thread  # of a tile, one after the other along K: all of it, or a warp's quarter
@@ -980,10 +1043,15 @@ class GemmNvfp4Sm90Wgmma:
         cute.autovec_copy(cute.make_tensor(sCodes.iterator + cute.assume(at, divby=4), cute.make_layout(4)), codes)
         at = tile * (SCALE_BYTES // 4 // parts) + thread_of_part // 4 * 2
         cute.autovec_copy(cute.make_tensor(sScales.iterator + cute.assume(at, divby=2), cute.make_layout(2)), scales)
-        pairs = [scale_pairs(scales[h]) for h in range(2)]
-        if c.ahead and never is not None:
-            settle([*pairs[0], *pairs[1]], never, Int32(sCodes.iterator.toint()))
-        return [codes[s] for s in range(4)], pairs
+        for i in range(6):
+            words[i] = codes[i] if i < 4 else scales[i - 4]
+
+    def settled(self, ring, words, never):
+        """Codes, and scales as `decoded` takes them, computed here where `never` is given."""
+        pairs = [scale_pairs(words[4 + h]) for h in range(2)]
+        if self.config.ahead and never is not None:
+            settle([*pairs[0], *pairs[1]], never, Int32(ring[1].iterator.toint()))
+        return [words[s] for s in range(4)], pairs
 
     def decoded(self, packed):
         """What `fetch` found: four words of operand A for each 16 of K."""
