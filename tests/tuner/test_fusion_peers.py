@@ -113,6 +113,19 @@ def test_a_table_of_experts_is_followed():
         call.check((weights, ids))
 
 
+def test_small_scores_may_lose_what_one_plus_their_exponential_rounds_off():
+    problem = problems.RouteProblem(m=256, experts=384, topk=6, choice="table")
+    call, (weights, ids) = called("vllm_route", problem)
+    logits, *_, scale = testing.case(problem, "cpu", 1).operands
+    softplus = torch.where(logits > 20, logits, torch.log(1 + torch.exp(logits)))
+    score = softplus.sqrt().gather(1, ids.long())
+    weights.copy_(score / (score.sum(-1, keepdim=True) + 1e-20) * scale)
+    assert 0 < call.check((weights, ids)) <= 1
+    large = torch.where(score > 0.1, 1 + 5e-4, 1.0)
+    with pytest.raises(AssertionError, match="weights differs from the reference"):
+        call.check((weights * large, ids))
+
+
 def test_entries_are_as_good_as_the_best_and_different():
     call, entries = called("vllm_topk_per_row", VLLM["vllm_topk_per_row"])
     call.check(entries)
