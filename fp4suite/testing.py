@@ -60,6 +60,7 @@ from .problem import (
     SwigluQuantizeProblem,
 )
 from .reference import e2m1, fp8
+from .reference.cache import FP8_FLOOR
 from .reference.quant import global_scale, scaled_codes
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -68,6 +69,7 @@ LIMIT = 10.0
 POSITIONS = 1 << 16  # of RoPE's table in cases
 VERIFIED_TOKENS = 1024  # at a time, to bound what the reference needs
 MOST_KEYS = 1 << 22  # in the cache of a case of `index_logits`
+FP8_STEP = 32  # elements of K that an FP8 MMA of sm_90 adds at once
 FP8_RUN = 128  # elements of K that an FP8 GEMM sums on the tensor cores alone, times its config's `promote`
 
 
@@ -504,24 +506,57 @@ def _index_query_case(p: IndexQueryProblem, gen: torch.Generator) -> Case:
 def assert_index_logits_close(
     got: Tensor, q: Tensor, weights: Tensor, keys: Tensor, limits: Tensor, scale: float
 ) -> None:
-    """Scores got [tokens, entries] of q [tokens, heads, d] and keys [entries, d] against FP64; -inf from `limits` on.
-
-    Bound: (d / 16 + 16 + heads) * 2^-23 * scale * sum over heads of |weight| sum |q k|. A product is summed in FP32
-    that the tensor core truncates once a step of 16, as in `assert_gemm_close`; then heads are added up in FP32.
-    q in E4M3 adds 2^-11: FP8 tensor cores of sm_90 keep 13 bits of a sum's largest term.
-    """
-    d, heads = q.shape[2], q.shape[1]
-    want = torch.zeros(got.shape, dtype=torch.float64, device=got.device)
-    size = torch.zeros_like(want)
-    for h in range(heads):
-        a, w = q[:, h].double(), weights[:, h, None].double() * scale
-        want += (a @ keys.double().T).relu() * w
-        size += (a.abs() @ keys.double().abs().T) * w.abs()
+    """Scores got [tokens, entries] of q [tokens, heads, d] and keys [entries, d] against FP64; -inf past `limits`."""
     hidden = torch.arange(got.shape[1], device=got.device) >= limits[:, None]
     if not torch.equal(got == -torch.inf, hidden):
         raise AssertionError("what is -inf is not what cannot be seen")
-    room = size * ((d / 16 + 16 + heads) * 2.0**-23 + (2.0**-11 if q.dtype == torch.float8_e4m3fn else 0.0))
+    want, room = index_logits_within(q, weights, keys, scale)
     _assert_within(got.masked_fill(hidden, 0), want.masked_fill(hidden, 0), room)
+
+
+def index_logits_within(q: Tensor, weights: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Scores [tokens, entries] of q [tokens, heads, d] and keys [entries, d] in FP64, and by how much they may be off.
+
+    In FP32: (d / 16 + 16 + heads) * 2^-23 * scale * sum over heads of |weight| sum |q k|. A product is summed in FP32
+    that the tensor core truncates once a step of 16, as in `assert_gemm_close`; then heads are added up in FP32.
+
+    q in E4M3 may be multiplied by the FP8 tensor cores of sm_90, and adds scale * sum over heads of |weight| times how
+    far such a product can be off, `_fp8_wgmma_room`. ReLU makes no difference larger.
+    """
+    d, heads = q.shape[2], q.shape[1]
+    keys = keys.double()
+    want = torch.zeros(len(q), len(keys), dtype=torch.float64, device=q.device)
+    room = torch.zeros_like(want)
+    for h in range(heads):
+        a, w = q[:, h].double(), weights[:, h, None].double() * scale
+        want += (a @ keys.T).relu() * w
+        off = (a.abs() @ keys.abs().T) * ((d / 16 + 16 + heads) * 2.0**-23)
+        if q.dtype == torch.float8_e4m3fn:
+            off += _fp8_wgmma_room(a, keys)
+        room += off * w.abs()
+    return want, room
+
+
+def _fp8_wgmma_room(a: Tensor, b: Tensor) -> Tensor:
+    """How far a [m, k] @ b [n, k].T in FP8, summed by sm_90's WGMMA in steps of 32, can be from the exact products.
+
+    A step aligns its 32 products and the old sum to the largest of their exponents and cuts each at 13 bits of fraction
+    below it, then cuts what they add up to at 13 bits of its own (`ptx_emulator.tensorcore`, found on an H100). So each
+    of the 33 is off by less than 2^-13 of 2^exponent, which is at most the largest of them, and the new sum by less
+    than 2^-13 of itself. The largest product is at most the root of the sum of the step's squares. Subnormal numbers
+    have the exponent of the least normal one, 2^-6: less than 2^-13.8 of a row's largest, for rows are scaled so that
+    this is beyond 224, or as if it were FP8_FLOOR. By what an old sum is off, it can be cut coarser: less than 1 / 32
+    of the whole. No right kernel is further off, and where all that is cut has one sign, half of it is reached.
+    """
+    rows = [(x.abs(), x.abs().amax(-1, keepdim=True).clamp(min=FP8_FLOOR) * 2.0**-13.8) for x in (a, b)]
+    left, right = (size.maximum(least).square().split(FP8_STEP, -1) for size, least in rows)
+    total = torch.zeros(len(a), len(b), dtype=a.dtype, device=a.device)
+    room = torch.zeros_like(total)
+    for i, (x, y) in enumerate(zip(a.split(FP8_STEP, -1), b.split(FP8_STEP, -1), strict=True)):
+        largest = (left[i] @ right[i].T).sqrt().maximum(total.abs())
+        total += x @ y.T
+        room += (FP8_STEP + 1) * largest + total.abs()
+    return room * (2.0**-13 * 33 / 32)
 
 
 def _index_logits_case(p: IndexLogitsProblem, gen: torch.Generator) -> Case:

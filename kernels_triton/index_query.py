@@ -5,7 +5,7 @@ once for all of them. What is rounded comes out as numbers again, every format b
 E4M3 bytes, for `index_logits` to multiply, while the power of two of a head goes into its weight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,8 +51,10 @@ def supports(problem: IndexQueryProblem, config: Config) -> str | None:
 
 
 def default(problem: IndexQueryProblem) -> Config:
-    """A token's heads in few programs where there are many tokens."""
-    return Config() if problem.m * problem.heads >= 1 << 13 else Config(block_h=4, num_warps=1)
+    """A token's heads in few programs where there are many tokens; of short heads at least what fills the threads."""
+    config = Config() if problem.m * problem.heads >= 1 << 13 else Config(block_h=4, num_warps=1)
+    least = host.LEAST * 32 * config.num_warps // triton.next_power_of_2(problem.head_dim)
+    return replace(config, block_h=max(config.block_h, least))
 
 
 @triton.jit

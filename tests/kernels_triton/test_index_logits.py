@@ -134,6 +134,35 @@ def test_cases_of_the_tuner(device):
             c.check()
 
 
+@pytest.mark.parametrize("fault", ["head", "power of a head", "scale of a key", "dims of a key"])
+def test_wrong_scores_in_fp8_are_seen(fault, device):
+    """By the bound of FP8 tensor cores too: 64 heads of one size, where each is the least part of a score."""
+    problem = IndexLogitsProblem(m=3, entries=256, format="fp8", sequences=3, x="fp8")
+    c = testing.case(problem, device)
+    q, weights, cache, table = c.operands[:4]
+    g = torch.Generator().manual_seed(1)
+    q.copy_((100 * torch.randn(q.shape, generator=g)).clamp(-448, 448))
+    weights.copy_(torch.randn(weights.shape, generator=g))
+    slots = torch.arange(cache.slots, device=device)
+    reference.write_rows(cache, slots, torch.randn(cache.slots, 128, generator=g).to(device))
+    c.run(kernel, SMALL)
+    c.check()
+    weight, data = weights.clone(), cache.data.clone()
+    if fault == "head":
+        weights[1, 7] = 0
+    elif fault == "power of a head":
+        weights[1, 7] *= 2
+    elif fault == "scale of a key":
+        cache.data[table[1, 2], cache.page_size * 128 + 2] ^= 0x80  # the lowest bit of its exponent
+    else:
+        cache.data[table[1, 2], 16:32] = 0
+    c.run(kernel, SMALL)
+    weights.copy_(weight)
+    cache.data.copy_(data)
+    with pytest.raises(AssertionError, match="elements are out of bound"):
+        c.check()
+
+
 def test_the_op_and_its_mode(device):
     """Through dispatch; in batch-invariant mode every m has one way to add up heads."""
     step = Step(device, "fp8")

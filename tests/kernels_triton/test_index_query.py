@@ -153,6 +153,17 @@ def test_the_op(device):
         assert torch.equal(ops.index_query(q, at, TABLE.to(device), format="fp8"), want)
 
 
+def test_defaults_fit_heads_of_any_length(device):
+    for head_dim in (8, 32, 64, 128, 256, 512):
+        for m, heads in ((1, 3), (57, 32), (4096, 64)):
+            problem = IndexQueryProblem(m=m, format="fp32", heads=heads, head_dim=head_dim, rope_dim=8, x="fp32")
+            assert kernel.supports(problem, kernel.default(problem)) is None, problem
+    problem = IndexQueryProblem(m=4, format="fp32", heads=5, head_dim=32, rope_dim=16, x="fp32")
+    c = testing.case(problem, device)
+    c.run(kernel, kernel.default(problem))
+    c.check()
+
+
 def test_refusals():
     def why(**dims) -> str | None:
         return kernel.supports(IndexQueryProblem(m=1, **dims), kernel.Config())
