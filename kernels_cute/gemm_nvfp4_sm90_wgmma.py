@@ -309,6 +309,35 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     return None
 
 
+# microseconds of a tile for 1000 of k, for more than 64 tokens: fitted to 1,249 timings on an H100
+TILE_US = {
+    Config(tile_m=128, groups_n=1): 3.45,
+    Config(tile_m=128, groups_n=2): 5.35,
+    Config(tile_m=128, groups_n=3): 7.7,
+    Config(tile_m=256, groups_n=2, tile_k=64): 9.55,
+    Config(tile_m=256, groups_n=1, tile_k=64): 5.6,
+    Config(tile_m=64, groups_n=1, groups_k=2): 2.4,
+}
+CLUSTERED_SMS = {1: SM_COUNT, 2: SM_COUNT, 3: 126, 4: 120}  # that clusters of so many CTAs reach
+READ_BYTES_PER_US = 3e6
+
+
+def _shared(problem: GemmProblem, config: Config) -> Config:
+    """The same by pairs of CTAs, which take tiles in parts where that halves the last of several waves."""
+    waves, rest = divmod(-(-problem.n // (2 * config.tile_n)) * -(-problem.m // config.tile_m), SM_COUNT // 2)
+    return replace(config, share=2, tail=2 if waves and 0 < 4 * rest <= SM_COUNT and problem.k >= 2048 else 1)
+
+
+def _rough_us(problem: GemmProblem, config: Config) -> float:
+    """What ranks the configs of `TILE_US`, their parts of K and their pairs."""
+    tiles = -(-problem.m // config.tile_m) * -(-problem.n // config.tile_n)
+    waves = -(-tiles * config.split // (CLUSTERED_SMS[config.split] // config.split * config.split))
+    sent = 0.9 + config.tile_m * config.tile_n / 1e4 if config.split > 1 else 0.0
+    tile = TILE_US[replace(config, split=1, share=1, tail=1)] * problem.k / 1e3 / config.split
+    start = 2.9 + 0.5 * (config.groups_k > 1) + 0.6 * (waves - 1)
+    return max(start + (waves - 0.5 * (config.tail > 1)) * tile + sent, 2 * problem.m * problem.k / READ_BYTES_PER_US)
+
+
 def default(problem: GemmProblem) -> Config:
     """A config for a problem that nobody has tuned, after what won for V4's shapes on an H100."""
     rows = problem.n // TILE
@@ -323,15 +352,9 @@ def default(problem: GemmProblem) -> Config:
         wanted += [replace(few, tile_k=tile_k, blocks=2)] if rows > 3 * SM_COUNT else []
         wanted += [replace(many, tile_k=tile_k), many, few]
     else:
-        tile_m = 128 if problem.m <= 128 or rows * -(-problem.m // 256) < SM_COUNT else 256
-        tiles = rows * -(-problem.m // tile_m)
-        small = Config(tile_m=tile_m, groups_n=1, groups_k=2 if tile_m == 128 else 1, tile_k=64)
-        large = Config(tile_m=tile_m, groups_n=2, tile_k=64, share=2)
-        rest = -(-rows // 4) * -(-problem.m // tile_m) % (SM_COUNT // 2)  # pairs of tiles in the last wave
-        wanted = [replace(small, split=2)] if 2 * tiles <= SM_COUNT else []
-        wanted += [small] if tiles <= 3 * SM_COUNT else []
-        wanted += [replace(large, tail=2)] if 0 < 4 * rest <= SM_COUNT and problem.k >= 2048 else []
-        wanted += [large]
+        whole = [_shared(problem, c) if problem.m >= 1024 and c.tile_m * c.groups_n == 512 else c for c in TILE_US]
+        wanted = whole + [replace(c, split=parts) for c in TILE_US if c.tile_m < 256 for parts in (2, 3, 4)]
+        wanted = sorted((c for c in wanted if supports(problem, c) is None), key=lambda c: _rough_us(problem, c))
     return next((c for c in wanted if supports(problem, c) is None), Config())
 
 
@@ -925,8 +948,10 @@ class GemmNvfp4Sm90Wgmma:
 
     @cute.jit
     def add_reading_ahead(self, tiled_mma, acc, ring, base, count, group_n, group_k, thread, shared):
-        """The same, where a step has several units and registers are left for the codes and scales of one more: they are
-        read before the unit ahead of theirs is multiplied, so that decoding them need not wait for shared memory."""
+        """The same, where a step has several units, and registers are left for the codes and scales of one more.
+
+        They are read before the unit ahead of theirs is multiplied: decoding them need not wait for shared memory.
+        """
         c, (sA, _, _, full, empty) = self.config, ring
         lane = thread % 32
         tokens = tiled_mma.make_fragment_B(tiled_mma.get_slice(group_n * WARPGROUP).partition_B(sA))
