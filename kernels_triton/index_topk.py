@@ -30,6 +30,8 @@ TILE = 2048  # scores of a program that makes maxima
 TILE_WARPS = 4
 LEVELS = 2  # of maxima, at most
 MOST = 64  # scores that one thread may hold
+FEW = 132  # queries, whose programs wait for memory rather than for each other
+SMOOTH = tl.constexpr(12)  # counts that go by how scores are distributed, before intervals are halved
 # of a thread with up to 32 scores, and with more, where there are no maxima: left alone, sm_90a's would take 115 or 160
 # and an SM hold one or two programs less; with fewer than these it spills
 REGISTERS = {"sm_90a": (80, 128), "sm_100a": (128, 255)}
@@ -111,21 +113,62 @@ def _count(flags, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _highest(x, K, N: tl.constexpr, COLUMNS: tl.constexpr):
-    """x', least: x' is at least `least`, or NaN where x [N / COLUMNS, COLUMNS] is one of its K highest."""
+def _add_each(n, total, squares, n2, total2, squares2):
+    return n + n2, total + total2, squares + squares2
+
+
+@triton.jit
+def _guess(x, K, count, N: tl.constexpr):
+    """Where the K-th highest of `count` numbers in x is if they are normally distributed as every fourth of them is.
+
+    And by how much it is lower where K is larger, of K to one. Neither need be finite.
+    """
+    # an integer sum, for to add zeros to it takes no instruction
+    bits = tl.where(tl.arange(0, 4)[None, :] == 0, x.to(tl.int32, bitcast=True).reshape(N // 4, 4), 0)
+    x = tl.sum(bits, axis=1).to(tl.float32, bitcast=True)
+    finite = tl.abs(x) < float("inf")
+    x = tl.where(finite, x, 0.0)
+    n, total, squares = tl.reduce((tl.where(finite, 1.0, 0.0), x, x * x), 0, _add_each)
+    mean = total / n
+    deviation = tl.sqrt(tl.maximum(squares / n - mean * mean, 0.0))
+    share = K.to(tl.float32) / count.to(tl.float32)
+    # Abramowitz and Stegun, 26.2.22: the quantile of the smaller tail, within 0.003
+    t = tl.sqrt(-2.0 * tl.log(tl.maximum(tl.minimum(share, 1.0 - share), 1e-6)))
+    z = t - (2.30753 + 0.27061 * t) / (1.0 + 0.99229 * t + 0.04481 * t * t)
+    slope = deviation * share / (0.39894 * tl.exp(-0.5 * z * z))
+    return mean + tl.where(share < 0.5, z, -z) * deviation, slope
+
+
+@triton.jit
+def _highest(x, K, pivot, slope, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """x', least: x' is at least `least`, or NaN where x [N / COLUMNS, COLUMNS] is one of its K highest.
+
+    pivot, slope: as of `_guess`. Scores of almost any distribution are counted five to seven times.
+    """
     # by their order, at least K numbers (`from_low`) from low on, fewer than K (`above`) beyond high; NaN are highest
     low, high = LOWEST, HIGHEST
     from_low, above = N, 0
-    top = tl.max(tl.max(x, axis=0))
-    middle = tl.where((top > 0.0) & (top < float("inf")), _order(top * 0.0625), 0)  # most often the K-th is higher
+    middle = tl.where(tl.abs(pivot) < float("inf"), _order(pivot), 0)
+    slope = tl.where(slope < float("inf"), slope, 1.0) * 1.5  # beyond the K-th rather than short of it
+    counts = 0
     while low < high:
         pivot = _of_order(middle)
         count = _count(tl.where(x < pivot, 0.0, 1.0), COLUMNS)
+        counts += 1
         high = tl.where(count == K, middle, tl.where(count > K, high, middle - 1))
         above = tl.where(count < K, count, above)
         low = tl.where(count >= K, middle, low)
         from_low = tl.where(count >= K, count, from_low)
-        middle = (low | high) - ((low ^ high) >> 1)  # half their sum, rounded up, which may pass 2**31 itself
+        half = (low | high) - ((low ^ high) >> 1)  # of their sum, rounded up, which may pass 2**31 itself
+        # of the numbers from low to high, which lie evenly, the last that is not to be one of the K
+        share = ((from_low - K).to(tl.float32) + 0.5) / ((from_low - above).to(tl.float32) + 1.0)
+        inside = low + tl.minimum((high.to(tl.float32) - low.to(tl.float32)) * share, 2.0e9).to(tl.int32)
+        beyond = pivot + slope * ((count - K).to(tl.float32) / K.to(tl.float32))
+        slope *= 4.0
+        beyond = tl.where(tl.abs(beyond) < float("inf"), _order(beyond), half)
+        middle = tl.where((low > LOWEST) & (high < HIGHEST), inside, beyond)
+        middle = tl.where(counts < SMOOTH, middle, half)
+        middle = tl.minimum(tl.maximum(middle, low + 1), high)
     least = _of_order(low)
     if from_low > K:  # of those that equal the least, the ones up to place `last`
         at = tl.arange(0, N).reshape(N // COLUMNS, COLUMNS)
@@ -155,14 +198,6 @@ def _places(chosen, N: tl.constexpr, COLUMNS: tl.constexpr):
     before = tl.cumsum(both) - both
     before = ((before[None, :] >> shift) & 0xFFFF) + tl.where(shift > 0, tl.sum(both) & 0xFFFF, 0)
     return (before.reshape(FOURS, 1) + tl.cumsum(flags, axis=1) - flags).reshape(N // COLUMNS, COLUMNS)
-
-
-@triton.jit
-def _choose(x, K, N: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which of x [N / COLUMNS, COLUMNS] are its K highest, and the places of these among each other."""
-    x, least = _highest(x, K, N, COLUMNS)
-    chosen = ~(x < least)
-    return chosen, _places(chosen, N, COLUMNS)
 
 
 @triton.jit
@@ -218,65 +253,108 @@ def _members(groups_ptr, K, GROUP: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _slots(pages_ptr, numbers, inside, PAGE: tl.constexpr):
+    """Cache slots of entries by number, -1 where there is no page."""
+    page = tl.load(pages_ptr + numbers // PAGE, mask=inside, other=-1)
+    return tl.where(page >= 0, page * PAGE + numbers % PAGE, -1)
+
+
+@triton.jit
+def _runs(slots, N: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr):
+    """Slots [N / COLUMNS, COLUMNS] of runs of entries of one page that begin at slots [N / RUN]; -1 if those are."""
+    slots = tl.where((slots >= 0)[:, None], slots[:, None] + tl.arange(0, RUN)[None, :], -1)
+    return slots.reshape(N // COLUMNS, COLUMNS)
+
+
+@triton.jit
 def _descend(
-    groups_ptr, source, out, count, end, K, GROUP: tl.constexpr, ALIGNED: tl.constexpr, N: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    groups_ptr, source, out, pages_ptr, count, end, K, pivot, slope, GROUP: tl.constexpr, PAGE: tl.constexpr,
+    ALIGNED: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write to out the numbers of the K highest below `end` in source, which are members of `count` groups."""
+    """Write to out the K highest below `end` in source, which are members of `count` groups; returns the least.
+
+    By number, or the slots of these if pages_ptr is not None.
+    """
     tl.debug_barrier()  # groups have been written
     numbers, inside = _members(groups_ptr, count, GROUP, N)
     x = tl.load(source + numbers, mask=inside & (ALIGNED | (numbers < end)), other=float("-inf"))
     x = tl.where(numbers < end, x, float("-inf")).reshape(N // COLUMNS, COLUMNS)
-    chosen, places = _choose(x, tl.minimum(K, end), N, COLUMNS)
+    RUN: tl.constexpr = GROUP if PAGE % GROUP == 0 else 1  # entries that are in one page
+    if pages_ptr is not None:
+        own = tl.arange(0, N // RUN)
+        groups = tl.load(groups_ptr + own * RUN // GROUP, mask=own * RUN < count * GROUP, other=0)
+        first = groups * GROUP + own * RUN % GROUP
+        first_slots = _slots(pages_ptr, first, (own * RUN < count * GROUP) & (first < end), PAGE)
+    K = tl.minimum(K, end)
+    x, least = _highest(x, K, pivot, slope, N, COLUMNS)
     numbers, inside = _members(groups_ptr, count, GROUP, N)  # again: they need not be kept meanwhile
+    numbers = numbers.reshape(N // COLUMNS, COLUMNS)
+    if pages_ptr is not None:
+        numbers = _runs(first_slots, N, COLUMNS, RUN)
+    chosen = ~(x < least)
+    places = _places(chosen, N, COLUMNS)
     tl.debug_barrier()  # source has been read, which may be where out is
-    _put(out, places, numbers.reshape(N // COLUMNS, COLUMNS), chosen)
+    _put(out, places, numbers, chosen)
+    return least
 
 
 @triton.jit(do_not_specialize=["ENTRIES", "K", "ratio"])
 def _index_topk(
     scores_ptr, stride_row, maxima_ptr, tops_ptr, table_ptr, stride_table, positions_ptr, sequence_ids_ptr, out_ptr,
     ENTRIES, K, ratio, GROUP: tl.constexpr, PAGE: tl.constexpr, TOP: tl.constexpr, MEMBERS: tl.constexpr,
-    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr,
+    COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, EAGER: tl.constexpr,
 ):  # fmt: skip
     """A query. TOP: its scores, or the maxima of the last level that is not None; MEMBERS: of K groups; WIDTH >= K."""
     # int64 before the multiply: long prompts pass 2**31 scores
     row = tl.program_id(0).to(tl.int64)
     visible = _visible(positions_ptr, sequence_ids_ptr, row, ENTRIES, ratio)
+    pages = table_ptr + tl.maximum(tl.load(sequence_ids_ptr + row), 0).to(tl.int64) * stride_table
     scores, source, out = scores_ptr + row * stride_row, scores_ptr + row * stride_row, out_ptr + row * K
-    count, groups, maxima, chosen_ptr = visible, tl.cdiv(visible, GROUP), out, out
+    count, groups, maxima, chosen_ptr, end = visible, tl.cdiv(visible, GROUP), out, out, ENTRIES
     # the numbers of what is chosen of maxima take the place of these
     if maxima_ptr is not None:
-        source = maxima_ptr + row * _padded(tl.cdiv(ENTRIES, GROUP))
+        end = tl.cdiv(ENTRIES, GROUP)
+        source = maxima_ptr + row * _padded(end)
         count, maxima = groups, source.to(tl.pointer_type(tl.int32), bitcast=True)
         chosen_ptr = maxima
     if tops_ptr is not None:
-        source = tops_ptr + row * _padded(tl.cdiv(tl.cdiv(ENTRIES, GROUP), GROUP))
+        end = tl.cdiv(end, GROUP)
+        source = tops_ptr + row * _padded(end)
         count, chosen_ptr = tl.cdiv(groups, GROUP), source.to(tl.pointer_type(tl.int32), bitcast=True)
 
-    first: tl.constexpr = min(TOP, COLUMNS)
-    at = tl.arange(0, TOP // first)[:, None] * first + tl.arange(0, first)[None, :]
-    inside = at < (_padded(count) if ALIGNED or maxima_ptr is not None else count)
-    x = tl.load(source + at, mask=inside, other=float("-inf"))
+    columns: tl.constexpr = min(TOP, COLUMNS)
+    at = tl.arange(0, TOP // columns)[:, None] * columns + tl.arange(0, columns)[None, :]
+    # of few queries everything is read before it is known how much can be seen
+    limit = end if EAGER else count
+    x = tl.load(source + at, mask=at < (_padded(limit) if ALIGNED or maxima_ptr is not None else limit), other=0.0)
+    RUN: tl.constexpr = 4 if PAGE % 4 == 0 else 1  # entries that are in one page
+    first = tl.arange(0, TOP // RUN) * RUN
+    if EAGER and maxima_ptr is None:
+        first_slots = _slots(pages, first, first < end, PAGE)
     x = tl.where(at < count, x, float("-inf"))
     # what is not there is -inf and behind all that is: with at most as many chosen as there are, none of it is chosen
-    chosen, places = _choose(x, tl.minimum(K, count), TOP, first)
-    tl.debug_barrier()
-    _put(chosen_ptr, places, at, chosen)
-    then: tl.constexpr = min(MEMBERS, COLUMNS)  # 0 without maxima
-    if tops_ptr is not None:
-        source = maxima.to(tl.pointer_type(tl.float32), bitcast=True)
-        _descend(chosen_ptr, source, maxima, tl.minimum(K, count), groups, K, GROUP, True, MEMBERS, then)
-    if maxima_ptr is not None:
-        _descend(maxima, scores, out, tl.minimum(K, groups), visible, K, GROUP, ALIGNED, MEMBERS, then)
-    tl.debug_barrier()
+    chosen_k = tl.minimum(K, count)
+    pivot, slope = _guess(x, chosen_k, tl.maximum(count, 1), TOP)
+    x, least = _highest(x, chosen_k, pivot, slope, TOP, columns)
+    chosen = ~(x < least)
+    places = _places(chosen, TOP, columns)
+    if maxima_ptr is None:
+        if not EAGER:
+            first_slots = _slots(pages, first, first < count, PAGE)
+        _put(out, places, _runs(first_slots, TOP, columns, RUN), chosen)
+    else:
+        tl.debug_barrier()
+        _put(chosen_ptr, places, at, chosen)
+        then: tl.constexpr = min(MEMBERS, COLUMNS)
+        if tops_ptr is not None:
+            source = maxima.to(tl.pointer_type(tl.float32), bitcast=True)
+            least = _descend(
+                chosen_ptr, source, maxima, None, chosen_k, groups, K, least, slope, GROUP, PAGE, True, MEMBERS, then
+            )
+        chosen_k = tl.minimum(K, groups)
+        _descend(maxima, scores, out, pages, chosen_k, visible, K, least, slope, GROUP, PAGE, ALIGNED, MEMBERS, then)
     at = tl.arange(0, WIDTH)
-    inside = at < tl.minimum(K, visible)
-    entries = tl.load(out + at, mask=inside, other=0)
-    pages = table_ptr + tl.maximum(tl.load(sequence_ids_ptr + row), 0).to(tl.int64) * stride_table
-    page = tl.load(pages + entries // PAGE, mask=inside, other=-1)
-    tl.debug_barrier()
-    tl.store(out + at, tl.where(page >= 0, page * PAGE + entries % PAGE, -1), mask=at < K)
+    tl.store(out + at, tl.full([WIDTH], -1, tl.int32), mask=(at >= tl.minimum(K, visible)) & (at < K))
 
 
 def launch(
@@ -308,7 +386,7 @@ def launch(
             TILE=TILE, num_warps=TILE_WARPS, **host.OPTIONS,
         )  # fmt: skip
     rows = block_table, host.row_stride(block_table), positions, sequence_ids
-    constants = _constants(entries, k, page_size, aligned, config)
+    constants = _constants(tokens, entries, k, page_size, aligned, config)
     options = _options(constants, archs.of(out.device), config)
     _index_topk[(tokens,)](
         logits, stride, *maxima, *rows, out, entries, k, ratio, **constants, **options, **host.OPTIONS
@@ -325,9 +403,9 @@ def warm(problem: IndexTopkProblem, config: Config) -> None:
 
 
 def build_key(problem: IndexTopkProblem, config: Config) -> tuple[Any, ...]:
-    """What of a problem `build` depends on: the sizes are read at launch, but for the power of two that holds them."""
+    """What of a problem `build` depends on: the power of two that holds the entries, and whether queries are few."""
     k = min(problem.topk, problem.entries)
-    return tuple(_constants(problem.entries, k, problem.page_size, True, config).values())
+    return tuple(_constants(problem.m, problem.entries, k, problem.page_size, True, config).values())
 
 
 def build(problem: IndexTopkProblem, config: Config, arch: str) -> Built:
@@ -335,7 +413,8 @@ def build(problem: IndexTopkProblem, config: Config, arch: str) -> Built:
     types = {"scores_ptr": "*fp32", "stride_row": "i32", "table_ptr": "*i32", "stride_table": "i32"}
     types |= {"positions_ptr": "*i32", "sequence_ids_ptr": "*i32", "out_ptr": "*i32"}
     types |= dict.fromkeys(("ENTRIES", "K", "ratio"), "i32")
-    constants = _constants(problem.entries, min(problem.topk, problem.entries), problem.page_size, True, config)
+    k = min(problem.topk, problem.entries)
+    constants = _constants(problem.m, problem.entries, k, problem.page_size, True, config)
     constants |= _maxima_types(problem, config, types)
     options = _options(constants, arch, config)
     return host.build(
@@ -359,7 +438,7 @@ def _maxima_types(problem: IndexTopkProblem, config: Config, types: dict[str, st
     return dict.fromkeys(names[count:])
 
 
-def _constants(entries: int, k: int, page_size: int, aligned: bool, config: Config) -> dict[str, Any]:
+def _constants(m: int, entries: int, k: int, page_size: int, aligned: bool, config: Config) -> dict[str, Any]:
     count = levels(entries, config)
     return {
         "GROUP": config.group,
@@ -369,11 +448,12 @@ def _constants(entries: int, k: int, page_size: int, aligned: bool, config: Conf
         "COLUMNS": 128 * config.num_warps,
         "WIDTH": triton.next_power_of_2(k),
         "ALIGNED": aligned,
+        "EAGER": m <= FEW,
     }
 
 
 def _options(constants: dict[str, Any], arch: str, config: Config) -> dict[str, int]:
     most = min(65536 // (32 * config.num_warps), 255)
-    if arch in REGISTERS and not constants["MEMBERS"]:  # rows so long as to have maxima are few
+    if arch in REGISTERS and not constants["MEMBERS"] and not constants["EAGER"]:  # few rows need not share an SM
         most = min(REGISTERS[arch][constants["TOP"] > 32 * 32 * config.num_warps], most)
     return {"num_warps": config.num_warps, "maxnreg": most}
