@@ -17,7 +17,9 @@ from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import DequantProblem
 
 from . import host
-from .nvfp4 import e4m3_to_f32, sf_offsets, times_e2m1
+from .nvfp4 import e4m3_to_f32, sf_offsets
+
+SIGNS = tl.constexpr(0x80008000 - 2**32)  # of two halves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +31,37 @@ class Config:
     num_warps: int = 4
 
 
-SPACE = {"block_m": (1, 4, 16), "block_k": (256, 1024), "num_warps": (2, 4, 8)}
+SPACE = {"block_m": (1, 4, 8), "block_k": (256, 512, 1024), "num_warps": (2, 4)}
+
+
+def default(problem: DequantProblem) -> Config:
+    """Tiles that k fills, of 32 elements a thread; of 16 where there are few."""
+    if problem.m * problem.k < 1 << 20:
+        return Config(block_m=1, num_warps=2)
+    return Config(block_m=8, block_k=512) if 0 < problem.k % 1024 <= 512 else Config()
 
 
 def supports(problem: DequantProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
     return host.refuse_tile(config.block_m, config.block_k, config.num_warps)
+
+
+@triton.jit
+def _halves(words, LEFT: tl.constexpr):
+    """Of int32 words the codes whose low bit is at 9 - LEFT and 16 bits above -> their magnitudes times 2^-14, FP16:
+    the three low bits lie where FP16 has two bits of exponent and one of mantissa. [..., 2]
+    """
+    magnitudes = words << LEFT if LEFT >= 0 else words >> -LEFT
+    both = (magnitudes & 0x0E000E00) | ((words << LEFT + 3) & SIGNS)
+    return tl.join(both.to(tl.int16), (both >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _e2m1_to_f32(words, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """int32 [ROWS, BLOCKS, 2], eight codes each -> FP32 [ROWS, BLOCKS, 16], times 2^-14."""
+    even = tl.join(_halves(words, 9), _halves(words, 1))  # codes 0 and 4, 2 and 6: bits 2 and 1 of an index
+    odd = tl.join(_halves(words, 5), _halves(words, -3))
+    return tl.join(even, odd).to(tl.float32).reshape(ROWS, BLOCKS, 16)
 
 
 @triton.jit(do_not_specialize=["M", "FIRST", "ROWS", "SEGMENT", "alpha_stride_e", "alpha_stride_s", "sf_stride_e"])
@@ -64,13 +91,13 @@ def _dequant_nvfp4(
     blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     inside = (nth < ROWS)[:, None] & (blocks < K // 16)[None, :]
 
-    pairs = blocks[:, None] * 8 + tl.arange(0, 8)[None, :]
-    at = (expert * M + rows)[:, None, None] * (K // 2) + pairs[None, :, :]
+    words = blocks[:, None] * 2 + tl.arange(0, 2)[None, :]
+    at = (expert * M + rows)[:, None, None] * (K // 8) + words[None, :, :]
     packed = tl.load(data_ptr + at, mask=inside[:, :, None], other=0)
     sf = tl.load(sf_ptr + expert * sf_stride_e + sf_offsets(rows, blocks, K, SF_BLOCKED), mask=inside, other=0)
     alpha = tl.load(alpha_ptr + expert * alpha_stride_e + SEGMENT * alpha_stride_s)
     # element times scale is exact, so alpha brings the only rounding before the cast, as in the reference
-    x = times_e2m1(e4m3_to_f32(sf), packed, BLOCK_M, BLOCKS) * alpha
+    x = _e2m1_to_f32(packed, BLOCK_M, BLOCKS) * (e4m3_to_f32(sf) * 16384.0)[:, :, None] * alpha
 
     cols = blocks[:, None] * 16 + tl.arange(0, 16)[None, :]
     at = expert * out_stride_e + rows[:, None, None] * out_stride_m + cols[None, :, :]
@@ -91,14 +118,14 @@ def launch(t: NVFP4Tensor, out: Tensor, config: Config, segments: Sequence[int] 
     runs = tuple(segments) if segments is not None else (m,)
     per_expert, per_segment = _alpha_strides(t, runs, segments is not None)
     experts = lead[0] if lead else 1
-    sf = t.sf.view(torch.uint8)
+    data, sf = t.data.view(torch.int32), t.sf.view(torch.uint8)
     constants = _constants(t.sf_layout, config)
     first = 0
     for i, rows in enumerate(runs):
         grid = (triton.cdiv(rows, config.block_m), triton.cdiv(k, config.block_k), experts)
         if rows and experts:
             _dequant_nvfp4[grid](
-                t.data,
+                data,
                 sf,
                 t.alpha,
                 out,
@@ -132,7 +159,7 @@ def build_key(problem: DequantProblem, config: Config) -> tuple[Any, ...]:
 
 def build(problem: DequantProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU."""
-    types = {"data_ptr": "*u8", "sf_ptr": "*u8", "alpha_ptr": "*fp32", "out_ptr": f"*{problem.out}"}
+    types = {"data_ptr": "*i32", "sf_ptr": "*u8", "alpha_ptr": "*fp32", "out_ptr": f"*{problem.out}"}
     plain = ("sf_stride_e", "alpha_stride_e", "alpha_stride_s", "M", "FIRST", "ROWS", "SEGMENT")
     types |= dict.fromkeys(("out_stride_e", "out_stride_m", "K", *plain), "i32")
     return host.build(

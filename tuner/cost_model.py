@@ -52,7 +52,7 @@ SHARPNESS = 6.0
 NVFP4_BYTES = 9 / 16  # an element with its share of the block scale
 BYTES_IN_FLIGHT_A_THREAD = 64  # four 16-byte loads, what a Triton kernel of this kind has outstanding; estimate
 INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the steps of the algorithms
-    DequantProblem.op: 4,
+    DequantProblem.op: 12,
     QuantizeProblem.op: 12,
     QuantizeFp8Problem.op: 6,
     RmsnormQuantizeProblem.op: 16,
