@@ -23,6 +23,7 @@ from fp4suite.built import Built
 from fp4suite.problem import IndexTopkProblem
 
 from . import host
+from .rounding import CVT
 
 LOWEST = tl.constexpr(-(2**31) + 0x7FFFFF)  # -inf by _order
 HIGHEST = tl.constexpr(0x7F800000)  # +inf
@@ -223,25 +224,27 @@ def _padded(count):
 @triton.jit(do_not_specialize=["ENTRIES", "ratio"])
 def _maxima(
     scores_ptr, stride_row, positions_ptr, sequence_ids_ptr, maxima_ptr, tops_ptr, ENTRIES, ratio,
-    GROUP: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, EAGER: tl.constexpr,
 ):  # fmt: skip
     """Maxima of GROUP scores, and tops of GROUP maxima unless tops_ptr is None, as far as they are visible."""
+    if CVT:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)  # before the multiply: long prompts pass 2**31 scores
     visible = _visible(positions_ptr, sequence_ids_ptr, row, ENTRIES, ratio)
+    COUNT: tl.constexpr = TILE // GROUP
+    groups = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    at = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    limit = ENTRIES if EAGER else visible
+    x = tl.load(scores_ptr + row * stride_row + at, mask=at < (_padded(limit) if ALIGNED else limit), other=0.0)
     if tl.program_id(0) * TILE < visible:
-        COUNT: tl.constexpr = TILE // GROUP
-        groups = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-        at = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        inside = at < (_padded(visible) if ALIGNED else visible)
-        x = tl.load(scores_ptr + row * stride_row + at, mask=inside, other=float("-inf"))
         largest = _largest(tl.where(at < visible, x, float("-inf")), 1)
         count = tl.cdiv(ENTRIES, GROUP)
         tl.store(maxima_ptr + row * _padded(count) + groups, largest, mask=groups < count)
         if tops_ptr is not None:
             count = tl.cdiv(count, GROUP)
-            groups = tl.program_id(0) * (COUNT // GROUP) + tl.arange(0, COUNT // GROUP)
-            largest = _largest(largest.reshape(COUNT // GROUP, GROUP), 1)
-            tl.store(tops_ptr + row * _padded(count) + groups, largest, mask=groups < count)
+            above = tl.program_id(0) * (COUNT // GROUP) + tl.arange(0, COUNT // GROUP)
+            top = _largest(largest.reshape(COUNT // GROUP, GROUP), 1)
+            tl.store(tops_ptr + row * _padded(count) + above, top, mask=above < count)
 
 
 @triton.jit
@@ -324,6 +327,8 @@ def _index_topk(
 
     columns: tl.constexpr = min(TOP, COLUMNS)
     at = tl.arange(0, TOP // columns)[:, None] * columns + tl.arange(0, columns)[None, :]
+    if maxima_ptr is not None and CVT:
+        tl.extra.cuda.gdc_wait()  # for the maxima
     # of few queries everything is read before it is known how much can be seen
     limit = end if EAGER else count
     x = tl.load(source + at, mask=at < (_padded(limit) if ALIGNED or maxima_ptr is not None else limit), other=0.0)
@@ -383,7 +388,7 @@ def launch(
         grid = (triton.cdiv(entries, TILE), tokens)
         _maxima[grid](
             logits, stride, positions, sequence_ids, *maxima, entries, ratio, GROUP=config.group, ALIGNED=aligned,
-            TILE=TILE, num_warps=TILE_WARPS, **host.OPTIONS,
+            TILE=TILE, EAGER=tokens <= FEW, num_warps=TILE_WARPS, **host.OPTIONS,
         )  # fmt: skip
     rows = block_table, host.row_stride(block_table), positions, sequence_ids
     constants = _constants(tokens, entries, k, page_size, aligned, config)
@@ -426,7 +431,8 @@ def build_maxima(problem: IndexTopkProblem, config: Config, arch: str) -> Built:
     """The program that makes maxima, for a problem that needs them."""
     types = {"scores_ptr": "*fp32", "stride_row": "i32", "positions_ptr": "*i32", "sequence_ids_ptr": "*i32"}
     types |= {"ENTRIES": "i32", "ratio": "i32"}
-    constants = {"GROUP": config.group, "ALIGNED": True, "TILE": TILE} | _maxima_types(problem, config, types)
+    constants: dict[str, Any] = {"GROUP": config.group, "ALIGNED": True, "TILE": TILE, "EAGER": problem.m <= FEW}
+    constants |= _maxima_types(problem, config, types)
     return host.build(_maxima, types, constants, arch, TILE_WARPS, unaligned=("ENTRIES", "ratio"))
 
 
@@ -456,4 +462,5 @@ def _options(constants: dict[str, Any], arch: str, config: Config) -> dict[str, 
     most = min(65536 // (32 * config.num_warps), 255)
     if arch in REGISTERS and not constants["MEMBERS"] and not constants["EAGER"]:  # few rows need not share an SM
         most = min(REGISTERS[arch][constants["TOP"] > 32 * 32 * config.num_warps], most)
-    return {"num_warps": config.num_warps, "maxnreg": most}
+    options = {"num_warps": config.num_warps, "maxnreg": most}
+    return options | ({"launch_pdl": True} if CVT and constants["MEMBERS"] else {})
