@@ -4,8 +4,9 @@ Bound by issue where experts are chosen by score: a score takes 60 instructions 
 expert, against 4 bytes read. So with `presort` the GPU's approximate functions find candidates first, as numbers that
 hold their expert in the low bits, and only those are scored exactly. That is the exact choice if the last chosen lies
 above the first that is no candidate by more than both can be off; else (ties, infinities, NaN) all are scored exactly.
-Where a table of token ids chooses, only the chosen logits are read. One program block_m tokens, with their scores in
-registers as order-preserving integers, CHUNK experts a tile.
+Where a table of token ids chooses, only the chosen logits are read, once the table is there, which is read once the
+token is there: with `ahead` all scores are made meanwhile, so that a token waits for memory twice, not three times.
+One program block_m tokens, with their scores in registers as order-preserving integers, CHUNK experts a tile.
 """
 
 from dataclasses import dataclass
@@ -51,19 +52,32 @@ LARGE = tl.constexpr(1e30)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_m tokens a program; presort: candidates by approximate scores first."""
+    """block_m tokens a program; presort: candidates by approximate scores first; ahead: scores before a table's."""
 
     block_m: int = 1
     num_warps: int = 1
     presort: bool = False
+    ahead: bool = False
 
 
-SPACE = {"block_m": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8), "presort": (False, True)}
+SPACE = {
+    "block_m": (1, 2, 4, 16),
+    "num_warps": (1, 2, 4),
+    "presort": (False, True),
+    "ahead": (False, True),
+}
+AHEAD_TOKENS = 512
 
 
 def default(problem: RouteProblem) -> Config:
-    """A warp a token, alone in its program: where one token's scores have to be exact, no other waits for them."""
-    return Config(presort=problem.choice != "table" and problem.experts > _candidates(problem.topk))
+    """A warp a token, alone in its program: where one token's scores have to be exact, no other waits for them. By a
+    table, several warps a token that make its scores ahead; many tokens share programs, which there are few of then.
+    """
+    if problem.choice != "table":
+        return Config(presort=problem.experts > _candidates(problem.topk))
+    if problem.m <= AHEAD_TOKENS:
+        return Config(num_warps=4, ahead=True)
+    return Config(block_m=16, num_warps=4)
 
 
 def supports(problem: RouteProblem, config: Config) -> str | None:
@@ -78,7 +92,13 @@ def supports(problem: RouteProblem, config: Config) -> str | None:
         return "presort=True is for a choice by scores"
     if config.presort and problem.experts <= _candidates(problem.topk):
         return f"presort=True takes {_candidates(problem.topk)} candidates and needs more experts"
-    wide = 1 if problem.choice == "table" else CHUNK * _chunks(problem.experts)
+    if config.ahead and problem.choice != "table":
+        return "ahead=True is for a table's choice"
+    if config.ahead and config.block_m > 1:
+        return f"ahead=True takes one token a program, not block_m={config.block_m}"
+    if problem.choice != "table" and config.num_warps > config.block_m:
+        return f"num_warps={config.num_warps}: block_m={config.block_m} tokens are chosen for by a warp each at most"
+    wide = CHUNK * _chunks(problem.experts) if problem.choice != "table" or config.ahead else 1
     held, most = config.block_m * wide / (32 * config.num_warps), PRESORTED if config.presort else HELD
     return None if held <= most else f"{held:g} keys a thread spill: {most} are held"
 
@@ -242,12 +262,14 @@ def _route(
     scale,
     CHOICE: tl.constexpr,
     PRESORT: tl.constexpr,
+    AHEAD: tl.constexpr,
     TOPK: tl.constexpr,
     CHOICES: tl.constexpr,
     CANDIDATES: tl.constexpr,
     EXPERT_BITS: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     # int64 before the multiply: a long batch of logits and a large table pass 2**31 elements
@@ -256,6 +278,10 @@ def _route(
     choice = tl.arange(0, CHOICES)
     inside = in_rows[:, None] & (choice < TOPK)[None, :]
     if CHOICE == "table":
+        if AHEAD:
+            row = tl.program_id(0).to(tl.int64)
+            cols = tl.arange(0, WIDE)
+            x = tl.load(logits_ptr + row * stride_m + cols, mask=cols < E, other=0.0)
         token = tl.load(token_ptr + rows, mask=in_rows, other=-1).to(tl.int64)[:, None]
         known = inside & (token >= 0) & (token < V)
         ids = tl.load(table_ptr + token * TOPK + choice[None, :], mask=known, other=-1).to(tl.int32)
@@ -280,7 +306,9 @@ def _route(
             CHOICE == "bias", TOPK, CHOICES, BLOCK_M, CHUNKS, CHUNK,
         )  # fmt: skip
     chosen = inside & (ids >= 0) & (ids < E)
-    if not PRESORT:
+    if AHEAD:
+        s = tl.gather(_affinity(widen(x)), tl.where(chosen, ids, 0).reshape(CHOICES), axis=0)[None, :]
+    elif not PRESORT:
         s = _scores(logits_ptr, stride_m, rows, ids, chosen)
     s = tl.where(chosen, s, 0.0)
     total = pair_sum(s.reshape(BLOCK_M, 1, CHOICES), BLOCK_M, 1, CHOICES)
@@ -344,12 +372,14 @@ def _constants(choice: str, experts: int, topk: int, config: Config) -> dict[str
     return {
         "CHOICE": choice,
         "PRESORT": config.presort,
+        "AHEAD": config.ahead,
         "TOPK": topk,
         "CHOICES": triton.next_power_of_2(topk),
         "CANDIDATES": _candidates(topk),
         "EXPERT_BITS": (CHUNK * _chunks(experts) - 1).bit_length(),
         "CHUNKS": _chunks(experts),
         "CHUNK": CHUNK,
+        "WIDE": triton.next_power_of_2(experts),
         "BLOCK_M": config.block_m,
     }
 

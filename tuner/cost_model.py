@@ -68,7 +68,7 @@ COUNT_INSTRUCTIONS = 70  # of a score that is held: fifteen counts, then its pla
 COUNT_OVERHEAD = 15 * 30 * 32  # of a warp that counts: sums over warps, the next middle
 SCAN_INSTRUCTIONS = 8  # of a score that streams by
 TOPK_PROGRAMS = 132  # that share a row's maxima among them where queries are few
-SCORE_INSTRUCTIONS, ROUND_INSTRUCTIONS = 55, 6  # of an expert's score, and in each round of the choice; from SASS
+SCORE_INSTRUCTIONS = 55  # of an expert's score; from SASS
 SAMPLE_INSTRUCTIONS = 100  # a logit, in the three launches that read it
 MSE_INSTRUCTIONS = 60  # more, for the rule that tries several scales
 SM90_TILE_US = 0.5  # decode, barrier, MMA of one tile of K; measured on an H100 at m=1: 20 us for 32, 29 us for 56
@@ -280,14 +280,15 @@ def _fold(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
 
 
 def _route(problem: RouteProblem, config: Any, arch: str, resources: Resources | None) -> Work:
-    """A program block_m tokens, held in registers."""
+    """A program block_m tokens, held in registers. A table waits for the token, and for its logits unless `ahead`."""
     p, block_m = problem, config.block_m
-    scored = p.topk if p.choice == "table" else p.experts
-    each = SCORE_INSTRUCTIONS + (0 if p.choice == "table" else ROUND_INSTRUCTIONS * p.topk)
-    return _moved(
-        math.ceil(p.m / block_m), block_m * p.bytes / max(1, p.m), config.num_warps, block_m * scored * each,
-        ramps=3 if p.choice == "table" else 2,
-    )  # fmt: skip
+    programs, read = math.ceil(p.m / block_m), block_m * p.bytes / max(1, p.m)
+    if p.choice != "table":
+        each = 30 + 5 * p.topk if config.presort else 90 + 7 * p.topk  # SASS of sm_90a, by experts
+        return _moved(programs, read, config.num_warps, block_m * p.experts * each, ramps=2)
+    if config.ahead:
+        return _moved(programs, read + 4.0 * p.experts, config.num_warps, p.experts * SCORE_INSTRUCTIONS, ramps=3)
+    return _moved(programs, read, config.num_warps, block_m * (p.topk * SCORE_INSTRUCTIONS + 32 * 200), ramps=4)
 
 
 def _permute(problem: PermuteProblem, config: Any, arch: str, resources: Resources | None) -> Work:

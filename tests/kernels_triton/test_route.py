@@ -73,7 +73,7 @@ def test_every_choice(choice, device):
 def test_every_size(experts, topk, device):
     logits = 3 * draw(5, experts).to(device)
     check(logits, topk, config=kernel.Config(block_m=2))
-    check(logits, topk, draw(experts, seed=1).to(device), config=kernel.Config(block_m=4, num_warps=8))
+    check(logits, topk, draw(experts, seed=1).to(device), config=kernel.Config(block_m=4, num_warps=4))
 
 
 def test_the_lowest_of_equals(device):
@@ -186,7 +186,21 @@ def test_which_rows_rough_scores_decide(device):
 def test_tables(types, device):
     tokens = torch.tensor([0, 19, 7, 7, 3, 18]).to(device, types[0])
     table = torch.randint(40, (20, 6), generator=torch.Generator().manual_seed(5)).to(device, types[1])
-    check(2 * draw(6, 40).to(device), 6, None, tokens, table, kernel.Config(block_m=4))
+    for config in (kernel.Config(block_m=4), kernel.Config(num_warps=4, ahead=True), kernel.Config(ahead=True)):
+        check(2 * draw(6, 40).to(device), 6, None, tokens, table, config)
+
+
+def test_scores_ahead_of_a_table(device):
+    """Ragged experts, rows of any stride, and logits whose scores are zero, infinite or NaN."""
+    experts = 130
+    table = torch.randint(experts, (64, 3), generator=torch.Generator().manual_seed(6), dtype=torch.int32).to(device)
+    table[:, 0] = torch.arange(64) + 66  # to the last expert
+    logits = 3 * draw(64, 2 * experts, seed=7)
+    logits[1], logits[2, :140], logits[3, ::2] = -200.0, INF, NAN
+    tokens = torch.arange(64, device=device)
+    for config in (kernel.Config(ahead=True), kernel.Config(num_warps=4, ahead=True)):
+        for rows in (logits[:, :experts], logits[:, 5 : 5 + experts], logits.view(128, experts)[:64]):
+            check(rows.to(device), 3, None, tokens, table, config)
 
 
 def test_tokens_and_experts_that_do_not_exist(device):
@@ -195,9 +209,10 @@ def test_tokens_and_experts_that_do_not_exist(device):
     tokens = torch.tensor([2, -1, 0, 1, 2**40], device=device)
     ids = torch.full((5, 2), -7, dtype=torch.int32, device=device)
     weights = torch.full((5, 2), NAN, device=device)
-    kernel.launch(torch.zeros(5, 8, device=device), None, tokens, table, 1.0, (ids, weights), kernel.Config(block_m=2))
-    assert ids.tolist() == [[-1, -1], [-1, -1], [0, 5], [8, -1], [-1, -1]]
-    assert weights.tolist() == [[0, 0], [0, 0], [0.5, 0.5], [0, 0], [0, 0]]
+    for config in (kernel.Config(block_m=2), kernel.Config(num_warps=2, ahead=True)):
+        kernel.launch(torch.zeros(5, 8, device=device), None, tokens, table, 1.0, (ids, weights), config)
+        assert ids.tolist() == [[-1, -1], [-1, -1], [0, 5], [8, -1], [-1, -1]]
+        assert weights.tolist() == [[0, 0], [0, 0], [0.5, 0.5], [0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -212,16 +227,20 @@ def test_no_tokens(device):
 
 
 @pytest.mark.parametrize(
-    ("problem", "message"),
+    ("problem", "config", "message"),
     [
-        (RouteProblem(m=1, experts=1025, topk=6), "experts=1025 is over 1024"),
-        (RouteProblem(m=1, experts=4, topk=5), "topk=5 is not in 1 .. min(experts=4, 32)"),
-        (RouteProblem(m=1, experts=64, topk=33), "topk=33 is not in"),
-        (RouteProblem(m=1, experts=8, topk=2, x="fp64"), "logits in fp64"),
+        (RouteProblem(m=1, experts=1025, topk=6), {}, "experts=1025 is over 1024"),
+        (RouteProblem(m=1, experts=4, topk=5), {}, "topk=5 is not in 1 .. min(experts=4, 32)"),
+        (RouteProblem(m=1, experts=64, topk=33), {}, "topk=33 is not in"),
+        (RouteProblem(m=1, experts=8, topk=2, x="fp64"), {}, "logits in fp64"),
+        (RouteProblem(m=1, experts=64, topk=6), {"num_warps": 2}, "block_m=1 tokens are chosen for by a warp each"),
+        (RouteProblem(m=1, experts=64, topk=6), {"ahead": True}, "ahead=True is for a table's choice"),
+        (RouteProblem(m=1, experts=64, topk=6, choice="table"), {"presort": True}, "for a choice by scores"),
+        (RouteProblem(m=1, experts=64, topk=6, choice="table"), {"ahead": True, "block_m": 2}, "takes one token"),
     ],
 )
-def test_refusals(problem, message):
-    assert message in (kernel.supports(problem, kernel.Config()) or "")
+def test_refusals(problem, config, message):
+    assert message in (kernel.supports(problem, kernel.Config(**config)) or "")
 
 
 @pytest.mark.gpu

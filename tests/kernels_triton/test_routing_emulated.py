@@ -42,6 +42,21 @@ def test_route(config, pool):
     testing.assert_same_bytes(torch.from_numpy(weights), want[1], "weights")
 
 
+def test_route_by_a_table(pool):
+    """Scores that are made ahead, and found in shared memory."""
+    p, config = RouteProblem(m=9, experts=200, topk=6, choice="table"), route.Config(num_warps=4, ahead=True)
+    c = testing.case(p)
+    logits, _, tokens, table, scale = c.operands
+    ids, weights = np.full((p.m, 6), -7, np.int32), np.full((p.m, 6), np.nan, np.float32)
+    b = pool.submit(route.build, p, config, "sm_90a").result()
+    sizes = np.int32(p.m), np.int32(len(table)), np.int32(p.experts), np.float32(scale)
+    operands = logits.numpy(), np.int32(p.experts), tokens.numpy(), table.numpy(), ids, weights
+    launch(b, p.m, config.num_warps, *operands, *sizes)
+    want = c.eager()
+    assert torch.equal(torch.from_numpy(ids), want[0])
+    testing.assert_same_bytes(torch.from_numpy(weights), want[1], "weights")
+
+
 def parts_of_permute(p: PermuteProblem, config: permute.Config) -> list[built.Built]:
     return [
         permute.build_part(kernel, p, config, "sm_90a") for kernel in (permute._sort, permute._scan, permute._place)
