@@ -2,8 +2,8 @@
 
 Memory bound: reads topk + 1 rows a token and writes one. One program a [block_m, block_k] tile of the output.
 
-`order` says which slot lies at a place; a token needs the places of its slots. Where slots are few, each program looks
-for its own in all of `order` (`search`), and one launch does; else a launch before turns `order` around, as a search by
+`order` says which slot lies at a place; a token needs the places of its slots. Where slots are few, each program holds
+all of `order` and looks for its own (`search`), and one launch does; else a launch before turns `order` around, as a search by
 every program would read more than the rows.
 """
 
@@ -21,8 +21,7 @@ from fp4suite.problem import CombineProblem
 from . import host
 from .nvfp4 import narrow, widen
 
-SEARCH = 512  # places compared at a time
-MOST_SEARCHED = 8192  # slots
+LEAST_SEARCHED, MOST_SEARCHED = 32, 1024  # slots, all compared at once
 MOST_TOPK = 32
 TURN = 1024  # places a program turns around
 
@@ -39,15 +38,16 @@ class Config:
 
 SPACE = {
     "block_m": (1, 2, 4),
-    "block_k": (256, 512, 1024, 2048),
+    "block_k": (256, 512, 1024),
     "num_warps": (1, 2, 4, 8),
     "search": (False, True),
 }
 
 
 def default(problem: CombineProblem) -> Config:
-    """One launch up to 128 tokens of six slots."""
-    return Config(search=problem.m * problem.topk <= 768)
+    """One launch up to 128 tokens of six slots; a warp a tile, which waits for no other, while a search is short."""
+    slots = problem.m * problem.topk
+    return Config(block_k=256, num_warps=1, search=True) if slots <= 512 else Config(search=slots <= 768)
 
 
 def supports(problem: CombineProblem, config: Config) -> str | None:
@@ -62,10 +62,11 @@ def supports(problem: CombineProblem, config: Config) -> str | None:
     if config.search and slots > MOST_SEARCHED:
         return f"search=True is for {MOST_SEARCHED} slots at most, got {slots}"
     held = config.block_m * config.block_k / (32 * config.num_warps)
-    if not 4 <= held <= 32:
-        return f"{held:g} columns a thread, not 4 to 32"
-    if config.search and config.block_m * triton.next_power_of_2(problem.topk) * SEARCH > 4096 * config.num_warps:
-        return f"block_m={config.block_m} num_warps={config.num_warps}: a search of too many slots a thread"
+    if not 8 <= held <= 32:
+        return f"{held:g} columns a thread, not 8 to 32"
+    held = config.block_m * _searched(slots) // (32 * config.num_warps)
+    if config.search and held > 32:
+        return f"block_m={config.block_m} num_warps={config.num_warps}: {held} slots a thread, more than 32"
     return None
 
 
@@ -74,17 +75,6 @@ def _turn_around(order_ptr, place_ptr, slots, TURN: tl.constexpr):
     places = tl.program_id(0) * TURN + tl.arange(0, TURN)
     slot = tl.load(order_ptr + places, mask=places < slots, other=-1)
     tl.store(place_ptr + slot, places, mask=(slot >= 0) & (slot < slots))
-
-
-@triton.jit
-def _find(order_ptr, wanted, slots, WANTED: tl.constexpr, SEARCH: tl.constexpr):
-    """Where in order [slots] each of wanted (int32 [WANTED]) lies."""
-    place = tl.full((WANTED,), 0, tl.int32)
-    for start in range(0, slots, SEARCH):
-        at = start + tl.arange(0, SEARCH)
-        slot = tl.load(order_ptr + at, mask=at < slots, other=-1)
-        place += tl.sum(tl.where(slot[None, :] == wanted[:, None], at[None, :], 0), axis=1)
-    return place
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -101,9 +91,7 @@ def _combine(
     K,
     SHARED: tl.constexpr,
     SEARCHED: tl.constexpr,
-    SEARCH: tl.constexpr,
     TOPK: tl.constexpr,
-    CHOICES: tl.constexpr,
     COMPILED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -112,7 +100,6 @@ def _combine(
     in_rows = rows < M
     cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = in_rows[:, None] & (cols < K)[None, :]
-    choice = tl.arange(0, CHOICES)
     at = rows.to(tl.int64)[:, None]  # the rows of a long batch pass 2**31 elements
     # all that needs no place is asked for before places are looked for
     ids = ()
@@ -122,14 +109,14 @@ def _combine(
         weights += (tl.load(weights_ptr + rows * TOPK + j, mask=in_rows, other=0.0),)  # type: ignore[assignment]
     if SHARED:
         shared = tl.load(shared_ptr + at * stride_shared + cols[None, :], mask=inside, other=0.0)
-    if SEARCHED:
-        wanted = tl.where(choice[None, :] < TOPK, rows[:, None] * TOPK + choice[None, :], -2)
-        found = _find(place_ptr, wanted.reshape(BLOCK_M * CHOICES), M * TOPK, BLOCK_M * CHOICES, SEARCH)
-        found = found.reshape(BLOCK_M, CHOICES)
+    if SEARCHED > 0:
+        nth = tl.arange(0, SEARCHED)
+        slot = tl.load(place_ptr + nth, mask=nth < M * TOPK, other=-1)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for j in tl.static_range(TOPK):
-        if SEARCHED:
-            place = tl.sum(tl.where(choice[None, :] == j, found, 0), axis=1)
+        if SEARCHED > 0:
+            own = slot[None, :] == (rows * TOPK + j)[:, None]
+            place = tl.max(tl.where(own, nth[None, :], 0), axis=1)
         else:
             place = tl.load(place_ptr + rows * TOPK + j, mask=in_rows, other=0)
         live = (ids[j] >= 0)[:, None]  # type: ignore[index]
@@ -164,30 +151,32 @@ def launch(
         places = torch.empty_like(order)
         _turn_around[(triton.cdiv(m * topk, TURN),)](order, places, m * topk, TURN=TURN, num_warps=4)
     stride_shared = host.row_stride(shared) if shared is not None else 0
-    constants = _constants(topk, shared is not None, y.is_cuda, config)
+    constants = _constants(m, topk, shared is not None, y.is_cuda, config)
     operands = (y, host.row_stride(y), places, topk_ids, topk_weights, shared, stride_shared, out, m, k)
     grid = (triton.cdiv(m, config.block_m), triton.cdiv(k, config.block_k))
     _combine[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
 
 
 def warm(problem: CombineProblem, config: Config) -> None:
-    """Compile for the current device what launches of `problem` need."""
-    y = torch.zeros(problem.topk, problem.k, dtype=host.DTYPES[problem.x], device="cuda")
-    order = torch.arange(problem.topk, dtype=torch.int32, device="cuda")
-    ids, weights = order.view(1, -1), torch.zeros(1, problem.topk, device="cuda")
-    launch(y, order, ids, weights, y[:1] if problem.shared else None, torch.empty_like(y[:1]), config)
+    """Compile for the current device what launches of `problem` need: for as many tokens if their slots are searched."""
+    m = max(1, problem.m) if config.search else 1
+    slots = m * problem.topk
+    y = torch.zeros(1, problem.k, dtype=host.DTYPES[problem.x], device="cuda").expand(slots, -1)
+    order = torch.arange(slots, dtype=torch.int32, device="cuda")
+    ids, weights = order.view(m, -1), torch.zeros(m, problem.topk, device="cuda")
+    launch(y, order, ids, weights, y[:m] if problem.shared else None, torch.empty_like(y[:m].contiguous()), config)
 
 
 def build_key(problem: CombineProblem, config: Config) -> tuple[Any, ...]:
-    """What of a problem `build` depends on: its sizes are read at launch."""
-    return problem.x, problem.topk, problem.shared
+    """What of a problem `build` depends on: its sizes are read at launch, but for how many slots are searched."""
+    return problem.x, problem.topk, problem.shared, _searched(problem.m * problem.topk) if config.search else 0
 
 
 def build(problem: CombineProblem, config: Config, arch: str) -> Built:
     """The summing kernel compiled for `arch` without a GPU."""
     types = {"y_ptr": f"*{problem.x}", "stride_y": "i32", "place_ptr": "*i32", "ids_ptr": "*i32"}
     types |= {"weights_ptr": "*fp32", "stride_shared": "i32", "out_ptr": f"*{problem.x}", "M": "i32", "K": "i32"}
-    constants = _constants(problem.topk, bool(problem.shared), True, config)
+    constants = _constants(problem.m, problem.topk, bool(problem.shared), True, config)
     if problem.shared:
         types["shared_ptr"] = f"*{problem.x}"
     else:
@@ -195,13 +184,15 @@ def build(problem: CombineProblem, config: Config, arch: str) -> Built:
     return host.build(_combine, types, constants, arch, config.num_warps, unaligned=("M",))
 
 
-def _constants(topk: int, shared: bool, compiled: bool, config: Config) -> dict[str, Any]:
+def _searched(slots: int) -> int:
+    return max(LEAST_SEARCHED, triton.next_power_of_2(slots))
+
+
+def _constants(m: int, topk: int, shared: bool, compiled: bool, config: Config) -> dict[str, Any]:
     return {
         "SHARED": shared,
-        "SEARCHED": config.search,
-        "SEARCH": SEARCH,
+        "SEARCHED": _searched(m * topk) if config.search else 0,
         "TOPK": topk,
-        "CHOICES": triton.next_power_of_2(topk),
         "COMPILED": compiled,
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,

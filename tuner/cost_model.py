@@ -306,7 +306,7 @@ def _combine(problem: CombineProblem, config: Any, arch: str, resources: Resourc
     """A program a tile of the output; the places of its rows are found in its own search or by a launch before."""
     p, elements = problem, config.block_m * config.block_k
     slots = p.m * p.topk
-    searched = 8.0 * slots * config.block_m if config.search else 0.0
+    searched = 2.0 * p.topk * slots * config.block_m if config.search else 0.0
     return _moved(
         math.ceil(p.m / config.block_m) * math.ceil(p.k / config.block_k),
         elements * ELEMENT_BYTES[p.x] * (p.topk + p.shared + 1) + (4.0 * slots if config.search else 0.0),

@@ -11,8 +11,8 @@ import triton
 
 import ptx_emulator
 from fp4suite import built, reference, testing
-from fp4suite.problem import PermuteProblem, RouteProblem, SampleProblem
-from kernels_triton import permute, permute_small, route, sample
+from fp4suite.problem import CombineProblem, PermuteProblem, RouteProblem, SampleProblem
+from kernels_triton import combine, permute, permute_small, route, sample
 
 
 def launch(b: built.Built, programs: int, num_warps: int, *args: object, chunks: int = 1) -> None:
@@ -55,6 +55,25 @@ def test_route_by_a_table(pool):
     want = c.eager()
     assert torch.equal(torch.from_numpy(ids), want[0])
     testing.assert_same_bytes(torch.from_numpy(weights), want[1], "weights")
+
+
+@pytest.mark.parametrize("config", [(1, 256, 1), (2, 512, 4)], ids=str)
+def test_combine(config, pool):
+    """Places found by a warp's own instructions, and across warps; sums rounded to BF16."""
+    p = CombineProblem(m=11, topk=6, k=264)
+    c = testing.case(p)
+    y, order, ids, weights, shared = c.operands
+    out = torch.full((p.m, p.k), torch.nan, dtype=torch.bfloat16)
+    block_m, block_k, num_warps = config
+    own = combine.Config(block_m=block_m, block_k=block_k, num_warps=num_warps, search=True)
+    b = pool.submit(combine.build, p, own, "sm_90a").result()
+    rows, places, chosen, scales, others, result = (
+        t.reshape(-1).view(torch.uint8).numpy() for t in (y, order, ids, weights, shared, out)
+    )
+    stride = np.int32(p.k)
+    operands = rows, stride, places, chosen, scales, others, stride, result, np.int32(p.m), stride
+    launch(b, triton.cdiv(p.m, block_m), num_warps, *operands, chunks=triton.cdiv(p.k, block_k))
+    testing.assert_same_bytes(out, c.eager(), "out")
 
 
 def parts_of_permute(p: PermuteProblem, config: permute.Config) -> list[built.Built]:
