@@ -97,6 +97,29 @@ def in_arithmetic(problem: IndexLogitsProblem, wanted: str) -> Config:
     return Config(block_m=default(problem).block_m, block_n=block_n, num_warps=num_warps)
 
 
+# Of four bytes each as two codes of E2M1 in BF16, times the power of two in $8: the bits of a code, put where BF16 has
+# its sign and the lowest three of exponent and mantissa, are it times 2^-126, subnormal numbers included.
+_DECODE = tl.constexpr(
+    "{ .reg .b32 x, a, b;"
+    + "".join(
+        f"prmt.b32 x, $4, 0, 0x444{i}; mul.lo.u32 a, x, 0x40040; mul.lo.u32 b, x, 0x1001000;"
+        "and.b32 a, a, 0x01C001C0; lop3.b32 a, a, b, 0x80008000, 0xF8;"
+        f"mov.b32 b, 0x7E807E80; mul.rn.bf16x2 a, a, b; mul.rn.bf16x2 ${i}, a, $5;"
+        for i in range(4)
+    )
+    + "}"
+)
+
+
+@triton.jit
+def _e2m1_bf16(packed, scale, N: tl.constexpr, BLOCKS: tl.constexpr):
+    """BF16 [N, 32 * BLOCKS] of the codes in packed [N, BLOCKS, 16] (uint8), times powers of two, E8M0 [N, BLOCKS]."""
+    twice = (scale.to(tl.int32) * 0x800080)[:, :, None] + tl.zeros([1, 1, 16], tl.int32)
+    pairs = tl.inline_asm_elementwise(_DECODE, "=r,=r,=r,=r,r,r,r,r,r", [packed, twice], tl.int32, True, 4)
+    both = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+    return both.to(tl.bfloat16, bitcast=True).reshape(N, 32 * BLOCKS)
+
+
 @triton.jit
 def _load_keys(
     cache_ptr, slots, FORMAT: tl.constexpr, FP32: tl.constexpr, FP8: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -129,10 +152,20 @@ def _load_keys(
             keys = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32 if FP32 else tl.bfloat16)
         else:
             keys = e4m3_to_f32(tl.load(at, mask=inside, other=0))
-        # of four bytes, which need not be aligned
-        word = tl.arange(0, 4)[None, :]
-        parts = tl.load(cache_ptr + scales[:, None] + word, mask=there[:, None], other=0).to(tl.int32)
-        factor = tl.sum(parts << (8 * word), axis=1).to(tl.float32, bitcast=True)
+        if ROW_BYTES % 4 == 0 and PAGE_BYTES % 4 == 0:
+            at = cache_ptr.to(tl.pointer_type(tl.float32), bitcast=True) + scales // 4
+            factor = tl.load(at, mask=there, other=0.0)
+        else:
+            word = tl.arange(0, 4)[None, :]
+            parts = tl.load(cache_ptr + scales[:, None] + word, mask=there[:, None], other=0).to(tl.int32)
+            factor = tl.sum(parts << (8 * word), axis=1).to(tl.float32, bitcast=True)
+    elif FORMAT == "mxfp4" and CVT and not FP32:
+        blocks = tl.arange(0, D // MX_BLOCK)
+        pairs = blocks[:, None] * (MX_BLOCK // 2) + tl.arange(0, MX_BLOCK // 2)[None, :]
+        inside = there[:, None] & (blocks * MX_BLOCK < HEAD_DIM)[None, :]
+        packed = tl.load(cache_ptr + rows[:, None, None] + pairs[None, :, :], mask=inside[:, :, None], other=0)
+        scale = tl.load(cache_ptr + scales[:, None] + blocks[None, :], mask=inside, other=127)
+        keys = _e2m1_bf16(packed, scale, N, D // MX_BLOCK)
     else:
         tl.static_assert(FORMAT == "mxfp4", "unknown index format")
         blocks = tl.arange(0, D // BLOCK)
@@ -143,9 +176,69 @@ def _load_keys(
         scale = (tl.load(at, mask=inside, other=127).to(tl.int32) << 23).to(tl.float32, bitcast=True)
         one = tl.full([N, D // BLOCK], 1.0, tl.float32)
         keys = (times_e2m1(one, packed, N, D // BLOCK) * scale[:, :, None]).reshape(N, D)
-        if CVT and not FP32:
-            keys = keys.to(tl.bfloat16)
     return keys, factor
+
+
+@triton.jit
+def _load_run(
+    first, end, group, sequences, visible, entries, cache_ptr, table_ptr, stride_table, ENTRIES, FORMAT: tl.constexpr,
+    FP32: tl.constexpr, FP8: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, BLOCK_M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """The run of queries of one sequence that begins at `first`: its end, how many entries one of them sees, keys."""
+    if BLOCK_M == 1:
+        stop, sequence, last = end, tl.max(sequences), tl.max(visible)
+    else:
+        sequence = tl.max(tl.where(group == first, sequences, -1))
+        stop = tl.min(tl.where((group > first) & (sequences != sequence), group, end))
+        last = tl.max(tl.where((group >= first) & (group < stop), visible, 0))
+    last = tl.where(sequence >= 0, last, 0)
+    pages = table_ptr + tl.maximum(sequence, 0).to(tl.int64) * stride_table
+    page = tl.load(pages + entries // PAGE_SIZE, mask=entries < tl.minimum(last, ENTRIES), other=-1)
+    slots = tl.where(page >= 0, page * PAGE_SIZE + entries % PAGE_SIZE, -1)
+    keys, factor = _load_keys(
+        cache_ptr, slots, FORMAT, FP32, FP8, HEAD_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, N, D
+    )
+    return stop, last, keys, factor
+
+
+@triton.jit
+def _load_query(
+    q_at, stride_m, w_at, stride_w, token, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """q [H, D] of a token and its weights [1, H] in FP32."""
+    # int64 before the multiply: a long batch passes 2**31 elements
+    row = token + tl.zeros([1, 1], tl.int64)
+    if HEADS == H and HEAD_DIM == D:
+        q = tl.load(q_at + row * stride_m)
+        w = tl.load(w_at + row * stride_w)
+    else:
+        heads = tl.arange(0, H)
+        inside = (heads < HEADS)[:, None] & (tl.arange(0, D) < HEAD_DIM)[None, :]
+        q = tl.load(q_at + row * stride_m, mask=inside, other=0.0)
+        w = tl.load(w_at + row * stride_w, mask=heads[None, :] < HEADS, other=0.0)
+    return q, widen(w)
+
+
+@triton.jit
+def _multiply(q, keys, FP32: tl.constexpr, FP8: tl.constexpr):
+    """Products [N, H]."""
+    if FP8 and not CVT:
+        dots = tl.dot(keys, tl.trans(e4m3_to_f32(q.to(tl.uint8, bitcast=True))), input_precision="ieee")
+    elif FP32 or not CVT:
+        dots = tl.dot(keys, tl.trans(widen(q)), input_precision="ieee")
+    else:
+        dots = tl.dot(keys, tl.trans(q))
+    return dots
+
+
+@triton.jit
+def _store(dots, w, factor, entries, limit, out_ptr, token, ENTRIES):
+    score = tl.sum(tl.maximum(dots, 0.0) * w, axis=1) * factor
+    score = tl.where(entries < limit, score, float("-inf"))
+    at = out_ptr + (token + tl.zeros([1], tl.int64)) * ENTRIES + entries
+    tl.store(at, score, mask=entries < ENTRIES)
 
 
 @triton.jit(do_not_specialize=["TOKENS"])
@@ -157,56 +250,55 @@ def _index_logits(
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     entries = tl.program_id(1) * N + tl.arange(0, N)
-    heads, cols = tl.arange(0, H), tl.arange(0, D)
+    cols = tl.arange(0, D)
+    heads = tl.arange(0, H)
     first = tl.program_id(0) * BLOCK_M
     end = tl.minimum(first + BLOCK_M, TOKENS)
     group = first + tl.arange(0, BLOCK_M)
     sequences = tl.load(sequence_ids_ptr + group, mask=group < end, other=-1)
     visible = (tl.load(positions_ptr + group, mask=group < end, other=-1) + 1) // ratio
-    q_at = heads.to(tl.int64)[:, None] * stride_h + cols[None, :]
-    WHOLE: tl.constexpr = HEADS == H and HEAD_DIM == D
-    q_inside = (heads < HEADS)[:, None] & (cols < HEAD_DIM)[None, :]
+    q_at = q_ptr + heads.to(tl.int64)[:, None] * stride_h + cols[None, :]
+    w_at = weights_ptr + heads[None, :]
+    if BLOCK_M == 1:  # on their way before keys are
+        q, w = _load_query(q_at, stride_m, w_at, stride_w, first, HEADS, HEAD_DIM, H, D)
+    # Keys that are computed pass from one turn to the next, for such operands Triton keeps in shared memory: others in
+    # registers, to which each query's product would take them again.
+    PASSED: tl.constexpr = FORMAT == "mxfp4" or (FORMAT == "fp8" and not FP8)
+    if PASSED:
+        stop, last, keys, factor = _load_run(
+            first, end, group, sequences, visible, entries, cache_ptr, table_ptr, stride_table, ENTRIES, FORMAT, FP32,
+            FP8, HEAD_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, BLOCK_M, N, D,
+        )  # fmt: skip
     while first < end:
-        sequence = tl.load(sequence_ids_ptr + first)
-        stop = tl.min(tl.where((group > first) & (sequences != sequence), group, end))  # of this run of queries
-        last = tl.max(tl.where((group >= first) & (group < stop), visible, 0))
-        if (sequence >= 0) & (last > tl.program_id(1) * N):
-            pages = table_ptr + sequence.to(tl.int64) * stride_table
-            seen = entries < tl.minimum(last, ENTRIES)
-            page = tl.load(pages + entries // PAGE_SIZE, mask=seen, other=-1)
-            slots = tl.where(page >= 0, page * PAGE_SIZE + entries % PAGE_SIZE, -1)
-            keys, factor = _load_keys(
-                cache_ptr, slots, FORMAT, FP32, FP8, HEAD_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, N, D
-            )
-            factor = factor * scale
-            for token in range(first, stop):
-                # int64 before the multiply: a long batch passes 2**31 elements
-                row = token + tl.zeros([1, 1], tl.int64)
-                if WHOLE:
-                    q = tl.load(q_ptr + row * stride_m + q_at)
-                    w = tl.load(weights_ptr + row * stride_w + heads[None, :])
-                else:
-                    q = tl.load(q_ptr + row * stride_m + q_at, mask=q_inside, other=0.0)
-                    w = tl.load(weights_ptr + row * stride_w + heads[None, :], mask=heads[None, :] < HEADS, other=0.0)
-                w = widen(w)
-                limit = (tl.load(positions_ptr + token) + 1) // ratio
-                if FP8 and not CVT:
-                    dots = tl.dot(keys, tl.trans(e4m3_to_f32(q.to(tl.uint8, bitcast=True))), input_precision="ieee")
-                elif FP32 or not CVT:
-                    dots = tl.dot(keys, tl.trans(widen(q)), input_precision="ieee")  # [N, H]
-                else:
-                    dots = tl.dot(keys, tl.trans(q))
-                if TENSOR_MEMORY:  # all warps have read the products before one begins those of the next query
-                    tl.debug_barrier()
-                score = tl.sum(tl.maximum(dots, 0.0) * w, axis=1) * factor
-                score = tl.where(entries < limit, score, float("-inf"))
-                at = out_ptr + (token + tl.zeros([1], tl.int64)) * ENTRIES + entries
-                tl.store(at, score, mask=entries < ENTRIES)
+        if not PASSED:
+            stop, last, keys, factor = _load_run(
+                first, end, group, sequences, visible, entries, cache_ptr, table_ptr, stride_table, ENTRIES, FORMAT,
+                FP32, FP8, HEAD_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, BLOCK_M, N, D,
+            )  # fmt: skip
+        if last > tl.program_id(1) * N:
+            if BLOCK_M == 1:
+                dots = _multiply(q, keys, FP32, FP8)
+                _store(dots, w, factor * scale, entries, last, out_ptr, first, ENTRIES)
+            else:
+                for token in range(first, stop):
+                    q, w = _load_query(q_at, stride_m, w_at, stride_w, token, HEADS, HEAD_DIM, H, D)
+                    limit = (tl.load(positions_ptr + token) + 1) // ratio
+                    dots = _multiply(q, keys, FP32, FP8)
+                    if TENSOR_MEMORY:  # all warps have read the products before one begins those of the next query
+                        tl.debug_barrier()
+                    _store(dots, w, factor * scale, entries, limit, out_ptr, token, ENTRIES)
         else:
             for token in range(first, stop):
                 at = out_ptr + (token + tl.zeros([1], tl.int64)) * ENTRIES + entries
                 tl.store(at, tl.full([N], float("-inf"), tl.float32), mask=entries < ENTRIES)
         first = stop
+        if PASSED and BLOCK_M == 1:
+            keys = tl.zeros_like(keys)
+        elif PASSED:
+            stop, last, keys, factor = _load_run(
+                first, end, group, sequences, visible, entries, cache_ptr, table_ptr, stride_table, ENTRIES, FORMAT,
+                FP32, FP8, HEAD_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, BLOCK_M, N, D,
+            )  # fmt: skip
 
 
 def launch(
