@@ -3,8 +3,8 @@
 Memory bound: reads topk + 1 rows a token and writes one. One program a [block_m, block_k] tile of the output.
 
 `order` says which slot lies at a place; a token needs the places of its slots. Where slots are few, each program holds
-all of `order` and looks for its own (`search`), and one launch does; else a launch before turns `order` around, as a search by
-every program would read more than the rows.
+all of `order` and looks for its own (`search`), and one launch does; else a launch before turns `order` around, as a
+search by every program would read more than the rows.
 """
 
 from dataclasses import dataclass
@@ -158,7 +158,7 @@ def launch(
 
 
 def warm(problem: CombineProblem, config: Config) -> None:
-    """Compile for the current device what launches of `problem` need: for as many tokens if their slots are searched."""
+    """Compile for the current device what launches of `problem` need, a search of as many slots."""
     m = max(1, problem.m) if config.search else 1
     slots = m * problem.topk
     y = torch.zeros(1, problem.k, dtype=host.DTYPES[problem.x], device="cuda").expand(slots, -1)
