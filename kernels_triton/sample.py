@@ -29,6 +29,7 @@ from . import host
 from .nvfp4 import LOG2E, exp2_times, widen
 
 RUNGS = 16
+SUMMED = tl.constexpr(4)  # edges whose masses are summed together: one barrier for all, but registers for each
 LISTED, FEW = 4096, 1024  # tokens of a row that finish need not look for, all or a few of them in registers
 FINISH_WARPS, BISECTED = 8, 2048  # and how many of a row finish looks at together
 ROWS = 2048  # at a time, to bound the room that lists take
@@ -205,10 +206,11 @@ def _survey(
         mass = _rough_mass(x, most, heat)
         step = _step(heat)
         rung = tl.floor(tl.div_rn(most, step))
-        for j in tl.static_range(RUNGS - 1):
-            above = tl.sum(tl.where(x >= (rung - j) * step, mass, 0.0), axis=0)
+        for first_edge in tl.static_range(0, RUNGS, SUMMED):
+            j = first_edge + tl.arange(0, SUMMED)
+            edges = tl.where(j < RUNGS - 1, (rung - j) * step, -INFINITY)
+            above = tl.sum(tl.where(x[None, :] >= edges[:, None], mass[None, :], 0.0), axis=1)
             tl.store(rough_ptr + here * RUNGS + j, above)
-        tl.store(rough_ptr + here * RUNGS + RUNGS - 1, tl.sum(mass, axis=0))
 
 
 @triton.jit
