@@ -312,7 +312,7 @@ def _combine(problem: CombineProblem, config: Any, arch: str, resources: Resourc
         elements * ELEMENT_BYTES[p.x] * (p.topk + p.shared + 1) + (4.0 * slots if config.search else 0.0),
         config.num_warps,
         elements * 4 * (p.topk + 2) + searched,
-        ramps=3 if config.search else 5,
+        ramps=5 if not config.search else 3 + (config.num_warps > 1),  # warps that search together wait for each other
     )
 
 
