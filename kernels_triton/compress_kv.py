@@ -1,7 +1,8 @@
 """Compressed KV entries: pooling over rings and a step's tokens, then norm, RoPE, Hadamard, encoding and insertion.
 
-Memory bound: reads 8 bytes a channel of every token (FP32 kv and gate) and writes as much for the tokens that stay in
-the ring; of an entry that began before this step it reads the rows that the ring has of it.
+Memory bound where tokens are many: reads 8 bytes a channel of every token (FP32 kv and gate) and writes as much for the
+tokens that stay in the ring; of an entry that began before this step it reads the rows that the ring has of it. Where
+tokens are few, bound by the chain of loads, which is two long: where an entry's rows lie, then all of them at once.
 
 One program an entry and block of channels: a pool of 128 rows of 512 channels is 512 KB, too much for one program to
 read while the others of the GPU have nothing to do. Where channels are split, the entry's sum of squares is not known
@@ -27,11 +28,10 @@ from fp4suite.reference import compressor
 
 from . import cache_rows, host
 from .hadamard import hadamard
-from .nvfp4 import exp_neg, widen
+from .nvfp4 import CVT, LOG2E, exp2_times, widen
 from .rope import load_angles, pair_angles, rms_normed, turn
 
 LANES = tl.constexpr(compressor.LANES)
-UNROLL = tl.constexpr(4)  # runs of LANES rows of a long pool that are on their way at once
 MOST_BELOW = tl.constexpr(compressor.MOST_BELOW)
 
 
@@ -43,8 +43,10 @@ class Config:
     num_warps: int = 8
 
 
-SPACE = {"block_c": (64, 128, 512), "num_warps": (1, 2, 4, 8)}
+SPACE = {"block_c": (16, 32, 64, 128, 512), "num_warps": (1, 2, 4, 8)}
 FINISH_WARPS = 1  # of the second launch: a row a program
+COUNTS = ("TOKENS", "SEQUENCES", "EACH", "POSITIONS")
+MOST_HELD = 64  # channels of rows in a thread, each a value and a score
 
 
 def supports(problem: CompressKvProblem, config: Config) -> str | None:
@@ -54,56 +56,54 @@ def supports(problem: CompressKvProblem, config: Config) -> str | None:
         return why
     if p.hadamard and padded != p.head_dim:
         return f"a Hadamard transform needs a power of two, got head_dim={p.head_dim}"
-    short = p.ratio * p.overlaps <= 2 * compressor.LANES
-    if config.block_c < padded and short:
-        return f"block_c={config.block_c}: pools of {p.ratio * p.overlaps} rows are short enough for whole entries"
-    held, most = compressor.LANES * min(config.block_c, padded) / (32 * config.num_warps), 32 if short else 16
-    if not 1 <= held <= most:
+    pooled = p.ratio * p.overlaps
+    if config.block_c < padded and pooled <= 2 * compressor.LANES:
+        return f"block_c={config.block_c}: pools of {pooled} rows are short enough for whole entries"
+    each = compressor.LANES * min(config.block_c, padded) / (32 * config.num_warps)
+    held = each * -(-pooled // compressor.LANES)
+    if each < 1 or held > MOST_HELD:
         knobs = f"block_c={config.block_c} num_warps={config.num_warps}"
-        return f"{knobs}: {held:g} channels of rows a thread, not 1 to {most}"
+        return f"{knobs}: {held:g} channels of {pooled} rows a thread, held are 1 of eight rows to {MOST_HELD} of all"
     return None
 
 
 def default(problem: CompressKvProblem) -> Config:
-    """Whole entries of short pools; long ones by blocks of channels."""
+    """Whole entries of short pools, four channels a thread; long ones by blocks of channels, fewer for few tokens."""
     padded = triton.next_power_of_2(problem.head_dim)
     if problem.ratio * problem.overlaps <= 2 * compressor.LANES:
-        return Config(block_c=padded, num_warps=max(1, min(4, padded // 64)))
-    return Config(block_c=min(64, padded), num_warps=max(1, min(2, padded // 32)))
+        return Config(block_c=padded, num_warps=max(1, min(4, padded // 128)))
+    return Config(block_c=min(16 if problem.m <= 128 else 32, padded), num_warps=4)
 
 
 @triton.jit
-def _span(
-    positions_ptr, sequence_ids_ptr, cu_seqlens_ptr, TOKENS, SEQUENCES, RATIO: tl.constexpr, POOLED: tl.constexpr
-):  # fmt: skip
-    """The tokens that this program may emit for: from the first, in steps of RATIO, below the second number."""
-    program = tl.program_id(0)
-    if program < SEQUENCES:  # entries of which the ring has rows
-        first = tl.load(cu_seqlens_ptr + program)
-        end = tl.load(cu_seqlens_ptr + program + 1)
+def _of_sequence(positions_ptr, cu_seqlens_ptr, sequence, EACH, RATIO: tl.constexpr):
+    """First token of a sequence, its end, the position of the first, and the first that completes an entry."""
+    guess = sequence * EACH  # right where all sequences have as many tokens: then no load waits for another
+    position = tl.load(positions_ptr + guess)
+    first = tl.load(cu_seqlens_ptr + sequence)
+    end = tl.load(cu_seqlens_ptr + sequence + 1)
+    if first != guess:
         position = tl.load(positions_ptr + first, mask=first < end, other=0)
-        token = first + RATIO - 1 - position % RATIO
-        limit = tl.minimum(end, first + POOLED - 1)
-    else:
-        PADDED: tl.constexpr = triton.next_power_of_2(RATIO)
-        i = tl.arange(0, PADDED)
-        at = (program - SEQUENCES) * RATIO + i
-        inside = (i < RATIO) & (at < TOKENS)
-        sequences = tl.load(sequence_ids_ptr + at, mask=inside, other=-1)
-        positions = tl.load(positions_ptr + at, mask=inside, other=0)
-        begins = tl.load(cu_seqlens_ptr + sequences, mask=sequences >= 0, other=0)
-        whole = (sequences >= 0) & ((positions + 1) % RATIO == 0) & (at - POOLED + 1 >= begins)
-        token = tl.max(tl.where(whole, at, -1))
-        limit = token + 1
-        token = tl.where(token >= 0, token, 0)
-    return token, limit
+    return first, end, position, first + RATIO - 1 - position % RATIO
 
 
 @triton.jit
-def _weights(below, exists):
-    """exp(-below) where a row exists, as the reference has it; NaN stays NaN."""
-    share = tl.where(below > MOST_BELOW, 0.0, exp_neg(below))
-    return tl.where(exists, tl.where(below != below, below, share), 0.0)
+def _of_run(sequence_ids_ptr, positions_ptr, run, TOKENS, RATIO: tl.constexpr, POOLED: tl.constexpr):
+    """The token that completes an entry of tokens of this step alone, among RATIO tokens; -1 where none does."""
+    i = tl.arange(0, triton.next_power_of_2(RATIO))
+    at = run * RATIO + i
+    inside = (i < RATIO) & (at < TOKENS)
+    sequences = tl.load(sequence_ids_ptr + at, mask=inside, other=-1)
+    oldest = tl.load(sequence_ids_ptr + at - (POOLED - 1), mask=inside & (at >= POOLED - 1), other=-1)
+    positions = tl.load(positions_ptr + at, mask=inside, other=0)
+    whole = (sequences >= 0) & (sequences == oldest) & ((positions + 1) % RATIO == 0)
+    return tl.max(tl.where(whole, at, -1))
+
+
+@triton.jit
+def _weights(below):
+    """exp(-below) as the reference has it; a NaN stays one."""
+    return tl.where(below > MOST_BELOW, 0.0, exp2_times(below * -LOG2E, 0))
 
 
 @triton.jit
@@ -116,169 +116,295 @@ def _sum_of_lanes(x, C: tl.constexpr):
 
 @triton.jit
 def _rows(
-    chunk, token, position, begin, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols,
-    RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, HEAD_DIM: tl.constexpr,
+    j, token, position, begin, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols,
+    WHOLE: tl.constexpr, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Values and scores of rows 8 chunk .. 8 chunk + 7 of the pool that ends with `token`, and which of them exist."""
+    """Values, gates, and what is added to these, of rows j (int32 [8]) of the pool that ends with `token`: 0 and
+    -infinity where there is none. WHOLE: all rows are in the step."""
     WIDTH: tl.constexpr = OVERLAPS * HEAD_DIM
     POOLED: tl.constexpr = OVERLAPS * RATIO
-    j = chunk * LANES + tl.arange(0, LANES)
-    at = position - (POOLED - 1) + j
-    row = token - (POOLED - 1) + j
-    exists = ((j < POOLED) & (at >= 0))[:, None] & (cols < HEAD_DIM)[None, :]
-    new = exists & (row >= begin)[:, None]
-    old = exists & (row < begin)[:, None]
+    FIRST: tl.constexpr = (POOLED - 1) * -1
     channels = tl.where(j >= POOLED - RATIO, (OVERLAPS - 1) * HEAD_DIM, 0)[:, None] + cols[None, :]
-    row = row.to(tl.int64)[:, None]
-    kv = widen(tl.load(kv_ptr + row * stride_kv + channels, mask=new, other=0.0))
-    gate = widen(tl.load(gate_ptr + row * stride_gate + channels, mask=new, other=0.0))
-    gate += tl.load(ape_ptr + (at % RATIO)[:, None] * WIDTH + channels, mask=new, other=0.0)
-    kept = ring_ptr + (at % RING)[:, None] * (2 * WIDTH) + channels
-    kv = tl.where(old, tl.load(kept, mask=old, other=0.0), kv)
-    gate = tl.where(old, tl.load(kept + WIDTH, mask=old, other=0.0), gate)
-    return kv, tl.where(exists, gate, float("-inf")), exists
+    # int64 before the multiply, of the first row alone: none is 2**31 elements from it
+    first = (token + FIRST).to(tl.int64)
+    kv_at = kv_ptr + first * stride_kv
+    gate_at = gate_ptr + first * stride_gate
+    kv_rows = (j * stride_kv)[:, None]
+    gate_rows = (j * stride_gate)[:, None]
+    ape_at = ape_ptr + (j % RATIO)[:, None] * WIDTH + channels
+    if WHOLE and (POOLED + LANES - 1) // LANES * LANES == POOLED and HEAD_DIM % BLOCK_C == 0:
+        kv = widen(tl.load(kv_at + kv_rows + channels))
+        gate = widen(tl.load(gate_at + gate_rows + channels))
+        ape = tl.load(ape_at)
+    else:
+        inside = (j < POOLED)[:, None] & (cols < HEAD_DIM)[None, :]
+        if WHOLE:
+            new = inside
+        else:
+            new = (token + FIRST + j >= begin)[:, None]
+            inside &= (position + FIRST + j >= 0)[:, None]
+        kept = ((position + FIRST + j).to(tl.uint32) % RING).to(tl.int32)[:, None] * (2 * WIDTH)
+        if not WHOLE and kv_ptr.dtype.element_ty == tl.float32:  # one load from wherever it lies
+            kv_at = tl.where(new, kv_at, ring_ptr) + tl.where(new, kv_rows, kept) + channels
+            gate_at = tl.where(new, gate_at, ring_ptr + WIDTH) + tl.where(new, gate_rows, kept) + channels
+            kv = tl.load(kv_at, mask=inside, other=0.0)
+            gate = tl.load(gate_at, mask=inside, other=float("-inf"))
+        else:
+            kv = widen(tl.load(kv_at + kv_rows + channels, mask=inside & new, other=0.0))
+            gate = widen(tl.load(gate_at + gate_rows + channels, mask=inside & new, other=float("-inf")))
+            if not WHOLE:
+                old = inside & (new == 0)
+                kv = tl.where(old, tl.load(ring_ptr + kept + channels, mask=old, other=0.0), kv)
+                gate = tl.where(old, tl.load(ring_ptr + WIDTH + kept + channels, mask=old, other=0.0), gate)
+        ape = tl.load(ape_at, mask=inside & new, other=-0.0)  # -0 is what changes no gate
+    return kv, gate, ape
+
+
+@triton.jit
+def _nothing():
+    return ()
+
+
+@triton.jit
+def _all_rows(
+    token, position, begin, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols,
+    WHOLE: tl.constexpr, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """`_rows` of all chunks: values, gates, what is added to these."""
+    values = _nothing()
+    gates = _nothing()
+    added = _nothing()
+    for chunk in tl.static_range((OVERLAPS * RATIO + LANES - 1) // LANES):
+        j = tl.arange(0, LANES) + chunk * LANES
+        kv, gate, ape = _rows(
+            j, token, position, begin, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols,
+            WHOLE, RATIO, OVERLAPS, RING, HEAD_DIM, BLOCK_C,
+        )  # fmt: skip
+        values += (kv,)
+        gates += (gate,)
+        added += (ape,)
+    return values, gates, added
+
+
+@triton.jit
+def _pool(values, gates, added, BLOCK_C: tl.constexpr):
+    """The entry [BLOCK_C] of these rows."""
+    scores = _nothing()
+    for i in tl.static_range(len(gates)):
+        scores += (gates[i] + added[i],)
+    highest = scores[0]
+    for i in tl.static_range(1, len(scores)):
+        highest = tl.maximum(highest, scores[i])
+    top = tl.max(highest, axis=0)[None, :]
+    share = _weights(top - scores[0])
+    total = share * values[0] + 0.0  # -0 + 0 = 0, as in a sum that begins with 0
+    for i in tl.static_range(1, len(scores)):
+        more = _weights(top - scores[i])
+        total += more * values[i]
+        share += more
+    return tl.div_rn(_sum_of_lanes(total, BLOCK_C), _sum_of_lanes(share, BLOCK_C))
 
 
 @triton.jit
 def _keep(
-    sequence, begin, end, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, positions_ptr, sequence_ids_ptr,
+    sequence, begin, end, position, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, sequence_ids_ptr,
     cols, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write the last RING tokens of a sequence to its ring."""
+    """Write the last RING tokens of a sequence, the first of which is at `position`, to its ring."""
     WIDTH: tl.constexpr = OVERLAPS * HEAD_DIM
     for start in range(tl.maximum(begin, end - RING), end, ROWS):
         row = start + tl.arange(0, ROWS)
         real = tl.load(sequence_ids_ptr + row, mask=row < end, other=-1) == sequence
-        position = tl.load(positions_ptr + row, mask=real, other=0)
-        inside = real[:, None] & (cols < HEAD_DIM)[None, :]
+        at = position + row - begin
+        inside = (row < end)[:, None] & (cols < HEAD_DIM)[None, :]
+        real = real[:, None] & (cols < HEAD_DIM)[None, :]
         row = row.to(tl.int64)[:, None]
-        kept = ring_ptr + (position % RING)[:, None] * (2 * WIDTH)
+        kept = ring_ptr + (at % RING)[:, None] * (2 * WIDTH)
         for lane in tl.static_range(OVERLAPS):
             channels = lane * HEAD_DIM + cols[None, :]
             kv = widen(tl.load(kv_ptr + row * stride_kv + channels, mask=inside, other=0.0))
             gate = widen(tl.load(gate_ptr + row * stride_gate + channels, mask=inside, other=0.0))
-            gate += tl.load(ape_ptr + (position % RATIO)[:, None] * WIDTH + channels, mask=inside, other=0.0)
-            tl.store(kept + channels, kv, mask=inside)
-            tl.store(kept + WIDTH + channels, gate, mask=inside)
+            gate += tl.load(ape_ptr + (at % RATIO)[:, None] * WIDTH + channels, mask=inside, other=0.0)
+            tl.store(kept + channels, kv, mask=real)
+            tl.store(kept + WIDTH + channels, gate, mask=real)
+
+
+@triton.jit
+def _of_entry(
+    token, position, slots_ptr, sequence_ids_ptr, table_ptr, POSITIONS, RATIO: tl.constexpr, TURNED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Where the entry goes that the token at `position` completes, or -1; cosines and sines of its turn.
+
+    The position of a padding token may be anything: what lies beyond the table is not looked up."""
+    one = tl.arange(0, 1)
+    at = one + position + 1 - RATIO
+    angles = pair_angles(PADDED // 2, HEAD_DIM, TURNED)
+    cos, sin = load_angles(table_ptr, at, (at >= 0) & (at < POSITIONS), angles, TURNED)
+    slot = tl.load(slots_ptr + token)
+    return tl.where(tl.load(sequence_ids_ptr + token) >= 0, slot, -1), cos, sin
+
+
+@triton.jit
+def _load_weight(weight_ptr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
+    cols = tl.arange(0, PADDED)
+    return widen(tl.load(weight_ptr + cols, mask=cols < HEAD_DIM, other=0.0))
 
 
 @triton.jit
 def _finish(
-    entry, position, slot, weight_ptr, table_ptr, eps, cache_ptr, RATIO: tl.constexpr, TURNED: tl.constexpr,
+    entry, weight, cos, sin, slot, eps, cache_ptr, TURNED: tl.constexpr, HADAMARD: tl.constexpr, FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Norm, turn and store one entry [PADDED]; not where slot < 0."""
+    x = tl.where(tl.arange(0, PADDED) < HEAD_DIM, entry, 0.0)[None, :]
+    y = rms_normed(x, eps, HEAD_DIM, 1, PADDED) * weight[None, :]
+    y = turn(y, cos, sin, pair_angles(PADDED // 2, HEAD_DIM, TURNED), False, TURNED, 1, PADDED // 2)
+    if HADAMARD:
+        y = hadamard(y, 1, PADDED)
+    cache_rows.store(
+        y, tl.arange(0, 1) + slot, cache_ptr, FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES,
+        PAGE_BYTES, E2M1_CVT, 1, PADDED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["TOKENS", "SEQUENCES", "EACH", "POSITIONS"])
+def _compress_kv(
+    kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, weight_ptr, table_ptr, eps, state_ptr, cache_ptr, pooled_ptr,
+    positions_ptr, sequence_ids_ptr, cu_seqlens_ptr, state_slots_ptr, slots_ptr, TOKENS, SEQUENCES, EACH,
+    POSITIONS, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, TURNED: tl.constexpr,
+    HADAMARD: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
+    E2M1_CVT: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr, KEPT_ROWS: tl.constexpr,
+):  # fmt: skip
+    if BLOCK_C < PADDED and CVT:
+        tl.extra.cuda.gdc_launch_dependents()
+    POOLED: tl.constexpr = OVERLAPS * RATIO
+    program = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if program < SEQUENCES:  # entries of which the ring has rows
+        state_slot = tl.load(state_slots_ptr + program)
+        first, end, start, token = _of_sequence(positions_ptr, cu_seqlens_ptr, program, EACH, RATIO)
+        # int64 before the multiply: many rings pass 2**31 elements
+        ring = state_ptr + state_slot.to(tl.int64) * (RING * 2 * OVERLAPS * HEAD_DIM)
+        limit = tl.minimum(end, first + POOLED - 2 + tl.num_programs(2))
+        _emit(
+            token, limit, start + token - first, first, ring, program * OVERLAPS, kv_ptr, stride_kv, gate_ptr,
+            stride_gate, ape_ptr, weight_ptr, table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr, slots_ptr, cols,
+            POSITIONS, False, RATIO, OVERLAPS, RING, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE,
+            ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C,
+        )  # fmt: skip
+        tl.debug_barrier()  # entries have read what is now overwritten
+        _keep(
+            program, first, end, start, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, sequence_ids_ptr,
+            cols, RATIO, OVERLAPS, RING, HEAD_DIM, KEPT_ROWS,
+        )  # fmt: skip
+    else:
+        token = _of_run(sequence_ids_ptr, positions_ptr, program - SEQUENCES, TOKENS, RATIO, POOLED)
+        if token >= 0:
+            position = tl.load(positions_ptr + token)
+            _emit(
+                token, token + tl.num_programs(2), position, 0, state_ptr, program * OVERLAPS, kv_ptr, stride_kv,
+                gate_ptr, stride_gate, ape_ptr, weight_ptr, table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr,
+                slots_ptr, cols, POSITIONS, True, RATIO, OVERLAPS, RING, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM,
+                PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C,
+            )  # fmt: skip
+
+
+@triton.jit
+def _emit(
+    token, limit, position, begin, ring, emitted, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, weight_ptr,
+    table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr, slots_ptr, cols, POSITIONS, WHOLE: tl.constexpr,
+    RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, TURNED: tl.constexpr, HADAMARD: tl.constexpr,
+    FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Pool the entries of the tokens from `token` to `limit` in steps of RATIO, the first of which is at `position`,
+    and store them where this program has all of their channels.
+
+    All that an entry needs is asked for before the loop, into which ptxas moves no load: it would rather save
+    registers and wait for values after gates, and for angles after both. So no compiler may know of a loop that it
+    ends after one pass: `limit` counts the grid's third dimension, which is 1. Long pools have more rows than fit,
+    and programs enough to wait in turn.
+    """
+    AGAIN: tl.constexpr = OVERLAPS > 1 or RATIO <= LANES
+    if token < limit:
+        values, gates, added = _all_rows(
+            token, position, begin, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols, WHOLE, RATIO,
+            OVERLAPS, RING, HEAD_DIM, BLOCK_C,
+        )  # fmt: skip
+        if BLOCK_C == PADDED:
+            weight = _load_weight(weight_ptr, HEAD_DIM, PADDED)
+            slot, cos, sin = _of_entry(
+                token, position, slots_ptr, sequence_ids_ptr, table_ptr, POSITIONS, RATIO, TURNED, HEAD_DIM, PADDED
+            )
+        while token < limit:
+            entry = _pool(values, gates, added, BLOCK_C)
+            if BLOCK_C == PADDED:
+                _finish(
+                    entry, weight, cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM,
+                    PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
+                )  # fmt: skip
+            else:
+                tl.store(pooled_ptr + emitted.to(tl.int64) * PADDED + cols, entry)
+            token += RATIO
+            position += RATIO
+            emitted += 1
+            if AGAIN:  # noqa: SIM102  # known when compiling
+                if token < limit:
+                    values, gates, added = _all_rows(
+                        token, position, begin, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols, WHOLE,
+                        RATIO, OVERLAPS, RING, HEAD_DIM, BLOCK_C,
+                    )  # fmt: skip
+                    if BLOCK_C == PADDED:
+                        slot, cos, sin = _of_entry(
+                            token, position, slots_ptr, sequence_ids_ptr, table_ptr, POSITIONS, RATIO, TURNED,
+                            HEAD_DIM, PADDED,
+                        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["TOKENS", "SEQUENCES", "EACH", "POSITIONS"])
+def _finish_kv(
+    pooled_ptr, weight_ptr, table_ptr, eps, cache_ptr, positions_ptr, sequence_ids_ptr, cu_seqlens_ptr, slots_ptr,
+    TOKENS, SEQUENCES, EACH, POSITIONS, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, TURNED: tl.constexpr,
     HADAMARD: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
     E2M1_CVT: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Norm, turn and store one entry [PADDED] that the token at `position` completes."""
-    cols = tl.arange(0, PADDED)
-    weight = widen(tl.load(weight_ptr + cols, mask=cols < HEAD_DIM, other=0.0))
-    one = tl.arange(0, 1)
-    angles = pair_angles(PADDED // 2, HEAD_DIM, TURNED)
-    cos, sin = load_angles(table_ptr, one + position + 1 - RATIO, one == 0, angles, TURNED)
-    x = tl.where(cols < HEAD_DIM, entry, 0.0)[None, :]
-    y = rms_normed(x, eps, HEAD_DIM, 1, PADDED) * weight[None, :]
-    y = turn(y, cos, sin, angles, False, TURNED, 1, PADDED // 2)
-    if HADAMARD:
-        y = hadamard(y, 1, PADDED)
-    cache_rows.store(
-        y, one + slot, cache_ptr, FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES,
-        E2M1_CVT, 1, PADDED,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["TOKENS", "SEQUENCES"])
-def _compress_kv(
-    kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, weight_ptr, table_ptr, eps, state_ptr, cache_ptr, pooled_ptr,
-    positions_ptr, sequence_ids_ptr, cu_seqlens_ptr, state_slots_ptr, slots_ptr, TOKENS, SEQUENCES,
-    RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, TURNED: tl.constexpr, HADAMARD: tl.constexpr,
-    FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK_C: tl.constexpr, KEPT_ROWS: tl.constexpr,
-):  # fmt: skip
+    """Entries that lie pooled. It starts while they are being pooled, and waits where it needs them; programs without
+    any wait too, for what follows this launch has to follow that one."""
     POOLED: tl.constexpr = OVERLAPS * RATIO
-    CHUNKS: tl.constexpr = (POOLED + LANES - 1) // LANES
-    token, limit = _span(positions_ptr, sequence_ids_ptr, cu_seqlens_ptr, TOKENS, SEQUENCES, RATIO, POOLED)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    emitted = tl.program_id(0) * OVERLAPS
-    while token < limit:
-        slot = tl.load(slots_ptr + token)
-        sequence = tl.load(sequence_ids_ptr + token)
-        if (slot >= 0) & (sequence >= 0):
-            position = tl.load(positions_ptr + token)
-            begin = tl.load(cu_seqlens_ptr + sequence)
-            # int64 before the multiply: many rings pass 2**31 elements
-            state_slot = tl.load(state_slots_ptr + sequence).to(tl.int64)
-            ring = state_ptr + state_slot * (RING * 2 * OVERLAPS * HEAD_DIM)
-            if CHUNKS == 1:
-                kv, score, exists = _rows(
-                    0, token, position, begin, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols,
-                    RATIO, OVERLAPS, RING, HEAD_DIM,
-                )  # fmt: skip
-                share = _weights(tl.max(score, axis=0)[None, :] - score, exists)
-                total = share * kv + 0.0  # -0 + 0 = 0, as in a sum that begins with 0
-            else:
-                highest = tl.full([LANES, BLOCK_C], float("-inf"), tl.float32)
-                for chunk in tl.range(CHUNKS, loop_unroll_factor=UNROLL):
-                    _, score, _ = _rows(
-                        chunk, token, position, begin, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols,
-                        RATIO, OVERLAPS, RING, HEAD_DIM,
-                    )  # fmt: skip
-                    highest = tl.maximum(highest, score)
-                top = tl.max(highest, axis=0)[None, :]
-                share = tl.zeros([LANES, BLOCK_C], tl.float32)
-                total = tl.zeros([LANES, BLOCK_C], tl.float32)
-                for chunk in tl.range(CHUNKS, loop_unroll_factor=UNROLL):
-                    kv, score, exists = _rows(
-                        chunk, token, position, begin, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols,
-                        RATIO, OVERLAPS, RING, HEAD_DIM,
-                    )  # fmt: skip
-                    more = _weights(top - score, exists)
-                    total += more * kv
-                    share += more
-            entry = tl.div_rn(_sum_of_lanes(total, BLOCK_C), _sum_of_lanes(share, BLOCK_C))
-            if BLOCK_C == PADDED:
-                _finish(
-                    entry, position, slot, weight_ptr, table_ptr, eps, cache_ptr, RATIO, TURNED, HADAMARD, FORMAT,
-                    HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
-                )  # fmt: skip
-            else:
-                tl.store(pooled_ptr + emitted.to(tl.int64) * PADDED + cols, entry)
-        token += RATIO
-        emitted += 1
-
     program = tl.program_id(0)
     if program < SEQUENCES:
-        tl.debug_barrier()  # entries above have read what is now overwritten
-        begin = tl.load(cu_seqlens_ptr + program)
-        end = tl.load(cu_seqlens_ptr + program + 1)
-        state_slot = tl.load(state_slots_ptr + program).to(tl.int64)
-        ring = state_ptr + state_slot * (RING * 2 * OVERLAPS * HEAD_DIM)
-        _keep(
-            program, begin, end, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, positions_ptr,
-            sequence_ids_ptr, cols, RATIO, OVERLAPS, RING, HEAD_DIM, KEPT_ROWS,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["TOKENS", "SEQUENCES"])
-def _finish_kv(
-    pooled_ptr, weight_ptr, table_ptr, eps, cache_ptr, positions_ptr, sequence_ids_ptr, cu_seqlens_ptr, slots_ptr,
-    TOKENS, SEQUENCES, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, TURNED: tl.constexpr, HADAMARD: tl.constexpr,
-    FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr,
-    PADDED: tl.constexpr,
-):  # fmt: skip
-    POOLED: tl.constexpr = OVERLAPS * RATIO
-    token, limit = _span(positions_ptr, sequence_ids_ptr, cu_seqlens_ptr, TOKENS, SEQUENCES, RATIO, POOLED)
-    emitted = tl.program_id(0) * OVERLAPS
+        first, end, position, token = _of_sequence(positions_ptr, cu_seqlens_ptr, program, EACH, RATIO)
+        limit = tl.minimum(end, first + POOLED - 1)
+        position += token - first
+    else:
+        token = _of_run(sequence_ids_ptr, positions_ptr, program - SEQUENCES, TOKENS, RATIO, POOLED)
+        limit = token + 1
+        token = tl.where(token >= 0, token, 0)
+        position = tl.load(positions_ptr + token)
+    emitted = program * OVERLAPS
+    weight = _load_weight(weight_ptr, HEAD_DIM, PADDED)
+    if token >= limit and CVT:
+        tl.extra.cuda.gdc_wait()
     while token < limit:
-        slot = tl.load(slots_ptr + token)
-        if (slot >= 0) & (tl.load(sequence_ids_ptr + token) >= 0):
-            entry = tl.load(pooled_ptr + emitted.to(tl.int64) * PADDED + tl.arange(0, PADDED))
-            _finish(
-                entry, tl.load(positions_ptr + token), slot, weight_ptr, table_ptr, eps, cache_ptr, RATIO, TURNED,
-                HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
-            )  # fmt: skip
+        slot, cos, sin = _of_entry(
+            token, position, slots_ptr, sequence_ids_ptr, table_ptr, POSITIONS, RATIO, TURNED, HEAD_DIM, PADDED
+        )
+        if CVT:
+            tl.extra.cuda.gdc_wait()
+        entry = tl.load(pooled_ptr + emitted.to(tl.int64) * PADDED + tl.arange(0, PADDED))
+        _finish(
+            entry, weight, cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE,
+            ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
+        )  # fmt: skip
         token += RATIO
+        position += RATIO
         emitted += 1
 
 
@@ -306,21 +432,27 @@ def launch(
         return
     overlaps, padded = kv.shape[1] // cache.head_dim, triton.next_power_of_2(cache.head_dim)
     block_c = min(config.block_c, padded)
-    blocks, programs = padded // block_c, sequences + triton.cdiv(tokens, ratio)
+    blocks, programs = padded // block_c, _programs(tokens, sequences, ratio, overlaps)
     constants = _constants(cache, ratio, overlaps, table.shape[1], hadamard, host.has_e2m1_cvt(kv.device))
     pooled = None
     if blocks > 1:
         pooled = torch.empty(programs * overlaps, padded, dtype=torch.float32, device=kv.device)
-    rows = positions, sequence_ids, cu_seqlens
+    rows, counts = (positions, sequence_ids, cu_seqlens), (tokens, sequences, tokens // max(1, sequences), len(table))
     inputs = (kv, host.row_stride(kv), gate, host.row_stride(gate), ape, weight, table, eps, state, cache.data, pooled)
     own = _pool_constants(state.shape[1], block_c, config)
     _compress_kv[(programs, blocks)](
-        *inputs, *rows, state_slots, slots, tokens, sequences, **constants, **own,
+        *inputs, *rows, state_slots, slots, *counts, **constants, **own,
         num_warps=config.num_warps, **host.OPTIONS,
     )  # fmt: skip
     if pooled is not None:
-        operands = (pooled, weight, table, eps, cache.data, *rows, slots, tokens, sequences)
-        _finish_kv[(programs,)](*operands, **constants, num_warps=FINISH_WARPS, **host.OPTIONS)
+        operands = (pooled, weight, table, eps, cache.data, *rows, slots, *counts)
+        options = {"num_warps": FINISH_WARPS, **host.OPTIONS, **({"launch_pdl": True} if CVT else {})}
+        _finish_kv[(programs,)](*operands, **constants, **options)
+
+
+def _programs(tokens: int, sequences: int, ratio: int, overlaps: int) -> int:
+    """One a sequence, and one a run of `ratio` tokens where the step is as long as a pool."""
+    return sequences + (triton.cdiv(tokens, ratio) if tokens >= ratio * overlaps else 0)
 
 
 def warm(problem: CompressKvProblem, config: Config) -> None:
@@ -349,7 +481,7 @@ def build(problem: CompressKvProblem, config: Config, arch: str) -> Built:
     types |= {"weight_ptr": f"*{p.weight}", "table_ptr": "*fp32", "eps": "fp32", "state_ptr": "*fp32"}
     types |= {"cache_ptr": "*u8"}
     names = ("positions", "sequence_ids", "cu_seqlens", "state_slots", "slots")
-    types |= {f"{name}_ptr": "*i32" for name in names} | {"TOKENS": "i32", "SEQUENCES": "i32"}
+    types |= {f"{name}_ptr": "*i32" for name in names} | dict.fromkeys(COUNTS, "i32")
     padded = triton.next_power_of_2(p.head_dim)
     block_c = min(config.block_c, padded)
     constants = _constants(_cache(p, "cpu"), p.ratio, p.overlaps, p.rope_dim, bool(p.hadamard), arch == "sm_100a")
@@ -358,7 +490,17 @@ def build(problem: CompressKvProblem, config: Config, arch: str) -> Built:
         types["pooled_ptr"] = "*fp32"
     else:
         constants["pooled_ptr"] = None
-    return host.build(_compress_kv, types, constants, arch, config.num_warps, unaligned=("TOKENS", "SEQUENCES"))
+    return host.build(_compress_kv, types, constants, arch, config.num_warps, unaligned=COUNTS)
+
+
+def build_finish(problem: CompressKvProblem, config: Config, arch: str) -> Built:
+    """The second launch, compiled for `arch` without a GPU."""
+    p = problem
+    types = {"pooled_ptr": "*fp32", "weight_ptr": f"*{p.weight}", "table_ptr": "*fp32", "eps": "fp32"}
+    types |= {f"{name}_ptr": "*i32" for name in ("positions", "sequence_ids", "cu_seqlens", "slots")}
+    types |= {"cache_ptr": "*u8"} | dict.fromkeys(COUNTS, "i32")
+    constants = _constants(_cache(p, "cpu"), p.ratio, p.overlaps, p.rope_dim, bool(p.hadamard), arch == "sm_100a")
+    return host.build(_finish_kv, types, constants, arch, FINISH_WARPS, unaligned=COUNTS, launch_pdl=True)
 
 
 def _cache(p: CompressKvProblem, device: str) -> PagedCache | IndexCache:
@@ -386,6 +528,6 @@ def _constants(
 
 
 def _pool_constants(ring: int, block_c: int, config: Config) -> dict[str, Any]:
-    """KEPT_ROWS: as many as make 32 channels a thread, no more than a ring has."""
-    rows = max(1, 32 * 32 * config.num_warps // block_c)
+    """KEPT_ROWS: as many as make 8 channels a thread, no more than a ring has."""
+    rows = max(1, 8 * 32 * config.num_warps // block_c)
     return {"RING": ring, "BLOCK_C": block_c, "KEPT_ROWS": min(rows, triton.next_power_of_2(ring))}

@@ -274,7 +274,7 @@ def test_refusals():
     assert kernel.supports(odd, WHOLE) == "a Hadamard transform needs a power of two, got head_dim=96"
     wide = CompressKvProblem(**dims, head_dim=512, format="bf16")
     assert kernel.supports(wide, kernel.Config(num_warps=1)) == (
-        "block_c=512 num_warps=1: 128 channels of rows a thread, not 1 to 32"
+        "block_c=512 num_warps=1: 128 channels of 8 rows a thread, held are 1 of eight rows to 64 of all"
     )
     assert kernel.supports(wide, kernel.default(wide)) is None
 

@@ -32,8 +32,32 @@ def test_compress_kv(arch, ratio, head_dim, format, warps, m, sequences, pool):
     case.poison()
     kv, gate, ape, weight, table, eps, state, positions, ids, cu, state_slots, slots, _, _ = case.operands
     args = (kv.contiguous(), kv.shape[1], gate.contiguous(), kv.shape[1], ape, weight, table, eps, state, case.out.data)
-    args += (positions, ids, cu, state_slots, slots, m, sequences, m // sequences)
+    args += (positions, ids, cu, state_slots, slots, m, sequences, m // sequences, len(table))
     emulate(pool, compress_kv, problem, config, arch, (sequences + triton.cdiv(m, ratio), 1), args)
+    case.check()
+
+
+@pytest.mark.parametrize(("m", "sequences"), [(53, 1), (3, 3)])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compress_kv_in_parts(arch, m, sequences, pool):
+    """Two launches: entries with rows of the ring and without, and single tokens of which one completes an entry."""
+    problem = CompressKvProblem(
+        m=m, ratio=24, overlaps=1, head_dim=128, rope_dim=64, format="nvfp4", sequences=sequences
+    )
+    config = compress_kv.Config(block_c=64, num_warps=2)
+    assert compress_kv.supports(problem, config) is None
+    case = testing.case(problem, "cpu", 1)
+    case.poison()
+    kv, gate, ape, weight, table, eps, state, positions, ids, cu, state_slots, slots, _, _ = case.operands
+    programs = sequences + triton.cdiv(m, 24)
+    pooled = torch.full((programs, 128), torch.nan)
+    counts = (m, sequences, m // sequences, len(table))
+    args = (kv.contiguous(), kv.shape[1], gate.contiguous(), kv.shape[1], ape, weight, table, eps, state, case.out.data)
+    args += (pooled, positions, ids, cu, state_slots, slots, *counts)
+    emulate(pool, compress_kv, problem, config, arch, (programs, 2), args)
+    finish = SimpleNamespace(build=compress_kv.build_finish)
+    args = (pooled, weight, table, eps, case.out.data, positions, ids, cu, slots, *counts)
+    emulate(pool, finish, problem, config, arch, (programs,), args)
     case.check()
 
 
@@ -75,8 +99,8 @@ def test_index_topk(arch, held, pool):
     case.check()
 
 
-def emulated_logits(problem: IndexLogitsProblem, case: testing.Case, arch: str, pool) -> None:
-    config = index_logits.Config(block_m=4)
+def emulated_logits(problem: IndexLogitsProblem, case: testing.Case, arch: str, pool, block_m: int = 4) -> None:
+    config = index_logits.Config(block_m=block_m)
     case.poison()
     q, weights, cache, table, positions, ids, ratio, scale = case.operands
     args = (q, q.stride(0), q.stride(1), weights, weights.stride(0), cache.data, table, table.stride(0), positions, ids)
@@ -92,6 +116,28 @@ def test_index_logits(arch, format, x, pool):
     case = testing.case(problem, "cpu", 1)
     emulated_logits(problem, case, arch, pool)
     case.check()
+
+
+@pytest.mark.parametrize(("format", "x"), [("fp8", "fp8"), ("fp8", "bf16"), ("mxfp4", "bf16")])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_index_logits_of_single_queries(arch, format, x, pool):
+    """One of them padding, one that sees no entry of the last block; pages that are missing; scales of any byte."""
+    problem = IndexLogitsProblem(m=4, entries=192, format=format, sequences=4, heads=64, x=x)
+    case = testing.case(problem, "cpu", 1)
+    cache, table, positions, ids = case.operands[2:6]
+    positions[2], ids[3] = 4 * 100, -1
+    table[1, 1] = -1
+    if format == "mxfp4":
+        scales = cache.data[:, cache.page_size * 64 :]
+        scales[int(table[0, 0]), :256] = torch.arange(256) % 180 + 8  # beyond, scores are infinite
+    emulated_logits(problem, case, arch, pool, block_m=1)
+    assert torch.all(case.out[3] == -torch.inf)
+    for row in range(3):
+        slots = torch.where(table[row] >= 0, table[row] * 64, -(10**6))[:, None] + torch.arange(64)
+        keys = reference.read_rows(cache, slots.flatten().clamp(min=-1))
+        limit = (positions[row : row + 1] + 1) // 4
+        own = (x[row : row + 1] for x in (case.out, *case.operands[:2]))
+        testing.assert_index_logits_close(*own, keys, limit, case.operands[7])
 
 
 @pytest.mark.parametrize("arch", ARCHS)
