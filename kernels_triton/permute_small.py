@@ -21,7 +21,7 @@ from . import host
 
 MOST_SLOTS = 4096  # then three launches that sort are faster; and an expert with an index fits into int32
 MOST_EXPERTS = 4096
-COMPARED = 512  # slots at a time
+LEAST_COMPARED, COMPARED = 32, 512  # slots at a time: few of them by one warp, without a barrier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,11 @@ class Config:
 SPACE = {"block_p": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)}
 
 
+def default(problem: PermuteProblem) -> Config:
+    """Small programs while those of all slots and experts fit on a GPU at once."""
+    return Config(block_p=4 if problem.m * problem.topk <= 1024 else 16)
+
+
 def supports(problem: PermuteProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or None if it can."""
     slots = problem.m * problem.topk
@@ -42,7 +47,7 @@ def supports(problem: PermuteProblem, config: Config) -> str | None:
         return f"{slots} slots, more than {MOST_SLOTS}"
     if problem.experts > MOST_EXPERTS:
         return f"experts={problem.experts} is over {MOST_EXPERTS}"
-    held = config.block_p * COMPARED // (32 * config.num_warps)
+    held = config.block_p * _compared(slots) // (32 * config.num_warps)
     return None if held <= 128 else f"{held} comparisons a thread at a time, more than 128"
 
 
@@ -77,27 +82,31 @@ def launch(topk_ids: Tensor, experts: int, out: tuple[Tensor, Tensor], config: C
     order, offsets = out
     slots = topk_ids.numel()
     grid = (triton.cdiv(slots + experts + 1, config.block_p),)
-    _permute_small[grid](
-        topk_ids, order, offsets, slots, experts, **_constants(config), num_warps=config.num_warps, **host.OPTIONS
-    )
+    operands = topk_ids, order, offsets, slots, experts
+    _permute_small[grid](*operands, **_constants(slots, config), num_warps=config.num_warps, **host.OPTIONS)
 
 
 def warm(problem: PermuteProblem, config: Config) -> None:
     """Compile for the current device what launches of `problem` need."""
-    ids = torch.zeros(1, problem.topk, dtype=torch.int32, device="cuda")
-    launch(ids, problem.experts, (torch.empty_like(ids[0]), ids.new_empty(problem.experts + 1)), config)
+    ids = torch.zeros(problem.m, problem.topk, dtype=torch.int32, device="cuda")
+    launch(ids, problem.experts, (ids.new_empty(ids.numel()), ids.new_empty(problem.experts + 1)), config)
 
 
 def build_key(problem: PermuteProblem, config: Config) -> tuple[Any, ...]:
-    """What of a problem `build` depends on: nothing, its sizes are read at launch."""
-    return ()
+    """What of a problem `build` depends on: how many slots are compared at a time; its sizes are read at launch."""
+    return (_compared(problem.m * problem.topk),)
 
 
 def build(problem: PermuteProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU."""
     types = {"ids_ptr": "*i32", "order_ptr": "*i32", "offsets_ptr": "*i32", "slots": "i32", "E": "i32"}
-    return host.build(_permute_small, types, _constants(config), arch, config.num_warps, unaligned=("slots", "E"))
+    constants = _constants(problem.m * problem.topk, config)
+    return host.build(_permute_small, types, constants, arch, config.num_warps, unaligned=("slots", "E"))
 
 
-def _constants(config: Config) -> dict[str, Any]:
-    return {"BLOCK": config.block_p, "COMPARED": COMPARED}
+def _compared(slots: int) -> int:
+    return min(COMPARED, max(LEAST_COMPARED, triton.next_power_of_2(slots)))
+
+
+def _constants(slots: int, config: Config) -> dict[str, Any]:
+    return {"BLOCK": config.block_p, "COMPARED": _compared(slots)}

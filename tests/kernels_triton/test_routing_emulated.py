@@ -82,13 +82,17 @@ def parts_of_permute(p: PermuteProblem, config: permute.Config) -> list[built.Bu
     ]
 
 
-@pytest.mark.parametrize("kernel", [permute, permute_small], ids=lambda k: k.__name__)
-def test_permute(kernel, pool):
-    """Blocks of slots, the last ragged, whose counts fill a part of a scan."""
+@pytest.mark.parametrize(
+    ("kernel", "tokens"),
+    [(permute, 100), (permute_small, 100), (permute_small, 5)],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_permute(kernel, tokens, pool):
+    """Blocks of slots, the last ragged, whose counts fill a part of a scan; slots in two runs, and in one of a warp."""
     experts, bins = 40, 64
-    ids = testing.random_choices(100, 6, experts, torch.Generator().manual_seed(0))
+    ids = testing.random_choices(tokens, 6, experts, torch.Generator().manual_seed(0))
     n, flat = ids.numel(), ids.view(-1).numpy()
-    p, sizes = PermuteProblem(m=100, topk=6, experts=experts), (np.int32(n), np.int32(experts))
+    p, sizes = PermuteProblem(m=tokens, topk=6, experts=experts), (np.int32(n), np.int32(experts))
     order, offsets = np.full(n, -7, np.int32), np.full(experts + 1, -7, np.int32)
     if kernel is permute:
         config = permute.Config(block_s=64, num_warps=2)
@@ -102,7 +106,7 @@ def test_permute(kernel, pool):
         launch(scan, programs, permute.SCAN_WARPS, begins, ends, bases, totals, np.int32(blocks))
         launch(place, blocks, config.num_warps, ordered, bases, totals, order, offsets, *sizes)
     else:
-        small = permute_small.Config(block_p=64, num_warps=8)
+        small = permute_small.Config(block_p=64, num_warps=8) if tokens > 5 else permute_small.default(p)
         b = pool.submit(permute_small.build, p, small, "sm_90a").result()
         launch(b, triton.cdiv(n + experts + 1, small.block_p), small.num_warps, flat, order, offsets, *sizes)
     want = reference.permute(ids, experts)
