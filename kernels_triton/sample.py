@@ -66,8 +66,9 @@ SPACE = {"chunk": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)}
 
 
 def default(problem: SampleProblem) -> Config:
-    """Chunks that few rows fill a GPU with, larger ones for many."""
-    return Config(chunk=1024 if problem.m <= 4 else 2048 if problem.m <= 16 else 4096)
+    """Chunks that few rows fill a GPU with, larger ones for many, none of them twice as long as a row."""
+    most = max(1024, triton.next_power_of_2(problem.vocab))
+    return Config(chunk=min(most, 1024 if problem.m <= 4 else 2048 if problem.m <= 16 else 4096))
 
 
 def supports(problem: SampleProblem, config: Config) -> str | None:
