@@ -79,9 +79,12 @@ def effective(config: Config, fp32: bool) -> Config:
 
 def default(problem: IndexLogitsProblem) -> Config:
     """Single queries where each has a sequence of its own; larger blocks in FP8, which L2 would keep waiting for q."""
+    if problem.m <= problem.sequence_count:
+        return Config(block_m=1)
     if problem.x == "fp8" and problem.m >= 512:
         return Config(block_m=32, block_n=256, num_warps=8)
-    return Config(block_m=1 if problem.m <= problem.sequence_count else 8 if problem.m < 512 else 16)
+    # of BF16 two stages: three programs share an SM, so that one multiplies while others add up heads
+    return Config(block_m=8 if problem.m < 512 else 16, num_stages=3 if problem.x == "fp8" else 2)
 
 
 def arithmetic(problem: IndexLogitsProblem, config: Config) -> str:
@@ -160,11 +163,16 @@ def _load_keys(
             parts = tl.load(cache_ptr + scales[:, None] + word, mask=there[:, None], other=0).to(tl.int32)
             factor = tl.sum(parts << (8 * word), axis=1).to(tl.float32, bitcast=True)
     elif FORMAT == "mxfp4" and CVT and not FP32:
-        blocks = tl.arange(0, D // MX_BLOCK)
-        pairs = blocks[:, None] * (MX_BLOCK // 2) + tl.arange(0, MX_BLOCK // 2)[None, :]
-        inside = there[:, None] & (blocks * MX_BLOCK < HEAD_DIM)[None, :]
-        packed = tl.load(cache_ptr + rows[:, None, None] + pairs[None, :, :], mask=inside[:, :, None], other=0)
-        scale = tl.load(cache_ptr + scales[:, None] + blocks[None, :], mask=inside, other=127)
+        pairs, blocks = tl.arange(0, D // 2), tl.arange(0, D // MX_BLOCK)
+        inside = there[:, None] & (pairs < HEAD_DIM // 2)[None, :]
+        packed = tl.load(cache_ptr + rows[:, None] + pairs[None, :], mask=inside, other=0)
+        packed = packed.reshape(N, D // MX_BLOCK, MX_BLOCK // 2)
+        if SCALE_BYTES == 4 and ROW_BYTES % 4 == 0 and PAGE_BYTES % 4 == 0:
+            at = cache_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + scales // 4
+            scale = tl.load(at, mask=there, other=0)[:, None] >> (8 * blocks)[None, :] & 0xFF
+        else:
+            inside = there[:, None] & (blocks * MX_BLOCK < HEAD_DIM)[None, :]
+            scale = tl.load(cache_ptr + scales[:, None] + blocks[None, :], mask=inside, other=127)
         keys = _e2m1_bf16(packed, scale, N, D // MX_BLOCK)
     else:
         tl.static_assert(FORMAT == "mxfp4", "unknown index format")
@@ -263,7 +271,7 @@ def _index_logits(
         q, w = _load_query(q_at, stride_m, w_at, stride_w, first, HEADS, HEAD_DIM, H, D)
     # Keys that are computed pass from one turn to the next, for such operands Triton keeps in shared memory: others in
     # registers, to which each query's product would take them again.
-    PASSED: tl.constexpr = FORMAT == "mxfp4" or (FORMAT == "fp8" and not FP8)
+    PASSED: tl.constexpr = not FP32 and (FORMAT == "mxfp4" or (FORMAT == "fp8" and not FP8))
     if PASSED:
         stop, last, keys, factor = _load_run(
             first, end, group, sequences, visible, entries, cache_ptr, table_ptr, stride_table, ENTRIES, FORMAT, FP32,
