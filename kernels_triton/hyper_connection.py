@@ -1,14 +1,17 @@
 """What the hyper-connection kernels share: a product of all streams with a narrow matrix, and the fold that follows.
 
-Two launches. `_sums` multiplies vec(h) [tokens, 4 d] by fn [outputs, 4 d] and sums squares. A program has block_d
-columns of each stream for good: it holds what fn has there, in shared memory, and takes block after block of tokens.
-With POST it first makes h, the streams that a site leaves, and writes them. `_fold` adds the parts of a token and folds
-its streams into y; Sinkhorn's 39 normalisations, which wait for each other, have programs of their own.
+`_sums` multiplies vec(h) [tokens, 4 d] by fn [outputs, 4 d] and sums squares. A program has block_d columns of each
+stream for good: it holds what fn has there, in shared memory, and takes block after block of tokens. With POST it first
+makes h, the streams that a site leaves, and writes them. `_fold` adds the parts of a token and folds its streams into
+y; Sinkhorn's 39 normalisations, which wait for each other, have programs of their own. It is a programmatic dependent
+of the first launch: it asks for streams and weights before it waits for the end of the product.
 
-The second launch is a programmatic dependent of the first, so that it may start as soon as all programs of the first
-run. It waits for the end of the first or, with `overlap`, for no more than the parts of its own tokens, whose streams
-L2 still holds. This cannot deadlock, whatever the GPU: a program of the fold waits for programs of the product only,
-which run or have run when it starts, and which wait for nobody.
+`_joint` does both in one launch, for many tokens. A program, one an SM, multiplies a step of tokens and then folds its
+tokens of the step before, whose streams and parts L2 still holds, while its next columns are on their way. Programs
+wait for each other, step by step: the launch is cooperative, so that all of them run at the same time. No program is
+more than a step ahead of another, so that parts need room for RING steps only and hardly ever reach memory: a program
+that writes the parts of step s has seen all arrive at s - 2, hence done with their folds of s - 4 and before. Sinkhorn
+comes last, a program's tokens side by side.
 
 Tensor cores and FP32: an FP32 number is three BF16 numbers, exactly (8 bits each, cut off, not rounded). BF16 streams
 times each of the three are exact products; the sum of a program's columns goes to an FP32 sum outside of the tensor
@@ -42,21 +45,23 @@ FoldProblem = HyperConnectionPreProblem | HyperConnectionHeadProblem | HyperConn
 
 STREAMS = 4
 N = tl.constexpr(STREAMS)
-SINKHORN_TOKENS = tl.constexpr(8)  # a program's
+SINKHORN_TOKENS = tl.constexpr(2)  # a program's, where it has nothing else to do
+SINKHORNS = tl.constexpr(32)  # as many of a program of `_joint`
 PARTS_A_STEP = tl.constexpr(8)
 UPPER_HALF = tl.constexpr(-65536)
 SHARED_BYTES = 227 * 1024
 SMS = 132  # of an H100; a larger GPU has room for more of the fold
+MOST_TOKENS = 256  # of a step of `_joint`
+RING = 4  # steps of `_joint` whose parts have room at a time
 TOKENS_A_PAIR = 16384  # of launches: their parts take 235 MB (d = 7168, block_d = 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """block_m tokens by block_d columns of each stream a step of the product. Programs that differ in tokens share
-    columns as long as there are no more than `programs` of them.
+    columns as long as there are no more than `programs` of them; with `joint` there are as many.
 
-    num_warps and num_stages are those of the product, fold_warps those of the fold. overlap: the fold of a block of
-    tokens starts with the last of its parts, while the product goes on.
+    num_warps and num_stages are those of the product, fold_warps those of the fold. joint: one launch does both.
     """
 
     block_m: int = 64
@@ -65,7 +70,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     fold_warps: int = 8
-    overlap: bool = True
+    joint: bool = False
 
 
 SPACE = {
@@ -75,20 +80,23 @@ SPACE = {
     "num_warps": (4, 8),
     "num_stages": (2, 3),
     "fold_warps": (4, 8, 16),
-    "overlap": (False, True),
+    "joint": (False, True),
 }
 
 
 def default(problem: FoldProblem) -> Config:
-    """One step and whole rows in registers for few tokens; for many, what leaves room for folds beside the product."""
-    few = problem.m <= 256
+    """One step and whole rows in registers for few tokens; for many, one launch."""
+    few, post = problem.m <= 256, isinstance(problem, HyperConnectionPostPreProblem)
     # tcgen05 (sm_100a) takes copies of its operands, for which larger steps, and more of them, leave no room
-    copies = archs.current() == "sm_100a"
-    if copies or problem.x != "bf16" or isinstance(problem, HyperConnectionPostPreProblem):
-        return Config(num_stages=2 if copies else 3, fold_warps=8 if few else 4, overlap=not few)
+    if archs.current() == "sm_100a":
+        return Config(num_stages=2)
+    if problem.x != "bf16" or (post and 16 < problem.m <= 256):
+        return Config()
     if few:
-        return Config(block_m=16 if problem.m <= 16 else 64, block_d=64, programs=SMS, overlap=False)
-    return Config(block_m=128, block_d=64, programs=SMS, num_warps=8, fold_warps=4)
+        if problem.m > 16:
+            return Config(block_d=64, programs=SMS)
+        return Config(block_m=16, block_d=64, programs=SMS) if post else Config(block_m=16)
+    return Config(block_m=64 if post else 128, block_d=64, programs=SMS, num_warps=8, joint=True)
 
 
 def arithmetic(problem: FoldProblem, config: Config) -> str:
@@ -99,7 +107,7 @@ def arithmetic(problem: FoldProblem, config: Config) -> str:
 def _arithmetic(config: Config) -> str:
     return (
         f"parts of {config.block_d} columns for {config.block_m} rows by {config.num_warps} warps, "
-        f"folded by {config.fold_warps}"
+        f"folded by {config.fold_warps}{' at once' if config.joint else ''}"
     )
 
 
@@ -108,16 +116,23 @@ INVARIANT = _arithmetic(Config())
 
 def in_arithmetic(problem: FoldProblem, wanted: str) -> Config | None:
     """The config that sums so, in the way of the default for the rest; None if there is none."""
-    own = default(problem)
-    return _in_arithmetic(wanted, own.programs, own.overlap)
+    return _in_arithmetic(wanted, default(problem).programs)
 
 
 @functools.cache
-def _in_arithmetic(wanted: str, programs: int, overlap: bool) -> Config | None:
+def _in_arithmetic(wanted: str, programs: int) -> Config | None:
     steps = itertools.product(*(SPACE[name] for name in ("block_m", "block_d", "num_warps", "fold_warps")))
     configs = (
-        Config(block_m=m, block_d=d, programs=programs, num_warps=w, num_stages=2, fold_warps=f, overlap=overlap)
-        for m, d, w, f in steps
+        Config(
+            block_m=m,
+            block_d=d,
+            programs=min(programs, SMS) if joint else programs,
+            num_warps=w,
+            num_stages=2,
+            fold_warps=f,
+            joint=joint,
+        )
+        for (m, d, w, f), joint in itertools.product(steps, (False, True))
     )
     return next((c for c in configs if _arithmetic(c) == wanted), None)
 
@@ -129,7 +144,7 @@ def supports(problem: FoldProblem, config: Config) -> str | None:
     post = isinstance(problem, HyperConnectionPostPreProblem)
     size = ELEMENT_BYTES[problem.x]
     row = problem.k / (32 * config.fold_warps) * size / 4  # registers a thread for a row of the result
-    if row > 64 or (4 * row > 128 and not config.overlap):
+    if 4 * row > 128:
         return f"rows of {problem.k} columns spill: fold_warps={config.fold_warps}"
     step = f"a [{config.block_m}, {config.block_d}] step"
     tile, threads = config.block_m * config.block_d, 32 * config.num_warps
@@ -138,12 +153,32 @@ def supports(problem: FoldProblem, config: Config) -> str | None:
         return f"{step} leaves threads of {config.num_warps} warps idle"
     if held > (16 if post else 128):
         return f"{step} spills: num_warps={config.num_warps}"
+    if config.joint and (why := _refuse_joint(problem, config)) is not None:
+        return why
     buffers = STREAMS * tile * size + (tile * size + 80 * config.block_m if post else 0)
-    factors = 128 * config.block_d * (6 if problem.x == "bf16" else 4)
+    factors = 128 * config.block_d * (2 * _columns_an_output(post, config) if problem.x == "bf16" else 4)
     scratch = 128 * config.block_m + (tile * size if post else 0)
     shared = (config.num_stages - 1) * buffers + factors + scratch
     if shared > SHARED_BYTES:
         return f"{config.num_stages} stages take {shared} bytes of shared memory, more than {SHARED_BYTES}"
+    return None
+
+
+def _columns_an_output(post: bool, config: Config) -> int:
+    """Three terms of BF16; wgmma takes them at once, with as many columns of nothing, where its sums have room."""
+    return 4 if config.block_m >= 64 and (not post or config.num_warps == 8) else 3
+
+
+def _refuse_joint(problem: FoldProblem, config: Config) -> str | None:
+    if problem.x != "bf16":
+        return "one launch is for products on tensor cores, of BF16"
+    if config.fold_warps != config.num_warps:
+        return f"one launch has one number of warps, not {config.num_warps} and {config.fold_warps}"
+    if config.programs > SMS:
+        return f"{config.programs} programs of one launch would not run at the same time on {SMS} SMs"
+    parts = triton.cdiv(problem.k, config.block_d)
+    if parts > config.programs:
+        return f"{parts} parts are more than {config.programs} programs of one launch: block_d={config.block_d}"
     return None
 
 
@@ -179,27 +214,38 @@ def _opaque(x):
 
 
 @triton.jit
-def _factors(fn, dtype: tl.constexpr):
-    """fn [outputs, columns], FP32, as factors of numbers of dtype: a sum of three, the smallest first, or one."""
-    if CVT and dtype == tl.bfloat16:
-        high = (fn.to(tl.int32, bitcast=True) & UPPER_HALF).to(tl.float32, bitcast=True)
-        rest = fn - high
-        middle = (rest.to(tl.int32, bitcast=True) & UPPER_HALF).to(tl.float32, bitcast=True)
-        lowest = (rest - middle).to(tl.bfloat16)
-        return tl.trans(lowest), tl.trans(middle.to(tl.bfloat16)), tl.trans(high.to(tl.bfloat16))
-    else:
-        return (tl.trans(fn),)
+def _terms(fn):
+    """FP32 numbers as sums of three BF16 numbers, the smallest first."""
+    high = (fn.to(tl.int32, bitcast=True) & UPPER_HALF).to(tl.float32, bitcast=True)
+    rest = fn - high
+    middle = (rest.to(tl.int32, bitcast=True) & UPPER_HALF).to(tl.float32, bitcast=True)
+    return rest - middle, middle, high
 
 
 @triton.jit
-def _times(x, factors, total):
-    """total + x [rows, columns] times the sum of factors [columns, outputs]."""
-    if CVT and x.dtype == tl.bfloat16:
-        for i in tl.static_range(3):
-            total = tl.dot(x, factors[i], total)
-        return total
+def _factors(fn, TERMS: tl.constexpr):
+    """fn [outputs, columns] as what streams are multiplied by: itself, its terms, or its terms next to each other."""
+    if TERMS == 1:
+        return (tl.trans(fn),)
+    elif TERMS == 3:
+        lowest, middle, high = _terms(fn)
+        return tl.trans(lowest.to(tl.bfloat16)), tl.trans(middle.to(tl.bfloat16)), tl.trans(high.to(tl.bfloat16))
     else:
-        return tl.dot(_wide(x), factors[0], total, input_precision="ieee")
+        term = tl.arange(0, fn.shape[0])[:, None] // (fn.shape[0] // 4)
+        lowest, middle, high = _terms(fn)
+        chosen = tl.where(term == 0, lowest, tl.where(term == 1, middle, tl.where(term == 2, high, 0.0)))
+        return (tl.trans(chosen.to(tl.bfloat16)),)
+
+
+@triton.jit
+def _times(x, factors, TERMS: tl.constexpr):
+    """x [rows, columns] times the sum of factors [columns, outputs]."""
+    if TERMS == 1:
+        return tl.dot(_wide(x), factors[0], input_precision="ieee")
+    elif TERMS == 3:
+        return tl.dot(x, factors[2], tl.dot(x, factors[1], tl.dot(x, factors[0])))
+    else:
+        return tl.dot(x, factors[0])
 
 
 @triton.jit
@@ -207,6 +253,107 @@ def _output(place):
     """Which output of fn is at a place of a row of parts, and whether one is."""
     output = tl.where(place < 8, place - 1, tl.where(place < 16, place - N, place - 2 * N))
     return output, ((place >= 1) & (place <= N)) | ((place >= 8) & (place < 8 + N)) | (place >= 16)
+
+
+@triton.jit
+def _factors_of_part(
+    fn_ptr, part, D, TERMS: tl.constexpr, JOINED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """What fn has in the columns of a part: factors of all streams, next to each other, or of each."""
+    PADDED: tl.constexpr = 16 if HEAD else 32  # what tl.dot takes at least
+    column = tl.arange(0, 4 * PADDED if TERMS == 4 else PADDED)
+    output, is_output = _output(column % PADDED)
+    is_output &= column % PADDED < (8 if HEAD else 32)
+    FLAT: tl.constexpr = N * BLOCK_D if JOINED else BLOCK_D  # columns of a product
+    cols = part * BLOCK_D + tl.arange(0, FLAT) % BLOCK_D
+    at = fn_ptr + output[:, None] * (N * D) + (tl.arange(0, FLAT) // BLOCK_D * D + cols)[None, :]
+    inside = is_output[:, None] & (cols < D)[None, :]
+    factors = ()
+    for k in tl.static_range(1 if JOINED else N):
+        fn = _wide(tl.load(at + k * D, mask=inside, other=0.0))
+        factors = factors + (_factors(fn, TERMS),)  # type: ignore[assignment]  # noqa: RUF005
+    return factors
+
+
+@triton.jit
+def _four(at):
+    """Four FP32 numbers each from at [rows] on, [rows, 1], now: what Triton asks for a step ahead goes through shared
+    memory in copies of four bytes, each with a wait of its own.
+    """
+    if CVT:
+        load: tl.constexpr = "ld.global.f32 $0, [$1];"
+        a = tl.inline_asm_elementwise(load, "=f,l", [at], dtype=tl.float32, is_pure=True, pack=1)
+        b = tl.inline_asm_elementwise(load, "=f,l", [at + 1], dtype=tl.float32, is_pure=True, pack=1)
+        c = tl.inline_asm_elementwise(load, "=f,l", [at + 2], dtype=tl.float32, is_pure=True, pack=1)
+        d = tl.inline_asm_elementwise(load, "=f,l", [at + 3], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        a, b, c, d = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    return a[:, None], b[:, None], c[:, None], d[:, None]
+
+
+@triton.jit
+def _part_of(
+    factors,
+    part,
+    start,
+    h_ptr,
+    stride_m,
+    stride_n,
+    y_ptr,
+    stride_y,
+    post_ptr,
+    comb_ptr,
+    out_ptr,
+    M,
+    D,
+    TERMS: tl.constexpr,
+    POST: tl.constexpr,
+    JOINED: tl.constexpr,
+    HEAD: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A part of the sums of the tokens from start (int64) on: [tokens, 16 or 32], see `_output`. With POST of the
+    streams that a site leaves, which it writes.
+    """
+    row = tl.arange(0, BLOCK_M)
+    live = row < M - start
+    PADDED: tl.constexpr = 16 if HEAD else 32
+    FLAT: tl.constexpr = N * BLOCK_D if JOINED else BLOCK_D
+    stream = tl.arange(0, FLAT) // BLOCK_D
+    cols = part * BLOCK_D + tl.arange(0, FLAT) % BLOCK_D
+    inside = live[:, None] if WHOLE else live[:, None] & (cols < D)[None, :]
+    # one number of 64 bits a column, and of 32 a row: a block's rows are never so far apart
+    h_at = h_ptr + start * stride_m + (stream.to(tl.int64) * stride_n + cols)[None, :] + (row * stride_m)[:, None]
+    if POST:
+        token = tl.minimum(start + row, tl.maximum(M - 1, 0))
+        posts, combs = _four(post_ptr + token * N), ()
+        for j in tl.static_range(N):
+            combs = combs + (_four(comb_ptr + token * (N * N) + j * N),)  # type: ignore[assignment]  # noqa: RUF005
+        y = tl.load(y_ptr + start * stride_y + (row * stride_y)[:, None] + cols[None, :], mask=inside, other=0.0)
+        x0 = tl.load(h_at, mask=inside, other=0.0)
+        x1 = tl.load(h_at + stride_n, mask=inside, other=0.0)
+        x2 = tl.load(h_at + 2 * stride_n, mask=inside, other=0.0)
+        x3 = tl.load(h_at + 3 * stride_n, mask=inside, other=0.0)
+    total, squares = tl.zeros([1, 1], tl.float32), tl.zeros([BLOCK_M, FLAT], tl.float32)
+    for k in tl.static_range(1 if JOINED else N):
+        if POST:
+            c0, c1, c2, c3 = combs[0][k], combs[1][k], combs[2][k], combs[3][k]  # type: ignore[misc]
+            x = closed(_wide(y), _wide(x0), _wide(x1), _wide(x2), _wide(x3), posts[k], c0, c1, c2, c3)
+            x = narrow(x, h_ptr.dtype.element_ty, CVT)
+            out_at = out_ptr + start * (N * D) + k * D + (row * (N * D))[:, None] + cols[None, :]
+            tl.store(out_at, x, mask=inside)
+            x = _opaque(x)
+        else:
+            x = tl.load(h_at + k * stride_n, mask=inside, other=0.0)
+        # not a plain addition, which Triton makes the dot do: dots that feed dots have another layout than the last one
+        product = _times(x, factors[k], TERMS)
+        total = product if k == 0 else tl.fma(product, 1.0, total)
+        squares = tl.fma(_wide(x), _wide(x), squares)
+    if TERMS == 4:
+        total = tl.sum(total.reshape(BLOCK_M, 4, PADDED), axis=1)
+    return tl.where(tl.arange(0, PADDED)[None, :] == 0, tl.sum(squares, axis=1)[:, None], total)
 
 
 @triton.jit(do_not_specialize=["M", "GROUPS"])
@@ -221,75 +368,36 @@ def _sums(
     out_ptr,
     fn_ptr,
     parts_ptr,
-    done_ptr,
     M,
     D,
     GROUPS,
+    TERMS: tl.constexpr,
     POST: tl.constexpr,
-    JOINT: tl.constexpr,
+    JOINED: tl.constexpr,
     HEAD: tl.constexpr,
     PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A row of parts is WIDTH numbers: the sum of squares, pre from 1 on, post from 8 and comb from 16. JOINT: one
+    """A row of parts is WIDTH numbers: the sum of squares, pre from 1 on, post from 8 and comb from 16. JOINED: one
     product of all streams, next to each other.
     """
     WIDTH: tl.constexpr = 8 if HEAD else 32
-    PADDED: tl.constexpr = 16 if HEAD else 32  # what tl.dot takes at least
     if CVT:
         tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0) % PARTS
-    place = tl.arange(0, PADDED)
-    output, is_output = _output(place)
-    is_output &= place < WIDTH
-    FLAT: tl.constexpr = N * BLOCK_D if JOINT else BLOCK_D  # columns of a product
-    stream = tl.arange(0, FLAT) // BLOCK_D
-    cols = part * BLOCK_D + tl.arange(0, FLAT) % BLOCK_D
-    fn_at = fn_ptr + output[:, None] * (N * D) + (stream * D + cols)[None, :]
-    fn_inside = is_output[:, None] & (cols < D)[None, :]
-    factors = ()
-    for k in tl.static_range(1 if JOINT else N):
-        fn = _wide(tl.load(fn_at + k * D, mask=fn_inside, other=0.0))
-        factors = factors + (_factors(fn, h_ptr.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
+    place, row = tl.arange(0, 16 if HEAD else 32), tl.arange(0, BLOCK_M)
+    factors = _factors_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
     for block in range(tl.program_id(0) // PARTS, (M + BLOCK_M - 1) // BLOCK_M, GROUPS):
         # int64 before the multiply: a long batch passes 2**31 elements
-        rows = block * tl.full([], BLOCK_M, tl.int64) + tl.arange(0, BLOCK_M)
-        live = rows < M
-        inside = live[:, None] if WHOLE else live[:, None] & (cols < D)[None, :]
-        h_at = h_ptr + rows[:, None] * stride_m + (stream * stride_n + cols)[None, :]
-        total = tl.zeros([BLOCK_M, PADDED], tl.float32)
-        if POST:
-            y = tl.load(y_ptr + rows[:, None] * stride_y + cols[None, :], mask=inside, other=0.0)
-            x0 = tl.load(h_at, mask=inside, other=0.0)
-            x1 = tl.load(h_at + stride_n, mask=inside, other=0.0)
-            x2 = tl.load(h_at + 2 * stride_n, mask=inside, other=0.0)
-            x3 = tl.load(h_at + 3 * stride_n, mask=inside, other=0.0)
-        squares = tl.zeros([BLOCK_M, FLAT], tl.float32)
-        for k in tl.static_range(1 if JOINT else N):
-            if POST:
-                c = comb_ptr + rows * (N * N) + k
-                post = tl.load(post_ptr + rows * N + k, mask=live, other=0.0)[:, None]
-                c0 = tl.load(c, mask=live, other=0.0)[:, None]
-                c1 = tl.load(c + N, mask=live, other=0.0)[:, None]
-                c2 = tl.load(c + 2 * N, mask=live, other=0.0)[:, None]
-                c3 = tl.load(c + 3 * N, mask=live, other=0.0)[:, None]
-                x = closed(_wide(y), _wide(x0), _wide(x1), _wide(x2), _wide(x3), post, c0, c1, c2, c3)
-                x = narrow(x, h_ptr.dtype.element_ty, CVT)
-                tl.store(out_ptr + (rows[:, None] * N + k) * D + cols[None, :], x, mask=inside)
-                x = _opaque(x)
-            else:
-                x = tl.load(h_at + k * stride_n, mask=inside, other=0.0)
-            total = _times(x, factors[k], total)
-            squares = tl.fma(_wide(x), _wide(x), squares)
-        total = tl.where(place[None, :] == 0, tl.sum(squares, axis=1)[:, None], total)
-        at = parts_ptr + (rows * PARTS + part)[:, None] * WIDTH + place[None, :]
-        tl.store(at, total, mask=live[:, None] & (place < WIDTH)[None, :])
-        if done_ptr is not None:
-            if CVT:  # all threads have stored; tl.debug_barrier would keep loads from being asked for a step ahead
-                tl.inline_asm_elementwise("bar.sync 0; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-            tl.atomic_add(done_ptr + block, 1, sem="release", scope="gpu")
+        start = block * tl.full([], BLOCK_M, tl.int64)
+        total = _part_of(
+            factors, part, start, h_ptr, stride_m, stride_n, y_ptr, stride_y, post_ptr, comb_ptr, out_ptr, M, D,
+            TERMS, POST, JOINED, HEAD, WHOLE, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        at = parts_ptr + (start * PARTS + part) * WIDTH + (row * (PARTS * WIDTH))[:, None] + place[None, :]
+        tl.store(at, total, mask=(row < M - start)[:, None] & (place < WIDTH)[None, :])
 
 
 @triton.jit
@@ -308,17 +416,6 @@ def _pick(x, place: tl.constexpr):
     """The numbers of x at one place of its last axis."""
     AXIS: tl.constexpr = len(x.shape) - 1
     return tl.sum(tl.where(tl.arange(0, x.shape[AXIS]) == place, x, 0.0), axis=AXIS)
-
-
-@triton.jit
-def _await(done_ptr, block, COUNT: tl.constexpr):
-    """Wait for all parts of a block of tokens, so that they may be read; without `done` for the end of the product."""
-    if done_ptr is not None:
-        done = tl.atomic_add(done_ptr + block, 0, sem="acquire", scope="gpu")
-        while done < COUNT:
-            done = tl.atomic_add(done_ptr + block, 0, sem="acquire", scope="gpu")
-    elif CVT:
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -342,95 +439,68 @@ def _reciprocal(x):
 
 
 @triton.jit
+def _over(c, sums):
+    """Each of four tensors over sums."""
+    share = _reciprocal(sums)
+    return c[0] * share, c[1] * share, c[2] * share, c[3] * share
+
+
+@triton.jit
 def _rows_normed(c, eps):
-    """Entries c[4 i + j] over their sum along j."""
+    """Entries over the sum of their row: c[j] has what column j has of each row."""
+    return _over(c, ((c[0] + c[1]) + (c[2] + c[3])) + eps)
+
+
+@triton.jit
+def _columns_normed(c, eps):
+    """Entries over the sum of their column: rows are along the last axis, a thread each."""
     normed = ()
-    for i in tl.static_range(N):
-        share = _reciprocal(((c[N * i] + c[N * i + 1]) + (c[N * i + 2] + c[N * i + 3])) + eps)
-        normed = normed + (c[N * i] * share, c[N * i + 1] * share, c[N * i + 2] * share, c[N * i + 3] * share)  # type: ignore[assignment]  # noqa: RUF005
+    for j in tl.static_range(N):
+        share = _reciprocal(tl.sum(c[j], axis=2) + eps)
+        normed = normed + (c[j] * share[:, :, None],)  # type: ignore[assignment]  # noqa: RUF005
     return normed
 
 
 @triton.jit
-def _transposed(c):
-    """Entry c[4 i + j] at 4 j + i."""
-    moved = ()
-    for j in tl.static_range(N):
-        moved = moved + (c[j], c[N + j], c[2 * N + j], c[3 * N + j])  # type: ignore[assignment]  # noqa: RUF005
-    return moved
-
-
-@triton.jit
-def _softmax_rows(c, eps):
-    """exp of entries c[4 i + j] over their sum along j, + eps."""
-    shares = ()
-    for i in tl.static_range(N):
-        top = tl.maximum(tl.maximum(c[N * i], c[N * i + 1]), tl.maximum(c[N * i + 2], c[N * i + 3]))
-        for j in tl.static_range(N):
-            shares = shares + (tl.exp(c[N * i + j] - top),)  # type: ignore[assignment]  # noqa: RUF005
-    shares = _rows_normed(shares, 0.0)
-    entries = ()
-    for i in tl.static_range(N * N):
-        entries = entries + (shares[i] + eps,)  # type: ignore[assignment]  # noqa: RUF005
-    return entries
-
-
-@triton.jit
-def _joined(c):
-    """Four tensors [tokens, ...] as one of [tokens, n]: the numbers of the last one next to each other."""
-    joined = tl.join(tl.join(c[0], c[2]), tl.join(c[1], c[3]))
-    return joined.reshape(joined.shape[0], joined.numel // joined.shape[0])
-
-
-@triton.jit
-def _post_and_comb(
-    parts_ptr,
-    done_ptr,
-    base_ptr,
-    scale_ptr,
-    post_ptr,
-    comb_ptr,
-    block,
-    first,
-    M,
-    D,
-    norm_eps,
-    eps,
-    iterations,
-    PARTS: tl.constexpr,
-):
-    """post and comb of SINKHORN_TOKENS tokens from `first` on, each token's in a thread."""
+def _post_and_comb(sums, base_ptr, scale_ptr, post_ptr, comb_ptr, tokens, live, D, norm_eps, eps, iterations):
+    """post and comb of tokens whose sums [tokens, 32] are given."""
     base, scale = _base_and_scale(base_ptr, scale_ptr, 32)
-    _await(done_ptr, block, PARTS)
-    rows = first + tl.arange(0, SINKHORN_TOKENS)
-    live = rows < M
+    norm = _norm_of(_pick(sums, 0), D * N, norm_eps)
+    logits = sums * norm[:, None] * scale[None, :] + base[None, :]
+    # [tokens, 2, 4]: what each column has of the rows of four, of which one is post's and the last four are comb's
+    even, odd = tl.split(logits.reshape(sums.shape[0], 2, N, 2, 2))
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+
+    place = tl.arange(0, 2)[None, :, None] * (N * N) + tl.arange(0, N)[None, None, :] * N  # of what c0 has
+    at = post_ptr + tokens[:, None, None] * N + (place - 8)
+    is_post = live[:, None, None] & (place == 8)
+    tl.store(at, 2.0 * _sigmoid(c0), mask=is_post)
+    tl.store(at + 1, 2.0 * _sigmoid(c1), mask=is_post)
+    tl.store(at + 2, 2.0 * _sigmoid(c2), mask=is_post)
+    tl.store(at + 3, 2.0 * _sigmoid(c3), mask=is_post)
+
+    top = tl.maximum(tl.maximum(c0, c1), tl.maximum(c2, c3))
+    comb = _rows_normed((tl.exp(c0 - top), tl.exp(c1 - top), tl.exp(c2 - top), tl.exp(c3 - top)), 0.0)
+    comb = _columns_normed((comb[0] + eps, comb[1] + eps, comb[2] + eps, comb[3] + eps), eps)
+    for _ in range(iterations - 1):
+        comb = _columns_normed(_rows_normed(comb, eps), eps)
+    at = comb_ptr + tokens[:, None, None] * (N * N) + (place - 16)
+    is_comb = live[:, None, None] & (place >= 16)
+    for j in tl.static_range(N):
+        tl.store(at + j, comb[j], mask=is_comb)
+
+
+@triton.jit
+def _sums_of(parts_ptr, tokens, live, PARTS: tl.constexpr):
+    """The sums [tokens, 32] of all parts."""
     some = tl.arange(0, PARTS_A_STEP)
-    place = tl.arange(0, 32)
-    at = parts_ptr + ((rows * PARTS)[None, :, None] + some[:, None, None]) * 32 + place[None, None, :]
-    total = tl.zeros([PARTS_A_STEP, SINKHORN_TOKENS, 32], tl.float32)
+    at = parts_ptr + ((tokens * PARTS)[None, :, None] + some[:, None, None]) * 32 + tl.arange(0, 32)[None, None, :]
+    total = tl.zeros([PARTS_A_STEP, tokens.numel, 32], tl.float32)
     for part in tl.static_range(0, PARTS, PARTS_A_STEP):
         there = live[None, :, None] & (part + some < PARTS)[:, None, None]
         total += tl.load(at + part * 32, mask=there, other=0.0)
-    sums = tl.sum(total, axis=0)  # [tokens, 32]
-    norm = _norm_of(_pick(sums, 0), D * N, norm_eps)
-    logits = sums * norm[:, None] * scale[None, :] + base[None, :]
-
-    post = ()
-    for k in tl.static_range(N):
-        post = post + (2.0 * _sigmoid(_pick(logits, 8 + k)),)  # type: ignore[assignment]  # noqa: RUF005
-    tl.store(post_ptr + rows[:, None] * N + tl.arange(0, N)[None, :], _joined(post), mask=live[:, None])
-
-    comb = ()
-    for i in tl.static_range(N * N):
-        comb = comb + (_pick(logits, 16 + i),)  # type: ignore[assignment]  # noqa: RUF005
-    comb = _rows_normed(_transposed(_softmax_rows(comb, eps)), eps)
-    for _ in range(iterations - 1):
-        comb = _rows_normed(_transposed(_rows_normed(_transposed(comb), eps)), eps)
-    columns = ()
-    for j in tl.static_range(N):  # what the last normalisation left are columns
-        columns = columns + (_joined((comb[N * j], comb[N * j + 1], comb[N * j + 2], comb[N * j + 3])),)  # type: ignore[assignment]  # noqa: RUF005
-    at = comb_ptr + rows[:, None] * (N * N) + tl.arange(0, N * N)[None, :]
-    tl.store(at, _joined(columns), mask=live[:, None])
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -449,12 +519,12 @@ def _y(
     h_at,
     stride_n,
     parts_at,
-    done_ptr,
     base_ptr,
     scale_ptr,
     weight_ptr,
     y_at,
-    block,
+    sums_at,
+    arrived_ptr,
     D,
     norm_eps,
     eps,
@@ -465,35 +535,38 @@ def _y(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """The folded streams of a token, normed."""
-    HELD: tl.constexpr = done_ptr is None  # rows in registers, asked for at once; else less, and room for more programs
+    """The folded streams of a token, normed. The parts, and with MADE the streams, are read once all
+    programs have arrived, or without `arrived` once the launch before has ended.
+    """
     held, weights = (), ()
-    for chunk in tl.static_range(CHUNKS if HELD else 0):
+    for chunk in tl.static_range(CHUNKS):
         cols = chunk * CHUNK + tl.arange(0, CHUNK)
         if not MADE:
             held = held + (_streams_at(h_at + cols, stride_n, cols < D),)  # type: ignore[assignment]  # noqa: RUF005
         if weight_ptr is not None:
             weights = weights + (tl.load(weight_ptr + cols, mask=cols < D, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-    base, scale = _base_and_scale(base_ptr, scale_ptr, 8)
-    _await(done_ptr, block, PARTS)
-    for chunk in tl.static_range(CHUNKS if HELD and MADE else 0):
+    SUMMED: tl.constexpr = 8 if sums_at is None else WIDTH
+    base, scale = _base_and_scale(base_ptr, scale_ptr, SUMMED)
+    if arrived_ptr is not None:
+        _await(arrived_ptr)
+    elif CVT:
+        tl.extra.cuda.gdc_wait()
+    for chunk in tl.static_range(CHUNKS if MADE else 0):
         cols = chunk * CHUNK + tl.arange(0, CHUNK)
         held = held + (_streams_at(h_at + cols, stride_n, cols < D),)  # type: ignore[assignment]  # noqa: RUF005
-    part = tl.arange(0, PADDED_PARTS)
-    at = parts_at + part[:, None] * WIDTH + tl.arange(0, 8)[None, :]
-    sums = tl.sum(tl.load(at, mask=(part < PARTS)[:, None], other=0.0), axis=0)  # [8]
+    part, place = tl.arange(0, PADDED_PARTS), tl.arange(0, SUMMED)
+    at = parts_at + part[:, None] * WIDTH + place[None, :]
+    sums = tl.sum(tl.load(at, mask=(part < PARTS)[:, None], other=0.0), axis=0)
+    if sums_at is not None:
+        tl.store(sums_at + place, sums)
     norm = _norm_of(_pick(sums, 0), D * N, norm_eps)
     pre = _sigmoid(sums * norm * scale + base) + eps
     p0, p1, p2, p3 = _pick(pre, 1), _pick(pre, 2), _pick(pre, 3), _pick(pre, 4)
     row = ()  # in chunks, which are rounded as they come: fewer registers than a row of FP32
     squares = tl.zeros([CHUNK], tl.float32)
     for chunk in tl.static_range(CHUNKS):
-        cols = chunk * CHUNK + tl.arange(0, CHUNK)
-        if HELD:
-            x0, x1, x2, x3 = held[chunk]  # type: ignore[var-annotated]
-        else:
-            x0, x1, x2, x3 = _streams_at(h_at + cols, stride_n, cols < D)
-        y = ((p0 * _wide(x0) + p1 * _wide(x1)) + p2 * _wide(x2)) + p3 * _wide(x3)
+        x0, x1, x2, x3 = held[chunk]  # type: ignore[var-annotated]
+        y = tl.fma(p3, _wide(x3), tl.fma(p2, _wide(x2), tl.fma(p1, _wide(x1), p0 * _wide(x0))))
         y = narrow(y, y_at.dtype.element_ty, CVT)
         squares = tl.fma(_wide(y), _wide(y), squares)
         row = row + (y,)  # type: ignore[assignment]  # noqa: RUF005
@@ -502,8 +575,7 @@ def _y(
         cols = chunk * CHUNK + tl.arange(0, CHUNK)
         y = row[chunk]
         if weight_ptr is not None:
-            weight = weights[chunk] if HELD else tl.load(weight_ptr + cols, mask=cols < D, other=0.0)
-            y = narrow(_wide(y) * norm * _wide(weight), y_at.dtype.element_ty, CVT)
+            y = narrow(_wide(y) * norm * _wide(weights[chunk]), y_at.dtype.element_ty, CVT)
         tl.store(y_at + cols, y, mask=cols < D)
 
 
@@ -513,7 +585,6 @@ def _fold(
     stride_m,
     stride_n,
     parts_ptr,
-    done_ptr,
     base_ptr,
     scale_ptr,
     weight_ptr,
@@ -529,37 +600,186 @@ def _fold(
     SINKHORN: tl.constexpr,
     PARTS: tl.constexpr,
     PADDED_PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """MADE: the streams are the product's results, too. Programs of a block of BLOCK_M tokens lie together: those of
-    Sinkhorn, then one a token.
-    """
-    MIXING: tl.constexpr = BLOCK_M // SINKHORN_TOKENS if SINKHORN else 0
+    """Programs of Sinkhorn, which take longest, then one a token. MADE: the streams are the product's results, too."""
     WIDTH: tl.constexpr = 32 if SINKHORN else 8
-    block = tl.program_id(0) // (MIXING + BLOCK_M)
-    within = tl.program_id(0) % (MIXING + BLOCK_M)
-    if done_ptr is None:
-        # the last tokens first: the product read them last, so that L2 may still hold them
-        block = (M + BLOCK_M - 1) // BLOCK_M - 1 - block
-    start = block.to(tl.int64) * BLOCK_M  # int64 before the multiply: a long batch passes 2**31 elements
-    if SINKHORN:
-        first = start + within * SINKHORN_TOKENS
-        if (within < MIXING) & (first < M):
-            _post_and_comb(
-                parts_ptr, done_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, block, first, M, D, norm_eps, eps,
-                iterations, PARTS,
-            )  # fmt: skip
-    token = start + within - MIXING
-    if (within >= MIXING) & (token < M):
+    # the last tokens first: the product read them last, so that L2 may still hold them
+    token = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
+    if token < M:
         _y(
-            h_ptr + token * stride_m, stride_n, parts_ptr + token * (PARTS * WIDTH), done_ptr, base_ptr, scale_ptr,
-            weight_ptr, y_ptr + token * D, block, D, norm_eps, eps, MADE, PARTS, PADDED_PARTS, WIDTH, CHUNK, CHUNKS,
+            h_ptr + token * stride_m, stride_n, parts_ptr + token * (PARTS * WIDTH), base_ptr, scale_ptr, weight_ptr,
+            y_ptr + token * D, None, None, D, norm_eps, eps, MADE, PARTS, PADDED_PARTS, WIDTH, CHUNK, CHUNKS,
         )  # fmt: skip
-    if CVT and done_ptr is not None:  # noqa: SIM102  # known when compiling
-        if tl.program_id(0) == tl.num_programs(0) - 1:
-            tl.extra.cuda.gdc_wait()  # what follows this launch then follows the product's, too
+    elif SINKHORN:
+        if CVT:
+            tl.extra.cuda.gdc_wait()
+        tokens = (token - M) * SINKHORN_TOKENS + tl.arange(0, SINKHORN_TOKENS)
+        sums = _sums_of(parts_ptr, tokens, tokens < M, PARTS)
+        _post_and_comb(
+            sums, base_ptr, scale_ptr, post_ptr, comb_ptr, tokens, tokens < M, D, norm_eps, eps, iterations
+        )  # fmt: skip
+
+
+@triton.jit
+def _arrive(arrived_ptr):
+    """All that this program has stored can be read by who finds its arrival counted."""
+    if CVT:  # all threads have stored; tl.debug_barrier would keep loads from being asked for a step ahead
+        tl.inline_asm_elementwise("bar.sync 0; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.atomic_add(arrived_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def _await(arrived_ptr):
+    """Wait for all programs. In assembly: Triton asks for nothing ahead in a loop that has a loop."""
+    if CVT:
+        wait: tl.constexpr = """{
+            .reg .pred missing;
+            AWAIT${:uid}:
+            ld.acquire.gpu.global.b32 $0, [$1];
+            setp.lt.s32 missing, $0, $2;
+            @missing bra AWAIT${:uid};
+        }"""
+        tl.inline_asm_elementwise(
+            wait, "=&r,l,r", [arrived_ptr, tl.num_programs(0)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def _folds_of(
+    step,
+    h_ptr,
+    stride_m,
+    stride_n,
+    parts_ptr,
+    arrived_ptr,
+    base_ptr,
+    scale_ptr,
+    weight_ptr,
+    y_ptr,
+    sums_ptr,
+    M,
+    D,
+    RING,
+    norm_eps,
+    eps,
+    MADE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """y of this program's tokens of a step, and what `_post_and_comb` will need of them."""
+    start = step * TOKENS
+    for turn in tl.static_range((TOKENS + PROGRAMS - 1) // PROGRAMS):
+        place = turn * PROGRAMS + (tl.program_id(0) + PROGRAMS - start % PROGRAMS) % PROGRAMS
+        token = start.to(tl.int64) + place
+        arrived_at = None if arrived_ptr is None else arrived_ptr + step
+        if (place < TOKENS) & (token < M):
+            parts_at = parts_ptr + (step % RING * TOKENS + place) * (PARTS * WIDTH)
+            sums_at = None if sums_ptr is None else sums_ptr + token * WIDTH
+            _y(
+                h_ptr + token * stride_m, stride_n, parts_at, base_ptr, scale_ptr, weight_ptr, y_ptr + token * D,
+                sums_at, arrived_at, D, norm_eps, eps, MADE, PARTS, PADDED_PARTS, WIDTH, CHUNK, CHUNKS,
+            )  # fmt: skip
+        elif arrived_at is not None:
+            _await(arrived_at)  # as well: parts that others still read are not to be written over
+
+
+@triton.jit(do_not_specialize=["M", "RING", "iterations"])
+def _joint(
+    h_ptr,
+    stride_m,
+    stride_n,
+    site_y_ptr,
+    stride_y,
+    site_post_ptr,
+    site_comb_ptr,
+    streams_ptr,
+    fn_ptr,
+    parts_ptr,
+    arrived_ptr,
+    sums_ptr,
+    base_ptr,
+    scale_ptr,
+    weight_ptr,
+    y_ptr,
+    post_ptr,
+    comb_ptr,
+    M,
+    D,
+    RING,
+    norm_eps,
+    eps,
+    iterations,
+    PRODUCT: tl.constexpr,
+    FOLD: tl.constexpr,
+    TERMS: tl.constexpr,
+    POST: tl.constexpr,
+    JOINED: tl.constexpr,
+    HEAD: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """PRODUCT, FOLD: what of the two this launch does; one that does both has to have all its programs running."""
+    WIDTH: tl.constexpr = 8 if HEAD else 32
+    TOKENS: tl.constexpr = GROUPS * BLOCK_M
+    steps = (M + TOKENS - 1) // TOKENS
+    group, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    place, row = tl.arange(0, 16 if HEAD else 32), tl.arange(0, BLOCK_M)
+    if POST:
+        x_ptr, x_stride_m, x_stride_n = streams_ptr, N * D, D
+    else:
+        x_ptr, x_stride_m, x_stride_n = h_ptr, stride_m, stride_n
+    if PRODUCT:
+        factors = _factors_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
+    for step in range(steps):
+        if PRODUCT:
+            # int64 before the multiply: a long batch passes 2**31 elements
+            start = step * tl.full([], TOKENS, tl.int64) + group * BLOCK_M
+            there = tl.where(group < GROUPS, M, 0)
+            total = _part_of(
+                factors, part, start, h_ptr, stride_m, stride_n, site_y_ptr, stride_y, site_post_ptr, site_comb_ptr,
+                streams_ptr, there, D, TERMS, POST, JOINED, HEAD, WHOLE, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+            slot = step % RING * TOKENS + group * BLOCK_M
+            at = parts_ptr + (slot * PARTS + part) * WIDTH + (row * (PARTS * WIDTH))[:, None] + place[None, :]
+            tl.store(at, total, mask=(row < there - start)[:, None] & (place < WIDTH)[None, :])
+            if FOLD:
+                _arrive(arrived_ptr + step)
+        if FOLD:  # noqa: SIM102  # known when compiling
+            if (not PRODUCT) | (step > 0):
+                _folds_of(
+                    step - 1 if PRODUCT else step, x_ptr, x_stride_m, x_stride_n, parts_ptr, arrived_ptr, base_ptr,
+                    scale_ptr, weight_ptr, y_ptr, sums_ptr, M, D, RING, norm_eps, eps, POST, PROGRAMS, PARTS,
+                    PADDED_PARTS, WIDTH, TOKENS, CHUNK, CHUNKS,
+                )  # fmt: skip
+    if PRODUCT and FOLD:
+        _folds_of(
+            steps - 1, x_ptr, x_stride_m, x_stride_n, parts_ptr, arrived_ptr, base_ptr, scale_ptr, weight_ptr, y_ptr,
+            sums_ptr, M, D, RING, norm_eps, eps, POST, PROGRAMS, PARTS, PADDED_PARTS, WIDTH, TOKENS, CHUNK,
+            CHUNKS,
+        )  # fmt: skip
+    if FOLD and sums_ptr is not None:
+        tl.debug_barrier()  # this program has stored the sums of its tokens
+        for first in range(tl.program_id(0), M, SINKHORNS * PROGRAMS):
+            tokens = first + tl.arange(0, SINKHORNS).to(tl.int64) * PROGRAMS
+            at = sums_ptr + tokens[:, None] * 32 + tl.arange(0, 32)[None, :]
+            sums = tl.load(at, mask=(tokens < M)[:, None], other=0.0)
+            _post_and_comb(
+                sums, base_ptr, scale_ptr, post_ptr, comb_ptr, tokens, tokens < M, D, norm_eps, eps, iterations
+            )  # fmt: skip
 
 
 def launch(
@@ -579,18 +799,55 @@ def launch(
 
     site: a site's output y, post and comb, and room for the streams that it leaves of h: these are then folded.
     """
-    tokens = h.shape[0]
+    tokens, weights, numbers = h.shape[0], (base, scale, weight), (norm_eps, eps, iterations)
+    if config.joint and tokens and _run_at_once(config.programs, h.device):
+        launch_joint(h, fn, weights, numbers, out, config, site)
+        return
     for first in range(0, tokens, TOKENS_A_PAIR):
 
         def cut(t: Tensor, rows: slice = slice(first, first + TOKENS_A_PAIR)) -> Tensor:
             return t if tokens <= TOKENS_A_PAIR else t[rows]
 
         ended = None if site is None else tuple(cut(t) for t in site)
-        parts, done = launch_sums(cut(h), fn, config, ended)
+        parts = launch_sums(cut(h), fn, config, ended)
         streams = cut(h) if ended is None else ended[3]
-        folded = tuple(cut(t) for t in out)
-        weights = (base, scale, weight)
-        launch_fold(streams, parts, done, weights, (norm_eps, eps, iterations), folded, config, made=site is not None)
+        launch_fold(streams, parts, weights, numbers, tuple(cut(t) for t in out), config, made=site is not None)
+
+
+@functools.cache
+def _run_at_once(programs: int, device: torch.device) -> bool:
+    """Whether programs of `_joint` do, one an SM; the interpreter needs none to."""
+    return not CVT or torch.cuda.get_device_properties(device).multi_processor_count >= programs
+
+
+def launch_joint(
+    h: Tensor,
+    fn: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor | None],
+    numbers: tuple[float, float, int],
+    out: tuple[Tensor, ...],
+    config: Config,
+    site: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+) -> None:
+    """`launch` of at least one token in one launch; in the interpreter, where programs run one by one, in two."""
+    tokens, _, d = h.shape
+    sinkhorn = len(out) == 3
+    constants = _joint_constants(fn.shape[0], d, site is not None, h.dtype, config)
+    step = constants["GROUPS"] * config.block_m
+    steps = triton.cdiv(tokens, step)
+    ring = RING if CVT else steps
+    parts = torch.empty(ring * step, constants["PARTS"], _width(fn.shape[0]), dtype=torch.float32, device=h.device)
+    sums = parts.new_empty(tokens, 32) if sinkhorn else None
+    arrived = torch.zeros(steps, dtype=torch.int32, device=h.device) if CVT else None
+    y, post, comb, streams = site or (None, None, None, None)
+    stride_y = host.row_stride(y) if y is not None else d
+    folded = out if sinkhorn else (*out, None, None)
+    operands = (h, *strides(h), y, stride_y, post, comb, streams, fn, parts, arrived, sums, *weights, *folded)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **host.OPTIONS}
+    options |= {"launch_cooperative_grid": True} if CVT else {}
+    for product, fold in ((True, True),) if CVT else ((True, False), (False, True)):
+        run = _joint[(config.programs,)]
+        run(*operands, tokens, d, ring, *numbers, PRODUCT=product, FOLD=fold, **constants, **options)
 
 
 def strides(h: Tensor) -> tuple[int, int]:
@@ -598,31 +855,26 @@ def strides(h: Tensor) -> tuple[int, int]:
     return (h.stride(0) if h.shape[0] > 1 else STREAMS * h.shape[2]), h.stride(1)
 
 
-def launch_sums(
-    h: Tensor, fn: Tensor, config: Config, site: tuple[Tensor, ...] | None = None
-) -> tuple[Tensor, Tensor | None]:
+def launch_sums(h: Tensor, fn: Tensor, config: Config, site: tuple[Tensor, ...] | None = None) -> Tensor:
     """Parts FP32 [tokens, parts, width] of the product of h [tokens, 4, d] with fn, and of its sum of squares: see
-    `_sums`. With config.overlap also how many parts of each block of tokens are there, int32.
+    `_sums`.
     """
     tokens, _, d = h.shape
     constants = _sums_constants(fn.shape[0], d, site is not None, h.dtype, config)
     count = constants["PARTS"]
     parts = torch.empty(tokens, count, _width(fn.shape[0]), dtype=torch.float32, device=h.device)
-    blocks = triton.cdiv(tokens, config.block_m)
-    done = torch.zeros(blocks, dtype=torch.int32, device=h.device) if config.overlap else None
-    groups = max(1, min(blocks, config.programs // count))
+    groups = max(1, min(triton.cdiv(tokens, config.block_m), config.programs // count))
     y, post, comb, out = site or (None, None, None, None)
     stride_y = host.row_stride(y) if y is not None else d
-    operands = (h, *strides(h), y, stride_y, post, comb, out, fn, parts, done, tokens, d, groups)
+    operands = (h, *strides(h), y, stride_y, post, comb, out, fn, parts, tokens, d, groups)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **host.OPTIONS}
     _sums[(count * groups,)](*operands, **constants, **options)
-    return parts, done
+    return parts
 
 
 def launch_fold(
     h: Tensor,
     parts: Tensor,
-    done: Tensor | None,
     weights: tuple[Tensor, Tensor, Tensor | None],
     numbers: tuple[float, float, int],
     out: tuple[Tensor, ...],
@@ -637,11 +889,22 @@ def launch_fold(
     tokens, _, d = h.shape
     sinkhorn = len(out) == 3
     y, post, comb = out if sinkhorn else (*out, None, None)
-    constants = _fold_constants(sinkhorn, d, made, config)
-    programs = config.block_m + (config.block_m // SINKHORN_TOKENS.value if sinkhorn else 0)
-    operands = (h, *strides(h), parts, done, *weights, y, post, comb, tokens, d, *numbers)
+    operands = (h, *strides(h), parts, *weights, y, post, comb, tokens, d, *numbers)
     options = {"num_warps": config.fold_warps, **host.OPTIONS, **({"launch_pdl": True} if CVT else {})}
-    _fold[(triton.cdiv(tokens, config.block_m) * programs,)](*operands, **constants, **options)
+    constants = {"MADE": made, "SINKHORN": sinkhorn, **_fold_constants(d, config)}
+    _fold[(fold_programs(tokens, sinkhorn=sinkhorn),)](*operands, **constants, **options)
+
+
+def fold_programs(tokens: int, *, sinkhorn: bool) -> int:
+    return tokens + (triton.cdiv(tokens, SINKHORN_TOKENS.value) if sinkhorn else 0)
+
+
+def build(problem: FoldProblem, config: Config, arch: str) -> Built:
+    """The launch that multiplies, which is the only one with `joint`, compiled for `arch` without a GPU."""
+    head, post = (isinstance(problem, kind) for kind in (HyperConnectionHeadProblem, HyperConnectionPostPreProblem))
+    outputs = STREAMS if head else STREAMS * (STREAMS + 2)
+    build_one = build_joint if config.joint else build_sums
+    return build_one(problem.x, problem.k, config, arch, outputs=outputs, post=post)
 
 
 def build_sums(x: str, k: int, config: Config, arch: str, *, outputs: int, post: bool = False) -> Built:
@@ -649,36 +912,49 @@ def build_sums(x: str, k: int, config: Config, arch: str, *, outputs: int, post:
     types = {"h_ptr": f"*{x}", "stride_m": "i32", "stride_n": "i32", "stride_y": "i32", "fn_ptr": "*fp32"}
     types |= {"parts_ptr": "*fp32", "M": "i32", "D": "i32", "GROUPS": "i32"}
     constants = _sums_constants(outputs, k, post, host.DTYPES[x], config)
-    for wanted, more in (
-        (post, {"y_ptr": f"*{x}", "post_ptr": "*fp32", "comb_ptr": "*fp32", "out_ptr": f"*{x}"}),
-        (config.overlap, {"done_ptr": "*i32"}),
-    ):
-        types |= more if wanted else {}
-        constants |= {} if wanted else dict.fromkeys(more)
+    of_site = {"y_ptr": f"*{x}", "post_ptr": "*fp32", "comb_ptr": "*fp32", "out_ptr": f"*{x}"}
+    types |= of_site if post else {}
+    constants |= {} if post else dict.fromkeys(of_site)
     stages = config.num_stages
     return host.build(_sums, types, constants, arch, config.num_warps, unaligned=("M", "GROUPS"), num_stages=stages)
 
 
 def build_fold(x: str, k: int, config: Config, arch: str, *, sinkhorn: bool, made: bool = False) -> Built:
     """`_fold` compiled for `arch` without a GPU."""
-    types = {"h_ptr": f"*{x}", "stride_m": "i32", "stride_n": "i32", "parts_ptr": "*fp32", "base_ptr": "*fp32"}
-    types |= {"scale_ptr": "*fp32", "weight_ptr": f"*{x}", "y_ptr": f"*{x}", "M": "i32", "D": "i32"}
-    types |= {"norm_eps": "fp32", "eps": "fp32", "iterations": "i32"}
-    constants = _fold_constants(sinkhorn, k, made, config)
-    for wanted, more in (
-        (sinkhorn, {"post_ptr": "*fp32", "comb_ptr": "*fp32"}),
-        (config.overlap, {"done_ptr": "*i32"}),
-    ):
-        types |= more if wanted else {}
-        constants |= {} if wanted else dict.fromkeys(more)
+    types = {"h_ptr": f"*{x}", "stride_m": "i32", "stride_n": "i32", "parts_ptr": "*fp32"}
+    types |= {"weight_ptr": f"*{x}", "y_ptr": f"*{x}", "M": "i32", "D": "i32", **_COEFFICIENTS}
+    constants = {"MADE": made, "SINKHORN": sinkhorn, **_fold_constants(k, config)}
+    of_sinkhorn = {"post_ptr": "*fp32", "comb_ptr": "*fp32"}
+    types |= of_sinkhorn if sinkhorn else {}
+    constants |= {} if sinkhorn else dict.fromkeys(of_sinkhorn)
     unaligned = ("M", "iterations")
     return host.build(_fold, types, constants, arch, config.fold_warps, unaligned=unaligned, launch_pdl=True)
 
 
+def build_joint(x: str, k: int, config: Config, arch: str, *, outputs: int, post: bool = False) -> Built:
+    """`_joint` compiled for `arch` without a GPU."""
+    types = {"h_ptr": f"*{x}", "stride_m": "i32", "stride_n": "i32", "stride_y": "i32", "fn_ptr": "*fp32"}
+    types |= {"parts_ptr": "*fp32", "arrived_ptr": "*i32", "weight_ptr": f"*{x}", "y_ptr": f"*{x}", "M": "i32"}
+    types |= {"D": "i32", "RING": "i32", **_COEFFICIENTS}
+    constants = {"PRODUCT": True, "FOLD": True, **_joint_constants(outputs, k, post, host.DTYPES[x], config)}
+    of_site = {"site_y_ptr": f"*{x}", "site_post_ptr": "*fp32", "site_comb_ptr": "*fp32", "streams_ptr": f"*{x}"}
+    of_sinkhorn = {"sums_ptr": "*fp32", "post_ptr": "*fp32", "comb_ptr": "*fp32"}
+    for wanted, more in ((post, of_site), (outputs > STREAMS, of_sinkhorn)):
+        types |= more if wanted else {}
+        constants |= {} if wanted else dict.fromkeys(more)
+    options = {"num_stages": config.num_stages, "launch_cooperative_grid": True}
+    unaligned = ("M", "RING", "iterations")
+    return host.build(_joint, types, constants, arch, config.num_warps, unaligned=unaligned, **options)
+
+
+_COEFFICIENTS = {"base_ptr": "*fp32", "scale_ptr": "*fp32", "norm_eps": "fp32", "eps": "fp32", "iterations": "i32"}
+
+
 def _sums_constants(outputs: int, d: int, post: bool, dtype: torch.dtype, config: Config) -> dict[str, Any]:
     return {
+        "TERMS": _columns_an_output(post, config) if CVT and dtype == torch.bfloat16 else 1,
         "POST": post,
-        "JOINT": not post and dtype == torch.bfloat16,  # others' products would be of too many instructions
+        "JOINED": not post and dtype == torch.bfloat16,  # others' products would be of too many instructions
         "HEAD": outputs == STREAMS,
         "PARTS": triton.cdiv(d, config.block_d),
         "WHOLE": d % config.block_d == 0,
@@ -687,17 +963,23 @@ def _sums_constants(outputs: int, d: int, post: bool, dtype: torch.dtype, config
     }
 
 
-def _fold_constants(sinkhorn: bool, d: int, made: bool, config: Config) -> dict[str, Any]:
+def _fold_constants(d: int, config: Config) -> dict[str, Any]:
     chunk = 8 * 32 * config.fold_warps  # eight columns of a stream a thread: loads of 16 bytes
     parts = triton.cdiv(d, config.block_d)
     return {
-        "MADE": made,
-        "SINKHORN": sinkhorn,
         "PARTS": parts,
         "PADDED_PARTS": triton.next_power_of_2(parts),
-        "BLOCK_M": config.block_m,
         "CHUNK": chunk,
         "CHUNKS": triton.cdiv(d, chunk),
+    }
+
+
+def _joint_constants(outputs: int, d: int, post: bool, dtype: torch.dtype, config: Config) -> dict[str, Any]:
+    constants = {**_sums_constants(outputs, d, post, dtype, config), **_fold_constants(d, config)}
+    return {
+        **constants,
+        "PROGRAMS": config.programs,
+        "GROUPS": min(config.programs // constants["PARTS"], MOST_TOKENS // config.block_m),
     }
 
 

@@ -6,7 +6,6 @@ Memory bound: reads the streams (8 bytes a column in BF16) and writes 2 bytes a 
 import torch
 from torch import Tensor
 
-from fp4suite.built import Built
 from fp4suite.problem import HyperConnectionHeadProblem
 
 from . import host, hyper_connection
@@ -15,6 +14,7 @@ from .hyper_connection import (
     SPACE as SPACE,
     Config as Config,
     arithmetic as arithmetic,
+    build as build,
     build_key as build_key,
     default as default,
     in_arithmetic as in_arithmetic,
@@ -46,8 +46,3 @@ def warm(problem: HyperConnectionHeadProblem, config: Config) -> None:
     base, scale, weight, out = fn.new_zeros(OUTPUTS), fn.new_zeros(1), h.new_zeros(k), h.new_empty(1, k)
     for norm in (weight, None):
         launch(h, fn, base, scale, norm, 1.0, 1.0, out, config)
-
-
-def build(problem: HyperConnectionHeadProblem, config: Config, arch: str) -> Built:
-    """The launch that multiplies, compiled for `arch` without a GPU."""
-    return hyper_connection.build_sums(problem.x, problem.k, config, arch, outputs=OUTPUTS)

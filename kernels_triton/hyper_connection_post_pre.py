@@ -9,7 +9,6 @@ the bit.
 import torch
 from torch import Tensor
 
-from fp4suite.built import Built
 from fp4suite.problem import HyperConnectionPostPreProblem
 
 from . import host, hyper_connection
@@ -18,6 +17,7 @@ from .hyper_connection import (
     SPACE as SPACE,
     Config as Config,
     arithmetic as arithmetic,
+    build as build,
     build_key as build_key,
     default as default,
     in_arithmetic as in_arithmetic,
@@ -57,8 +57,3 @@ def warm(problem: HyperConnectionPostPreProblem, config: Config) -> None:
     out = torch.empty_like(h), h.new_empty(1, k), torch.empty_like(post), torch.empty_like(comb)
     for norm in (weight, None):
         launch(h[:, 0], h, post, comb, fn, base, scale, norm, 1.0, 1.0, 1, out, config)
-
-
-def build(problem: HyperConnectionPostPreProblem, config: Config, arch: str) -> Built:
-    """The launch that multiplies, compiled for `arch` without a GPU."""
-    return hyper_connection.build_sums(problem.x, problem.k, config, arch, outputs=OUTPUTS, post=True)

@@ -7,7 +7,6 @@ fn and the fold (see `hyper_connection`): each reads the streams, the second, cl
 import torch
 from torch import Tensor
 
-from fp4suite.built import Built
 from fp4suite.problem import HyperConnectionPreProblem
 
 from . import host, hyper_connection
@@ -16,6 +15,7 @@ from .hyper_connection import (
     SPACE as SPACE,
     Config as Config,
     arithmetic as arithmetic,
+    build as build,
     build_key as build_key,
     default as default,
     in_arithmetic as in_arithmetic,
@@ -49,8 +49,3 @@ def warm(problem: HyperConnectionPreProblem, config: Config) -> None:
     out = h.new_empty(1, k), fn.new_empty(1, n), fn.new_empty(1, n, n)
     for norm in (weight, None):
         launch(h, fn, base, scale, norm, 1.0, 1.0, 1, out, config)
-
-
-def build(problem: HyperConnectionPreProblem, config: Config, arch: str) -> Built:
-    """The launch that multiplies, compiled for `arch` without a GPU."""
-    return hyper_connection.build_sums(problem.x, problem.k, config, arch, outputs=OUTPUTS)

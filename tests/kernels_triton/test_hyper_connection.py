@@ -37,7 +37,8 @@ FOLDS: list[tuple[ModuleType, Any]] = [
 ]
 ALL = [*FOLDS, (hyper_connection_post, HyperConnectionPostProblem)]
 NAMES = ["pre", "head", "post_pre", "post"]
-SMALL = hyper_connection.Config(block_m=16, block_d=32, num_warps=4, fold_warps=4, overlap=False)
+SMALL = hyper_connection.Config(block_m=16, block_d=32, num_warps=4, fold_warps=4)
+JOINT = hyper_connection.Config(block_m=64, block_d=32, programs=5, fold_warps=4, joint=True)
 
 
 def small(module: ModuleType) -> Any:
@@ -68,7 +69,7 @@ def check(module: ModuleType, problem: Problem, device: torch.device, config: An
             {"block_m": 128, "num_warps": 8},
             {"programs": 1},
             {"block_d": 128, "num_stages": 2},
-            {"fold_warps": 8, "overlap": True},
+            {"fold_warps": 8},
             {"fold_warps": 16},
         )
     ],
@@ -86,10 +87,11 @@ def test_pairs_of_launches(module, kind, device, monkeypatch):
     check(module, kind(m=11, k=48), device)
 
 
+@pytest.mark.parametrize(("m", "k"), [(3, 48), (131, 80)])
 @pytest.mark.parametrize(("module", "kind"), FOLDS, ids=NAMES[:3])
-def test_folds_that_wait_for_parts(module, kind, device):
-    """Several blocks of tokens, one after the other in a program of the product."""
-    check(module, kind(m=41, k=48), device, dataclasses.replace(small(module), programs=1, overlap=True))
+def test_product_and_fold_in_one_launch(module, kind, m, k, device):
+    """Steps of one and of two groups, of more tokens than there are programs; a program without a part."""
+    check(module, kind(m=m, k=k), device, JOINT)
 
 
 @pytest.mark.parametrize("config", testing.configs(hyper_connection_post), ids=str)
@@ -197,7 +199,7 @@ def test_weights_of_any_magnitude_are_multiplied_whole(device):
     h[2, 1, 0], h[2, 1, 1] = 1.0, -1.0
     fn = torch.randn(24, 4 * k, generator=torch.Generator().manual_seed(0)).to(device)
     fn[:, k + 1] = fn[:, k] * (1 + 2.0**-20)  # what is left of token 2 is in the last bits
-    parts, _ = hyper_connection.launch_sums(h, fn, SMALL)
+    parts = hyper_connection.launch_sums(h, fn, SMALL)
     want = torch.stack([fn[:, 3], fn[:, 2 * k + 5] * -3, fn[:, k] - fn[:, k + 1]])
     outputs = [*range(1, 5), *range(8, 12), *range(16, 32)]  # where they lie: of pre, of post, of comb
     torch.testing.assert_close(parts.sum(1)[:, outputs], want, rtol=2.0**-22, atol=0)
@@ -336,7 +338,13 @@ def test_refusals():
         HyperConnectionPostPreProblem(m=1, k=7168), dataclasses.replace(SMALL, num_warps=8)
     )
     assert "step spills" in pre(hyper_connection.Config(block_m=128, block_d=64))
-    assert "3 stages take 237568 bytes of shared memory" in pre(hyper_connection.Config(block_d=128, num_warps=8))
+    assert "3 stages take 270336 bytes of shared memory" in pre(hyper_connection.Config(block_d=128, num_warps=8))
+    joint = hyper_connection.default(HyperConnectionPreProblem(m=4096, k=7168))
+    assert joint.joint
+    assert "of BF16" in pre(joint, x="fp16")
+    assert "one number of warps, not 8 and 4" in pre(dataclasses.replace(joint, fold_warps=4))
+    assert "264 programs of one launch would not run" in pre(dataclasses.replace(joint, programs=264))
+    assert "224 parts are more than 132 programs" in pre(dataclasses.replace(joint, block_d=32))
     post = HyperConnectionPostProblem(m=1, k=7168, n=3)
     assert hyper_connection_post.supports(post, small(hyper_connection_post)) is not None
 
@@ -363,8 +371,10 @@ def test_every_step_on_a_gpu(module, kind, device):
     for step, more in zip(
         itertools.product(space["block_m"], space["block_d"], space["num_warps"]), others, strict=False
     ):
-        names = ("block_m", "block_d", "num_warps", "programs", "fold_warps", "overlap")
+        names = ("block_m", "block_d", "num_warps", "programs", "fold_warps", "joint")
         config = module.Config(**dict(zip(names, (*step, *more), strict=True)))
+        if config.joint:
+            config = dataclasses.replace(config, programs=hyper_connection.SMS, fold_warps=config.num_warps)
         if module.supports(problem, config) is not None:
             config = dataclasses.replace(config, num_stages=2)
         if module.supports(problem, config) is None:

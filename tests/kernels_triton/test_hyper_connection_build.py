@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ptx_emulator
-from fp4suite import built, testing
+from fp4suite import built, dispatch, testing
 from fp4suite.built import Built
 from fp4suite.problem import HyperConnectionPostPreProblem, HyperConnectionPostProblem, HyperConnectionPreProblem
 from kernels_triton import hyper_connection, hyper_connection_post
@@ -50,7 +50,8 @@ def configs(post: bool) -> list[hyper_connection.Config]:
 @pytest.mark.parametrize("post", [False, True])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_products_do_not_spill(arch, post, pool):
-    wanted = configs(post) if arch == "sm_90a" else [default(64, True)]
+    with dispatch.on_target(arch):
+        wanted = configs(post) if arch == "sm_90a" else [default(64, True)]
     assert len(wanted) >= (4 if arch == "sm_90a" else 1)
     jobs = [(hyper_connection.build_sums, ("bf16", 7168, c, arch), {"outputs": 24, "post": post}) for c in wanted]
     jobs += [(hyper_connection.build_sums, ("bf16", 7168, wanted[-1], arch), {"outputs": 4})]
@@ -63,32 +64,30 @@ def test_products_do_not_spill(arch, post, pool):
         assert "cp.async" in b.ptx, args  # the next step is on its way
 
 
-def test_a_product_leaves_room_for_folds(pool):
-    """On an SM of 65,536 registers and 228 KB: without room there is no overlap."""
-    for post in (False, True):
-        config = default(4096, post)
-        jobs: list[tuple[Callable[..., Built], tuple, dict]] = [
-            (hyper_connection.build_sums, ("bf16", 7168, config, "sm_90a"), {"outputs": 24, "post": post}),
-            (hyper_connection.build_fold, ("bf16", 7168, config, "sm_90a"), {"sinkhorn": True, "made": post}),
-        ]
-        product, fold = (built.resources(b) for b in compiled(pool, jobs))
-        programs = 7168 // config.block_d
-        programs *= max(1, config.programs // programs)
-        assert programs <= 132 * min(65536 // (product.registers * 32 * config.num_warps), 2), (post, product)
-        free = 65536 - product.registers * 32 * config.num_warps
-        assert free >= fold.registers * 32 * config.fold_warps, (post, product, fold)
-        assert product.shared_bytes + 2 * fold.shared_bytes + 3072 <= 228 * 1024, (post, product, fold)
+def test_both_in_one_launch(pool):
+    """All of a large batch: loads for the tensor core asked for ahead, also past the loop that waits for parts."""
+    kinds = [(24, False), (4, False), (24, True)]
+    jobs: list[tuple[Callable[..., Built], tuple, dict]] = [
+        (hyper_connection.build_joint, ("bf16", k, default(4096, post), "sm_90a"), {"outputs": n, "post": post})
+        for n, post in kinds
+        for k in (7168, 4096)
+    ]
+    for (_, args, how), b in zip(jobs, compiled(pool, jobs), strict=True):
+        found = built.resources(b)
+        assert found.spill_bytes <= 128, (args, how)
+        assert dataclasses.replace(found, spill_bytes=0).refusal("sm_90a") is None, args
+        assert "wgmma" in b.ptx, args
+        assert "cp.async" in b.ptx[b.ptx.index("ld.acquire") :], args
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_folds_do_not_spill(arch, pool):
-    ways = [(4, True, True), (8, True, False), (8, False, False), (16, False, True)]
     jobs: list[tuple[Callable[..., Built], tuple, dict]] = []
-    for warps, overlap, made in ways:
-        config = dataclasses.replace(hyper_connection.Config(), fold_warps=warps, overlap=overlap)
+    for warps, made in ((4, True), (8, False), (16, True)):
+        config = dataclasses.replace(hyper_connection.Config(), fold_warps=warps)
         assert hyper_connection.supports(HyperConnectionPreProblem(m=64, k=7168), config) is None
         jobs.append((hyper_connection.build_fold, ("bf16", 7168, config, arch), {"sinkhorn": True, "made": made}))
-    head = hyper_connection.Config(fold_warps=8, overlap=False)
+    head = hyper_connection.Config(fold_warps=8)
     jobs.append((hyper_connection.build_fold, ("bf16", 7168, head, arch), {"sinkhorn": False}))
     for (_, args, _), b in zip(jobs, compiled(pool, jobs), strict=True):
         found = built.resources(b)
@@ -158,22 +157,24 @@ def launches(built_launches: list[tuple[Built, int, list[Any]]], **how: Any) -> 
 CASES = {
     "few": (False, 5, default(1, False)),
     "few, post": (True, 5, default(1, True)),
-    "many": (False, 5, default(4096, False)),
-    "many, post": (True, 5, default(4096, True)),
-    "blocks in turn": (False, 21, dataclasses.replace(default(1, False), programs=1, overlap=True)),
-    "blocks in turn, post": (True, 35, dataclasses.replace(default(1, True), block_m=32, programs=1, overlap=True)),
+    "many": (False, 5, dataclasses.replace(default(4096, False), joint=False)),
+    "blocks in turn": (False, 21, dataclasses.replace(default(1, False), programs=1)),
+    "blocks in turn, post": (True, 35, dataclasses.replace(default(1, True), block_m=32, programs=1)),
 }
+
+
+def case_of(post: bool, m: int, k: int) -> Any:
+    case = testing.case(KINDS[post](m=m, k=k), "cpu", 3)
+    case.poison()
+    return case
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_hoppers_machine_code_in_the_emulator(name, pool):
-    """Both launches, on tensor cores: within the bounds of the case, and the streams to the byte. Where the fold waits
-    for parts, both at once: no read of what another program writes but in the order of its count.
-    """
+    """Both launches, on tensor cores: within the bounds of the case, and the streams to the byte."""
     post, m, config = CASES[name]
     k = 144
-    case = testing.case(KINDS[post](m=m, k=k), "cpu", 3)
-    case.poison()
+    case = case_of(post, m, k)
     y, h, site = (case.operands[0], case.operands[1], case.operands[2:4]) if post else (None, case.operands[0], ())
     fn, base, scale, weight = case.operands[-7:-3]
     streams, *folded = case.out if post else (None, *case.out)
@@ -182,18 +183,39 @@ def test_hoppers_machine_code_in_the_emulator(name, pool):
         (hyper_connection.build_fold, ("bf16", k, config, "sm_90a"), {"sinkhorn": True, "made": post}),
     ]
     product, fold = compiled(pool, jobs)
-    count, blocks = -(-k // config.block_d), -(-m // config.block_m)
-    groups = max(1, min(blocks, config.programs // count))
+    count = -(-k // config.block_d)
+    groups = max(1, min(-(-m // config.block_m), config.programs // count))
     parts = torch.full((m, count, 32), torch.nan)
-    done = torch.zeros(blocks, dtype=torch.int32) if config.overlap else None
-    operands = [h, h.stride(0), h.stride(1), y, k, *(site or (None, None)), streams, fn, parts, done, m, k, groups]
+    operands = [h, h.stride(0), h.stride(1), y, k, *(site or (None, None)), streams, fn, parts, m, k, groups]
     first = (product, count * groups, operands)
     entering = h if streams is None else streams
-    operands = [entering, entering.stride(0), entering.stride(1), parts, done, base, scale, weight, *folded, m, k]
-    second = (fold, blocks * (config.block_m + config.block_m // 8), [*operands, testing.EPS, testing.EPS, 20])
-    if config.overlap:
-        ptx_emulator.run_together(launches([first, second], races="strict", cooperative=True, seed=1))
-    else:
-        for one in launches([first, second], races="strict"):
-            one.run(1)
+    operands = [entering, entering.stride(0), entering.stride(1), parts, base, scale, weight, *folded, m, k]
+    programs = hyper_connection.fold_programs(m, sinkhorn=True)
+    second = (fold, programs, [*operands, testing.EPS, testing.EPS, 20])
+    for one in launches([first, second], races="strict"):
+        one.run(1)
+    case.check()
+
+
+@pytest.mark.parametrize("post", [False, True])
+def test_one_launch_in_the_emulator(post, pool):
+    """Programs that wait for each other: no read of what another one writes but in the order of its arrival, nor of
+    streams before they are there. Three steps, the last of few tokens; a program without a part.
+    """
+    k, config = 80, dataclasses.replace(default(4096, post), block_m=64, programs=3)
+    m = 2 * config.block_m + 5
+    case = case_of(post, m, k)
+    y, h, site = (case.operands[0], case.operands[1], case.operands[2:4]) if post else (None, case.operands[0], ())
+    fn, base, scale, weight = case.operands[-7:-3]
+    streams, *folded = case.out if post else (None, *case.out)
+    (joint,) = compiled(
+        pool, [(hyper_connection.build_joint, ("bf16", k, config, "sm_90a"), {"outputs": 24, "post": post})]
+    )
+    ring = hyper_connection.RING
+    parts = torch.full((ring * config.block_m, -(-k // config.block_d), 32), torch.nan)
+    arrived = torch.zeros(-(-m // config.block_m), dtype=torch.int32)
+    operands = [h, h.stride(0), h.stride(1), y, k, *(site or (None, None)), streams, fn, parts, arrived]
+    operands += [torch.full((m, 32), torch.nan), base, scale, weight, *folded, m, k, ring]
+    how = {"races": "strict", "cooperative": True, "seed": 1}
+    ptx_emulator.run_together(launches([(joint, config.programs, [*operands, testing.EPS, testing.EPS, 20])], **how))
     case.check()
