@@ -18,7 +18,7 @@ from fp4suite.problem import RmsnormQuantizeProblem, Rule
 from fp4suite.reference.quant import SUM_CHUNK as _SUM_CHUNK
 
 from . import amax, host
-from .nvfp4 import SUM_CHUNK, load_half, magnitude_bits, pair_sum, store_quantized
+from .nvfp4 import CVT, SUM_CHUNK, load_half, magnitude_bits, pair_sum, store_quantized
 
 MOST_HELD = 128  # elements of a row in a thread
 
@@ -80,12 +80,16 @@ def _rmsnorm_quantize(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     at = x_ptr + (tl.minimum(rows, M - 1) * stride_m)[:, None, None]  # of what lies beyond, nothing is kept
     weight_at = weight_ptr + tl.zeros([BLOCK_M, 1, 1], tl.int32)
+    PACKED: tl.constexpr = HELD and CVT and x_ptr.dtype.element_ty == tl.bfloat16
     x = _nothing()
     first = _nothing()
     second = _nothing()
     for i in tl.static_range((K + SUM_K - 1) // SUM_K):
         tile = _load_tile(at, i, K, BLOCK_M, SUM_K)
-        x += tile
+        if PACKED:
+            x += (_upper(tile[0]), _upper(tile[1]))
+        else:
+            x += tile
         first += (tile[0] * tile[0],)
         second += (tile[1] * tile[1],)
     start = tl.program_id(1) * TILES
@@ -106,8 +110,13 @@ def _rmsnorm_quantize(
             w = _load_tile(weight_at, start + i, K, BLOCK_M, TILE_K)
             if not HELD:
                 x = _load_tile(at, start + i, K, BLOCK_M, TILE_K)
-        lo = x[2 * i if HELD else 0] * factor * w[0]
-        hi = x[2 * i + 1 if HELD else 1] * factor * w[1]
+        lo = x[2 * i if HELD else 0]
+        hi = x[2 * i + 1 if HELD else 1]
+        if PACKED:
+            lo = _widen_late(lo, M)
+            hi = _widen_late(hi, M)
+        lo = lo * factor * w[0]
+        hi = hi * factor * w[1]
         blocks = (start + i) * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
         if RULE == "amax":
             # eps = 0 makes rows of zeros NaN, the padding too
@@ -119,6 +128,29 @@ def _rmsnorm_quantize(
             )
     if RULE == "amax":
         tl.store(amax_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(most))
+
+
+@triton.jit
+def _upper(x):
+    """Upper halves of FP32 numbers: of widened BF16 what was loaded, so that it takes no instruction."""
+    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+
+
+@triton.jit
+def _widen_late(x, M):
+    """BF16's bits (int16) -> FP32, by a PRMT whose selector no compiler knows (M is not negative): else this would be
+    the widening before the sum, kept from there in twice the registers."""
+    low = 0x1044 + (M >> 31)
+    high = 0x3244 + (M >> 31)
+    bits = tl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, 0, $3; prmt.b32 $1, $2, 0, $5;",
+        "=r,=r,r,r,r,r,r",
+        [x, low, high],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=2,
+    )
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

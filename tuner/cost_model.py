@@ -63,13 +63,16 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     RopeInverseQuantizeProblem.op: 32,
     IndexQueryProblem.op: 20,
 }
-POOL_INSTRUCTIONS = 40  # of a row and channel: two loads and an exponential; estimate, as the next three
-COUNT_INSTRUCTIONS = 70  # of a score that is held: fifteen counts, then its place
+POOL_INSTRUCTIONS = 38  # of a row and channel, the norm and encoding of the entry included; from SASS
+POOL_SHARED = 0.25  # more, each time that twice as many threads share a channel; from SASS
+COUNT_INSTRUCTIONS = 70  # of a score that is held: fifteen counts, then its place; estimate, as the next two
 COUNT_OVERHEAD = 15 * 30 * 32  # of a warp that counts: sums over warps, the next middle
 SCAN_INSTRUCTIONS = 8  # of a score that streams by
 TOPK_PROGRAMS = 132  # that share a row's maxima among them where queries are few
 SCORE_INSTRUCTIONS = 55  # of an expert's score; from SASS
 SAMPLE_INSTRUCTIONS = 100  # a logit, in the three launches that read it
+RMS_SUM_INSTRUCTIONS = 5  # of an element: widened, squared, added; from SASS
+THREAD_US = 1e-3  # an instruction of a thread whose SM has little else to issue: two cycles; estimate
 MSE_INSTRUCTIONS = 60  # more, for the rule that tries several scales
 SM90_TILE_US = 0.5  # decode, barrier, MMA of one tile of K; measured on an H100 at m=1: 20 us for 32, 29 us for 56
 SM100_EPILOGUE_INSTRUCTIONS = {"bf16": 1.5, "fp32": 1.9, "nvfp4": 5.7}  # a number of d: counted in SASS, one alpha
@@ -240,6 +243,26 @@ def _rows(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
     )
 
 
+def _rmsnorm(problem: RmsnormQuantizeProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """Rows in parts, each of which sums them as a whole. A row that is held is asked for at once; of others each tile
+    is waited for again.
+    """
+    whole, k = _rows(problem, config, arch, resources), problem.k
+    tiles = math.ceil(math.ceil(k / config.tile_k) / config.parts)
+    summed = config.block_m * k * RMS_SUM_INSTRUCTIONS
+    instructions = summed + (whole.cta_instructions - summed) / config.parts
+    return dataclasses.replace(
+        whole,
+        ctas=whole.ctas * config.parts,
+        cta_bytes=whole.cta_bytes / config.parts,
+        in_flight=min(whole.cta_bytes / config.parts, float(config.block_m * k * ELEMENT_BYTES[problem.x])),
+        ingested=config.block_m * k * ELEMENT_BYTES[problem.x] * (1 + (not config.held) / config.parts),
+        cta_instructions=instructions,
+        ramps=1 if config.held or tiles == 1 else 1 + math.ceil(tiles / 2),
+        serial_us=instructions / whole.threads * THREAD_US,
+    )
+
+
 def _site(problem: HyperConnectionPostProblem, config: Any, arch: str, resources: Resources | None) -> Work:
     """A program block_d columns of all streams."""
     p, threads = problem, 32 * config.num_warps
@@ -331,13 +354,18 @@ def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Res
     p, pooled = problem, problem.overlaps * problem.ratio
     block_c = min(config.block_c, p.head_dim)
     parts = math.ceil(p.head_dim / block_c)
-    elements = pooled * block_c
-    return _moved(
-        (p.sequence_count + math.ceil(p.m / p.ratio)) * parts,
-        (p.bytes / max(1, p.sequence_count + p.entries)) / parts,
-        config.num_warps,
-        elements * POOL_INSTRUCTIONS,
-        ramps=4 if parts == 1 else 7,
+    cta_bytes = (p.bytes / max(1, p.sequence_count + p.entries)) / parts
+    # threads beyond one for four channels share a channel's rows, whose sums then cross warps
+    shared = 8 / pooled * max(0.0, math.log2(128 * config.num_warps / block_c))
+    instructions = pooled * block_c * POOL_INSTRUCTIONS * (1 + POOL_SHARED * shared)
+    return Work(
+        ctas=(p.sequence_count + (math.ceil(p.m / p.ratio) if p.m >= pooled else 0)) * parts,
+        threads=32 * config.num_warps,
+        cta_bytes=cta_bytes,
+        in_flight=min(cta_bytes, 8.0 * pooled * block_c),
+        cta_instructions=instructions,
+        ramps=2 if parts == 1 else 3,
+        serial_us=instructions / (32 * config.num_warps) * THREAD_US,
     )
 
 
@@ -567,7 +595,7 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     DequantProblem: _rows,
     QuantizeProblem: _rows,
     QuantizeFp8Problem: _rows,
-    RmsnormQuantizeProblem: _rows,
+    RmsnormQuantizeProblem: _rmsnorm,
     SwigluQuantizeProblem: _rows,
     RouteProblem: _route,
     PermuteProblem: _permute,

@@ -49,13 +49,23 @@ class Rows:
     num_warps: int = 4
 
 
+@dataclasses.dataclass(frozen=True)
+class WholeRows:
+    block_m: int = 1
+    num_warps: int = 2
+    parts: int = 1
+    held: bool = True
+    tile_k: int = 1024
+
+
 def act(arch):
     return "nvfp4" if arch == "sm_100a" else "bf16"
 
 
 def problems_at(m, arch):
     yield GemmProblem(m=m, n=7168, k=2048, act=act(arch)), Gemm()
-    for kind in (DequantProblem, QuantizeProblem, RmsnormQuantizeProblem, SwigluQuantizeProblem):
+    yield RmsnormQuantizeProblem(m=m, k=7168), WholeRows()
+    for kind in (DequantProblem, QuantizeProblem, SwigluQuantizeProblem):
         yield kind(m=m, k=7168), Rows()
 
 
