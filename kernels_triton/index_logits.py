@@ -242,9 +242,10 @@ def _multiply(q, keys, FP32: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
-def _store(dots, w, factor, entries, limit, out_ptr, token, ENTRIES):
+def _store(dots, w, factor, entries, since, position, out_ptr, token, ENTRIES):
+    """Scores of entries that can be seen since a position: to divide each query's would take twenty instructions."""
     score = tl.sum(tl.maximum(dots, 0.0) * w, axis=1) * factor
-    score = tl.where(entries < limit, score, float("-inf"))
+    score = tl.where(since <= position, score, float("-inf"))
     at = out_ptr + (token + tl.zeros([1], tl.int64)) * ENTRIES + entries
     tl.store(at, score, mask=entries < ENTRIES)
 
@@ -267,7 +268,9 @@ def _index_logits(
     visible = (tl.load(positions_ptr + group, mask=group < end, other=-1) + 1) // ratio
     q_at = q_ptr + heads.to(tl.int64)[:, None] * stride_h + cols[None, :]
     w_at = weights_ptr + heads[None, :]
+    since = (entries + 1) * ratio - 1
     if BLOCK_M == 1:  # on their way before keys are
+        position = tl.load(positions_ptr + first)
         q, w = _load_query(q_at, stride_m, w_at, stride_w, first, HEADS, HEAD_DIM, H, D)
     # Keys that are computed pass from one turn to the next, for such operands Triton keeps in shared memory: others in
     # registers, to which each query's product would take them again.
@@ -286,15 +289,15 @@ def _index_logits(
         if last > tl.program_id(1) * N:
             if BLOCK_M == 1:
                 dots = _multiply(q, keys, FP32, FP8)
-                _store(dots, w, factor * scale, entries, last, out_ptr, first, ENTRIES)
+                _store(dots, w, factor * scale, entries, since, position, out_ptr, first, ENTRIES)
             else:
                 for token in range(first, stop):
                     q, w = _load_query(q_at, stride_m, w_at, stride_w, token, HEADS, HEAD_DIM, H, D)
-                    limit = (tl.load(positions_ptr + token) + 1) // ratio
+                    position = tl.load(positions_ptr + token)
                     dots = _multiply(q, keys, FP32, FP8)
                     if TENSOR_MEMORY:  # all warps have read the products before one begins those of the next query
                         tl.debug_barrier()
-                    _store(dots, w, factor * scale, entries, limit, out_ptr, token, ENTRIES)
+                    _store(dots, w, factor * scale, entries, since, position, out_ptr, token, ENTRIES)
         else:
             for token in range(first, stop):
                 at = out_ptr + (token + tl.zeros([1], tl.int64)) * ENTRIES + entries
