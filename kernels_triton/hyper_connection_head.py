@@ -1,6 +1,6 @@
 """Four residual streams folded into one for the language-model head: as `hyper_connection_pre`, without a Sinkhorn.
 
-Memory bound: reads the streams (8 bytes a column in BF16) and writes 2 bytes a column, in two launches.
+Memory bound: reads the streams (8 bytes a column in BF16) and writes 2 bytes a column.
 """
 
 import torch

@@ -1,9 +1,8 @@
 """The end of one site and the input of the next, without a pass over the streams for the next one's product.
 
-Memory bound: reads 10 bytes a column (streams and output, BF16), writes the new streams (8) and the next input (2). Two
-launches (see `hyper_connection`): the first makes and writes the new streams and multiplies them while it has them, the
-second, close behind it, reads them again from L2 to fold them. The streams are `hyper_connection_post`'s to
-the bit.
+Memory bound: reads 10 bytes a column (streams and output, BF16), writes the new streams (8) and the next input (2). A
+product (see `hyper_connection`) makes and writes the new streams and multiplies them while it has them; a fold, close
+behind it, reads them again from L2. The streams are `hyper_connection_post`'s to the bit.
 """
 
 import torch

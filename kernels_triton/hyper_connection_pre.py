@@ -1,7 +1,7 @@
 """The input of a site and its coefficients, from four residual streams.
 
-Memory bound: reads the streams (8 bytes a column in BF16) and writes 2 bytes a column. Two launches, the product with
-fn and the fold (see `hyper_connection`): each reads the streams, the second, close behind the first, from L2.
+Memory bound: reads the streams (8 bytes a column in BF16) and writes 2 bytes a column. A product with fn and a fold
+(see `hyper_connection`): each reads the streams, the second, close behind the first, from L2.
 """
 
 import torch
