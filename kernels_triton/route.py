@@ -183,6 +183,23 @@ def _rough(key, EXPERT_BITS: tl.constexpr):
 
 
 @triton.jit
+def _falling(keys, CHUNKS: tl.constexpr):
+    """Keys [.] of each chunk, place by place in falling order."""
+    for last in tl.static_range(CHUNKS - 1, 0, -1):
+        for c in tl.static_range(last):
+            swapped = ()
+            for i in tl.static_range(CHUNKS):
+                if i == c:
+                    swapped += (tl.maximum(keys[c], keys[c + 1]),)  # type: ignore[assignment]
+                elif i == c + 1:
+                    swapped += (tl.minimum(keys[c], keys[c + 1]),)  # type: ignore[assignment]
+                else:
+                    swapped += (keys[i],)  # type: ignore[assignment]
+            keys = swapped
+    return keys
+
+
+@triton.jit
 def _candidates_of(
     logits_ptr, stride_m, bias_ptr, rows, in_rows, E,
     BIASED: tl.constexpr, TOPK: tl.constexpr, CANDIDATES: tl.constexpr, EXPERT_BITS: tl.constexpr, ROWS: tl.constexpr,
@@ -200,20 +217,20 @@ def _candidates_of(
         largest = tl.maximum(largest, magnitude)
     nth = tl.arange(0, CANDIDATES)
     found = tl.full((ROWS, CANDIDATES), 0, tl.int32)
+    keys = _falling(keys, CHUNKS)  # then only the first of each place can be the next
     for j in tl.static_range(CANDIDATES + 1):
-        most = keys[0]  # type: ignore[misc]
-        for c in tl.static_range(1, CHUNKS):
-            most = tl.maximum(most, keys[c])
-        best = tl.max(most, axis=1)
+        best = tl.max(keys[0], axis=1)  # type: ignore[misc]
         if j == 0:
             first = _rough(best, EXPERT_BITS)
         if j == TOPK - 1:
             chosen = _rough(best, EXPERT_BITS)
         if j < CANDIDATES:
             found = tl.where(nth[None, :] == j, best[:, None], found)
+            taken = keys[0] == best[:, None]  # type: ignore[misc]
             left = ()
-            for c in tl.static_range(CHUNKS):
-                left += (tl.where(keys[c] == best[:, None], TAKEN, keys[c]),)  # type: ignore[assignment]
+            for c in tl.static_range(CHUNKS - 1):
+                left += (tl.where(taken, keys[c + 1], keys[c]),)  # type: ignore[assignment]
+            left += (tl.where(taken, TAKEN, keys[CHUNKS - 1]),)  # type: ignore[assignment]
             keys = left
         else:
             missed = _rough(best, EXPERT_BITS)
