@@ -197,13 +197,12 @@ def test_hoppers_machine_code_in_the_emulator(name, pool):
     case.check()
 
 
-@pytest.mark.parametrize("post", [False, True])
-def test_one_launch_in_the_emulator(post, pool):
+@pytest.mark.parametrize(("post", "m", "warps"), [(False, 66, 4), (True, 5, 8)])
+def test_one_launch_in_the_emulator(post, m, warps, pool):
     """Programs that wait for each other: no read of what another one writes but in the order of its arrival, nor of
-    streams before they are there. Three steps, the last of few tokens; a program without a part.
+    streams before they are there. Two steps, the second of few tokens; a step alone.
     """
-    k, config = 80, dataclasses.replace(default(4096, post), block_m=64, programs=3)
-    m = 2 * config.block_m + 5
+    k, config = 80, dataclasses.replace(default(4096, post), block_m=64, programs=2, num_warps=warps, fold_warps=warps)
     case = case_of(post, m, k)
     y, h, site = (case.operands[0], case.operands[1], case.operands[2:4]) if post else (None, case.operands[0], ())
     fn, base, scale, weight = case.operands[-7:-3]
