@@ -85,7 +85,7 @@ SPACE = {
 
 
 def default(problem: FoldProblem) -> Config:
-    """One step and whole rows in registers for few tokens; for many, one launch."""
+    """One step and whole rows in registers for few tokens. `joint` awaits its first run on a GPU."""
     few, post = problem.m <= 256, isinstance(problem, HyperConnectionPostPreProblem)
     # tcgen05 (sm_100a) takes copies of its operands, for which larger steps, and more of them, leave no room
     if archs.current() == "sm_100a":
@@ -96,7 +96,7 @@ def default(problem: FoldProblem) -> Config:
         if problem.m > 16:
             return Config(block_d=64, programs=SMS)
         return Config(block_m=16, block_d=64, programs=SMS) if post else Config(block_m=16)
-    return Config(block_m=64 if post else 128, block_d=64, programs=SMS, num_warps=8, joint=True)
+    return Config(block_m=64 if post else 128, block_d=64, programs=SMS, num_warps=8)
 
 
 def arithmetic(problem: FoldProblem, config: Config) -> str:
@@ -151,7 +151,7 @@ def supports(problem: FoldProblem, config: Config) -> str | None:
     held = tile / threads * (1 if post else STREAMS)  # numbers a thread has of a product
     if held < 8:
         return f"{step} leaves threads of {config.num_warps} warps idle"
-    if held > (16 if post else 128):
+    if held > ((8 if config.block_m > 64 else 16) if post else 128):
         return f"{step} spills: num_warps={config.num_warps}"
     if config.joint and (why := _refuse_joint(problem, config)) is not None:
         return why

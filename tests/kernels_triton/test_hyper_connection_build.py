@@ -64,11 +64,15 @@ def test_products_do_not_spill(arch, post, pool):
         assert "cp.async" in b.ptx, args  # the next step is on its way
 
 
+def joint(post: bool) -> hyper_connection.Config:
+    return dataclasses.replace(default(4096, post), joint=True)
+
+
 def test_both_in_one_launch(pool):
     """All of a large batch: loads for the tensor core asked for ahead, also past the loop that waits for parts."""
     kinds = [(24, False), (4, False), (24, True)]
     jobs: list[tuple[Callable[..., Built], tuple, dict]] = [
-        (hyper_connection.build_joint, ("bf16", k, default(4096, post), "sm_90a"), {"outputs": n, "post": post})
+        (hyper_connection.build_joint, ("bf16", k, joint(post), "sm_90a"), {"outputs": n, "post": post})
         for n, post in kinds
         for k in (7168, 4096)
     ]
@@ -157,7 +161,7 @@ def launches(built_launches: list[tuple[Built, int, list[Any]]], **how: Any) -> 
 CASES = {
     "few": (False, 5, default(1, False)),
     "few, post": (True, 5, default(1, True)),
-    "many": (False, 5, dataclasses.replace(default(4096, False), joint=False)),
+    "many": (False, 5, default(4096, False)),
     "blocks in turn": (False, 21, dataclasses.replace(default(1, False), programs=1)),
     "blocks in turn, post": (True, 35, dataclasses.replace(default(1, True), block_m=32, programs=1)),
 }
@@ -202,12 +206,12 @@ def test_one_launch_in_the_emulator(post, m, warps, pool):
     """Programs that wait for each other: no read of what another one writes but in the order of its arrival, nor of
     streams before they are there. Two steps, the second of few tokens; a step alone.
     """
-    k, config = 80, dataclasses.replace(default(4096, post), block_m=64, programs=2, num_warps=warps, fold_warps=warps)
+    k, config = 80, dataclasses.replace(joint(post), block_m=64, programs=2, num_warps=warps, fold_warps=warps)
     case = case_of(post, m, k)
     y, h, site = (case.operands[0], case.operands[1], case.operands[2:4]) if post else (None, case.operands[0], ())
     fn, base, scale, weight = case.operands[-7:-3]
     streams, *folded = case.out if post else (None, *case.out)
-    (joint,) = compiled(
+    (one,) = compiled(
         pool, [(hyper_connection.build_joint, ("bf16", k, config, "sm_90a"), {"outputs": 24, "post": post})]
     )
     ring = hyper_connection.RING
@@ -216,5 +220,5 @@ def test_one_launch_in_the_emulator(post, m, warps, pool):
     operands = [h, h.stride(0), h.stride(1), y, k, *(site or (None, None)), streams, fn, parts, arrived]
     operands += [torch.full((m, 32), torch.nan), base, scale, weight, *folded, m, k, ring]
     how = {"races": "strict", "cooperative": True, "seed": 1}
-    ptx_emulator.run_together(launches([(joint, config.programs, [*operands, testing.EPS, testing.EPS, 20])], **how))
+    ptx_emulator.run_together(launches([(one, config.programs, [*operands, testing.EPS, testing.EPS, 20])], **how))
     case.check()
