@@ -170,8 +170,8 @@ def _columns_an_output(post: bool, config: Config) -> int:
 
 
 def _refuse_joint(problem: FoldProblem, config: Config) -> str | None:
-    if problem.x != "bf16":
-        return "one launch is for products on tensor cores, of BF16"
+    if problem.x != "bf16" or archs.current() == "sm_100a":
+        return "one launch is for products of BF16 on sm_90a's tensor cores"
     if config.fold_warps != config.num_warps:
         return f"one launch has one number of warps, not {config.num_warps} and {config.fold_warps}"
     if config.programs > SMS:

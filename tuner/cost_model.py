@@ -278,7 +278,7 @@ def _site(problem: HyperConnectionPostProblem, config: Any, arch: str, resources
 
 def _fold(problem: Any, config: Any, arch: str, resources: Resources | None) -> Work:
     """The product of the streams with fn, in programs that keep their columns; the fold that follows counts as ramps
-    and, unless both are one launch, a second reading.
+    and a second reading: that `joint` saves it is not counted before a GPU has run it.
     """
     p, threads = problem, 32 * config.num_warps
     size, outputs = ELEMENT_BYTES[p.x], p.n if isinstance(p, HyperConnectionHeadProblem) else p.n * (p.n + 2)
@@ -298,7 +298,7 @@ def _fold(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
         # thread instructions a number of a step, counted in SASS of sm_90a (Triton 3.7): 8 without making it, 27 with
         cta_instructions=steps * config.block_m * columns * (27 if post else 8) + 32 * columns * 10,
         ramps=3,  # its own; the fold's, which begins when all parts are there
-        unshared_bytes=p.bytes + (0 if config.joint else p.m * p.n * p.k * size),
+        unshared_bytes=p.bytes + p.m * p.n * p.k * size,
     )
 
 
