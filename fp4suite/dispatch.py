@@ -469,11 +469,14 @@ def _from_table(
 ) -> Choice | None:
     """The entry of this problem, else of the nearest m whose config supports it.
 
+    A prediction for a kernel that has changed since says nothing: the kernel's default knows better.
+
     agreed: kernel and arithmetic in batch-invariant mode. Entries that were not tuned for it then serve half to twice
     their m alone: far from it the kernel's default in this arithmetic is better.
     """
     for e, module, config in _entries(path, op, problem, target):
-        if module.supports(problem, config) is not None:
+        changed = e.source_hash != registry.source_hash(e.kernel)
+        if module.supports(problem, config) is not None or (changed and not e.measured):
             continue
         if agreed is None:
             if e.invariant:
@@ -484,6 +487,6 @@ def _from_table(
             continue
         near = "" if e.problem.get("m") == problem.dims().get("m", 1) else f", nearest m={e.problem['m']}"
         how = "measured" if e.measured else "predicted"
-        stale = "" if e.source_hash == registry.source_hash(e.kernel) else ", kernel changed since"
+        stale = ", kernel changed since" if changed else ""
         return Choice(op, problem, e.kernel, config, f"{label} {path.stem} ({how}{near}{stale})")
     return None

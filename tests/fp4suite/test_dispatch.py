@@ -111,6 +111,11 @@ def test_an_entry_of_an_older_kernel_is_used_and_says_so(fakes: Path) -> None:
     assert _choose(8).reason == "device table nvidia-h100-80gb-hbm3 (measured, kernel changed since)"
 
 
+def test_a_prediction_for_an_older_kernel_is_passed_over(fakes: Path) -> None:
+    _write(fakes / f"{H100.device}.json", _entry(8, 128, source_hash="then", measured=False), _entry(64, 256))
+    assert _choose(8).reason == "device table nvidia-h100-80gb-hbm3 (measured, nearest m=64)"
+
+
 def test_an_entry_that_no_longer_parses_is_passed_over(fakes: Path, caplog: pytest.LogCaptureFixture) -> None:
     gone = table.Entry(**{**_fields(_entry(8, 1)), "config": {"cluster": 2}})
     _write(fakes / f"{H100.device}.json", gone, _entry(64, 128))
