@@ -206,7 +206,7 @@ def test_one_launch_in_the_emulator(post, m, warps, pool):
     """Programs that wait for each other: no read of what another one writes but in the order of its arrival, nor of
     streams before they are there. Two steps, the second of few tokens; a step alone.
     """
-    k, config = 80, dataclasses.replace(joint(post), block_m=64, programs=2, num_warps=warps, fold_warps=warps)
+    k, config = 80, dataclasses.replace(joint(post), block_m=64, programs=16, num_warps=warps, fold_warps=warps)
     case = case_of(post, m, k)
     y, h, site = (case.operands[0], case.operands[1], case.operands[2:4]) if post else (None, case.operands[0], ())
     fn, base, scale, weight = case.operands[-7:-3]
