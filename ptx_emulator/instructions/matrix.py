@@ -104,9 +104,8 @@ def _stmatrix(i: Instruction, p: Program) -> Run:
         w.cta.cluster.launch.banks.access(w, a[: 8 * count], None, _ROW_BYTES)
         words = np.zeros((count, 8, 8), np.uint16)
         for j, read in enumerate(reads):
-            pair = (
-                np.ascontiguousarray(read(w)).view(np.uint16).reshape(LANES, 2)
-            )  # a constant is one number for all lanes
+            lanes = np.ascontiguousarray(read(w))  # one number for all lanes where the operand is a constant
+            pair = lanes.view(np.uint16).reshape(LANES, 2)
             matrix = np.zeros((8, 8), np.uint16)
             matrix[GROUP[:, None], 2 * QUAD[:, None] + np.arange(2)] = pair
             words[j] = matrix.T if transposed else matrix

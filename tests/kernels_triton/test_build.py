@@ -53,7 +53,7 @@ def build(pool: concurrent.futures.Executor, jobs: list[Job]) -> list[built.Buil
 
 
 def supported(module: ModuleType, problem: Problem) -> list[Any]:
-    return [c for c in testing.configs(module, 16) if module.supports(problem, c) is None]
+    return [c for c in testing.configs(module) if module.supports(problem, c) is None]
 
 
 def by_turns(module: ModuleType, problem: Problem) -> list[Job]:
