@@ -3,7 +3,7 @@
 Explicit override -> tuned table of this device -> of this architecture -> first registry row that supports the problem,
 with its default config -> the reference for CPU tensors, `UnsupportedError` on a GPU. A pure function of host integers
 and files, so every rank chooses alike. CPU tensors inside of `ptx_emulator.emulate` count as tensors of the emulated
-architecture wherever it has a kernel that can be emulated.
+architecture wherever it has a kernel that can be emulated; of what only other kernels take the reference runs.
 
 NVFP4 activations that no kernel takes beside the weights of a GEMM are decoded first where a kernel takes them as BF16,
 which holds code times block scale exactly: the choice's problem then says so.
@@ -315,6 +315,9 @@ def _choose(
             decoded = "" if asked is problem else "activations decoded to bf16, "
             return replace(found, reason=where + decoded + found.reason, invariant=invariant)
         refusals = refusals or found
+    if target.emulated and rows != registry.kernels(op, target.arch):
+        why = f"{where}no kernel that can be emulated takes it, the reference"
+        return Choice(op, problem, registry.REFERENCE, None, why, invariant)
     raise UnsupportedError(_unsupported(op, problem, target, refusals))
 
 

@@ -267,10 +267,7 @@ def assert_fp8_gemm_close(got: Tensor, a: Tensor, b: Tensor, alpha: Tensor, run:
     alike: among 32 thousand elements in the emulator 6.3, 7.7 and 12.1 * 2^-13 for runs of 128, 256 and 512. The bound
     is 20 * 2^-13 for 128, and grows with the root of the run.
     """
-    want, room = _product(a, b, alpha)
-    runs = zip(a.abs().split(run, -1), b.abs().split(run, -1), strict=True)
-    squares = sum(((x @ y.T) ** 2 for x, y in runs), start=torch.zeros_like(want))
-    _assert_within(got, want, room + squares.sqrt() * alpha.abs() * 20 * (run / FP8_RUN) ** 0.5 * 2.0**-13)
+    _assert_within(got, *_fp8_product(a, b, alpha, run))
 
 
 def assert_gemm_quantized(got: NVFP4Tensor, a: Tensor, b: Tensor, alpha: Tensor) -> None:
@@ -309,6 +306,14 @@ def _product(a: Tensor, b: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """The FP64 product a [m, k] @ b [n, k].T * alpha [n] and the error of a sum that the tensor core keeps in FP32."""
     k = a.shape[-1]
     return (a @ b.T) * alpha, (a.abs() @ b.abs().T) * alpha.abs() * (k / 16 + 16) * 2.0**-23
+
+
+def _fp8_product(a: Tensor, b: Tensor, alpha: Tensor, run: int) -> tuple[Tensor, Tensor]:
+    """The FP64 product and the error that `assert_fp8_gemm_close` allows."""
+    want, room = _product(a, b, alpha)
+    runs = zip(a.abs().split(run, -1), b.abs().split(run, -1), strict=True)
+    squares = sum(((x @ y.T) ** 2 for x, y in runs), start=torch.zeros_like(want))
+    return want, room + squares.sqrt() * alpha.abs() * 20 * (run / FP8_RUN) ** 0.5 * 2.0**-13
 
 
 def assert_same_bytes(got: Tensor, want: Tensor, name: str) -> None:
@@ -353,11 +358,12 @@ def _gemm_case(p: GemmProblem, gen: torch.Generator) -> Case:
         return Case(p, operands, packed, (), lambda: _poison(packed), lambda: assert_gemm_quantized(packed, *product()))
     out = torch.empty(p.m, p.n, dtype=TORCH_DTYPES[p.out], device=device)
 
+    @functools.cache  # one for all the kernels and configs that are compared with it
+    def within(run: int) -> tuple[Tensor, Tensor]:
+        return _fp8_product(*product(), run) if p.act == "fp8" else _product(*product())
+
     def verify() -> None:
-        if p.act == "fp8":
-            assert_fp8_gemm_close(out, *product(), fp8_run(*made.launched))
-        else:
-            assert_gemm_close(out, *product())
+        _assert_within(out, *within(fp8_run(*made.launched) if p.act == "fp8" else 0))
 
     made = Case(p, operands, out, (), partial(out.fill_, torch.nan), verify)
     return made
@@ -507,10 +513,13 @@ def assert_index_logits_close(
     got: Tensor, q: Tensor, weights: Tensor, keys: Tensor, limits: Tensor, scale: float
 ) -> None:
     """Scores got [tokens, entries] of q [tokens, heads, d] and keys [entries, d] against FP64; -inf past `limits`."""
+    _assert_index_logits(got, *index_logits_within(q, weights, keys, scale), limits)
+
+
+def _assert_index_logits(got: Tensor, want: Tensor, room: Tensor, limits: Tensor) -> None:
     hidden = torch.arange(got.shape[1], device=got.device) >= limits[:, None]
     if not torch.equal(got == -torch.inf, hidden):
         raise AssertionError("what is -inf is not what cannot be seen")
-    want, room = index_logits_within(q, weights, keys, scale)
     _assert_within(got.masked_fill(hidden, 0), want.masked_fill(hidden, 0), room)
 
 
@@ -585,14 +594,22 @@ def _index_logits_case(p: IndexLogitsProblem, gen: torch.Generator) -> Case:
     out = torch.empty(p.m, pages * p.page_size, device=device)
     operands = (q, weights, cache, block_table, positions, sequence_ids, ratio, scale)
 
-    def verify() -> None:
+    @functools.cache  # one for all the configs that are compared with it
+    def expected() -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of tokens of one sequence: which, their scores, how far these may be off, and how many can be seen."""
+        found = []
         slots = (block_table.long()[:, :, None] * p.page_size + torch.arange(p.page_size, device=device)).flatten(1)
         for tokens in torch.arange(p.m, device=device).split(VERIFIED_TOKENS)[:: max(1, p.m // 512)]:
             for sequence in sequence_ids[tokens].unique():
                 own = tokens[sequence_ids[tokens] == sequence]
                 keys = reference.read_rows(cache, slots[sequence])
                 limits = (positions[own] + 1) // ratio
-                assert_index_logits_close(out[own], q[own], weights[own], keys, limits, scale)
+                found.append((own, *index_logits_within(q[own], weights[own], keys, scale), limits))
+        return found
+
+    def verify() -> None:
+        for own, want, room, limits in expected():
+            _assert_index_logits(out[own], want, room, limits)
 
     eager = partial(
         reference.index_logits, q, weights, cache, block_table,

@@ -8,9 +8,10 @@ One program an entry and block of channels: a pool of 128 rows of 512 channels i
 read while the others of the GPU have nothing to do. Where channels are split, the entry's sum of squares is not known
 before all of them are pooled, so that a second launch norms and stores it; else one launch does all.
 
-Entries of which the ring has rows, at most two a sequence, are the work of that sequence's first programs, which
-afterwards, behind a barrier, write the ring: nobody else reads it. All other entries lie in the step as a whole, at
-least `ratio` tokens from the next, so that each run of `ratio` tokens has no more than one.
+Entries of which the ring has rows, at most two a sequence, have a program each, and no row of a ring is read by both.
+Each writes the ring afterwards, behind a barrier, where it has read, and the second one wherever nobody has: so that of
+a single token, which overwrites nothing that its entry needs, is written while that is pooled. All other entries lie in
+the step as a whole, at least `ratio` tokens from the next, so that each run of `ratio` tokens has no more than one.
 """
 
 from dataclasses import dataclass
@@ -40,10 +41,10 @@ class Config:
     """block_c channels of an entry a program; as many as the entry has, or more, need no second launch."""
 
     block_c: int = 512
-    num_warps: int = 8
+    num_warps: int = 4
 
 
-SPACE = {"block_c": (16, 32, 64, 128, 512), "num_warps": (1, 2, 4, 8)}
+SPACE = {"block_c": (16, 32, 64, 128, 512), "num_warps": (1, 2, 4)}  # eight: 1.7 times as long (H100, 4 tokens)
 FINISH_WARPS = 1  # of the second launch: a row a program
 COUNTS = ("TOKENS", "SEQUENCES", "EACH", "POSITIONS")
 MOST_HELD = 64  # channels of rows in a thread, each a value and a score
@@ -107,11 +108,16 @@ def _weights(below):
 
 
 @triton.jit
-def _sum_of_lanes(x, C: tl.constexpr):
-    """[LANES, C] -> [C], a tree of adjacent pairs."""
-    x = tl.sum(x.reshape(LANES // 2, 2, C), axis=1)
-    x = tl.sum(x.reshape(LANES // 4, 2, C), axis=1)
-    return tl.sum(x, axis=0)
+def _both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _sums_of_lanes(x, y, C: tl.constexpr):
+    """Two [LANES, C] -> two [C], each a tree of adjacent pairs; one way across warps for both."""
+    x, y = tl.reduce((x.reshape(LANES // 2, 2, C), y.reshape(LANES // 2, 2, C)), 1, _both)
+    x, y = tl.reduce((x.reshape(LANES // 4, 2, C), y.reshape(LANES // 4, 2, C)), 1, _both)
+    return tl.reduce((x, y), 0, _both)
 
 
 @triton.jit
@@ -204,31 +210,42 @@ def _pool(values, gates, added, BLOCK_C: tl.constexpr):
         more = _weights(top - scores[i])
         total += more * values[i]
         share += more
-    return tl.div_rn(_sum_of_lanes(total, BLOCK_C), _sum_of_lanes(share, BLOCK_C))
+    return tl.div_rn(*_sums_of_lanes(total, share, BLOCK_C))
 
 
 @triton.jit
 def _keep(
-    sequence, begin, end, position, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, sequence_ids_ptr,
-    cols, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
+    sequence, second, begin, end, position, completing, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr,
+    sequence_ids_ptr, cols, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write the last RING tokens of a sequence, the first of which is at `position`, to its ring."""
+    """Write the last RING tokens of a sequence, the first of which is at `position`, to its ring.
+
+    The first program writes what replaces rows of the entry that the token `completing` completes, which nobody else
+    reads; the second one everything else. None of the former is older than that token."""
     WIDTH: tl.constexpr = OVERLAPS * HEAD_DIM
-    for start in range(tl.maximum(begin, end - RING), end, ROWS):
+    window = (position + completing - begin) // RATIO + RING
+    oldest = tl.maximum(begin, end - RING)
+    if second == 0:
+        oldest = tl.maximum(oldest, completing + 1)
+    for start in range(oldest, end, ROWS):
         row = start + tl.arange(0, ROWS)
         real = tl.load(sequence_ids_ptr + row, mask=row < end, other=-1) == sequence
         at = position + row - begin
+        replaced = position - RING + (row - begin) % RING + RING * RATIO  # above 0
         inside = (row < end)[:, None] & (cols < HEAD_DIM)[None, :]
-        real = real[:, None] & (cols < HEAD_DIM)[None, :]
         row = row.to(tl.int64)[:, None]
         kept = ring_ptr + (at % RING)[:, None] * (2 * WIDTH)
         for lane in tl.static_range(OVERLAPS):
             channels = lane * HEAD_DIM + cols[None, :]
-            kv = widen(tl.load(kv_ptr + row * stride_kv + channels, mask=inside, other=0.0))
-            gate = widen(tl.load(gate_ptr + row * stride_gate + channels, mask=inside, other=0.0))
-            gate += tl.load(ape_ptr + (at % RATIO)[:, None] * WIDTH + channels, mask=inside, other=0.0)
-            tl.store(kept + channels, kv, mask=real)
-            tl.store(kept + WIDTH + channels, gate, mask=real)
+            own = (replaced // RATIO + (OVERLAPS - 1 - lane) == window) == (second == 0)
+            own = own[:, None] & inside
+            kv = widen(tl.load(kv_ptr + row * stride_kv + channels, mask=own, other=0.0))
+            gate = widen(tl.load(gate_ptr + row * stride_gate + channels, mask=own, other=0.0))
+            gate += tl.load(ape_ptr + (at % RATIO)[:, None] * WIDTH + channels, mask=own, other=0.0)
+            own &= real[:, None]
+            tl.store(kept + channels, kv, mask=own)
+            tl.store(kept + WIDTH + channels, gate, mask=own)
 
 
 @triton.jit
@@ -259,8 +276,8 @@ def _finish(
     HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
     SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Norm, turn and store one entry [PADDED]; not where slot < 0."""
-    x = tl.where(tl.arange(0, PADDED) < HEAD_DIM, entry, 0.0)[None, :]
+    """Norm, turn and store one entry [1, PADDED]; not where slot < 0."""
+    x = tl.where((tl.arange(0, PADDED) < HEAD_DIM)[None, :], entry, 0.0)
     y = rms_normed(x, eps, HEAD_DIM, 1, PADDED) * weight[None, :]
     y = turn(y, cos, sin, pair_angles(PADDED // 2, HEAD_DIM, TURNED), False, TURNED, 1, PADDED // 2)
     if HADAMARD:
@@ -283,32 +300,35 @@ def _compress_kv(
     if BLOCK_C < PADDED and CVT:
         tl.extra.cuda.gdc_launch_dependents()
     POOLED: tl.constexpr = OVERLAPS * RATIO
-    program = tl.program_id(0)
-    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if program < SEQUENCES:  # entries of which the ring has rows
-        state_slot = tl.load(state_slots_ptr + program)
-        first, end, start, token = _of_sequence(positions_ptr, cu_seqlens_ptr, program, EACH, RATIO)
+    BLOCKS: tl.constexpr = PADDED // BLOCK_C
+    program = tl.program_id(0) // BLOCKS
+    cols = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    if program < 2 * SEQUENCES:  # an entry of which the ring has rows
+        sequence, second = program // 2, program % 2
+        state_slot = tl.load(state_slots_ptr + sequence)
+        first, end, start, completing = _of_sequence(positions_ptr, cu_seqlens_ptr, sequence, EACH, RATIO)
         # int64 before the multiply: many rings pass 2**31 elements
         ring = state_ptr + state_slot.to(tl.int64) * (RING * 2 * OVERLAPS * HEAD_DIM)
-        limit = tl.minimum(end, first + POOLED - 2 + tl.num_programs(2))
+        token = completing + second * RATIO
+        limit = tl.minimum(tl.minimum(end, first + POOLED - 1), token + tl.num_programs(2))
         _emit(
-            token, limit, start + token - first, first, ring, program * OVERLAPS, kv_ptr, stride_kv, gate_ptr,
-            stride_gate, ape_ptr, weight_ptr, table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr, slots_ptr, cols,
+            token, limit, start + token - first, first, ring, program, kv_ptr, stride_kv, gate_ptr, stride_gate,
+            ape_ptr, weight_ptr, table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr, slots_ptr, cols,
             POSITIONS, False, RATIO, OVERLAPS, RING, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE,
             ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C,
         )  # fmt: skip
         tl.debug_barrier()  # entries have read what is now overwritten
         _keep(
-            program, first, end, start, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, sequence_ids_ptr,
-            cols, RATIO, OVERLAPS, RING, HEAD_DIM, KEPT_ROWS,
+            sequence, second, first, end, start, completing, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr,
+            sequence_ids_ptr, cols, RATIO, OVERLAPS, RING, HEAD_DIM, KEPT_ROWS,
         )  # fmt: skip
     else:
-        token = _of_run(sequence_ids_ptr, positions_ptr, program - SEQUENCES, TOKENS, RATIO, POOLED)
+        token = _of_run(sequence_ids_ptr, positions_ptr, program - 2 * SEQUENCES, TOKENS, RATIO, POOLED)
         if token >= 0:
             position = tl.load(positions_ptr + token)
             _emit(
-                token, token + tl.num_programs(2), position, 0, state_ptr, program * OVERLAPS, kv_ptr, stride_kv,
-                gate_ptr, stride_gate, ape_ptr, weight_ptr, table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr,
+                token, token + tl.num_programs(2), position, 0, state_ptr, program, kv_ptr, stride_kv, gate_ptr,
+                stride_gate, ape_ptr, weight_ptr, table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr,
                 slots_ptr, cols, POSITIONS, True, RATIO, OVERLAPS, RING, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM,
                 PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C,
             )  # fmt: skip
@@ -316,15 +336,14 @@ def _compress_kv(
 
 @triton.jit
 def _emit(
-    token, limit, position, begin, ring, emitted, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, weight_ptr,
+    token, limit, position, begin, ring, program, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, weight_ptr,
     table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr, slots_ptr, cols, POSITIONS, WHOLE: tl.constexpr,
     RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, TURNED: tl.constexpr, HADAMARD: tl.constexpr,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr,
     PADDED: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Pool the entries of the tokens from `token` to `limit` in steps of RATIO, the first of which is at `position`,
-    and store them where this program has all of their channels.
+    """Pool the entry of `token`, if it is before `limit`, and store it where this program has all of its channels.
 
     All that an entry needs is asked for before the loop, into which ptxas moves no load: it would rather save
     registers and wait for values after gates, and for angles after both. So no compiler may know of a loop that it
@@ -346,14 +365,13 @@ def _emit(
             entry = _pool(values, gates, added, BLOCK_C)
             if BLOCK_C == PADDED:
                 _finish(
-                    entry, weight, cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM,
-                    PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
+                    entry[None, :], weight, cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD, FORMAT, HEAD_DIM,
+                    ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
                 )  # fmt: skip
             else:
-                tl.store(pooled_ptr + emitted.to(tl.int64) * PADDED + cols, entry)
+                tl.store(pooled_ptr + program.to(tl.int64) * PADDED + cols, entry)
             token += RATIO
             position += RATIO
-            emitted += 1
             if AGAIN:  # noqa: SIM102  # known when compiling
                 if token < limit:
                     values, gates, added = _all_rows(
@@ -379,33 +397,30 @@ def _finish_kv(
     any wait too, for what follows this launch has to follow that one."""
     POOLED: tl.constexpr = OVERLAPS * RATIO
     program = tl.program_id(0)
-    if program < SEQUENCES:
-        first, end, position, token = _of_sequence(positions_ptr, cu_seqlens_ptr, program, EACH, RATIO)
-        limit = tl.minimum(end, first + POOLED - 1)
+    if program < 2 * SEQUENCES:
+        first, end, position, token = _of_sequence(positions_ptr, cu_seqlens_ptr, program // 2, EACH, RATIO)
+        token += program % 2 * RATIO
         position += token - first
+        limit = tl.minimum(end, first + POOLED - 1)
     else:
-        token = _of_run(sequence_ids_ptr, positions_ptr, program - SEQUENCES, TOKENS, RATIO, POOLED)
+        token = _of_run(sequence_ids_ptr, positions_ptr, program - 2 * SEQUENCES, TOKENS, RATIO, POOLED)
         limit = token + 1
         token = tl.where(token >= 0, token, 0)
         position = tl.load(positions_ptr + token)
-    emitted = program * OVERLAPS
-    weight = _load_weight(weight_ptr, HEAD_DIM, PADDED)
-    if token >= limit and CVT:
-        tl.extra.cuda.gdc_wait()
-    while token < limit:
+    if token < limit:
+        weight = _load_weight(weight_ptr, HEAD_DIM, PADDED)
         slot, cos, sin = _of_entry(
             token, position, slots_ptr, sequence_ids_ptr, table_ptr, POSITIONS, RATIO, TURNED, HEAD_DIM, PADDED
         )
         if CVT:
             tl.extra.cuda.gdc_wait()
-        entry = tl.load(pooled_ptr + emitted.to(tl.int64) * PADDED + tl.arange(0, PADDED))
+        entry = tl.load(pooled_ptr + program.to(tl.int64) * PADDED + tl.arange(0, PADDED)[None, :])
         _finish(
             entry, weight, cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE,
             ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
         )  # fmt: skip
-        token += RATIO
-        position += RATIO
-        emitted += 1
+    elif CVT:
+        tl.extra.cuda.gdc_wait()
 
 
 def launch(
@@ -436,11 +451,11 @@ def launch(
     constants = _constants(cache, ratio, overlaps, table.shape[1], hadamard, host.has_e2m1_cvt(kv.device))
     pooled = None
     if blocks > 1:
-        pooled = torch.empty(programs * overlaps, padded, dtype=torch.float32, device=kv.device)
+        pooled = torch.empty(programs, padded, dtype=torch.float32, device=kv.device)
     rows, counts = (positions, sequence_ids, cu_seqlens), (tokens, sequences, tokens // max(1, sequences), len(table))
     inputs = (kv, host.row_stride(kv), gate, host.row_stride(gate), ape, weight, table, eps, state, cache.data, pooled)
     own = _pool_constants(state.shape[1], block_c, config)
-    _compress_kv[(programs, blocks)](
+    _compress_kv[(programs * blocks,)](
         *inputs, *rows, state_slots, slots, *counts, **constants, **own,
         num_warps=config.num_warps, **host.OPTIONS,
     )  # fmt: skip
@@ -451,8 +466,8 @@ def launch(
 
 
 def _programs(tokens: int, sequences: int, ratio: int, overlaps: int) -> int:
-    """One a sequence, and one a run of `ratio` tokens where the step is as long as a pool."""
-    return sequences + (triton.cdiv(tokens, ratio) if tokens >= ratio * overlaps else 0)
+    """Two a sequence, and one a run of `ratio` tokens where the step is as long as a pool."""
+    return 2 * sequences + (triton.cdiv(tokens, ratio) if tokens >= ratio * overlaps else 0)
 
 
 def warm(problem: CompressKvProblem, config: Config) -> None:
@@ -528,6 +543,6 @@ def _constants(
 
 
 def _pool_constants(ring: int, block_c: int, config: Config) -> dict[str, Any]:
-    """KEPT_ROWS: as many as make 8 channels a thread, no more than a ring has."""
-    rows = max(1, 8 * 32 * config.num_warps // block_c)
+    """KEPT_ROWS: as many as make 16 channels a thread, no more than a ring has."""
+    rows = max(1, 16 * 32 * config.num_warps // block_c)
     return {"RING": ring, "BLOCK_C": block_c, "KEPT_ROWS": min(rows, triton.next_power_of_2(ring))}

@@ -1,17 +1,11 @@
 """What the hyper-connection kernels share: a product of all streams with a narrow matrix, and the fold that follows.
 
 `_sums` multiplies vec(h) [tokens, 4 d] by fn [outputs, 4 d] and sums squares. A program has block_d columns of each
-stream for good: it holds what fn has there, in shared memory, and takes block after block of tokens. With POST it first
-makes h, the streams that a site leaves, and writes them. `_fold` adds the parts of a token and folds its streams into
-y; Sinkhorn's 39 normalisations, which wait for each other, have programs of their own. It is a programmatic dependent
-of the first launch: it asks for streams and weights before it waits for the end of the product.
-
-`_joint` does both in one launch, for many tokens. A program, one an SM, multiplies a step of tokens and then folds its
-tokens of the step before, whose streams and parts L2 still holds, while its next columns are on their way. Programs
-wait for each other, step by step: the launch is cooperative, so that all of them run at the same time. No program is
-more than a step ahead of another, so that parts need room for RING steps only and hardly ever reach memory: a program
-that writes the parts of step s has seen all arrive at s - 2, hence done with their folds of s - 4 and before. Sinkhorn
-comes last, a program's tokens side by side.
+stream for good: it holds what fn has there, in shared memory, and takes block after block of tokens; or, with `ahead`,
+one block, which it asks for before fn. With POST it first makes h, the streams that a site leaves, and writes them.
+`_fold` adds the parts of a token and folds its streams into y. It is a programmatic dependent of the first launch: it
+asks for streams and weights before it waits for the end of the product. Sinkhorn's 39 normalisations wait for each
+other: of few tokens they have programs of their own beside the fold, of many tokens a launch behind it.
 
 Tensor cores and FP32: an FP32 number is three BF16 numbers, exactly (8 bits each, cut off, not rounded). BF16 streams
 times each of the three are exact products; the sum of a program's columns goes to an FP32 sum outside of the tensor
@@ -45,23 +39,21 @@ FoldProblem = HyperConnectionPreProblem | HyperConnectionHeadProblem | HyperConn
 
 STREAMS = 4
 N = tl.constexpr(STREAMS)
-SINKHORN_TOKENS = tl.constexpr(2)  # a program's, where it has nothing else to do
-SINKHORNS = tl.constexpr(32)  # as many of a program of `_joint`
-PARTS_A_STEP = tl.constexpr(8)
+SINKHORN_TOKENS = tl.constexpr(16)  # a program's, as many as four warps have threads for
 UPPER_HALF = tl.constexpr(-65536)
 SHARED_BYTES = 227 * 1024
 SMS = 132  # of an H100; a larger GPU has room for more of the fold
-MOST_TOKENS = 256  # of a step of `_joint`
-RING = 4  # steps of `_joint` whose parts have room at a time
+FEW = 256  # tokens, whose Sinkhorn runs beside their fold
 TOKENS_A_PAIR = 16384  # of launches: their parts take 235 MB (d = 7168, block_d = 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """block_m tokens by block_d columns of each stream a step of the product. Programs that differ in tokens share
-    columns as long as there are no more than `programs` of them; with `joint` there are as many.
+    columns as long as there are no more than `programs` of them. ahead: a program has one step, whose streams it asks
+    for before fn.
 
-    num_warps and num_stages are those of the product, fold_warps those of the fold. joint: one launch does both.
+    num_warps and num_stages are those of the product, fold_warps those of the fold.
     """
 
     block_m: int = 64
@@ -70,33 +62,28 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     fold_warps: int = 8
-    joint: bool = False
+    ahead: bool = False
 
 
 SPACE = {
-    "block_m": (16, 32, 64, 128),
+    "block_m": (16, 64),
     "block_d": (32, 64, 128),
     "programs": (SMS, 2 * SMS),
     "num_warps": (4, 8),
     "num_stages": (2, 3),
-    "fold_warps": (4, 8, 16),
-    "joint": (False, True),
+    "fold_warps": (8, 16),
+    "ahead": (False, True),
 }
 
 
 def default(problem: FoldProblem) -> Config:
-    """One step and whole rows in registers for few tokens. `joint` awaits its first run on a GPU."""
-    few, post = problem.m <= 256, isinstance(problem, HyperConnectionPostPreProblem)
-    # tcgen05 (sm_100a) takes copies of its operands, for which larger steps, and more of them, leave no room
-    if archs.current() == "sm_100a":
+    """Few tokens: one step, whose loads are all under way at once; else block after block, the next on their way."""
+    post, sm_100a = isinstance(problem, HyperConnectionPostPreProblem), archs.current() == "sm_100a"
+    if problem.x == "bf16" and problem.m <= 16:
+        return Config(block_m=16, block_d=64 if post else 32, num_stages=2, ahead=True)
+    if sm_100a:  # tcgen05 takes copies of its operands, for which larger steps, and more of them, leave no room
         return Config(num_stages=2)
-    if problem.x != "bf16" or (post and 16 < problem.m <= 256):
-        return Config()
-    if few:
-        if problem.m > 16:
-            return Config(block_d=64, programs=SMS)
-        return Config(block_m=16, block_d=64, programs=SMS) if post else Config(block_m=16)
-    return Config(block_m=64 if post else 128, block_d=64, programs=SMS, num_warps=8)
+    return Config() if post or problem.x != "bf16" else Config(block_d=64, programs=SMS)
 
 
 def arithmetic(problem: FoldProblem, config: Config) -> str:
@@ -105,9 +92,10 @@ def arithmetic(problem: FoldProblem, config: Config) -> str:
 
 
 def _arithmetic(config: Config) -> str:
+    ahead = ", ahead" if config.ahead else ""  # streams lie otherwise over threads, which sum their squares
     return (
-        f"parts of {config.block_d} columns for {config.block_m} rows by {config.num_warps} warps, "
-        f"folded by {config.fold_warps}{' at once' if config.joint else ''}"
+        f"parts of {config.block_d} columns for {config.block_m} rows by {config.num_warps} warps{ahead}, "
+        f"folded by {config.fold_warps}"
     )
 
 
@@ -116,25 +104,28 @@ INVARIANT = _arithmetic(Config())
 
 def in_arithmetic(problem: FoldProblem, wanted: str) -> Config | None:
     """The config that sums so, in the way of the default for the rest; None if there is none."""
-    return _in_arithmetic(wanted, default(problem).programs)
+    config = _in_arithmetic(wanted, default(problem).programs)
+    return None if config is None or (config.ahead and _steps(problem.m, problem.k, config) > 1) else config
 
 
 @functools.cache
 def _in_arithmetic(wanted: str, programs: int) -> Config | None:
     steps = itertools.product(*(SPACE[name] for name in ("block_m", "block_d", "num_warps", "fold_warps")))
     configs = (
-        Config(
-            block_m=m,
-            block_d=d,
-            programs=min(programs, SMS) if joint else programs,
-            num_warps=w,
-            num_stages=2,
-            fold_warps=f,
-            joint=joint,
-        )
-        for (m, d, w, f), joint in itertools.product(steps, (False, True))
+        Config(block_m=m, block_d=d, programs=programs, num_warps=w, num_stages=2, fold_warps=f, ahead=ahead)
+        for (m, d, w, f), ahead in itertools.product(steps, (False, True))
     )
     return next((c for c in configs if _arithmetic(c) == wanted), None)
+
+
+def _groups(tokens: int, d: int, config: Config) -> int:
+    """Programs that share columns."""
+    return max(1, min(triton.cdiv(tokens, config.block_m), config.programs // triton.cdiv(d, config.block_d)))
+
+
+def _steps(tokens: int, d: int, config: Config) -> int:
+    """The most blocks of tokens that a program takes."""
+    return triton.cdiv(triton.cdiv(tokens, config.block_m), _groups(tokens, d, config))
 
 
 def supports(problem: FoldProblem, config: Config) -> str | None:
@@ -151,10 +142,16 @@ def supports(problem: FoldProblem, config: Config) -> str | None:
     held = tile / threads * (1 if post else STREAMS)  # numbers a thread has of a product
     if held < 8:
         return f"{step} leaves threads of {config.num_warps} warps idle"
-    if held > ((8 if config.block_m > 64 else 16) if post else 128):
+    if held > ((16 if config.block_m in (16, 64) else 8) if post else 128):
         return f"{step} spills: num_warps={config.num_warps}"
-    if config.joint and (why := _refuse_joint(problem, config)) is not None:
-        return why
+    if config.ahead:
+        steps = _steps(problem.m, problem.k, config)
+        if steps > 1:
+            return f"ahead is for one step a program, not {steps}"
+        if config.num_stages > 2:
+            return f"one step has no num_stages={config.num_stages}"
+        if config.block_m != 16 or config.block_d > 64:  # block_m=64: 64 tokens of pre in 14.5 us, not in 10.6 (H100)
+            return f"{step} is too large for ahead"
     buffers = STREAMS * tile * size + (tile * size + 80 * config.block_m if post else 0)
     factors = 128 * config.block_d * (2 * _columns_an_output(post, config) if problem.x == "bf16" else 4)
     scratch = 128 * config.block_m + (tile * size if post else 0)
@@ -169,22 +166,15 @@ def _columns_an_output(post: bool, config: Config) -> int:
     return 4 if config.block_m >= 64 and (not post or config.num_warps == 8) else 3
 
 
-def _refuse_joint(problem: FoldProblem, config: Config) -> str | None:
-    if problem.x != "bf16" or archs.current() == "sm_100a":
-        return "one launch is for products of BF16 on sm_90a's tensor cores"
-    if config.fold_warps != config.num_warps:
-        return f"one launch has one number of warps, not {config.num_warps} and {config.fold_warps}"
-    if config.programs > SMS:
-        return f"{config.programs} programs of one launch would not run at the same time on {SMS} SMs"
-    parts = triton.cdiv(problem.k, config.block_d)
-    if parts > config.programs:
-        return f"{parts} parts are more than {config.programs} programs of one launch: block_d={config.block_d}"
-    return None
-
-
 def build_key(problem: FoldProblem, config: Config) -> tuple[Any, ...]:
     """What of a problem `build` depends on."""
     return problem.x, triton.cdiv(problem.k, config.block_d), problem.k % config.block_d == 0
+
+
+@triton.jit
+def _nothing():
+    """A tuple to add to, of a type that type checkers leave open."""
+    return ()
 
 
 @triton.jit
@@ -242,6 +232,10 @@ def _times(x, factors, TERMS: tl.constexpr):
     """x [rows, columns] times the sum of factors [columns, outputs]."""
     if TERMS == 1:
         return tl.dot(_wide(x), factors[0], input_precision="ieee")
+    elif TERMS == 3 and x.shape[0] == 16:
+        # three chains that do not wait for each other; a plain addition would be made the dot's
+        lowest, middle, high = tl.dot(x, factors[0]), tl.dot(x, factors[1]), tl.dot(x, factors[2])
+        return tl.fma(high, 1.0, tl.fma(middle, 1.0, lowest))
     elif TERMS == 3:
         return tl.dot(x, factors[2], tl.dot(x, factors[1], tl.dot(x, factors[0])))
     else:
@@ -268,10 +262,10 @@ def _factors_of_part(
     cols = part * BLOCK_D + tl.arange(0, FLAT) % BLOCK_D
     at = fn_ptr + output[:, None] * (N * D) + (tl.arange(0, FLAT) // BLOCK_D * D + cols)[None, :]
     inside = is_output[:, None] & (cols < D)[None, :]
-    factors = ()
+    factors = _nothing()
     for k in tl.static_range(1 if JOINED else N):
         fn = _wide(tl.load(at + k * D, mask=inside, other=0.0))
-        factors = factors + (_factors(fn, TERMS),)  # type: ignore[assignment]  # noqa: RUF005
+        factors += (_factors(fn, TERMS),)
     return factors
 
 
@@ -292,8 +286,14 @@ def _four(at):
 
 
 @triton.jit
-def _part_of(
-    factors,
+def _columns(part, D, JOINED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stream and column of each column of a product."""
+    place = tl.arange(0, N * BLOCK_D if JOINED else BLOCK_D)
+    return place // BLOCK_D, part * BLOCK_D + place % BLOCK_D
+
+
+@triton.jit
+def _read(
     part,
     start,
     h_ptr,
@@ -303,6 +303,43 @@ def _part_of(
     stride_y,
     post_ptr,
     comb_ptr,
+    M,
+    D,
+    POST: tl.constexpr,
+    JOINED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """What the tokens from start (int64) on have in the columns of a part: streams, and with POST a site's output and
+    coefficients.
+    """
+    row = tl.arange(0, BLOCK_M)
+    live = row < M - start
+    stream, cols = _columns(part, D, JOINED, BLOCK_D)
+    inside = live[:, None] if WHOLE else live[:, None] & (cols < D)[None, :]
+    # one number of 64 bits a column, and of 32 a row: a block's rows are never so far apart
+    h_at = h_ptr + start * stride_m + (stream.to(tl.int64) * stride_n + cols)[None, :] + (row * stride_m)[:, None]
+    streams, site = _nothing(), _nothing()
+    if POST:
+        token = tl.minimum(start + row, tl.maximum(M - 1, 0))
+        site += (_four(post_ptr + token * N),)
+        for j in tl.static_range(N):
+            site += (_four(comb_ptr + token * (N * N) + j * N),)
+        y_at = y_ptr + start * stride_y + (row * stride_y)[:, None] + cols[None, :]
+        site += (tl.load(y_at, mask=inside, other=0.0),)
+    for k in tl.static_range(1 if JOINED else N):
+        streams += (tl.load(h_at + k * stride_n, mask=inside, other=0.0),)
+    return streams, site
+
+
+@triton.jit
+def _part_of(
+    factors,
+    streams,
+    site,
+    part,
+    start,
     out_ptr,
     M,
     D,
@@ -314,39 +351,26 @@ def _part_of(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A part of the sums of the tokens from start (int64) on: [tokens, 16 or 32], see `_output`. With POST of the
-    streams that a site leaves, which it writes.
+    """A part of the sums of tokens that have been `_read`: [tokens, 16 or 32], see `_output`. With POST of the streams
+    that a site leaves, which it writes.
     """
     row = tl.arange(0, BLOCK_M)
     live = row < M - start
     PADDED: tl.constexpr = 16 if HEAD else 32
-    FLAT: tl.constexpr = N * BLOCK_D if JOINED else BLOCK_D
-    stream = tl.arange(0, FLAT) // BLOCK_D
-    cols = part * BLOCK_D + tl.arange(0, FLAT) % BLOCK_D
+    _, cols = _columns(part, D, JOINED, BLOCK_D)
     inside = live[:, None] if WHOLE else live[:, None] & (cols < D)[None, :]
-    # one number of 64 bits a column, and of 32 a row: a block's rows are never so far apart
-    h_at = h_ptr + start * stride_m + (stream.to(tl.int64) * stride_n + cols)[None, :] + (row * stride_m)[:, None]
-    if POST:
-        token = tl.minimum(start + row, tl.maximum(M - 1, 0))
-        posts, combs = _four(post_ptr + token * N), ()
-        for j in tl.static_range(N):
-            combs = combs + (_four(comb_ptr + token * (N * N) + j * N),)  # type: ignore[assignment]  # noqa: RUF005
-        y = tl.load(y_ptr + start * stride_y + (row * stride_y)[:, None] + cols[None, :], mask=inside, other=0.0)
-        x0 = tl.load(h_at, mask=inside, other=0.0)
-        x1 = tl.load(h_at + stride_n, mask=inside, other=0.0)
-        x2 = tl.load(h_at + 2 * stride_n, mask=inside, other=0.0)
-        x3 = tl.load(h_at + 3 * stride_n, mask=inside, other=0.0)
-    total, squares = tl.zeros([1, 1], tl.float32), tl.zeros([BLOCK_M, FLAT], tl.float32)
+    total, squares = tl.zeros([1, 1], tl.float32), tl.zeros([BLOCK_M, cols.numel], tl.float32)
     for k in tl.static_range(1 if JOINED else N):
         if POST:
-            c0, c1, c2, c3 = combs[0][k], combs[1][k], combs[2][k], combs[3][k]  # type: ignore[misc]
-            x = closed(_wide(y), _wide(x0), _wide(x1), _wide(x2), _wide(x3), posts[k], c0, c1, c2, c3)
-            x = narrow(x, h_ptr.dtype.element_ty, CVT)
+            posts, c0, c1, c2, c3, y = site
+            x0, x1, x2, x3 = streams
+            x = closed(_wide(y), _wide(x0), _wide(x1), _wide(x2), _wide(x3), posts[k], c0[k], c1[k], c2[k], c3[k])
+            x = narrow(x, out_ptr.dtype.element_ty, CVT)
             out_at = out_ptr + start * (N * D) + k * D + (row * (N * D))[:, None] + cols[None, :]
             tl.store(out_at, x, mask=inside)
             x = _opaque(x)
         else:
-            x = tl.load(h_at + k * stride_n, mask=inside, other=0.0)
+            x = streams[k]
         # not a plain addition, which Triton makes the dot do: dots that feed dots have another layout than the last one
         product = _times(x, factors[k], TERMS)
         total = product if k == 0 else tl.fma(product, 1.0, total)
@@ -379,6 +403,7 @@ def _sums(
     WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """A row of parts is WIDTH numbers: the sum of squares, pre from 1 on, post from 8 and comb from 16. JOINED: one
     product of all streams, next to each other.
@@ -388,16 +413,32 @@ def _sums(
         tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0) % PARTS
     place, row = tl.arange(0, 16 if HEAD else 32), tl.arange(0, BLOCK_M)
-    factors = _factors_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
-    for block in range(tl.program_id(0) // PARTS, (M + BLOCK_M - 1) // BLOCK_M, GROUPS):
-        # int64 before the multiply: a long batch passes 2**31 elements
-        start = block * tl.full([], BLOCK_M, tl.int64)
-        total = _part_of(
-            factors, part, start, h_ptr, stride_m, stride_n, y_ptr, stride_y, post_ptr, comb_ptr, out_ptr, M, D,
-            TERMS, POST, JOINED, HEAD, WHOLE, BLOCK_M, BLOCK_D,
+    # int64 before the multiply: a long batch passes 2**31 elements
+    first = tl.program_id(0) // PARTS * tl.full([], BLOCK_M, tl.int64)
+    if AHEAD:
+        streams, site = _read(
+            part, first, h_ptr, stride_m, stride_n, y_ptr, stride_y, post_ptr, comb_ptr, M, D, POST, JOINED, WHOLE,
+            BLOCK_M, BLOCK_D,
         )  # fmt: skip
-        at = parts_ptr + (start * PARTS + part) * WIDTH + (row * (PARTS * WIDTH))[:, None] + place[None, :]
-        tl.store(at, total, mask=(row < M - start)[:, None] & (place < WIDTH)[None, :])
+        factors = _factors_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
+        total = _part_of(
+            factors, streams, site, part, first, out_ptr, M, D, TERMS, POST, JOINED, HEAD, WHOLE, BLOCK_M, BLOCK_D
+        )  # fmt: skip
+        at = parts_ptr + (first * PARTS + part) * WIDTH + (row * (PARTS * WIDTH))[:, None] + place[None, :]
+        tl.store(at, total, mask=(row < M - first)[:, None] & (place < WIDTH)[None, :])
+    else:
+        factors = _factors_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
+        for block in range(tl.program_id(0) // PARTS, (M + BLOCK_M - 1) // BLOCK_M, GROUPS):
+            start = block * tl.full([], BLOCK_M, tl.int64)
+            streams, site = _read(
+                part, start, h_ptr, stride_m, stride_n, y_ptr, stride_y, post_ptr, comb_ptr, M, D, POST, JOINED, WHOLE,
+                BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+            total = _part_of(
+                factors, streams, site, part, start, out_ptr, M, D, TERMS, POST, JOINED, HEAD, WHOLE, BLOCK_M, BLOCK_D
+            )  # fmt: skip
+            at = parts_ptr + (start * PARTS + part) * WIDTH + (row * (PARTS * WIDTH))[:, None] + place[None, :]
+            tl.store(at, total, mask=(row < M - start)[:, None] & (place < WIDTH)[None, :])
 
 
 @triton.jit
@@ -454,10 +495,10 @@ def _rows_normed(c, eps):
 @triton.jit
 def _columns_normed(c, eps):
     """Entries over the sum of their column: rows are along the last axis, a thread each."""
-    normed = ()
+    normed = _nothing()
     for j in tl.static_range(N):
         share = _reciprocal(tl.sum(c[j], axis=2) + eps)
-        normed = normed + (c[j] * share[:, :, None],)  # type: ignore[assignment]  # noqa: RUF005
+        normed += (c[j] * share[:, :, None],)
     return normed
 
 
@@ -492,25 +533,26 @@ def _post_and_comb(sums, base_ptr, scale_ptr, post_ptr, comb_ptr, tokens, live, 
 
 
 @triton.jit
-def _sums_of(parts_ptr, tokens, live, PARTS: tl.constexpr):
-    """The sums [tokens, 32] of all parts."""
-    some = tl.arange(0, PARTS_A_STEP)
-    at = parts_ptr + ((tokens * PARTS)[None, :, None] + some[:, None, None]) * 32 + tl.arange(0, 32)[None, None, :]
-    total = tl.zeros([PARTS_A_STEP, tokens.numel, 32], tl.float32)
-    for part in tl.static_range(0, PARTS, PARTS_A_STEP):
-        there = live[None, :, None] & (part + some < PARTS)[:, None, None]
-        total += tl.load(at + part * 32, mask=there, other=0.0)
+def _sums_of(parts_at, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """The sums [WIDTH] of all parts of a token."""
+    SOME: tl.constexpr = 1024 // WIDTH
+    some = tl.arange(0, SOME)
+    at = parts_at + some[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    total = tl.zeros([SOME, WIDTH], tl.float32)
+    for part in tl.static_range(0, PARTS, SOME):
+        total += tl.load(at + part * WIDTH, mask=(part + some < PARTS)[:, None], other=0.0)
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def _streams_at(h_at, stride_n, inside):
-    """A chunk of each of a token's streams."""
+def _streams_at(h_at, stride_n, inside, MANY: tl.constexpr):
+    """A chunk of each of a token's streams. MANY tokens' do not stay in L2."""
+    HINT: tl.constexpr = "evict_first" if MANY else ""
     return (
-        tl.load(h_at, mask=inside, other=0.0),
-        tl.load(h_at + stride_n, mask=inside, other=0.0),
-        tl.load(h_at + 2 * stride_n, mask=inside, other=0.0),
-        tl.load(h_at + 3 * stride_n, mask=inside, other=0.0),
+        tl.load(h_at, mask=inside, other=0.0, eviction_policy=HINT),
+        tl.load(h_at + stride_n, mask=inside, other=0.0, eviction_policy=HINT),
+        tl.load(h_at + 2 * stride_n, mask=inside, other=0.0, eviction_policy=HINT),
+        tl.load(h_at + 3 * stride_n, mask=inside, other=0.0, eviction_policy=HINT),
     )
 
 
@@ -524,59 +566,53 @@ def _y(
     weight_ptr,
     y_at,
     sums_at,
-    arrived_ptr,
     D,
     norm_eps,
     eps,
     MADE: tl.constexpr,
     PARTS: tl.constexpr,
-    PADDED_PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    MANY: tl.constexpr,
 ):
-    """The folded streams of a token, normed. The parts, and with MADE the streams, are read once all
-    programs have arrived, or without `arrived` once the launch before has ended.
+    """The folded streams of a token, normed. Its parts, and with MADE its streams, are read once the launch before has
+    ended.
     """
-    held, weights = (), ()
+    held, weights = _nothing(), _nothing()
     for chunk in tl.static_range(CHUNKS):
         cols = chunk * CHUNK + tl.arange(0, CHUNK)
         if not MADE:
-            held = held + (_streams_at(h_at + cols, stride_n, cols < D),)  # type: ignore[assignment]  # noqa: RUF005
+            held += (_streams_at(h_at + cols, stride_n, cols < D, MANY),)
         if weight_ptr is not None:
-            weights = weights + (tl.load(weight_ptr + cols, mask=cols < D, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-    SUMMED: tl.constexpr = 8 if sums_at is None else WIDTH
-    base, scale = _base_and_scale(base_ptr, scale_ptr, SUMMED)
-    if arrived_ptr is not None:
-        _await(arrived_ptr)
-    elif CVT:
+            weights += (tl.load(weight_ptr + cols, mask=cols < D, other=0.0),)
+    base, scale = _base_and_scale(base_ptr, scale_ptr, WIDTH)
+    if CVT:
         tl.extra.cuda.gdc_wait()
     for chunk in tl.static_range(CHUNKS if MADE else 0):
         cols = chunk * CHUNK + tl.arange(0, CHUNK)
-        held = held + (_streams_at(h_at + cols, stride_n, cols < D),)  # type: ignore[assignment]  # noqa: RUF005
-    part, place = tl.arange(0, PADDED_PARTS), tl.arange(0, SUMMED)
-    at = parts_at + part[:, None] * WIDTH + place[None, :]
-    sums = tl.sum(tl.load(at, mask=(part < PARTS)[:, None], other=0.0), axis=0)
+        held += (_streams_at(h_at + cols, stride_n, cols < D, MANY),)
+    sums = _sums_of(parts_at, PARTS, WIDTH)
     if sums_at is not None:
-        tl.store(sums_at + place, sums)
+        tl.store(sums_at + tl.arange(0, WIDTH), sums)
     norm = _norm_of(_pick(sums, 0), D * N, norm_eps)
     pre = _sigmoid(sums * norm * scale + base) + eps
     p0, p1, p2, p3 = _pick(pre, 1), _pick(pre, 2), _pick(pre, 3), _pick(pre, 4)
-    row = ()  # in chunks, which are rounded as they come: fewer registers than a row of FP32
+    row = _nothing()  # in chunks, which are rounded as they come: fewer registers than a row of FP32
     squares = tl.zeros([CHUNK], tl.float32)
     for chunk in tl.static_range(CHUNKS):
-        x0, x1, x2, x3 = held[chunk]  # type: ignore[var-annotated]
+        x0, x1, x2, x3 = held[chunk]
         y = tl.fma(p3, _wide(x3), tl.fma(p2, _wide(x2), tl.fma(p1, _wide(x1), p0 * _wide(x0))))
         y = narrow(y, y_at.dtype.element_ty, CVT)
         squares = tl.fma(_wide(y), _wide(y), squares)
-        row = row + (y,)  # type: ignore[assignment]  # noqa: RUF005
+        row += (y,)
     norm = _norm_of(tl.sum(squares, axis=0), D, norm_eps) if weight_ptr is not None else 1.0
     for chunk in tl.static_range(CHUNKS):
         cols = chunk * CHUNK + tl.arange(0, CHUNK)
         y = row[chunk]
         if weight_ptr is not None:
             y = narrow(_wide(y) * norm * _wide(weights[chunk]), y_at.dtype.element_ty, CVT)
-        tl.store(y_at + cols, y, mask=cols < D)
+        tl.store(y_at + cols, y, mask=cols < D, eviction_policy="evict_first" if MANY else "")
 
 
 @triton.jit(do_not_specialize=["M", "iterations"])
@@ -591,195 +627,48 @@ def _fold(
     y_ptr,
     post_ptr,
     comb_ptr,
+    sums_ptr,
     M,
     D,
     norm_eps,
     eps,
     iterations,
     MADE: tl.constexpr,
-    SINKHORN: tl.constexpr,
+    WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
-    PADDED_PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    MANY: tl.constexpr,
 ):
-    """Programs of Sinkhorn, which take longest, then one a token. MADE: the streams are the product's results, too."""
-    WIDTH: tl.constexpr = 32 if SINKHORN else 8
+    """A program a token. MADE: the streams are the product's results, too. Without `sums`, which have room for what
+    Sinkhorn needs later, programs of Sinkhorn, which take longest, come first.
+    """
     # the last tokens first: the product read them last, so that L2 may still hold them
     token = tl.num_programs(0) - 1 - tl.program_id(0).to(tl.int64)
     if token < M:
+        sums_at = None if sums_ptr is None else sums_ptr + token * WIDTH
         _y(
             h_ptr + token * stride_m, stride_n, parts_ptr + token * (PARTS * WIDTH), base_ptr, scale_ptr, weight_ptr,
-            y_ptr + token * D, None, None, D, norm_eps, eps, MADE, PARTS, PADDED_PARTS, WIDTH, CHUNK, CHUNKS,
+            y_ptr + token * D, sums_at, D, norm_eps, eps, MADE, PARTS, WIDTH, CHUNK, CHUNKS, MANY,
         )  # fmt: skip
-    elif SINKHORN:
+    elif post_ptr is not None:
         if CVT:
             tl.extra.cuda.gdc_wait()
-        tokens = (token - M) * SINKHORN_TOKENS + tl.arange(0, SINKHORN_TOKENS)
-        sums = _sums_of(parts_ptr, tokens, tokens < M, PARTS)
+        token -= M
+        sums = _sums_of(parts_ptr + token * (PARTS * WIDTH), PARTS, WIDTH)
+        tokens = token + tl.arange(0, 1)
         _post_and_comb(
-            sums, base_ptr, scale_ptr, post_ptr, comb_ptr, tokens, tokens < M, D, norm_eps, eps, iterations
+            sums[None, :], base_ptr, scale_ptr, post_ptr, comb_ptr, tokens, tokens < M, D, norm_eps, eps, iterations
         )  # fmt: skip
 
 
-@triton.jit
-def _arrive(arrived_ptr):
-    """All that this program has stored can be read by who finds its arrival counted."""
-    if CVT:  # all threads have stored; tl.debug_barrier would keep loads from being asked for a step ahead
-        tl.inline_asm_elementwise("bar.sync 0; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    tl.atomic_add(arrived_ptr, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def _await(arrived_ptr):
-    """Wait for all programs. In assembly: Triton asks for nothing ahead in a loop that has a loop."""
-    if CVT:
-        wait: tl.constexpr = """{
-            .reg .pred missing;
-            AWAIT${:uid}:
-            ld.acquire.gpu.global.b32 $0, [$1];
-            setp.lt.s32 missing, $0, $2;
-            @missing bra AWAIT${:uid};
-        }"""
-        tl.inline_asm_elementwise(
-            wait, "=&r,l,r", [arrived_ptr, tl.num_programs(0)], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def _folds_of(
-    step,
-    h_ptr,
-    stride_m,
-    stride_n,
-    parts_ptr,
-    arrived_ptr,
-    base_ptr,
-    scale_ptr,
-    weight_ptr,
-    y_ptr,
-    sums_ptr,
-    M,
-    D,
-    RING,
-    norm_eps,
-    eps,
-    MADE: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    PARTS: tl.constexpr,
-    PADDED_PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """y of this program's tokens of a step, and what `_post_and_comb` will need of them."""
-    start = step * TOKENS
-    for turn in tl.static_range((TOKENS + PROGRAMS - 1) // PROGRAMS):
-        place = turn * PROGRAMS + (tl.program_id(0) + PROGRAMS - start % PROGRAMS) % PROGRAMS
-        token = start.to(tl.int64) + place
-        arrived_at = None if arrived_ptr is None else arrived_ptr + step
-        if (place < TOKENS) & (token < M):
-            parts_at = parts_ptr + (step % RING * TOKENS + place) * (PARTS * WIDTH)
-            sums_at = None if sums_ptr is None else sums_ptr + token * WIDTH
-            _y(
-                h_ptr + token * stride_m, stride_n, parts_at, base_ptr, scale_ptr, weight_ptr, y_ptr + token * D,
-                sums_at, arrived_at, D, norm_eps, eps, MADE, PARTS, PADDED_PARTS, WIDTH, CHUNK, CHUNKS,
-            )  # fmt: skip
-        elif arrived_at is not None:
-            _await(arrived_at)  # as well: parts that others still read are not to be written over
-
-
-@triton.jit(do_not_specialize=["M", "RING", "iterations"])
-def _joint(
-    h_ptr,
-    stride_m,
-    stride_n,
-    site_y_ptr,
-    stride_y,
-    site_post_ptr,
-    site_comb_ptr,
-    streams_ptr,
-    fn_ptr,
-    parts_ptr,
-    arrived_ptr,
-    sums_ptr,
-    base_ptr,
-    scale_ptr,
-    weight_ptr,
-    y_ptr,
-    post_ptr,
-    comb_ptr,
-    M,
-    D,
-    RING,
-    norm_eps,
-    eps,
-    iterations,
-    PRODUCT: tl.constexpr,
-    FOLD: tl.constexpr,
-    TERMS: tl.constexpr,
-    POST: tl.constexpr,
-    JOINED: tl.constexpr,
-    HEAD: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PARTS: tl.constexpr,
-    PADDED_PARTS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """PRODUCT, FOLD: what of the two this launch does; one that does both has to have all its programs running."""
-    WIDTH: tl.constexpr = 8 if HEAD else 32
-    TOKENS: tl.constexpr = GROUPS * BLOCK_M
-    steps = (M + TOKENS - 1) // TOKENS
-    group, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
-    place, row = tl.arange(0, 16 if HEAD else 32), tl.arange(0, BLOCK_M)
-    if POST:
-        x_ptr, x_stride_m, x_stride_n = streams_ptr, N * D, D
-    else:
-        x_ptr, x_stride_m, x_stride_n = h_ptr, stride_m, stride_n
-    if PRODUCT:
-        factors = _factors_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
-    for step in range(steps):
-        if PRODUCT:
-            # int64 before the multiply: a long batch passes 2**31 elements
-            start = step * tl.full([], TOKENS, tl.int64) + group * BLOCK_M
-            there = tl.where(group < GROUPS, M, 0)
-            total = _part_of(
-                factors, part, start, h_ptr, stride_m, stride_n, site_y_ptr, stride_y, site_post_ptr, site_comb_ptr,
-                streams_ptr, there, D, TERMS, POST, JOINED, HEAD, WHOLE, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
-            slot = step % RING * TOKENS + group * BLOCK_M
-            at = parts_ptr + (slot * PARTS + part) * WIDTH + (row * (PARTS * WIDTH))[:, None] + place[None, :]
-            tl.store(at, total, mask=(row < there - start)[:, None] & (place < WIDTH)[None, :])
-            if FOLD:
-                _arrive(arrived_ptr + step)
-        if FOLD:  # noqa: SIM102  # known when compiling
-            if (not PRODUCT) | (step > 0):
-                _folds_of(
-                    step - 1 if PRODUCT else step, x_ptr, x_stride_m, x_stride_n, parts_ptr, arrived_ptr, base_ptr,
-                    scale_ptr, weight_ptr, y_ptr, sums_ptr, M, D, RING, norm_eps, eps, POST, PROGRAMS, PARTS,
-                    PADDED_PARTS, WIDTH, TOKENS, CHUNK, CHUNKS,
-                )  # fmt: skip
-    if PRODUCT and FOLD:
-        _folds_of(
-            steps - 1, x_ptr, x_stride_m, x_stride_n, parts_ptr, arrived_ptr, base_ptr, scale_ptr, weight_ptr, y_ptr,
-            sums_ptr, M, D, RING, norm_eps, eps, POST, PROGRAMS, PARTS, PADDED_PARTS, WIDTH, TOKENS, CHUNK,
-            CHUNKS,
-        )  # fmt: skip
-    if FOLD and sums_ptr is not None:
-        tl.debug_barrier()  # this program has stored the sums of its tokens
-        for first in range(tl.program_id(0), M, SINKHORNS * PROGRAMS):
-            tokens = first + tl.arange(0, SINKHORNS).to(tl.int64) * PROGRAMS
-            at = sums_ptr + tokens[:, None] * 32 + tl.arange(0, 32)[None, :]
-            sums = tl.load(at, mask=(tokens < M)[:, None], other=0.0)
-            _post_and_comb(
-                sums, base_ptr, scale_ptr, post_ptr, comb_ptr, tokens, tokens < M, D, norm_eps, eps, iterations
-            )  # fmt: skip
+@triton.jit(do_not_specialize=["M", "iterations"])
+def _sinkhorn(sums_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, M, D, norm_eps, eps, iterations):
+    """post and comb of many tokens, whose sums folds have left."""
+    tokens = tl.program_id(0) * SINKHORN_TOKENS + tl.arange(0, SINKHORN_TOKENS).to(tl.int64)
+    at = sums_ptr + tokens[:, None] * 32 + tl.arange(0, 32)[None, :]
+    sums = tl.load(at, mask=(tokens < M)[:, None], other=0.0)
+    _post_and_comb(sums, base_ptr, scale_ptr, post_ptr, comb_ptr, tokens, tokens < M, D, norm_eps, eps, iterations)
 
 
 def launch(
@@ -799,10 +688,9 @@ def launch(
 
     site: a site's output y, post and comb, and room for the streams that it leaves of h: these are then folded.
     """
-    tokens, weights, numbers = h.shape[0], (base, scale, weight), (norm_eps, eps, iterations)
-    if config.joint and tokens and _run_at_once(config.programs, h.device):
-        launch_joint(h, fn, weights, numbers, out, config, site)
-        return
+    tokens, weights, numbers, made = h.shape[0], (base, scale, weight), (norm_eps, eps, iterations), site is not None
+    few = tokens <= FEW
+    sums = None if few or len(out) == 1 else torch.empty(tokens, 32, dtype=torch.float32, device=h.device)
     for first in range(0, tokens, TOKENS_A_PAIR):
 
         def cut(t: Tensor, rows: slice = slice(first, first + TOKENS_A_PAIR)) -> Tensor:
@@ -811,43 +699,13 @@ def launch(
         ended = None if site is None else tuple(cut(t) for t in site)
         parts = launch_sums(cut(h), fn, config, ended)
         streams = cut(h) if ended is None else ended[3]
-        launch_fold(streams, parts, weights, numbers, tuple(cut(t) for t in out), config, made=site is not None)
-
-
-@functools.cache
-def _run_at_once(programs: int, device: torch.device) -> bool:
-    """Whether programs of `_joint` do, one an SM; the interpreter needs none to."""
-    return not CVT or torch.cuda.get_device_properties(device).multi_processor_count >= programs
-
-
-def launch_joint(
-    h: Tensor,
-    fn: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor | None],
-    numbers: tuple[float, float, int],
-    out: tuple[Tensor, ...],
-    config: Config,
-    site: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-) -> None:
-    """`launch` of at least one token in one launch; in the interpreter, where programs run one by one, in two."""
-    tokens, _, d = h.shape
-    sinkhorn = len(out) == 3
-    constants = _joint_constants(fn.shape[0], d, site is not None, h.dtype, config)
-    step = constants["GROUPS"] * config.block_m
-    steps = triton.cdiv(tokens, step)
-    ring = RING if CVT else steps
-    parts = torch.empty(ring * step, constants["PARTS"], _width(fn.shape[0]), dtype=torch.float32, device=h.device)
-    sums = parts.new_empty(tokens, 32) if sinkhorn else None
-    arrived = torch.zeros(steps, dtype=torch.int32, device=h.device) if CVT else None
-    y, post, comb, streams = site or (None, None, None, None)
-    stride_y = host.row_stride(y) if y is not None else d
-    folded = out if sinkhorn else (*out, None, None)
-    operands = (h, *strides(h), y, stride_y, post, comb, streams, fn, parts, arrived, sums, *weights, *folded)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **host.OPTIONS}
-    options |= {"launch_cooperative_grid": True} if CVT else {}
-    for product, fold in ((True, True),) if CVT else ((True, False), (False, True)):
-        run = _joint[(config.programs,)]
-        run(*operands, tokens, d, ring, *numbers, PRODUCT=product, FOLD=fold, **constants, **options)
+        folded = tuple(cut(t) for t in (out if few else out[:1]))
+        launch_fold(
+            streams, parts, weights, numbers, folded, config, made=made, sums=None if sums is None else cut(sums)
+        )
+    if sums is not None:
+        grid = (triton.cdiv(tokens, SINKHORN_TOKENS.value),)
+        _sinkhorn[grid](sums, base, scale, *out[1:], tokens, h.shape[2], *numbers, num_warps=4, **host.OPTIONS)
 
 
 def strides(h: Tensor) -> tuple[int, int]:
@@ -861,9 +719,8 @@ def launch_sums(h: Tensor, fn: Tensor, config: Config, site: tuple[Tensor, ...] 
     """
     tokens, _, d = h.shape
     constants = _sums_constants(fn.shape[0], d, site is not None, h.dtype, config)
-    count = constants["PARTS"]
+    count, groups = constants["PARTS"], _groups(tokens, d, config)
     parts = torch.empty(tokens, count, _width(fn.shape[0]), dtype=torch.float32, device=h.device)
-    groups = max(1, min(triton.cdiv(tokens, config.block_m), config.programs // count))
     y, post, comb, out = site or (None, None, None, None)
     stride_y = host.row_stride(y) if y is not None else d
     operands = (h, *strides(h), y, stride_y, post, comb, out, fn, parts, tokens, d, groups)
@@ -881,30 +738,31 @@ def launch_fold(
     config: Config,
     *,
     made: bool,
+    sums: Tensor | None = None,
 ) -> None:
     """y [tokens, d], and post and comb if out has room for them, of h [tokens, 4, d] and what `launch_sums` left.
 
-    weights: base, scale and the norm's; numbers: norm_eps, eps, iterations; made: h comes from `launch_sums`, too.
+    weights: base, scale and the norm's; numbers: norm_eps, eps, iterations; made: h comes from `launch_sums`, too;
+    sums: room for those of parts, which `_sinkhorn` takes.
     """
     tokens, _, d = h.shape
     sinkhorn = len(out) == 3
     y, post, comb = out if sinkhorn else (*out, None, None)
-    operands = (h, *strides(h), parts, *weights, y, post, comb, tokens, d, *numbers)
+    operands = (h, *strides(h), parts, *weights, y, post, comb, sums, tokens, d, *numbers)
     options = {"num_warps": config.fold_warps, **host.OPTIONS, **({"launch_pdl": True} if CVT else {})}
-    constants = {"MADE": made, "SINKHORN": sinkhorn, **_fold_constants(d, config)}
+    constants = {"MADE": made, **_fold_constants(parts.shape[2], d, config), "MANY": tokens > FEW}
     _fold[(fold_programs(tokens, sinkhorn=sinkhorn),)](*operands, **constants, **options)
 
 
 def fold_programs(tokens: int, *, sinkhorn: bool) -> int:
-    return tokens + (triton.cdiv(tokens, SINKHORN_TOKENS.value) if sinkhorn else 0)
+    return 2 * tokens if sinkhorn else tokens
 
 
 def build(problem: FoldProblem, config: Config, arch: str) -> Built:
-    """The launch that multiplies, which is the only one with `joint`, compiled for `arch` without a GPU."""
+    """The launch that multiplies, compiled for `arch` without a GPU."""
     head, post = (isinstance(problem, kind) for kind in (HyperConnectionHeadProblem, HyperConnectionPostPreProblem))
     outputs = STREAMS if head else STREAMS * (STREAMS + 2)
-    build_one = build_joint if config.joint else build_sums
-    return build_one(problem.x, problem.k, config, arch, outputs=outputs, post=post)
+    return build_sums(problem.x, problem.k, config, arch, outputs=outputs, post=post)
 
 
 def build_sums(x: str, k: int, config: Config, arch: str, *, outputs: int, post: bool = False) -> Built:
@@ -919,32 +777,25 @@ def build_sums(x: str, k: int, config: Config, arch: str, *, outputs: int, post:
     return host.build(_sums, types, constants, arch, config.num_warps, unaligned=("M", "GROUPS"), num_stages=stages)
 
 
-def build_fold(x: str, k: int, config: Config, arch: str, *, sinkhorn: bool, made: bool = False) -> Built:
-    """`_fold` compiled for `arch` without a GPU."""
+def build_fold(
+    x: str, k: int, config: Config, arch: str, *, sinkhorn: bool, made: bool = False, many: bool = False
+) -> Built:
+    """`_fold` compiled for `arch` without a GPU; many: with `_sinkhorn` behind it."""
     types = {"h_ptr": f"*{x}", "stride_m": "i32", "stride_n": "i32", "parts_ptr": "*fp32"}
     types |= {"weight_ptr": f"*{x}", "y_ptr": f"*{x}", "M": "i32", "D": "i32", **_COEFFICIENTS}
-    constants = {"MADE": made, "SINKHORN": sinkhorn, **_fold_constants(k, config)}
-    of_sinkhorn = {"post_ptr": "*fp32", "comb_ptr": "*fp32"}
-    types |= of_sinkhorn if sinkhorn else {}
-    constants |= {} if sinkhorn else dict.fromkeys(of_sinkhorn)
+    constants = {"MADE": made, **_fold_constants(32 if sinkhorn else 8, k, config), "MANY": many}
+    beside, later = sinkhorn and not many, sinkhorn and many
+    for name, there in {"post_ptr": beside, "comb_ptr": beside, "sums_ptr": later}.items():
+        types |= {name: "*fp32"} if there else {}
+        constants |= {} if there else {name: None}
     unaligned = ("M", "iterations")
     return host.build(_fold, types, constants, arch, config.fold_warps, unaligned=unaligned, launch_pdl=True)
 
 
-def build_joint(x: str, k: int, config: Config, arch: str, *, outputs: int, post: bool = False) -> Built:
-    """`_joint` compiled for `arch` without a GPU."""
-    types = {"h_ptr": f"*{x}", "stride_m": "i32", "stride_n": "i32", "stride_y": "i32", "fn_ptr": "*fp32"}
-    types |= {"parts_ptr": "*fp32", "arrived_ptr": "*i32", "weight_ptr": f"*{x}", "y_ptr": f"*{x}", "M": "i32"}
-    types |= {"D": "i32", "RING": "i32", **_COEFFICIENTS}
-    constants = {"PRODUCT": True, "FOLD": True, **_joint_constants(outputs, k, post, host.DTYPES[x], config)}
-    of_site = {"site_y_ptr": f"*{x}", "site_post_ptr": "*fp32", "site_comb_ptr": "*fp32", "streams_ptr": f"*{x}"}
-    of_sinkhorn = {"sums_ptr": "*fp32", "post_ptr": "*fp32", "comb_ptr": "*fp32"}
-    for wanted, more in ((post, of_site), (outputs > STREAMS, of_sinkhorn)):
-        types |= more if wanted else {}
-        constants |= {} if wanted else dict.fromkeys(more)
-    options = {"num_stages": config.num_stages, "launch_cooperative_grid": True}
-    unaligned = ("M", "RING", "iterations")
-    return host.build(_joint, types, constants, arch, config.num_warps, unaligned=unaligned, **options)
+def build_sinkhorn(arch: str) -> Built:
+    """`_sinkhorn` compiled for `arch` without a GPU."""
+    types = {"sums_ptr": "*fp32", "post_ptr": "*fp32", "comb_ptr": "*fp32", "M": "i32", "D": "i32", **_COEFFICIENTS}
+    return host.build(_sinkhorn, types, {}, arch, 4, unaligned=("M", "iterations"))
 
 
 _COEFFICIENTS = {"base_ptr": "*fp32", "scale_ptr": "*fp32", "norm_eps": "fp32", "eps": "fp32", "iterations": "i32"}
@@ -960,26 +811,17 @@ def _sums_constants(outputs: int, d: int, post: bool, dtype: torch.dtype, config
         "WHOLE": d % config.block_d == 0,
         "BLOCK_M": config.block_m,
         "BLOCK_D": config.block_d,
+        "AHEAD": config.ahead,
     }
 
 
-def _fold_constants(d: int, config: Config) -> dict[str, Any]:
+def _fold_constants(width: int, d: int, config: Config) -> dict[str, Any]:
     chunk = 8 * 32 * config.fold_warps  # eight columns of a stream a thread: loads of 16 bytes
-    parts = triton.cdiv(d, config.block_d)
     return {
-        "PARTS": parts,
-        "PADDED_PARTS": triton.next_power_of_2(parts),
+        "WIDTH": width,
+        "PARTS": triton.cdiv(d, config.block_d),
         "CHUNK": chunk,
         "CHUNKS": triton.cdiv(d, chunk),
-    }
-
-
-def _joint_constants(outputs: int, d: int, post: bool, dtype: torch.dtype, config: Config) -> dict[str, Any]:
-    constants = {**_sums_constants(outputs, d, post, dtype, config), **_fold_constants(d, config)}
-    return {
-        **constants,
-        "PROGRAMS": config.programs,
-        "GROUPS": min(config.programs // constants["PARTS"], MOST_TOKENS // config.block_m),
     }
 
 

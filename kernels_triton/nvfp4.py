@@ -146,7 +146,7 @@ def sf_offsets(rows, blocks, K, SF_BLOCKED: tl.constexpr):
 
 
 @triton.jit
-def _eighths(x, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+def eighths(x, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     """x [ROWS, GROUPS, 8] -> its eight columns, each [ROWS, GROUPS]."""
     even, odd = tl.split(x.reshape(ROWS, GROUPS, 4, 2))
     x04, x26 = tl.split(even.reshape(ROWS, GROUPS, 2, 2))
@@ -165,7 +165,7 @@ def pack_e2m1(y, ROWS: tl.constexpr, GROUPS: tl.constexpr, E2M1_CVT: tl.constexp
     y comes out of a multiplication: the GPU's NaN then have no sign.
     """
     if E2M1_CVT:
-        y0, y1, y2, y3, y4, y5, y6, y7 = _eighths(tl.minimum(y, 6.0), ROWS, GROUPS)  # of NaN and 6 a GPU takes 6
+        y0, y1, y2, y3, y4, y5, y6, y7 = eighths(tl.minimum(y, 6.0), ROWS, GROUPS)  # of NaN and 6 a GPU takes 6
         return tl.inline_asm_elementwise(
             """
             {
@@ -186,8 +186,8 @@ def pack_e2m1(y, ROWS: tl.constexpr, GROUPS: tl.constexpr, E2M1_CVT: tl.constexp
     else:
         if not CVT:
             y = tl.where(y == y, y, 6.0)
-        codes = _eighths(e2m1_magnitude(y), ROWS, GROUPS)
-        bits = _eighths(y.to(tl.uint32, bitcast=True), ROWS, GROUPS)
+        codes = eighths(e2m1_magnitude(y), ROWS, GROUPS)
+        bits = eighths(y.to(tl.uint32, bitcast=True), ROWS, GROUPS)
         word = codes[7]
         top = bits[7] >> 28  # a sign above three bits of exponent
         for i in tl.static_range(6, -1, -1):
@@ -204,7 +204,7 @@ def _below_6(y):
 
 
 @triton.jit
-def _reciprocal(scale):
+def reciprocal(scale):
     """1 / scale, rounded to nearest, or 0 of 0."""
     if CVT:
         one_over = tl.inline_asm_elementwise(
@@ -218,7 +218,7 @@ def _reciprocal(scale):
 @triton.jit
 def _squared_error(lo, hi, scaled_lo, scaled_hi, sf, alpha, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
     """Rule "mse": error of each block, in units of alpha, under scales sf [ROWS, BLOCKS]; halves [ROWS, BLOCKS, 8]."""
-    factor = _reciprocal(sf * alpha)[:, :, None]
+    factor = reciprocal(sf * alpha)[:, :, None]
     d_lo = scaled_lo - e2m1_round(_below_6(lo * factor)) * sf[:, :, None]
     d_hi = scaled_hi - e2m1_round(_below_6(hi * factor)) * sf[:, :, None]
     return pair_sum(d_lo * d_lo, ROWS, BLOCKS, 8) + pair_sum(d_hi * d_hi, ROWS, BLOCKS, 8)
@@ -274,7 +274,7 @@ def absmax_scale(amax, alpha):
     else:
         byte = e4m3_encode(t)
         scale = e4m3_decode(byte)
-    return byte, _reciprocal(scale * alpha)
+    return byte, reciprocal(scale * alpha)
 
 
 @triton.jit
@@ -283,9 +283,15 @@ def _larger(a, b):
 
 
 @triton.jit
-def _block_amax(lo, hi, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+def block_amax(lo, hi, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
     """Largest magnitude of each block, NaN above infinity: halves [ROWS, BLOCKS, 8] -> [ROWS, BLOCKS]."""
-    x = _eighths(_larger(lo, hi), ROWS, BLOCKS)
+    return most_of_eight(_larger(lo, hi), ROWS, BLOCKS)
+
+
+@triton.jit
+def most_of_eight(x, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Largest magnitudes of [ROWS, GROUPS, 8], NaN above infinity: [ROWS, GROUPS]."""
+    x = eighths(x, ROWS, GROUPS)
     return _larger(_larger(_larger(x[0], x[1]), _larger(x[2], x[3])), _larger(_larger(x[4], x[5]), _larger(x[6], x[7])))
 
 
@@ -295,7 +301,7 @@ def quantize_blocks(
 ):
     """FP32 halves of blocks [ROWS, BLOCKS, 8] under a scalar alpha -> (codes in words, int32 [ROWS, BLOCKS, 2], scales
     as bytes, int32 [ROWS, BLOCKS])."""
-    amax = _block_amax(lo, hi, ROWS, BLOCKS)
+    amax = block_amax(lo, hi, ROWS, BLOCKS)
     if RULE == "modelopt_weight":
         usable = alpha >= ALPHA_MIN
         divisor = tl.where(usable, alpha, 1.0)
@@ -322,7 +328,7 @@ def quantize_blocks(
                     better = error < least
                     byte = tl.where(better, trial, byte)
                     least = tl.where(better, error, least)
-            factor = _reciprocal(e4m3_decode(byte) * alpha)
+            factor = reciprocal(e4m3_decode(byte) * alpha)
         lo *= factor[:, :, None]
         hi *= factor[:, :, None]
     words = tl.join(pack_e2m1(lo, ROWS, BLOCKS, E2M1_CVT), pack_e2m1(hi, ROWS, BLOCKS, E2M1_CVT))
@@ -330,29 +336,31 @@ def quantize_blocks(
 
 
 @triton.jit
-def load_half(at, blocks, inside, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+def load_half(
+    at, blocks, inside, HALF: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, AGAIN: tl.constexpr = False
+):
     """The first (HALF = 0) or second eight columns of each of `blocks` (int32 [BLOCKS]) of rows that begin at the
     pointers `at` [ROWS, 1, 1]: FP32 [ROWS, BLOCKS, 8], 0 where not `inside` [ROWS or 1, BLOCKS, 1] (None: all are).
 
     A thread loads 16 bytes at a time. So it holds eight columns of each half, and whole blocks, whose scales no other
-    thread computes again.
+    thread computes again. AGAIN: no compiler may keep what was loaded before instead.
     """
     at += (blocks[:, None] * BLOCK + HALF * 8)[None, :, :]
     if at.dtype.element_ty.primitive_bitwidth == 32:
         quarter = tl.arange(0, 4)[None, None, :]
-        first = _load(at + quarter, inside)
-        second = _load(at + 4 + quarter, inside)
+        first = _load(at + quarter, inside, AGAIN)
+        second = _load(at + 4 + quarter, inside, AGAIN)
         return tl.join(first, second).permute(0, 1, 3, 2).reshape(ROWS, BLOCKS, 8)
     else:
-        return widen(_load(at + tl.arange(0, 8)[None, None, :], inside))
+        return widen(_load(at + tl.arange(0, 8)[None, None, :], inside, AGAIN))
 
 
 @triton.jit
-def _load(at, inside):
+def _load(at, inside, AGAIN: tl.constexpr):
     if inside is None:
-        return tl.load(at)
+        return tl.load(at, volatile=AGAIN)
     else:
-        return tl.load(at, mask=inside, other=0.0)
+        return tl.load(at, mask=inside, other=0.0, volatile=AGAIN)
 
 
 @triton.jit
@@ -372,12 +380,17 @@ def store_quantized(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Quantise the halves [ROWS, BLOCKS, 8] of blocks, whose rows (int64 [ROWS]) and places in k (int32 [BLOCKS]) are
-    given, and store.
+    """Quantise the halves [ROWS, BLOCKS, 8] of blocks and store, as `store_blocks` does."""
+    words, byte = quantize_blocks(lo, hi, alpha, RULE, ROWS, BLOCKS, E2M1_CVT)
+    store_blocks(words, byte, rows, blocks, data_ptr, sf_ptr, M, K, SF_BLOCKED)
+
+
+@triton.jit
+def store_blocks(words, byte, rows, blocks, data_ptr, sf_ptr, M, K, SF_BLOCKED: tl.constexpr):
+    """Store what `quantize_blocks` gave of blocks whose rows (int64 [ROWS]) and places in k (int32 [BLOCKS]) are given.
 
     In the blocked layout the tiles together have to cover M to a multiple of 128 and K to one of 64: padding becomes 0.
     """
-    words, byte = quantize_blocks(lo, hi, alpha, RULE, ROWS, BLOCKS, E2M1_CVT)
     count = K // BLOCK
     inside = (rows < M)[:, None] & (blocks < count)[None, :]
     pairs = blocks[:, None] * 2 + tl.arange(0, 2)[None, :]

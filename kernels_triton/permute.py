@@ -23,6 +23,7 @@ from fp4suite.built import Built
 from fp4suite.problem import PermuteProblem
 
 from . import host
+from .nvfp4 import CVT
 
 MOST_EXPERTS = 2047
 COMPARED = 32  # slots that those of a block are compared with at a time
@@ -77,6 +78,8 @@ def _sort(
     numbers_ptr += block * BLOCK
     sorted_ptr += block * BLOCK
     own = _numbers(ids_ptr, block * BLOCK + nth, slots, E, BLOCK)
+    if CVT:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(numbers_ptr + nth, own)
     tl.store(begins_ptr + bins, tl.zeros((BINS,), tl.int16))
     tl.store(ends_ptr + bins, tl.zeros((BINS,), tl.int16))
@@ -102,6 +105,9 @@ def _scan(
 ):  # fmt: skip
     bins = tl.program_id(0) * SCANNED_BINS + tl.arange(0, SCANNED_BINS)
     total = tl.full((SCANNED_BINS,), 0, tl.int32)
+    if CVT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for start in range(0, blocks, SCANNED):
         block = start + tl.arange(0, SCANNED)
         inside = (block < blocks)[:, None]
@@ -120,6 +126,8 @@ def _place(
 ):  # fmt: skip
     block = tl.program_id(0)
     bins, nth = tl.arange(0, BINS), tl.arange(0, BLOCK)
+    if CVT:
+        tl.extra.cuda.gdc_wait()
     numbers = tl.load(sorted_ptr + block * BLOCK + nth)
     bases, totals = tl.load(bases_ptr + block.to(tl.int64) * BINS + bins), tl.load(totals_ptr + bins)
     first = tl.cumsum(totals, axis=0) - totals
@@ -151,7 +159,8 @@ def launch(topk_ids: Tensor, experts: int, out: tuple[Tensor, Tensor], config: C
     )
     for kernel, programs, operands in launches:
         constants = _constants(kernel, experts, config)
-        kernel[(programs,)](*operands, **constants, num_warps=_warps(kernel, config), **host.OPTIONS)
+        options = host.OPTIONS | ({"launch_pdl": True} if CVT and kernel is not _sort else {})
+        kernel[(programs,)](*operands, **constants, num_warps=_warps(kernel, config), **options)
 
 
 def warm(problem: PermuteProblem, config: Config) -> None:
@@ -178,7 +187,8 @@ def build_part(kernel: Any, problem: PermuteProblem, config: Config, arch: str) 
     types = {n: t for n, t in types.items() if n in kernel.arg_names}
     constants = _constants(kernel, problem.experts, config)
     sizes = tuple(n for n in ("slots", "blocks", "E") if n in types)
-    return host.build(kernel, types, constants, arch, _warps(kernel, config), unaligned=sizes)
+    warps, follows = _warps(kernel, config), kernel is not _sort
+    return host.build(kernel, types, constants, arch, warps, unaligned=sizes, launch_pdl=follows)
 
 
 def _bins(experts: int) -> int:

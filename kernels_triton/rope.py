@@ -4,39 +4,12 @@ A tile is FP32 [ROWS, PADDED]: HEAD_DIM columns and what fills them up to a powe
 operation is rounded on its own, so that a row has the reference's bits: compile with enable_fp_fusion=False.
 """
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp4suite.problem import QnormRopeProblem, RopeInverseProblem
-
 from . import host
 from .nvfp4 import row_sum
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadConfig:
-    """block_h heads of a token a program."""
-
-    block_h: int = 1
-    num_warps: int = 1
-
-
-HEAD_SPACE = {"block_h": (1, 2, 4, 8), "num_warps": (1, 2, 4)}
-
-
-def supports_heads(problem: QnormRopeProblem | RopeInverseProblem, config: HeadConfig) -> str | None:
-    """Why this problem cannot run with this config, or None if it can."""
-    return refuse_heads(problem.head_dim, problem.rope_dim, problem.x) or host.refuse_rows(
-        config.block_h, problem.head_dim, config.num_warps, "absmax"
-    )
-
-
-def default_heads(problem: QnormRopeProblem | RopeInverseProblem) -> HeadConfig:
-    """Where there are many heads, two a warp: twice the loads that a warp waits for."""
-    return HeadConfig(block_h=2) if problem.m * problem.heads >= 1 << 15 else HeadConfig()
 
 
 def refuse_heads(head_dim: int, rope_dim: int, dtype: str) -> str | None:

@@ -77,7 +77,7 @@ def default(problem: RouteProblem) -> Config:
         return Config(presort=problem.experts > _candidates(problem.topk))
     if problem.m <= AHEAD_TOKENS:
         return Config(num_warps=4, ahead=True)
-    return Config(block_m=16, num_warps=4)
+    return Config(block_m=4)
 
 
 def supports(problem: RouteProblem, config: Config) -> str | None:

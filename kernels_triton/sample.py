@@ -5,12 +5,12 @@
     bound    the rough masses of all chunks say between which edges the nucleus ends and where `uniform` points, and
              where many tokens are, how far between them; greedy rows are done
     weigh    the mass of all tokens and of those above either bracket is added up, and the tokens in them are listed
-    finish   bisection of the listed tokens' logits, once for the end of the nucleus and once for the token
+    finish   bisection of the listed tokens, once for the end of the nucleus and once for the token
 
-Bound by issue: 70 instructions a logit to survey and 110 to weigh, against 4 bytes read twice. Four launches, as each
+Bound by issue: 50 instructions a logit to survey and 60 to weigh, against 4 bytes read twice. Four launches, as each
 needs what all programs of a row gave the one before. What is rough decides nothing: finish finds out whether
-the brackets were right. Where one was not, or more than LISTED tokens are in them, one program bisects the row itself:
-right, but slower; except where tokens between two edges have at most two different logits, which weigh counts.
+the brackets were right. Where one was not, or more than LISTED tokens are in them, one program looks at all of the row:
+right, but slower, most of all where tokens between two edges have more than two different logits.
 """
 
 from dataclasses import dataclass
@@ -23,34 +23,36 @@ from torch import Tensor
 
 from fp4suite.built import Built
 from fp4suite.problem import SampleProblem
-from fp4suite.reference.sample import MASS_BITS, UNDERFLOW as _UNDERFLOW
+from fp4suite.reference.sample import MASS_BITS
 
 from . import host
 from .nvfp4 import LOG2E, exp2_times, widen
 
 RUNGS = 16
-SUMMED = tl.constexpr(4)  # edges whose masses are summed together: one barrier for all, but registers for each
 LISTED, FEW = 4096, 1024  # tokens of a row that finish need not look for, all or a few of them in registers
-FINISH_WARPS, BISECTED = 8, 2048  # and how many of a row finish looks at together
-ROWS = 2048  # at a time, to bound the room that lists take
+BOUND_WARPS, FINISH_WARPS, BISECTED = 4, 8, 4096  # and how many of a row finish looks at together
+ROWS = 4096  # at a time, to bound the room that lists take
 MOST_CHUNKS = 1024
 MOST_VOCAB = 1 << (62 - MASS_BITS)  # masses of all tokens fit into int64
 
 WIDEST = tl.constexpr(1.5)  # from edge to edge; less where the temperature is
 UNCERTAIN = tl.constexpr(2.0**-15)  # of a rough mass: ex2.approx and FP32 sums keep to 2^-16
-CROWD = tl.constexpr(1200.0)  # tokens between two edges: more are not all listed
+CROWD = tl.constexpr(200.0)  # tokens between two edges: more are not all listed
 # How far, in parts of the way from edge to edge, the end of a mass may lie from where its neighbours say it does: what
 # the shape of the distribution makes of it, and how far n independent tokens stray, as 0.5 / sqrt(n) is their deviation
-STRAY_SHAPE, STRAY_TOKENS = tl.constexpr(0.02), tl.constexpr(1.5)
-BOUNDS = tl.constexpr(11)  # largest logit; of the end and the token: bracket, edges around it, whether a crowd
-COUNTS = tl.constexpr(5)  # largest key, tokens with it, smallest key, tokens with it, all tokens
+STRAY_SHAPE, STRAY_TOKENS = tl.constexpr(0.004), tl.constexpr(2.25)
+WAY = tl.constexpr(16)  # parts of that way
+BENT = tl.constexpr(0.1155)  # ln(2) / 6
+BOUNDS = tl.constexpr(9)  # largest logit; of the end and the token: bracket, edges around it
 MASS_POWER = tl.constexpr(MASS_BITS)
-UNDERFLOW = tl.constexpr(_UNDERFLOW)
+WEIGHTLESS = tl.constexpr(28.0)  # temperatures below the top: 2^40 exp(-28) < 1
 COLDEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 LEAST_HEAT, MOST_HEAT = tl.constexpr(2.0**-64), tl.constexpr(2.0**64)
 COLDEST_ROUGH = tl.constexpr(1e-30)
 LARGEST = tl.constexpr(0x7FFFFFFF)
 SMALLEST = tl.constexpr(-0x80000000)
+MOST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
+ONE = tl.constexpr(1 << 50)  # a token, beside masses of less
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -59,16 +61,15 @@ class Config:
     """chunk tokens a program."""
 
     chunk: int = 4096
-    num_warps: int = 8
+    num_warps: int = 4
 
 
-SPACE = {"chunk": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)}
+SPACE = {"chunk": (1024, 2048, 4096), "num_warps": (4, 8)}
 
 
 def default(problem: SampleProblem) -> Config:
-    """Chunks that few rows fill a GPU with, larger ones for many, none of them twice as long as a row."""
-    most = max(1024, triton.next_power_of_2(problem.vocab))
-    return Config(chunk=min(most, 1024 if problem.m <= 4 else 2048 if problem.m <= 16 else 4096))
+    """Chunks that are not twice as long as a row; one row in shorter ones takes no less time (H100, 129,280 logits)."""
+    return Config(chunk=min(4096, max(1024, triton.next_power_of_2(problem.vocab))))
 
 
 def supports(problem: SampleProblem, config: Config) -> str | None:
@@ -98,27 +99,28 @@ def _number(key):
 
 
 @triton.jit
-def _weight(below, heat, COMPILED: tl.constexpr):
-    """Mass of tokens whose logits lie this far below the top, which is finite, in FP32: to be rounded down."""
+def _weight(below, heat, POWER: tl.constexpr, COMPILED: tl.constexpr):
+    """2^POWER times the mass, in parts of the top's, of tokens whose logits lie this far below the top, which is
+    finite: to be rounded down. The least there is, of those at infinity too, has no unit of mass.
+    """
     if COMPILED:
-        # Correctly rounded, as tl.div_rn is, in half the time (Markstein): remainders are exact, and the second finds
-        # the quotient next to the right one. Powers of two keep all of it in range where quotients matter.
+        # Correctly rounded, as tl.div_rn is, in half the time (Markstein): by a reciprocal in two parts the quotient is
+        # the right one or its neighbour, the remainder is exact and tells. Powers of two keep all of it in range.
         scale = tl.where(heat < LEAST_HEAT, MOST_HEAT, tl.where(heat > MOST_HEAT, LEAST_HEAT, 1.0))
         heat *= scale
         below *= scale
         inverse = tl.div_rn(1.0, heat)
-        z = below * inverse
-        z = tl.fma(tl.fma(-heat, z, below), inverse, z)
+        z = tl.fma(below, inverse, below * (tl.fma(-heat, inverse, 1.0) * inverse))
         z = tl.fma(tl.fma(-heat, z, below), inverse, z)
     else:
         z = tl.div_rn(below, heat)
-    return tl.where(z < UNDERFLOW, exp2_times(z * -LOG2E, MASS_POWER), 0.0)
+    return exp2_times(tl.minimum(z, WEIGHTLESS) * -LOG2E, POWER)  # the minimum of NaN, too, is WEIGHTLESS
 
 
 @triton.jit
 def _mass(below, heat, COMPILED: tl.constexpr):
     """Mass int64 of tokens whose logits lie this far below the top, which is finite."""
-    return _weight(below, heat, COMPILED).to(tl.int64)
+    return _weight(below, heat, MASS_POWER, COMPILED).to(tl.int64)
 
 
 @triton.jit
@@ -131,20 +133,6 @@ def _mass_of(key, top, heat):
 def _logits(logits_ptr, stride_m, row, at, inside):
     # int64 before the multiply: many rows of a vocabulary pass 2**31 elements
     return widen(tl.load(logits_ptr + row * stride_m + at, mask=inside, other=float("-inf")))
-
-
-@triton.jit
-def _below_finite(logits_ptr, stride_m, row, at, inside, top):
-    """Logits of a row, -inf outside; where its largest is not finite, 0 for its equals, -inf for all others."""
-    x = _logits(logits_ptr, stride_m, row, at, inside)
-    if not tl.abs(top) < INFINITY:
-        x = tl.where((_key(x) == _key(top)) & inside, 0.0, float("-inf"))
-    return x
-
-
-@triton.jit
-def _finite(top):
-    return tl.where(tl.abs(top) < INFINITY, top, 0.0)
 
 
 @triton.jit
@@ -182,40 +170,77 @@ def _step(heat):
 
 
 @triton.jit
-def _rough_mass(x, top, heat):
-    """Of the top's; what is not finite may be anything."""
-    return tl.exp2((x - top) * (LOG2E / tl.maximum(heat, COLDEST_ROUGH)))
+def _rough_mass(x, top, heat, COMPILED: tl.constexpr):
+    """In parts of the top's; what is not finite may be anything."""
+    power = (x - top) * (LOG2E / tl.maximum(heat, COLDEST_ROUGH))
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(power)
 
 
 @triton.jit
 def _survey(
     logits_ptr, stride_m, heat_ptr, most_ptr, where_ptr, rough_ptr, V,
-    CHUNK: tl.constexpr, RUNGS: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, RUNGS: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = _logits(logits_ptr, stride_m, row, at, at < V)
     heat = tl.load(heat_ptr + row)
-    most = tl.where(tl.max((x != x).to(tl.int32), axis=0) > 0, float("nan"), tl.max(x, axis=0))
+    lane = tl.arange(0, TILE)
+    xs = ()
+    most = tl.full((TILE,), -INFINITY, tl.float32)
+    for t in tl.static_range(CHUNK // TILE):
+        at = chunk * CHUNK + t * TILE + lane
+        xs += (_logits(logits_ptr, stride_m, row, at, at < V),)  # type: ignore[assignment]
+        most = tl.maximum(most, xs[t], propagate_nan=tl.PropagateNan.ALL)
+    key = tl.max(_key(most), axis=0)
     here = row * tl.num_programs(1) + chunk
-    tl.store(most_ptr + here, _key(most))
+    tl.store(most_ptr + here, key)
+    most = _number(key)
     if heat == 0.0:
-        first = tl.min(tl.where((_key(x) == _key(most)) & (at < V), at, LARGEST), axis=0)
-        tl.store(where_ptr + here, first)
+        first = tl.full((TILE,), LARGEST, tl.int32)
+        for t in tl.static_range(CHUNK // TILE):
+            at = chunk * CHUNK + t * TILE + lane
+            equal = ((xs[t] == most) | (xs[t] != xs[t])) & (at < V)  # any NaN is the largest, then nothing equals it
+            first = tl.minimum(first, tl.where(equal, at, LARGEST))
+        tl.store(where_ptr + here, tl.min(first, axis=0))
     else:
         heat = tl.maximum(heat, COLDEST)
-        mass = _rough_mass(x, most, heat)
+        masses = ()
+        for t in tl.static_range(CHUNK // TILE):
+            masses += (_rough_mass(xs[t], most, heat, COMPILED),)  # type: ignore[assignment]
         step = _step(heat)
         rung = tl.floor(tl.div_rn(most, step))
-        for first_edge in tl.static_range(0, RUNGS, SUMMED):
-            j = first_edge + tl.arange(0, SUMMED)
-            edges = tl.where(j < RUNGS - 1, (rung - j) * step, -INFINITY)
-            above = tl.sum(tl.where(x[None, :] >= edges[:, None], mass[None, :], 0.0), axis=1)
-            tl.store(rough_ptr + here * RUNGS + j, above)
+        for j in tl.static_range(0, RUNGS, 4):
+            above_0 = _above(xs, masses, (rung - j) * step, CHUNK // TILE, TILE)
+            above_1 = _above(xs, masses, (rung - j - 1) * step, CHUNK // TILE, TILE)
+            above_2 = _above(xs, masses, (rung - j - 2) * step, CHUNK // TILE, TILE)
+            above_3 = _above(xs, masses, (rung - j - 3) * step if j + 4 < RUNGS else None, CHUNK // TILE, TILE)
+            above = tl.sum(tl.join(tl.join(above_0, above_1), tl.join(above_2, above_3)), axis=0)
+            edge = j + tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :]
+            tl.store(rough_ptr + here * RUNGS + edge, above)
 
 
 @triton.jit
-def _masses_above(keys, top, rough_ptr, row, chunks, heat, CHUNKS: tl.constexpr, RUNGS: tl.constexpr):
+def _above(xs, masses, edge, TILES: tl.constexpr, TILE: tl.constexpr):
+    """The mass of tokens from `edge` on, of all without one, by the place in a tile: two instructions a logit, where a
+    sum of chosen masses takes three.
+    """
+    sum = tl.full((TILE,), 0.0, tl.float32)
+    for t in tl.static_range(TILES):
+        if edge is None:
+            sum += masses[t]
+        else:
+            sum = tl.fma(tl.where(xs[t] >= edge, 1.0, 0.0), masses[t], sum)
+    return sum
+
+
+@triton.jit
+def _masses_above(
+    keys, top, rough_ptr, row, chunks, heat, CHUNKS: tl.constexpr, RUNGS: tl.constexpr, COMPILED: tl.constexpr
+):
     """Roughly the mass of a row above each edge, in that of the top: [RUNGS], of all tokens at last; and the first."""
     nth, j = tl.arange(0, CHUNKS), tl.arange(0, RUNGS)
     step = _step(heat)
@@ -225,7 +250,7 @@ def _masses_above(keys, top, rough_ptr, row, chunks, heat, CHUNKS: tl.constexpr,
     own = tl.where(j == RUNGS - 1, RUNGS - 1, j[None, :] - lower[:, None])
     at = (row * chunks + nth)[:, None] * RUNGS + own
     rough = tl.load(rough_ptr + at, mask=(nth < chunks)[:, None] & (own >= 0), other=0.0)
-    rough *= _rough_mass(_number(keys), top, heat)[:, None]
+    rough *= _rough_mass(_number(keys), top, heat, COMPILED)[:, None]
     return tl.sum(tl.where(rough == rough, rough, 0.0), axis=0), rung  # NaN of chunks without a finite logit
 
 
@@ -236,66 +261,83 @@ def _at(masses, j, RUNGS: tl.constexpr):
 
 
 @triton.jit
-def _bracket(least, most, masses, rung, top, heat, RUNGS: tl.constexpr):
-    """Between which logits the mass above reaches `least` to `most`: from edge to edge, closer where that is a crowd,
-    and whether it is.
+def _log_of(masses, j, RUNGS: tl.constexpr):
+    """log2 of the mass between the edges j - 1 and j."""
+    return tl.log2(tl.maximum(_at(masses, j, RUNGS) - _at(masses, j - 1, RUNGS), 1e-30))
+
+
+@triton.jit
+def _way(part, masses, first, RUNGS: tl.constexpr):
+    """Where between the edges first - 1 and first this part of the mass there is reached: in parts of the way.
+
+    As if the logarithm of the mass at a logit were a parabola, through three intervals' own.
+    """
+    middle = tl.minimum(tl.maximum(first, 2), RUNGS - 3)
+    own = _log_of(masses, middle, RUNGS)
+    before, after = _log_of(masses, middle - 1, RUNGS), _log_of(masses, middle + 1, RUNGS)
+    bend = tl.minimum(tl.maximum(0.5 * (after - 2.0 * own + before), -4.0), 4.0)
+    bend -= bend * bend * BENT  # what an interval's mass takes off the bend at its middle, and off the slope
+    slope = tl.minimum(tl.maximum(0.5 * (after - before), -8.0), 8.0) / tl.maximum(1.0 + bend * BENT, 0.25)
+    nth = tl.arange(0, WAY)
+    at = (nth + 0.5) * (1.0 / WAY) - 0.5 + (first - middle)
+    density = tl.exp2(tl.minimum((bend * at + slope) * at, 60.0))
+    reached = tl.cumsum(density, axis=0)
+    wanted = part * tl.sum(density, axis=0)
+    return tl.sum(tl.minimum(tl.maximum((wanted - reached) / density + 1.0, 0.0), 1.0), axis=0) * (1.0 / WAY)
+
+
+@triton.jit
+def _bracket(least, most, lowest, masses, rung, top, heat, RUNGS: tl.constexpr):
+    """Between which logits the mass above reaches `least` to `most`: from edge to edge, the last no lower than edge
+    `lowest`, and closer where that is a crowd and where tokens have no mass; and that last edge.
     """
     step = _step(heat)
     first = tl.sum((masses <= least).to(tl.int32), axis=0)
-    last = tl.minimum(tl.sum((masses <= most).to(tl.int32), axis=0), RUNGS - 1)
-    begin = tl.where(first > 0, (rung - (first - 1)) * step, float("nan"))
-    end = tl.where(last < RUNGS - 1, (rung - last) * step, -INFINITY)
+    last = tl.minimum(tl.sum((masses <= most).to(tl.int32), axis=0), lowest)
+    begin = tl.where(first > 0, (rung - (first - 1)) * step, INFINITY)
+    bottom = top - WEIGHTLESS * heat
+    end = tl.maximum(tl.where(last < RUNGS - 1, (rung - last) * step, -INFINITY), bottom)
     above = _at(masses, first - 1, RUNGS)
-    mass = _at(masses, last, RUNGS) - above
     depth = tl.where(first > 0, top - begin, 0.0) + 0.5 * step
-    number = mass * tl.exp2(depth * (LOG2E / tl.maximum(heat, COLDEST_ROUGH)))
-    crowd = (number > CROWD) | (last == RUNGS - 1)
-
-    # where in it: masses on either side say how fast the mass of tokens changes
-    wide = tl.maximum(above - _at(masses, first - 2, RUNGS), 1e-30)
-    next = tl.maximum(_at(masses, first + 1, RUNGS) - _at(masses, first, RUNGS), 1e-30)
-    slope = tl.where((first > 1) & (first < RUNGS - 2), 0.5 * tl.log2(next / wide), 0.0)
-    slope = tl.where(tl.abs(slope) < 4.0, slope, 0.0)
-    part = (least - above) / tl.maximum(_at(masses, first, RUNGS) - above, 1e-30)
-    even = tl.abs(slope) < 0.01
-    steep = tl.log2(1.0 + part * (tl.exp2(slope) - 1.0)) / tl.where(even, 1.0, slope)
-    part = tl.where(even, part, steep)
+    number = (_at(masses, last, RUNGS) - above) * tl.exp2(depth * (LOG2E / tl.maximum(heat, COLDEST_ROUGH)))
     stray = STRAY_SHAPE + STRAY_TOKENS * tl.rsqrt(tl.maximum(number, 1.0))
-    closer = crowd & (last - first < 2) & (first > 0) & (last < RUNGS - 1)
-    far = tl.where(last == first, part, 1.0) + stray  # where the next edge is in doubt, beyond that
-    inner_begin = tl.where(closer & (part > stray), begin - step * (part - stray), begin)
+    closer = (number > CROWD) & (last - first < 2) & (first > 0) & (last < RUNGS - 1)
+    own = tl.maximum(_at(masses, first, RUNGS) - above, 1e-30)
+    near = _way((least - above) / own, masses, first, RUNGS) - stray
+    far = tl.where(last == first, _way((most - above) / own, masses, first, RUNGS), 1.0) + stray
+    inner_begin = tl.where(closer & (near > 0.0), begin - step * near, begin)
     inner_end = tl.where(closer & ((last > first) | (far < 1.0)), begin - step * far, end)
-    return begin, end, inner_begin, inner_end, crowd
+    return begin, end, inner_begin, tl.maximum(inner_end, bottom), last
 
 
 @triton.jit
 def _between(x, begin, end):
-    """Below `begin`, unless it is NaN, and not below `end`."""
+    """Below `begin` and not below `end`."""
     return (x >= end) & ~(x >= begin)
 
 
 @triton.jit
-def _keep_bracket(bounds_ptr, least, most, empty, masses, rung, top, heat, RUNGS: tl.constexpr):
-    """Five bounds, those of a bracket without tokens if it is to be `empty`; where the first edge is is returned."""
-    begin, end, inner_begin, inner_end, crowd = _bracket(least, most, masses, rung, top, heat, RUNGS)
+def _keep_bracket(bounds_ptr, least, most, lowest, empty, masses, rung, top, heat, RUNGS: tl.constexpr):
+    """Four bounds, the first two those of a bracket without tokens if it is to be `empty`; its first and last edge."""
+    begin, end, inner_begin, inner_end, last = _bracket(least, most, lowest, masses, rung, top, heat, RUNGS)
     tl.store(bounds_ptr, tl.where(empty, -INFINITY, inner_begin))
     tl.store(bounds_ptr + 1, tl.where(empty, -INFINITY, inner_end))
     tl.store(bounds_ptr + 2, begin)
     tl.store(bounds_ptr + 3, end)
-    tl.store(bounds_ptr + 4, tl.where(empty, 0.0, crowd.to(tl.float32)))
-    return begin
+    return begin, last
 
 
 @triton.jit
 def _bound(
     heat_ptr, top_p_ptr, uniform_ptr, most_ptr, where_ptr, rough_ptr, bounds_ptr, listed_ptr, out_ptr, chunks,
-    CHUNKS: tl.constexpr, RUNGS: tl.constexpr,
+    CHUNKS: tl.constexpr, RUNGS: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     nth = tl.arange(0, CHUNKS)
+    heat = tl.load(heat_ptr + row)
+    share, part = _part(tl.load(top_p_ptr + row)), _part(tl.load(uniform_ptr + row))
     keys = tl.load(most_ptr + row * chunks + nth, mask=nth < chunks, other=SMALLEST)
     highest = tl.max(keys, axis=0)
-    heat = tl.load(heat_ptr + row)
     if heat == 0.0:
         first = tl.load(where_ptr + row * chunks + nth, mask=nth < chunks, other=LARGEST)
         token = tl.min(tl.where(keys == highest, first, LARGEST), axis=0)
@@ -305,193 +347,182 @@ def _bound(
         bounds_ptr += BOUNDS * row
         tl.store(bounds_ptr, top)
         tl.store(listed_ptr + row, 0)
-        masses, rung = _masses_above(keys, top, rough_ptr, row, chunks, heat, CHUNKS, RUNGS)
-        share = _part(tl.load(top_p_ptr + row))
+        masses, rung = _masses_above(keys, top, rough_ptr, row, chunks, heat, CHUNKS, RUNGS, COMPILED)
         limit = share * _at(masses, RUNGS - 1, RUNGS)
         low, high = limit * (1.0 - UNCERTAIN), limit * (1.0 + UNCERTAIN)
         # the end of a nucleus of all tokens need not be looked for
-        begin = _keep_bracket(bounds_ptr + 1, low, high, share == 1.0, masses, rung, top, heat, RUNGS)
+        begin, last = _keep_bracket(
+            bounds_ptr + 1, low, high, RUNGS - 1, share == 1.0, masses, rung, top, heat, RUNGS
+        )  # fmt: skip
         # the last of the nucleus may reach over the limit by a mass like that where its bracket begins
-        kept = limit + tl.where(begin == begin, _rough_mass(begin, top, heat), 1.0)
-        part = _part(tl.load(uniform_ptr + row))
+        kept = limit + tl.minimum(_rough_mass(begin, top, heat, COMPILED), 1.0)
         low, high = part * limit * (1.0 - UNCERTAIN), part * kept * (1.0 + UNCERTAIN)
-        _keep_bracket(bounds_ptr + 6, low, high, False, masses, rung, top, heat, RUNGS)
+        _keep_bracket(bounds_ptr + 5, low, high, last, False, masses, rung, top, heat, RUNGS)
 
 
 # --- weigh: masses, and the tokens of the brackets --------------------------------------------------------------------
 
 
 @triton.jit
-def _count_equals(counts_ptr, x, inside):
-    """What `_of_two` reads of a chunk."""
-    largest = tl.max(tl.where(inside, x, -INFINITY), axis=0)
-    smallest = tl.min(tl.where(inside, x, INFINITY), axis=0)
-    tl.store(counts_ptr, _key(largest))
-    tl.store(counts_ptr + 1, tl.sum((inside & (x == largest)).to(tl.int32), axis=0))
-    tl.store(counts_ptr + 2, _key(smallest))
-    tl.store(counts_ptr + 3, tl.sum((inside & (x == smallest)).to(tl.int32), axis=0))
-    tl.store(counts_ptr + 4, tl.sum(inside.to(tl.int32), axis=0))
+def _ones(bits):
+    """How many of the lower 16 bits are set."""
+    bits -= (bits >> 1) & 0x5555
+    bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
+    bits = (bits + (bits >> 4)) & 0x0F0F
+    return (bits + (bits >> 8)) & 0x1F
+
+
+@triton.jit
+def _units(high, low):
+    """int64 of as many times 2^20 and units."""
+    return (high.to(tl.int64) << 20) + low.to(tl.int64)
 
 
 @triton.jit
 def _weigh(
-    logits_ptr, stride_m, heat_ptr, bounds_ptr, mass_ptr, counts_ptr, listed_ptr, list_ptr, V,
-    CHUNK: tl.constexpr, LISTED: tl.constexpr, COMPILED: tl.constexpr,
+    logits_ptr, stride_m, heat_ptr, bounds_ptr, mass_ptr, listed_ptr, list_ptr, V,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane = tl.arange(0, TILE)
     heat = tl.load(heat_ptr + row)
-    if heat != 0.0:
+    bounds_ptr += BOUNDS * row
+    top = tl.load(bounds_ptr)
+    if (heat != 0.0) & (tl.abs(top) < INFINITY):
         heat = tl.maximum(heat, COLDEST)
-        bounds_ptr += BOUNDS * row
-        top = tl.load(bounds_ptr)
         end_begin, end_end = tl.load(bounds_ptr + 1), tl.load(bounds_ptr + 2)
-        pick_begin, pick_end = tl.load(bounds_ptr + 6), tl.load(bounds_ptr + 7)
-        at = chunk * CHUNK + tl.arange(0, CHUNK)
-        x = _below_finite(logits_ptr, stride_m, row, at, at < V, top)
-        weight = _weight(_finite(top) - x, heat, COMPILED)
-        mass = weight.to(tl.int64)
+        pick_begin, pick_end = tl.load(bounds_ptr + 5), tl.load(bounds_ptr + 6)
+        nothing = tl.full((TILE,), 0.0, tl.float32)
+        high, low, end_high, end_low, pick_high, pick_low = nothing, nothing, nothing, nothing, nothing, nothing
+        marks = tl.full((TILE,), 0, tl.int32)
+        for t in tl.static_range(CHUNK // TILE):
+            at = chunk * CHUNK + t * TILE + lane
+            x = _logits(logits_ptr, stride_m, row, at, at < V)
+            # 20 bits and 20 bits: FP32 adds up 16 of each without rounding
+            weight = _weight(top - x, heat, MASS_POWER - 20, COMPILED)
+            whole = tl.floor(weight)
+            rest = tl.floor((weight - whole) * 1048576.0)
+            from_end, from_pick = x >= end_begin, x >= pick_begin
+            is_end, is_pick = tl.where(from_end, 1.0, 0.0), tl.where(from_pick, 1.0, 0.0)
+            high += whole
+            low += rest
+            end_high, end_low = tl.fma(is_end, whole, end_high), tl.fma(is_end, rest, end_low)
+            pick_high, pick_low = tl.fma(is_pick, whole, pick_high), tl.fma(is_pick, rest, pick_low)
+            wanted = ((x >= end_end) & ~from_end) | ((x >= pick_end) & ~from_pick)
+            marks += tl.where(wanted, 1 << t, 0)
+        ends, picks = _units(end_high, end_low), _units(pick_high, pick_low)
+        three = tl.join(tl.join(_units(high, low), ends), tl.join(picks, picks))
+        nth = tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :]
         here = row * tl.num_programs(1) + chunk
-        tl.store(mass_ptr + 3 * here, tl.sum(mass, axis=0))
-        tl.store(mass_ptr + 3 * here + 1, tl.sum(tl.where(x >= end_begin, mass, 0), axis=0))
-        tl.store(mass_ptr + 3 * here + 2, tl.sum(tl.where(x >= pick_begin, mass, 0), axis=0))
-        weighs = weight >= 1.0
-        wanted = weighs & (_between(x, end_begin, end_end) | _between(x, pick_begin, pick_end))
-        number = tl.sum(wanted.to(tl.int32), axis=0)
-        if number > 0:
+        tl.store(mass_ptr + 3 * here + nth, tl.sum(three, axis=0), mask=nth < 3)
+        number = _ones(marks)
+        before = tl.cumsum(number, axis=0)
+        total = tl.max(before, axis=0)
+        if total > 0:
             # in no certain order, which nothing that follows depends on
-            begin = tl.atomic_add(listed_ptr + row, number, sem="relaxed")
-            place = begin + tl.cumsum(wanted.to(tl.int32), axis=0) - 1
-            entry = (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | at
-            tl.store(list_ptr + row * LISTED + place, entry, mask=wanted & (place < LISTED))
-        counts_ptr += 2 * COUNTS * here
-        for bracket in range(2):
-            edges_ptr = bounds_ptr + 3 + 5 * bracket
-            if tl.load(edges_ptr + 2) != 0.0:
-                inside = weighs & _between(x, tl.load(edges_ptr), tl.load(edges_ptr + 1))
-                _count_equals(counts_ptr + COUNTS * bracket, x, inside)
+            place = tl.atomic_add(listed_ptr + row, total, sem="relaxed") + before - number
+            while tl.max(marks, axis=0) > 0:
+                lowest = marks & -marks
+                at = chunk * CHUNK + _ones(lowest - 1) * TILE + lane
+                x = _logits(logits_ptr, stride_m, row, at, marks > 0)
+                entry = (~_key(x)).to(tl.int64) << 32 | at  # which rise as tokens rank
+                tl.store(list_ptr + row * LISTED + place, entry, mask=(marks > 0) & (place < LISTED))
+                marks -= lowest
+                place += 1
 
 
 # --- finish, among listed tokens --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _bisect(need, key, mass):
-    """The largest key such that tokens with it or above have the mass `need`; the mass of those above it."""
-    low = tl.min(tl.where(mass > 0, key, LARGEST), axis=0).to(tl.int64)
-    high = tl.max(tl.where(mass > 0, key, SMALLEST), axis=0).to(tl.int64)
-    above = tl.full((), 0, tl.int64)
-    while low < high:
-        middle = low + ((high - low + 1) >> 1)
-        reached = tl.sum(tl.where(key >= middle.to(tl.int32), mass, 0), axis=0)
-        enough = reached >= need
-        low = tl.where(enough, middle, low)
-        above = tl.where(enough, above, reached)
-        high = tl.where(enough, high, middle - 1)
-    return low.to(tl.int32), above
-
-
-@triton.jit
-def _nth(nth, at, wanted):
-    """The number among those of `at` that are wanted which nth others come before."""
-    low = tl.min(tl.where(wanted, at, LARGEST), axis=0)
-    high = tl.max(tl.where(wanted, at, -1), axis=0)
-    while low < high:
-        middle = low + ((high - low) >> 1)
-        enough = tl.sum((wanted & (at <= middle)).to(tl.int32), axis=0) > nth
-        high = tl.where(enough, middle, high)
-        low = tl.where(enough, low, middle + 1)
-    return low
-
-
-@triton.jit
-def _kept(limit, key, above, top, heat):
-    """Mass of the nucleus whose last key this is."""
-    each = _mass_of(key, top, heat)
-    equals = (limit - above + each - 1) // tl.maximum(each, 1)  # of them that the nucleus takes
-    return above + equals * each
+def _reaching(entry, mass, inside, above, need):
+    """The first of the entries inside with which the mass reaches `need`, the mass with it, and whether there is one.
+    above: the mass above those inside.
+    """
+    whole = tl.sum(tl.where(inside, mass, 0), axis=0)
+    found = (above < need) & (need <= above + whole) & (whole < ONE)
+    counted = tl.where(inside & found, mass + ONE, 0)
+    low, high = tl.min(tl.where(inside, entry, MOST), axis=0) - 1, tl.max(tl.where(inside, entry, -MOST), axis=0)
+    until_high = tl.sum(counted, axis=0)
+    until_low = until_high * 0
+    while until_high // ONE - until_low // ONE > 1:
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        until = tl.sum(tl.where(entry <= middle, counted, 0), axis=0)
+        enough = above + until % ONE >= need
+        low, until_low = tl.where(enough, low, middle), tl.where(enough, until_low, until)
+        high, until_high = tl.where(enough, middle, high), tl.where(enough, until, until_high)
+    first = tl.max(tl.where(inside & (entry > low) & (entry <= high), entry, -MOST), axis=0)
+    return first, above + until_high % ONE, found
 
 
 @triton.jit
 def _among(
-    list_ptr, row, listed, need, above, bounds_ptr, top, heat,
+    list_ptr, row, listed, limit, total, above_end, above_pick, uniform, bounds_ptr, top, heat,
     HELD: tl.constexpr, LISTED: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """`_bisect` of a bracket's listed tokens; the token that reaches the mass `need`; and whether the bracket has it.
-    above: the mass above where the bracket begins.
-    """
+    """The mass of the nucleus and the token, from all listed tokens; -1 where the bracket does not have it."""
     nth = tl.arange(0, HELD)
-    entry = tl.load(list_ptr + row * LISTED + nth, mask=nth < listed, other=0)
-    x, at = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True), entry.to(tl.int32)
-    inside = (nth < listed) & _between(x, tl.load(bounds_ptr), tl.load(bounds_ptr + 1))
-    key, mass = _key(x), tl.where(inside, _mass(top - x, heat, COMPILED), 0)
-    good = (above < need) & (need <= above + tl.sum(mass, axis=0))
-    chosen, more = _bisect(need - above, key, mass)
-    above += more
-    before = (need - 1 - above) // tl.maximum(_mass_of(chosen, top, heat), 1)
-    return chosen, above, _nth(before, at, (key == chosen) & (mass > 0)), good
-
-
-@triton.jit
-def _in_list(
-    list_ptr, row, listed, need, above, bounds_ptr, top, heat,
-    FEW: tl.constexpr, LISTED: tl.constexpr, COMPILED: tl.constexpr,
-):  # fmt: skip
-    """`_among`, of as many tokens as are listed; not good if the list is too short."""
-    key, token, good = tl.full((), 0, tl.int32), tl.full((), -1, tl.int32), above < 0
-    if listed <= FEW:
-        key, above, token, good = _among(
-            list_ptr, row, listed, need, above, bounds_ptr, top, heat, FEW, LISTED, COMPILED
-        )  # fmt: skip
-    elif listed <= LISTED:
-        key, above, token, good = _among(
-            list_ptr, row, listed, need, above, bounds_ptr, top, heat, LISTED, LISTED, COMPILED
-        )  # fmt: skip
-    return key, above, token, good
+    entry = tl.load(list_ptr + row * LISTED + nth, mask=nth < listed, other=MOST)
+    x = _number(~(entry >> 32).to(tl.int32))
+    mass = _mass(top - x, heat, COMPILED)
+    kept = total
+    if limit != total:
+        inside = _between(x, tl.load(bounds_ptr + 1), tl.load(bounds_ptr + 2)) & (nth < listed)
+        _, reached, found = _reaching(entry, mass, inside, above_end, limit)
+        kept = tl.where(found, reached, -1)
+    inside = _between(x, tl.load(bounds_ptr + 5), tl.load(bounds_ptr + 6)) & (nth < listed)
+    token, _, found = _reaching(entry, mass, inside, above_pick, _target(uniform, kept) + 1)
+    return kept, tl.where((kept > 0) & found, token.to(tl.int32), -1)
 
 
 # --- finish, from all of a row ----------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _of_two(counts_ptr, row, chunks, need, above, bounds_ptr, top, heat, CHUNKS: tl.constexpr):
-    """`_bisect` of the tokens between two edges by their counts, if they are a crowd of no more than two keys; how many
-    of each chunk have the key; and whether all this is so. above: the mass above where the bracket begins.
+def _of_two(
+    need, above, begin, inner_begin, end, logits_ptr, stride_m, row, V, top, heat, BLOCK: tl.constexpr
+):  # fmt: skip
+    """`_bisect_row` of the tokens between two edges by their counts, if they have no more than two logits; and whether
+    all this is so. above: the mass from inner_begin on.
     """
-    nth = tl.arange(0, CHUNKS)
-    begin, crowd = tl.load(bounds_ptr), tl.load(bounds_ptr + 4)
-    inside = nth < tl.where(crowd != 0.0, chunks, 0)
-    at = counts_ptr + (row * chunks + nth) * (2 * COUNTS)
-    largest, smallest = tl.load(at, mask=inside, other=SMALLEST), tl.load(at + 2, mask=inside, other=LARGEST)
-    of_largest, of_smallest = tl.load(at + 1, mask=inside, other=0), tl.load(at + 3, mask=inside, other=0)
-    first, second = tl.max(largest, axis=0), tl.min(smallest, axis=0)
-    of_first = tl.where(largest == first, of_largest, tl.where(smallest == first, of_smallest, 0))
-    of_second = tl.where(smallest == second, of_smallest, tl.where(largest == second, of_largest, 0))
-    of_second = tl.where(first == second, 0, of_second)
-    number = tl.sum(tl.load(at + 4, mask=inside, other=0), axis=0)
-    mass_first = tl.sum(of_first, axis=0) * _mass_of(first, top, heat)
-    mass_second = tl.sum(of_second, axis=0) * _mass_of(second, top, heat)
-    above -= tl.where(_number(first) >= begin, mass_first, 0) + tl.where(_number(second) >= begin, mass_second, 0)
+    first, second = tl.full((BLOCK,), -INFINITY, tl.float32), tl.full((BLOCK,), INFINITY, tl.float32)
+    of_first, of_second = tl.full((BLOCK,), 0, tl.int32), tl.full((BLOCK,), 0, tl.int32)
+    number = tl.full((BLOCK,), 0, tl.int32)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = _logits(logits_ptr, stride_m, row, at, at < V)
+        inside = _between(x, begin, end)
+        number += inside.to(tl.int32)
+        of_first = tl.where(inside & (x > first), 0, of_first) + (inside & (x >= first)).to(tl.int32)
+        of_second = tl.where(inside & (x < second), 0, of_second) + (inside & (x <= second)).to(tl.int32)
+        first = tl.where(inside & (x > first), x, first)
+        second = tl.where(inside & (x < second), x, second)
+    most, least, number = tl.max(first, axis=0), tl.min(second, axis=0), tl.sum(number, axis=0)
+    of_first = tl.sum(tl.where(first == most, of_first, 0), axis=0)
+    of_second = tl.where(least == most, 0, tl.sum(tl.where(second == least, of_second, 0), axis=0))
+    first, second = most, least
+    mass_first = tl.where(number > 0, of_first * _mass(top - first, heat, False), 0)
+    mass_second = tl.where(number > 0, of_second * _mass(top - second, heat, False), 0)
+    above -= tl.where(first >= inner_begin, mass_first, 0) + tl.where(second >= inner_begin, mass_second, 0)
     reached = above + mass_first
     enough = reached >= need
-    known = (number > 0) & (number == tl.sum(of_first + of_second, axis=0))
-    known &= (above < need) & (need <= reached + mass_second)
-    key, above = tl.where(enough, first, second), tl.where(enough, above, reached)
-    return key, above, tl.where(enough, of_first, of_second), known
+    known = (number > 0) & (number == of_first + of_second) & (above < need) & (need <= reached + mass_second)
+    return _key(tl.where(enough, first, second)), tl.where(enough, above, reached), known
 
 
 @triton.jit
 def _bisect_row(need, logits_ptr, stride_m, row, V, top, heat, BLOCK: tl.constexpr, COMPILED: tl.constexpr):
-    """`_bisect` of all tokens of a row."""
+    """The largest key such that tokens with it or above have the mass `need`; the mass of those above it."""
     low = _key(tl.full((), -INFINITY, tl.float32)).to(tl.int64)
-    high = _key(_finite(top)).to(tl.int64)
+    high = _key(top).to(tl.int64)
     above = tl.full((), 0, tl.int64)
     while low < high:
         middle = low + ((high - low + 1) >> 1)
         total = tl.zeros((BLOCK,), tl.int64)
         for start in range(0, V, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            x = _below_finite(logits_ptr, stride_m, row, at, at < V, top)
-            total += tl.where(_key(x) >= middle.to(tl.int32), _mass(_finite(top) - x, heat, COMPILED), 0)
+            x = _logits(logits_ptr, stride_m, row, at, at < V)
+            total += tl.where(_key(x) >= middle.to(tl.int32), _mass(top - x, heat, COMPILED), 0)
         reached = tl.sum(total, axis=0)
         enough = reached >= need
         low = tl.where(enough, middle, low)
@@ -501,12 +532,24 @@ def _bisect_row(need, logits_ptr, stride_m, row, V, top, heat, BLOCK: tl.constex
 
 
 @triton.jit
-def _nth_of_row(nth, wanted, logits_ptr, stride_m, row, start, end, top, BLOCK: tl.constexpr):
-    """The token from start on, before end, with the key `wanted` that nth others with it come before."""
-    token = tl.full((), -1, tl.int32)
-    while (token < 0) & (start < end):
+def _from_row(
+    need, above, bounds_ptr, logits_ptr, stride_m, row, V, top, heat, BLOCK: tl.constexpr, COMPILED: tl.constexpr
+):  # fmt: skip
+    """`_bisect_row`, in the shorter way if there is one; bounds_ptr: of a bracket, and above: the mass above it."""
+    inner_begin, begin, end = tl.load(bounds_ptr), tl.load(bounds_ptr + 2), tl.load(bounds_ptr + 3)
+    key, reached, known = _of_two(need, above, begin, inner_begin, end, logits_ptr, stride_m, row, V, top, heat, BLOCK)
+    if not known:
+        key, reached = _bisect_row(need, logits_ptr, stride_m, row, V, top, heat, BLOCK, COMPILED)
+    return key, reached
+
+
+@triton.jit
+def _nth_of_row(nth, wanted, logits_ptr, stride_m, row, V, BLOCK: tl.constexpr):
+    """The token with the key `wanted` that nth others with it come before."""
+    token, start = tl.full((), -1, tl.int32), tl.full((), 0, tl.int32)
+    while (token < 0) & (start < V):
         at = start + tl.arange(0, BLOCK)
-        equal = (_key(_below_finite(logits_ptr, stride_m, row, at, at < end, top)) == wanted) & (at < end)
+        equal = (_key(_logits(logits_ptr, stride_m, row, at, at < V)) == wanted) & (at < V)
         count = tl.cumsum(equal.to(tl.int32), axis=0)
         token = tl.max(tl.where(equal & (count == nth + 1), at, -1), axis=0)
         nth -= tl.max(count, axis=0)
@@ -515,59 +558,71 @@ def _nth_of_row(nth, wanted, logits_ptr, stride_m, row, start, end, top, BLOCK: 
 
 
 @triton.jit
+def _among_equals(key, top_p, uniform, logits_ptr, stride_m, row, V, BLOCK: tl.constexpr):
+    """The token of a row whose largest logits are not finite: all of the mass is theirs."""
+    number = tl.full((BLOCK,), 0, tl.int32)
+    for start in range(0, V, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        number += ((_key(_logits(logits_ptr, stride_m, row, at, at < V)) == key) & (at < V)).to(tl.int32)
+    total = tl.sum(number, axis=0).to(tl.int64) << MASS_POWER
+    kept = _whole(_limit(top_p, total), 0, (total * 0 + 1) << MASS_POWER)
+    before = (_target(uniform, kept) >> MASS_POWER).to(tl.int32)
+    return _nth_of_row(before, key, logits_ptr, stride_m, row, V, BLOCK)
+
+
+@triton.jit
+def _whole(limit, above, each):
+    """Mass of the nucleus whose last tokens, equal ones, have the mass `each`."""
+    return above + (limit - above + each - 1) // each * each
+
+
+@triton.jit
 def _finish(
-    logits_ptr, stride_m, heat_ptr, top_p_ptr, uniform_ptr, bounds_ptr, mass_ptr, counts_ptr, listed_ptr, list_ptr,
+    logits_ptr, stride_m, heat_ptr, top_p_ptr, uniform_ptr, bounds_ptr, mass_ptr, listed_ptr, list_ptr,
     out_ptr, chunks, V,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LISTED: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
-    COMPILED: tl.constexpr,
+    CHUNKS: tl.constexpr, LISTED: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    heat = tl.load(heat_ptr + row)
+    heat, top_p, uniform = tl.load(heat_ptr + row), tl.load(top_p_ptr + row), tl.load(uniform_ptr + row)
     if heat != 0.0:
         heat = tl.maximum(heat, COLDEST)
-        uniform = tl.load(uniform_ptr + row)
-        listed = tl.load(listed_ptr + row)
         bounds_ptr += BOUNDS * row
         top = tl.load(bounds_ptr)
-        finite = _finite(top)
-        nth = tl.arange(0, CHUNKS)
-        at = mass_ptr + (row * chunks + nth) * 3
-        total = tl.sum(tl.load(at, mask=nth < chunks, other=0), axis=0)
-        above_end = tl.sum(tl.load(at + 1, mask=nth < chunks, other=0), axis=0)
-        above_pick = tl.sum(tl.load(at + 2, mask=nth < chunks, other=0), axis=0)
-
-        limit = _limit(tl.load(top_p_ptr + row), total)
-        kept = total
-        if limit != total:
-            key, above, _, known = _in_list(
-                list_ptr, row, listed, limit, above_end, bounds_ptr + 1, finite, heat, FEW, LISTED, COMPILED
-            )  # fmt: skip
-            if not known:
-                key, above, number, known = _of_two(
-                    counts_ptr, row, chunks, limit, above_end, bounds_ptr + 1, finite, heat, CHUNKS
+        if tl.abs(top) < INFINITY:
+            listed = tl.load(listed_ptr + row)
+            nth = tl.arange(0, CHUNKS)
+            at = mass_ptr + (row * chunks + nth) * 3
+            total = tl.sum(tl.load(at, mask=nth < chunks, other=0), axis=0)
+            above_end = tl.sum(tl.load(at + 1, mask=nth < chunks, other=0), axis=0)
+            above_pick = tl.sum(tl.load(at + 2, mask=nth < chunks, other=0), axis=0)
+            limit = _limit(top_p, total)
+            kept, token = tl.full((), -1, tl.int64), tl.full((), -1, tl.int32)
+            if listed <= FEW:
+                kept, token = _among(
+                    list_ptr, row, listed, limit, total, above_end, above_pick, uniform, bounds_ptr, top, heat,
+                    FEW, LISTED, COMPILED,
                 )  # fmt: skip
-            if not known:
-                key, above = _bisect_row(limit, logits_ptr, stride_m, row, V, top, heat, BLOCK, COMPILED)
-            kept = _kept(limit, key, above, finite, heat)
-
-        target = _target(uniform, kept)
-        key, above, token, known = _in_list(
-            list_ptr, row, listed, target + 1, above_pick, bounds_ptr + 6, finite, heat, FEW, LISTED, COMPILED
-        )  # fmt: skip
-        if not known:
-            key, above, number, known = _of_two(
-                counts_ptr + COUNTS, row, chunks, target + 1, above_pick, bounds_ptr + 6, finite, heat, CHUNKS
-            )  # fmt: skip
-            if not known:
-                key, above = _bisect_row(target + 1, logits_ptr, stride_m, row, V, top, heat, BLOCK, COMPILED)
-            before = ((target - above) // tl.maximum(_mass_of(key, finite, heat), 1)).to(tl.int32)
-            start = tl.full((), 0, tl.int32)
-            if known:
-                reached = tl.cumsum(number, axis=0)
-                chunk = tl.sum((reached <= before).to(tl.int32), axis=0)
-                before -= tl.sum(tl.where(tl.arange(0, CHUNKS) < chunk, number, 0), axis=0)
-                start = chunk * CHUNK
-            token = _nth_of_row(before, key, logits_ptr, stride_m, row, start, V, top, BLOCK)
+            elif listed <= LISTED:
+                kept, token = _among(
+                    list_ptr, row, listed, limit, total, above_end, above_pick, uniform, bounds_ptr, top, heat,
+                    LISTED, LISTED, COMPILED,
+                )  # fmt: skip
+            if token < 0:
+                if kept < 0:
+                    kept = total
+                    if limit != total:
+                        key, above = _from_row(
+                            limit, above_end, bounds_ptr + 1, logits_ptr, stride_m, row, V, top, heat, BLOCK, COMPILED
+                        )  # fmt: skip
+                        kept = _whole(limit, above, tl.maximum(_mass_of(key, top, heat), 1))
+                target = _target(uniform, kept)
+                key, above = _from_row(
+                    target + 1, above_pick, bounds_ptr + 5, logits_ptr, stride_m, row, V, top, heat, BLOCK, COMPILED
+                )  # fmt: skip
+                before = ((target - above) // tl.maximum(_mass_of(key, top, heat), 1)).to(tl.int32)
+                token = _nth_of_row(before, key, logits_ptr, stride_m, row, V, BLOCK)
+        else:
+            token = _among_equals(_key(top), top_p, uniform, logits_ptr, stride_m, row, V, BLOCK)
         tl.store(out_ptr + row, token.to(tl.int64))
 
 
@@ -584,8 +639,8 @@ def launch(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor, 
 
     most, where, rough = room(chunks), room(chunks), room(chunks, RUNGS, dtype=torch.float32)
     bounds, mass = room(BOUNDS.value, dtype=torch.float32), room(chunks, 3, dtype=torch.int64)
-    counts, listed, places = room(chunks, 2 * COUNTS.value), room(), room(LISTED, dtype=torch.int64)
-    weighed = (bounds, mass, counts, listed, places)
+    listed, places = room(), room(LISTED, dtype=torch.int64)
+    weighed = (bounds, mass, listed, places)
     for begin in range(0, m, ROWS):
         rows = slice(begin, begin + ROWS)
         own = (logits[rows], host.row_stride(logits))
@@ -623,18 +678,18 @@ def build_part(kernel: Any, problem: SampleProblem, config: Config, arch: str) -
     """One of the kernels of a launch compiled for `arch` without a GPU."""
     types = {"logits_ptr": f"*{problem.x}", "stride_m": "i32", "chunks": "i32", "V": "i32"}
     types |= dict.fromkeys(("heat_ptr", "top_p_ptr", "uniform_ptr", "rough_ptr", "bounds_ptr"), "*fp32")
-    types |= dict.fromkeys(("most_ptr", "where_ptr", "counts_ptr", "listed_ptr"), "*i32")
+    types |= dict.fromkeys(("most_ptr", "where_ptr", "listed_ptr"), "*i32")
     types |= dict.fromkeys(("mass_ptr", "list_ptr", "out_ptr"), "*i64")
     types = {n: t for n, t in types.items() if n in kernel.arg_names}
     return host.build(kernel, types, _constants(kernel, problem.vocab, config, True), arch, _warps(kernel, config))
 
 
 def _warps(kernel: Any, config: Config) -> int:
-    return {_bound: 1, _finish: FINISH_WARPS}.get(kernel, config.num_warps)
+    return {_bound: BOUND_WARPS, _finish: FINISH_WARPS}.get(kernel, config.num_warps)
 
 
 def _constants(kernel: Any, vocab: int, config: Config, compiled: bool) -> dict[str, int]:
     chunks = triton.next_power_of_2(triton.cdiv(vocab, config.chunk))
     all = {"CHUNK": config.chunk, "CHUNKS": chunks, "RUNGS": RUNGS, "LISTED": LISTED, "FEW": FEW, "BLOCK": BISECTED}
-    all["COMPILED"] = compiled
+    all |= {"TILE": min(config.chunk, 128 * config.num_warps), "COMPILED": compiled}
     return {name: c for name, c in all.items() if name in kernel.arg_names}

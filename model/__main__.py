@@ -1,4 +1,4 @@
-"""`python -m model check | make-checkpoint | convert | generate | bench | demo`.
+"""`python -m model check | make-checkpoint | convert | generate | bench | launches | demo`.
 
 Each has --help and --json (the last line of output is one JSON document). On failure each says why in one sentence and
 exits with 1.
@@ -160,6 +160,12 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
     return run(args)
 
 
+def _launches(args: argparse.Namespace) -> dict[str, Any]:
+    from .launches import run
+
+    return run(args)
+
+
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
     from .demo import run
 
@@ -243,6 +249,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--context", type=int, default=256, help="tokens that decoding sequences have (default 256)")
     bench.add_argument("--repeats", type=int, default=5, help="timings a row (default 5)")
     runs(bench)
+
+    launches = command("launches", _launches, "What a layer of each kind launches in a decode step.")
+    launches.add_argument("--config", default="demo", metavar="NAME", help=a_config)
+    launches.add_argument("--family", choices=FAMILIES, default="modelopt", help="formats of weights (modelopt)")
+    launches.add_argument("--batch", type=int, default=4, help="sequences decoding (default 4)")
+    launches.add_argument("--device", help="cpu: count operators; cuda: kernels (default: the GPU if there is one)")
+    launches.add_argument("--act-format", choices=("float", "nvfp4", "fp8"), default="float", help="see generate")
 
     demo = command("demo", _demo, "A small model from checkpoint to tokens: make, tune, load, generate, compare.")
     demo.add_argument("--dir", type=Path, help="where to keep what is made (default: a temporary folder)")

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fp4suite import by_token, ops
 from fp4suite.formats import IndexCache, NVFP4Tensor, PagedCache
-from fp4suite.reference import rms_norm
 
 from .cache import Batch, LayerCache
 from .config import CSA_RATIO, ModelConfig
+from .inputs import Input, Normed
 from .linear import Build
 
 
@@ -39,19 +39,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         """x [tokens, hidden], normed -> [tokens, hidden]."""
         heads, head_dim, eps = self.config.num_attention_heads, self.config.head_dim, self.config.rms_norm_eps
-        c_q = by_token.each(lambda y: rms_norm(y, self.q_norm, eps), self.wq_a(x))  # [tokens, q_lora_rank]
+        read = Input(x)
+        c_q = Normed(self.wq_a(read), self.q_norm, eps)  # [tokens, q_lora_rank]
         q = self.wq_b(c_q).unflatten(-1, (heads, head_dim))
         q = ops.qnorm_rope(q, batch.positions, cache.table, eps)  # [tokens, heads, head_dim]
         ops.kv_norm_rope_insert(
-            self.wkv(x), self.kv_norm, batch.positions, cache.table, eps, cache.window, batch.window_slots
+            self.wkv(read), self.kv_norm, batch.positions, cache.table, eps, cache.window, batch.window_slots
         )
         caches, rows = [cache.window], [batch.window_rows]
         if self.ratio:
             assert cache.compressed is not None
             assert cache.state is not None
-            self.compressor(x, batch, cache.table, cache.state, cache.compressed)
+            self.compressor(read, batch, cache.table, cache.state, cache.compressed)
             chosen = (
-                self.indexer(x, c_q, batch, cache) if self.ratio == CSA_RATIO else batch.compressed[self.ratio].rows
+                self.indexer(read, c_q, batch, cache) if self.ratio == CSA_RATIO else batch.compressed[self.ratio].rows
             )
             assert chosen is not None
             caches.append(cache.compressed)
@@ -74,8 +75,15 @@ class Attention(nn.Module):
             z = z.unflatten(0, (groups, tokens)).transpose(0, 1)
         else:
             w = self.wo_a.plain(o.dtype).unflatten(0, (groups, rank)).transpose(1, 2)
-            z = by_token.each(lambda x: torch.bmm(x.transpose(0, 1), w).transpose(0, 1), o)
+            z = by_token.each(lambda x: _by_group(x, w), o)
         return z.flatten(1)  # [tokens, groups, rank] -> [tokens, groups · rank]
+
+
+def _by_group(x: Tensor, w: Tensor) -> Tensor:
+    """x [tokens, groups, k] @ w [groups, k, rank] -> [tokens, groups, rank], written as it is read next."""
+    out = x.new_empty(*x.shape[:2], w.shape[2])
+    torch.bmm(x.transpose(0, 1), w, out=out.transpose(0, 1))
+    return out
 
 
 class Compressor(nn.Module):
@@ -92,7 +100,7 @@ class Compressor(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Input,
         batch: Batch,
         table: Tensor,
         state: Tensor,
@@ -129,7 +137,7 @@ class Indexer(nn.Module):
         self.weights_proj = build.linear("weights_proj", config.index_n_heads, config.hidden_size)
         self.compressor = Compressor(config, CSA_RATIO, config.index_head_dim, build.child("compressor"))
 
-    def forward(self, x: Tensor, c_q: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+    def forward(self, x: Input, c_q: Input, batch: Batch, cache: LayerCache) -> Tensor:
         """x [tokens, hidden], c_q [tokens, q_lora_rank] -> slots of the entries, int32 [tokens, rows], -1 behind."""
         assert cache.index is not None
         assert cache.index_state is not None

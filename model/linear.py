@@ -13,19 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp4suite import by_token, dispatch, ops
-from fp4suite.formats import BLOCK, FP8_BLOCK, FP8BlockTensor, NVFP4Tensor, SfLayout, WeightLayout
+from fp4suite.formats import BLOCK, FP8_BLOCK, FP8BlockTensor, FP8RowTensor, NVFP4Tensor, SfLayout, WeightLayout
 from fp4suite.layouts import TILE, Order
 from fp4suite.problem import Act, GemmProblem
 from fp4suite.reference.native import dequant_fp8_block
+
+from .inputs import Input
 
 Format = Literal["bf16", "fp32", "nvfp4", "fp8"]
 WeightFormat = Callable[[str], Format]  # by canonical name
 ActFormat = Literal["float", "nvfp4", "fp8"]
 AnyWeight = Tensor | NVFP4Tensor | FP8BlockTensor
-
-# Global scale of activations in batch-invariant mode: block maxima from 0.006 to 168 get a scale with all its bits.
-# Norms and the clamp of SwiGLU keep inputs of linears below; larger numbers saturate.
-FIXED_ALPHA = 2.0**-4
 
 _PLAIN: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -169,19 +167,24 @@ class Linear(Weight):
         elif weight.row_exponent is not None:  # of a layout before this one
             self.weight = replace(weight, row_exponent=None)
 
-    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, x: Tensor | Input, out_dtype: torch.dtype | None = None) -> Tensor:
         """out_dtype: of y, summed in FP32 and rounded once; x's by default."""
+        x = x if isinstance(x, Input) else Input(x)
         weight, out_dtype = self.weight, out_dtype or x.dtype
-        rows = x.flatten(0, -2)
         if isinstance(weight, NVFP4Tensor):
-            # one kernel reads both operands' scales: x's get the layout that the weight was given for it
-            a = quantized(rows, weight.sf_layout) if self.act == "nvfp4" else rows
+            a: Tensor | NVFP4Tensor | FP8RowTensor
+            if self.act == "nvfp4":
+                # one kernel reads both operands' scales: x's get the layout that the weight was given for it
+                a = x.nvfp4(weight.sf_layout)
+            elif self.act == "fp8" and weight.row_exponent is not None:
+                a = x.fp8
+            else:
+                a = x.plain
             segments = self.segments if weight.alpha.ndim else None
-            act: Literal["fp8"] | None = "fp8" if self.act == "fp8" and weight.row_exponent is not None else None
-            y = ops.gemm_nvfp4(a, weight, act=act, segments=segments, out_dtype=out_dtype)
+            y = ops.gemm_nvfp4(a, weight, segments=segments, out_dtype=out_dtype)
         else:
-            y = matmul(rows, self.plain(x.dtype), out_dtype)
-        return y.unflatten(0, x.shape[:-1])
+            y = matmul(x.plain, self.plain(x.dtype), out_dtype)
+        return y.unflatten(0, x.lead)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,12 +219,6 @@ class Build:
         return nn.Buffer(torch.empty(shape, dtype=torch.int32, device=self.device))
 
 
-def quantized(x: Tensor, sf_layout: SfLayout = "linear") -> NVFP4Tensor:
-    """Activations [m, k] in NVFP4, under a global scale of their maximum; in batch-invariant mode under FIXED_ALPHA."""
-    alpha = x.new_full((), FIXED_ALPHA, dtype=torch.float32) if dispatch.is_batch_invariant() else None
-    return ops.quantize_nvfp4(x, alpha=alpha, sf_layout=sf_layout)
-
-
 def matmul(x: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
     """x [m, k] @ w [n, k].T -> [m, n] in out_dtype, summed in FP32; x and w share a dtype."""
     return by_token.each(lambda rows: _matmul(rows, w, out_dtype), x)
@@ -230,6 +227,6 @@ def matmul(x: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
 def _matmul(x: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:
     if x.dtype == out_dtype:
         return F.linear(x, w)
-    if x.is_cuda and out_dtype == torch.float32:
+    if x.device.type != "cpu" and out_dtype == torch.float32:
         return torch.mm(x, w.T, out_dtype=out_dtype)
     return F.linear(x.float(), w.float()).to(out_dtype)

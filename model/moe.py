@@ -5,10 +5,11 @@ from torch import Tensor, nn
 
 from fp4suite import by_token, ops
 from fp4suite.formats import NVFP4Tensor
-from fp4suite.reference import moe, swiglu
+from fp4suite.reference import moe
 
 from .config import ModelConfig
-from .linear import Build, Linear, quantized
+from .inputs import Gated, Input
+from .linear import Build, Linear
 
 
 class MoE(nn.Module):
@@ -23,17 +24,18 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, token_ids: Tensor) -> Tensor:
         """x [tokens, hidden], normed -> [tokens, hidden]; token_ids int64 [tokens], for layers that route by them."""
-        ids, weights = self.gate(x, token_ids)  # [tokens, topk]
+        read = Input(x)
+        ids, weights = self.gate(read, token_ids)  # [tokens, topk]
         w13, w2, limit = self.w13.weight, self.w2.weight, self.config.swiglu_limit
         if isinstance(w13, NVFP4Tensor) and isinstance(w2, NVFP4Tensor):
-            a = quantized(x) if self.act == "nvfp4" else x
+            a = read.nvfp4() if self.act == "nvfp4" else x
             routed = ops.moe_nvfp4(a, w13, w2, ids, weights, limit=limit).to(x.dtype)
         elif isinstance(w13, Tensor) and isinstance(w2, Tensor):
             routed = by_token.each(lambda *one: moe(one[0], w13, w2, *one[1:], limit=limit), x, ids, weights)
         else:
             kinds = f"{type(w13).__name__} and {type(w2).__name__}"
             raise TypeError(f"w13 and w2 must both be NVFP4 or both plain tensors, got {kinds}")
-        return routed + self.shared(x)
+        return routed + self.shared(read)
 
 
 class Gate(Linear):
@@ -50,7 +52,7 @@ class Gate(Linear):
         table = build.int32(config.vocab_size, config.num_experts_per_tok) if is_hash else None
         self.register_buffer("tid2eid", table)
 
-    def forward(self, x: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Input, token_ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Expert ids int32 and weights FP32, [tokens, topk] each."""
         return ops.route(
             super().forward(x, torch.float32),  # scores in FP32: ties and near ties decide which expert runs
@@ -72,7 +74,6 @@ class SharedExpert(nn.Module):
         self.w13 = build.linear("w13", 2 * inner, d, segments=(inner, inner))  # gate rows, then up
         self.w2 = build.linear("w2", d, inner)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Input) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]."""
-        act = by_token.each(lambda y: swiglu(y, self.limit), self.w13(x, torch.float32))  # [tokens, inner]
-        return self.w2(act.to(x.dtype))
+        return self.w2(Gated(self.w13(x, torch.float32), self.limit, x.dtype))

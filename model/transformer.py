@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp4suite import by_token, ops
-from fp4suite.reference import rms_norm
+from fp4suite import ops
 
 from .attention import Attention
 from .cache import Batch, KVCache, LayerCache
 from .config import ModelConfig
+from .inputs import Normed
 from .linear import ActFormat, AnyWeight, Build, Weight, WeightFormat
 from .moe import MoE
 
@@ -194,8 +194,8 @@ class DraftBlock(Layer):
     ) -> tuple[Tensor, Tensor]:
         """h: [tokens, streams, hidden]; embedded: [tokens, hidden], next tokens. Returns FP32 logits and streams."""
         norm_eps, eps = self.config.rms_norm_eps, self.config.hc_eps
-        e = self.e_proj(by_token.each(lambda x: rms_norm(x, self.enorm, norm_eps), embedded))  # [tokens, hidden]
-        h = e[:, None] + self.h_proj(by_token.each(lambda x: rms_norm(x, self.hnorm, norm_eps), h))
+        e = self.e_proj(Normed(embedded, self.enorm, norm_eps))  # [tokens, hidden]
+        h = e[:, None] + self.h_proj(Normed(h, self.hnorm, norm_eps))
         h, last = super().forward(h, None, batch, cache)
         h = ops.hyper_connection_post(last.y, h, last.post, last.comb)
         y = ops.hyper_connection_head(

@@ -186,6 +186,7 @@ def _bench_fusion_peers(args: argparse.Namespace, ops: Sequence[str]) -> tuple[i
         layers=args.layers.split(",") if args.layers else (),
         tp=args.tp,
         seconds=args.seconds,
+        jobs=args.jobs or _cores(),
         seed=args.seed,
         resume=args.resume,
         quiet=args.quiet,
@@ -307,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     beside.add_argument("--layers", metavar="NAME,...", help="only shapes of these layers: q_b, pro.o_b (default all)")
     beside.add_argument("--seconds", type=float, default=420.0, help="time for the run (default 420)")
-    beside.add_argument("--jobs", type=_positive, help="processes that compile peers ahead (default: the cores)")
+    beside.add_argument("--jobs", type=_positive, help="processes that compile ahead (default: the cores)")
     beside.add_argument("--resume", action="store_true", help="keep the cells that this commit has already timed")
 
     report = command("report", _report, "Tables and plots from the rows of earlier benchmarks.")

@@ -3,8 +3,10 @@
 A peer is timed once its result agrees with the reference, within its own tolerance. One that is not installed, was not
 made for a problem, fails or is wrong says so in the cell. Beside the peers stand roofs: a copy of as many bytes and an
 empty kernel. All of them are cold, in CUDA graphs, and interleaved (see `measure`). Rows are stored after each cell.
+Ours are compiled ahead, in a pool of processes.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +15,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tqdm import tqdm
+
 from fp4suite import dispatch
 from fp4suite.errors import UnsupportedError
 from fp4suite.problem import Problem
 
-from . import fusion_cells, fusion_rows, peers_fusions, provenance, side_by_side, stats, worker
+from . import builds, fusion_cells, fusion_rows, peers_fusions, provenance, side_by_side, stats, worker
 from .bench import Row
 from .fusion_cells import COPY
 from .fusion_rows import REFUSED, ROOFS
@@ -46,6 +50,7 @@ class Options:
     layers: Sequence[str] = ()
     tp: int = 1
     seconds: float = 420.0
+    jobs: int = 1
     seed: int = 0
     resume: bool = False
     quiet: bool = False
@@ -89,8 +94,9 @@ def run(
         todo = [c for c in todo if _key(c) not in kept]
     outcome.left = len(todo)
     say(f"{len(todo)} cells to time, {len(outcome.rows)} kept, in about {options.seconds:.0f} s")
-    child = start()
-    try:
+    _compile_ahead(target, todo, options)
+    say(f"compiled after {time.monotonic() - began:.0f} s")
+    with contextlib.closing(start()) as child:
         copy = child.call(backend.long_copy, target.cuda, timeout=RECORD_S)
         say(f"a long copy: {copy:.0f} GB/s")
         measuring = _Measuring(child, backend, target.cuda, options.seed, outcome.absent)
@@ -100,8 +106,6 @@ def run(
             outcome.rows.append(row)
             outcome.left -= 1
             fusion_rows.store(files[cell.problem.op], row)
-    finally:
-        child.close()
     outcome.paths = [path for path in files.values() if path.exists()]
     return outcome
 
@@ -158,6 +162,15 @@ class _Measuring(side_by_side.Measuring[Cell]):
     def open(self, cell: Cell) -> str:
         p = cell.problem
         return str(self.child.call(self.backend.open_cell, p.op, p.dims(), self._device, self._seed, timeout=RECORD_S))
+
+
+def _compile_ahead(target: Target, todo: Sequence[Cell], options: Options) -> None:
+    """Ours into the cache, many processes at once. What fails here fails in its cell too, which is where it counts."""
+    with contextlib.closing(builds.Ahead(options.jobs, target.cuda)) as ahead:
+        wanted = [builds.Build(c.choice.kernel, c.problem, c.choice.config, target.arch) for c in todo]
+        begun = [ahead.begin(build, builds.NOW) for build in wanted]
+        for compiled in tqdm(begun, desc="compiling", unit="cell", disable=options.quiet or None):
+            compiled.result()
 
 
 def _absent(options: Options, say: Callable[[str], None]) -> dict[str, str]:

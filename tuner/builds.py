@@ -2,10 +2,11 @@
 
 What `compile_all` keeps of a build is its resource use, or why there is none, filed under everything it depends on: the
 kernel's source, config, problem, architecture and compiler versions. Rejections are words of `rejection.py`. `Ahead`
-has kernels compiled into the cache from which a process that times them loads them.
+has kernels compiled into the caches from which a process that times them loads them.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
@@ -22,7 +23,8 @@ from .rejection import Rejected
 
 TIMEOUT_S = 180.0
 NOW = -1  # the turn of a build that is waited for
-NO_GPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of a child that only compiles
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of a child that only compiles
+NO_GPU = ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,42 +80,53 @@ def compile_all(
 
 
 class Ahead:
-    """Compiles candidates in the background, in children without a GPU, while another child times those that are done.
+    """Compiles candidates in the background, in children, while another child times those that are done.
 
-    For kernels whose module has `precompile(problem, config)`; others compile where they are timed.
+    A kernel whose module has `precompile(problem, config)` is compiled without a GPU into the project's cache; one of
+    Triton, by what its `warm` launches on `device` ("cuda:0"), into Triton's, and nothing is launched. Without a device
+    those are compiled where they are timed.
     """
 
-    def __init__(self, jobs: int, timeout: float = TIMEOUT_S) -> None:
-        self._pool = worker.Pool(jobs, timeout, NO_GPU)
-        self._begun: dict[str, tuple[Future[Rejected | None], worker.Call]] = {}
+    def __init__(self, jobs: int, device: str | None = None, timeout: float = TIMEOUT_S) -> None:
+        self._device = device
+        self._without_gpu, self._with_gpu = (worker.Pool(jobs, timeout, where) for where in (NO_GPU, ONE_THREAD))
+        self._begun: dict[str, tuple[Future[Rejected | None], worker.Pool, worker.Call]] = {}
 
     def begin(self, build: Build, turn: int) -> "Future[Rejected | None]":
         """Ends with None once the build is in the cache, or with why it never will be.
 
         The lowest turn comes first: NOW for a build that is waited for, from 0 on for those that will be.
         """
-        if not env.keeps_kernels() or not hasattr(registry.load(build.kernel), "precompile"):
+        module = registry.load(build.kernel)
+        what = build.kernel, build.problem.op, build.problem.dims(), dataclasses.asdict(build.config)
+        job: tuple[Any, ...]
+        if hasattr(module, "precompile") and env.keeps_kernels():
+            pool, job = self._without_gpu, (precompile_one, *what)
+        elif hasattr(module, "warm") and not hasattr(module, "precompile") and self._device is not None:
+            pool, job = self._with_gpu, (precompile_launches, *what, self._device)
+        else:
             return prepared()
         key = build.key
         if key in self._begun:
-            mine, call = self._begun[key]
+            mine, pool, call = self._begun[key]
             if not mine.done():
-                self._pool.hasten(call, turn)
+                pool.hasten(call, turn)
             return mine
         mine = Future()
-        knobs = dataclasses.asdict(build.config)
-        call = self._pool.submit(turn, precompile_one, build.kernel, build.problem.op, build.problem.dims(), knobs)
-        self._begun[key] = mine, call
+        call = pool.submit(turn, *job)
+        self._begun[key] = mine, pool, call
         call.future.add_done_callback(lambda f: _conclude(mine, f))
         return mine
 
     def leave_behind(self, turn: int) -> None:
         """Builds of turns before this one, from 0 on, are no longer wanted."""
-        self._pool.leave_behind(turn)
+        for pool in (self._without_gpu, self._with_gpu):
+            pool.leave_behind(turn)
 
     def close(self) -> None:
         """End everything that is still being compiled."""
-        self._pool.close()
+        for pool in (self._without_gpu, self._with_gpu):
+            pool.close()
 
 
 def prepared() -> "Future[Rejected | None]":
@@ -127,6 +140,17 @@ def precompile_one(kernel: str, op: str, dims: dict[str, int | str], knobs: dict
     """Runs in a child: compile into the cache."""
     module = registry.load(kernel)
     module.precompile(problems.from_dims(op, dims), registry.make_config(module, knobs))
+
+
+def precompile_launches(kernel: str, op: str, dims: dict[str, int | str], knobs: dict[str, Any], device: str) -> None:
+    """Runs in a child, which never launches again: what `warm` would launch is compiled into Triton's cache."""
+    import torch
+    import triton
+
+    torch.cuda.set_device(device)
+    triton.JITFunction.__getitem__ = lambda kernel, grid: functools.partial(kernel.warmup, grid=grid)
+    module = registry.load(kernel)
+    module.warm(problems.from_dims(op, dims), registry.make_config(module, knobs))
 
 
 def _conclude(mine: "Future[Rejected | None]", compiled: "Future[None]") -> None:

@@ -55,20 +55,23 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     DequantProblem.op: 12,
     QuantizeProblem.op: 12,
     QuantizeFp8Problem.op: 6,
-    RmsnormQuantizeProblem.op: 16,
-    SwigluQuantizeProblem.op: 30,
-    QnormRopeProblem.op: 22,  # SASS of one program, by its elements; so the next three
+    RmsnormQuantizeProblem.op: 21,  # SASS of one program, by its elements; so the next ones
+    SwigluQuantizeProblem.op: 28,
+    QnormRopeProblem.op: 22,
     KvNormRopeInsertProblem.op: 34,
     RopeInverseProblem.op: 7,
     RopeInverseQuantizeProblem.op: 32,
-    IndexQueryProblem.op: 20,
+    IndexQueryProblem.op: 24,
 }
 POOL_INSTRUCTIONS = 38  # of a row and channel, the norm and encoding of the entry included; from SASS
 POOL_SHARED = 0.25  # more, each time that twice as many threads share a channel; from SASS
 COUNT_INSTRUCTIONS = 70  # of a score that is held: fifteen counts, then its place; estimate, as the next two
 COUNT_OVERHEAD = 15 * 30 * 32  # of a warp that counts: sums over warps, the next middle
+BIN_INSTRUCTIONS = 18  # of a score that is counted into bins; from SASS, as the next one
+BIN_OVERHEAD = 400  # of a thread: the window, the sums of bins, its slots
 SCAN_INSTRUCTIONS = 8  # of a score that streams by
 TOPK_PROGRAMS = 132  # that share a row's maxima among them where queries are few
+LOGITS_INSTRUCTIONS = 2.8  # of a product, all of them counted: 360 in SASS for 128 of a thread
 SCORE_INSTRUCTIONS = 55  # of an expert's score; from SASS
 SAMPLE_INSTRUCTIONS = 100  # a logit, in the three launches that read it
 RMS_SUM_INSTRUCTIONS = 5  # of an element: widened, squared, added; from SASS
@@ -86,7 +89,7 @@ DECODE_INSTRUCTIONS = 1.5  # NVFP4 -> BF16 by bit arithmetic, four elements a wo
 class Machine:
     """dram, l2: GB/s. mma_tflops: dense, by activation format. latency_us: of a load from device memory, under load.
 
-    l2_bytes: what L2 keeps.
+    l2_bytes: what L2 keeps. start_us: from one CTA's start to the next one's, somewhere on the GPU.
     """
 
     sms: int
@@ -101,6 +104,7 @@ class Machine:
     threads: int = 2_048
     shared_bytes: int = 233_472  # 228 KiB, of which each CTA takes 1 KiB for the system
     ctas: int = 32
+    start_us: float = 6.4e-4  # empty programs on an H100: 32,768 of a warp take 21.1 us, 4,096 of four 3.7
 
     @property
     def ingest_per_us(self) -> float:
@@ -190,7 +194,8 @@ def predict_us(problem: Problem, config: Any, arch: str, resources: Resources | 
     # what does not fit into L2 is read again in every wave
     again = max(0.0, w.unshared_bytes - problem.bytes) * max(0.0, 1 - machine.l2_bytes / problem.bytes)
     dram = (problem.bytes + again) / (machine.dram * 1e3)
-    return machine.launch_us + _norm(dram + machine.latency_us, busy)
+    starting = 0.0 if w.persistent else w.ctas * machine.start_us
+    return machine.launch_us + _norm(dram + machine.latency_us, busy, starting)
 
 
 def roof_us(problem: Problem, arch: str, act: str = "bf16") -> float:
@@ -278,7 +283,7 @@ def _site(problem: HyperConnectionPostProblem, config: Any, arch: str, resources
 
 def _fold(problem: Any, config: Any, arch: str, resources: Resources | None) -> Work:
     """The product of the streams with fn, in programs that keep their columns; the fold that follows counts as ramps
-    and a second reading: that `joint` saves it is not counted before a GPU has run it.
+    and a second reading.
     """
     p, threads = problem, 32 * config.num_warps
     size, outputs = ELEMENT_BYTES[p.x], p.n if isinstance(p, HyperConnectionHeadProblem) else p.n * (p.n + 2)
@@ -297,7 +302,7 @@ def _fold(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
         in_flight=max(1, config.num_stages - 1) * step,
         # thread instructions a number of a step, counted in SASS of sm_90a (Triton 3.7): 8 without making it, 27 with
         cta_instructions=steps * config.block_m * columns * (27 if post else 8) + 32 * columns * 10,
-        ramps=3,  # its own; the fold's, which begins when all parts are there
+        ramps=2 + (not config.ahead),  # fn, then streams; the fold's, which begins when all parts are there
         unshared_bytes=p.bytes + p.m * p.n * p.k * size,
     )
 
@@ -359,7 +364,7 @@ def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Res
     shared = 8 / pooled * max(0.0, math.log2(128 * config.num_warps / block_c))
     instructions = pooled * block_c * POOL_INSTRUCTIONS * (1 + POOL_SHARED * shared)
     return Work(
-        ctas=(p.sequence_count + (math.ceil(p.m / p.ratio) if p.m >= pooled else 0)) * parts,
+        ctas=(2 * p.sequence_count + (math.ceil(p.m / p.ratio) if p.m >= pooled else 0)) * parts,
         threads=32 * config.num_warps,
         cta_bytes=cta_bytes,
         in_flight=min(cta_bytes, 8.0 * pooled * block_c),
@@ -370,7 +375,19 @@ def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Res
 
 
 def _topk(problem: IndexTopkProblem, config: Any, arch: str, resources: Resources | None) -> Work:
-    """A program a query: what it holds is counted over and over. Longer rows have maxima, by a launch before."""
+    """A program a query: what it holds is counted over and over. Longer rows have maxima, by a launch before.
+
+    Or a cluster a query, whose CTAs hold all of a row and count it into bins.
+    """
+    if hasattr(config, "cluster"):
+        held = config.threads * config.each
+        return _moved(
+            problem.m * config.cluster,
+            4.0 * min(held, problem.entries),
+            config.threads // 32,
+            held * BIN_INSTRUCTIONS + config.threads * BIN_OVERHEAD,
+            ramps=4 + (config.cluster > 1) * 3,
+        )
     p, k, top, levels = problem, min(problem.topk, problem.entries), problem.entries, 0
     while top > config.held:
         top, levels = math.ceil(top / config.group), levels + 1
@@ -389,6 +406,22 @@ def _logits(problem: IndexLogitsProblem, config: Any, arch: str, resources: Reso
     p, own = problem, min(config.block_m, max(1, problem.m // problem.sequence_count))
     query = p.heads * (p.head_dim * ELEMENT_BYTES[p.x] + 4)
     row = index_layout(p.format, 1, p.head_dim)
+    if hasattr(config, "key_stages"):  # warpgroups that take items in turn, all of an SM's
+        keys, tiles = config.tile_n * (row.row_bytes + row.scale_bytes), math.ceil(p.entries / config.tile_n)
+        rounds = math.ceil(p.m * tiles / (MACHINES[arch].sms * own))
+        own = math.ceil(p.m * tiles / (MACHINES[arch].sms * rounds))  # as many items for each SM
+        products = own * config.tile_n * p.heads
+        return Work(
+            ctas=math.ceil(p.m * tiles / own),
+            threads=config.threads,
+            cta_bytes=keys + own * (query + 4 * config.tile_n),
+            in_flight=config.key_stages * keys + config.stages * config.queries * query,
+            cta_flops=2.0 * products * p.head_dim,
+            cta_instructions=LOGITS_INSTRUCTIONS * products,
+            ramps=2,
+            act="fp8",
+            persistent=True,
+        )
     products = own * config.block_n * p.heads
     return Work(
         ctas=math.ceil(p.m / own) * math.ceil(p.entries / config.block_n),

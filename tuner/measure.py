@@ -11,6 +11,7 @@
   is queued before its first event.
 """
 
+import gc
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -266,6 +267,7 @@ def open_bench(op: str, dims: dict[str, int | str], device: str, seed: int) -> N
     global _bench
     _recorded.clear()
     _bench = None
+    gc.collect()  # cases hold themselves
     torch.cuda.empty_cache()
     _bench = Bench(problems.from_dims(op, dims), device, seed)
 

@@ -262,7 +262,8 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
     bar = tqdm(
         total=len(tasks) * options.budget.trials, desc=target.device, unit="trial", disable=options.quiet or None
     )
-    with bar, contextlib.closing(worker.Worker()) as child, contextlib.closing(builds.Ahead(options.jobs)) as ahead:
+    ahead = builds.Ahead(options.jobs, target.cuda)
+    with bar, contextlib.closing(worker.Worker()) as child, contextlib.closing(ahead):
         child.wake()
         for index, task in enumerate(tasks):
             for candidate in task.seeds:

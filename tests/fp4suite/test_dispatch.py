@@ -279,3 +279,16 @@ def test_merge_replaces_and_keeps(fakes: Path) -> None:
 
 def test_cpu_runs_the_reference_whatever_the_tables_say(fakes: Path) -> None:
     assert choose("quantize_nvfp4", QuantizeProblem(m=1, k=16), "cpu").is_reference
+
+
+def test_what_only_kernels_that_are_not_emulated_take_is_the_references(fakes, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kernels_cute.fake_small", _fake_kernel("fake_small", 16))
+    rows = [("fake_small", "kernels_cute.fake_small"), ("fake_any", "fakes.fake_any")]
+    monkeypatch.setattr(registry, "KERNELS", [registry.Kernel("gemm_nvfp4", *row, ("sm_90a",)) for row in rows])
+    chosen = [
+        dispatch.choose_for(
+            "gemm_nvfp4", GemmProblem(m=m, n=256, k=512), dispatch.Target("sm_90a", "a device", emulated=emulated)
+        ).kernel
+        for emulated, m in ((True, 16), (True, 17), (False, 17))
+    ]
+    assert chosen == ["fake_small", registry.REFERENCE, "fake_any"]

@@ -114,8 +114,9 @@ def test_builds_for_its_own_architecture_only():
         kernel.build(BIG, Config(), "sm_100a")
 
 
-@pytest.mark.parametrize(("config", "out"), zip(CONFIGS, itertools.cycle(("bf16", "fp32"))), ids=str)
+@pytest.mark.parametrize(("config", "out"), zip(CONFIGS[::3], itertools.cycle(("bf16", "fp32"))), ids=str)
 def test_compiles_without_spills(config, out):
+    """Some; spills of all there are in `test_no_way_of_the_sums_spills`."""
     problem = Problem(m=256, n=7168, k=3072, segments=2, out=out)
     built = kernel.build(problem, config)
     assert built.shared_bytes == kernel.shared_bytes(config, out)
@@ -349,7 +350,8 @@ def test_in_the_emulator(config, schedule, in_emulator):
     rounds = 2 if config.promote == 1 else config.promote + 1  # a run of steps, and one that is cut short
     k = max(rounds * step, (config.stages + 1) * kernel.STEP) if config.split == 1 else rounds * step - kernel.STEP
     tiles = 1 if config.split > 1 else 2
-    problem = Problem(m=tiles * config.tile_m - 3, n=config.tile_n * tiles + 64, k=k, out="fp32", segments=2)
+    rows = tiles if config.tile_m <= 64 or config.tail > 1 else 1
+    problem = Problem(m=rows * config.tile_m - 3, n=config.tile_n * tiles + 64, k=k, out="fp32", segments=2)
     case = testing.case(problem, "cpu", 1)
     in_emulator(lambda: case.run(kernel, config), schedule)
     case.check()

@@ -18,7 +18,7 @@ from fp4suite.reference.quant import scaled_codes
 from kernels_cute import gemm_nvfp4_sm90, gemm_nvfp4_sm90_wgmma, gemm_nvfp4_sm100
 from ptx_emulator import emulate
 
-N, K = 128, 512
+N, K = 128, 256
 SEGMENTS = (48, 24, 56)
 KERNELS = {
     "rows": ("sm_90a", "cute_gemm_nvfp4_sm90", WeightLayout()),

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from fp4suite import ops, reference, testing
 from fp4suite.dispatch import on_target, override
@@ -110,6 +111,21 @@ def test_one_sequence_in_chunks(ratio, lanes, first, chunks, device):
     kv, gate = layer.rows(41, seed=ratio)
     at = 0
     for size in chunks:
+        layer.step([(1, at, kv[at : at + size], gate[at : at + size])])
+        at += size
+
+
+@pytest.mark.parametrize(("ratio", "lanes", "extra"), [(4, 2, 0), (4, 2, 3), (9, 1, 2)])
+def test_programs_in_another_order(ratio, lanes, extra, device, monkeypatch):
+    """The last one first: what a program writes to a ring, no other one reads."""
+    builder = interpreter.interpreter_builder
+    place = builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: place(builder.grid_dim[0] - 1 - x, y, z))
+    layer = Layer(device, ratio, lanes, head_dim=16, config=WHOLE, extra=extra)
+    sizes = (6, 3, 8, 5, 19)
+    kv, gate = layer.rows(sum(sizes), seed=ratio)
+    at = 0
+    for size in sizes:
         layer.step([(1, at, kv[at : at + size], gate[at : at + size])])
         at += size
 

@@ -5,7 +5,10 @@ BF16 or TF32 would not keep to.
 """
 
 import dataclasses
+import fcntl
 import itertools
+import tempfile
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +41,6 @@ FOLDS: list[tuple[ModuleType, Any]] = [
 ALL = [*FOLDS, (hyper_connection_post, HyperConnectionPostProblem)]
 NAMES = ["pre", "head", "post_pre", "post"]
 SMALL = hyper_connection.Config(block_m=16, block_d=32, num_warps=4, fold_warps=4)
-JOINT = hyper_connection.Config(block_m=64, block_d=32, programs=5, fold_warps=4, joint=True)
 
 
 def small(module: ModuleType) -> Any:
@@ -81,17 +83,18 @@ def test_every_knob(config, device):
 
 
 @pytest.mark.parametrize(("module", "kind"), FOLDS, ids=NAMES[:3])
-def test_pairs_of_launches(module, kind, device, monkeypatch):
-    """Some tokens each, the last what is left."""
-    monkeypatch.setattr(hyper_connection, "TOKENS_A_PAIR", 4)
-    check(module, kind(m=11, k=48), device)
+def test_many_tokens(module, kind, device, monkeypatch):
+    """Pairs of launches, some tokens each, the last what is left; then one for all of Sinkhorn."""
+    monkeypatch.setattr(hyper_connection, "FEW", 3)
+    monkeypatch.setattr(hyper_connection, "TOKENS_A_PAIR", 8)
+    check(module, kind(m=19, k=48), device)
 
 
-@pytest.mark.parametrize(("m", "k"), [(3, 48), (131, 80)])
+@pytest.mark.parametrize("m", [3, 20])
 @pytest.mark.parametrize(("module", "kind"), FOLDS, ids=NAMES[:3])
-def test_product_and_fold_in_one_launch(module, kind, m, k, device):
-    """Steps of one and of two groups, of more tokens than there are programs; a program without a part."""
-    check(module, kind(m=m, k=k), device, JOINT)
+def test_streams_before_weights(module, kind, m, device):
+    """One block of tokens, and programs next to each other."""
+    check(module, kind(m=m, k=80), device, dataclasses.replace(SMALL, block_d=64, num_stages=2, ahead=True))
 
 
 @pytest.mark.parametrize("config", testing.configs(hyper_connection_post), ids=str)
@@ -339,11 +342,9 @@ def test_refusals():
     )
     assert "step spills" in pre(hyper_connection.Config(block_m=128, block_d=64))
     assert "3 stages take 270336 bytes of shared memory" in pre(hyper_connection.Config(block_d=128, num_warps=8))
-    joint = dataclasses.replace(hyper_connection.default(HyperConnectionPreProblem(m=4096, k=7168)), joint=True)
-    assert "of BF16" in pre(joint, x="fp16")
-    assert "one number of warps, not 8 and 4" in pre(dataclasses.replace(joint, fold_warps=4))
-    assert "264 programs of one launch would not run" in pre(dataclasses.replace(joint, programs=264))
-    assert "224 parts are more than 132 programs" in pre(dataclasses.replace(joint, block_d=32))
+    ahead = dataclasses.replace(SMALL, ahead=True)
+    assert "one step has no num_stages=3" in pre(ahead)
+    assert "one step a program, not 4" in pre(dataclasses.replace(ahead, num_stages=2), m=64)
     post = HyperConnectionPostProblem(m=1, k=7168, n=3)
     assert hyper_connection_post.supports(post, small(hyper_connection_post)) is not None
 
@@ -365,15 +366,13 @@ def test_every_step_on_a_gpu(module, kind, device):
     problem = kind(m=130, k=7168)
     case = testing.case(problem, device)
     space = module.SPACE
-    others = zip(*(itertools.cycle(space[n]) for n in ("programs", "fold_warps")), itertools.cycle((False, True, True)))
+    others = zip(*(itertools.cycle(space[n]) for n in ("programs", "fold_warps")), strict=False)
     ran = 0
     for step, more in zip(
         itertools.product(space["block_m"], space["block_d"], space["num_warps"]), others, strict=False
     ):
-        names = ("block_m", "block_d", "num_warps", "programs", "fold_warps", "joint")
+        names = ("block_m", "block_d", "num_warps", "programs", "fold_warps")
         config = module.Config(**dict(zip(names, (*step, *more), strict=True)))
-        if config.joint:
-            config = dataclasses.replace(config, programs=hyper_connection.SMS, fold_warps=config.num_warps)
         if module.supports(problem, config) is not None:
             config = dataclasses.replace(config, num_stages=2)
         if module.supports(problem, config) is None:
@@ -381,6 +380,21 @@ def test_every_step_on_a_gpu(module, kind, device):
             case.check()
             ran += 1
     assert ran >= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [4096, 7168])
+@pytest.mark.parametrize(("module", "kind"), FOLDS, ids=NAMES[:3])
+def test_streams_before_weights_on_a_gpu(module, kind, k, device):
+    """Blocks of tokens that programs next to each other have, the last ragged."""
+    ran = 0
+    for d, warps, m in itertools.product(module.SPACE["block_d"], module.SPACE["num_warps"], (3, 30)):
+        problem = kind(m=m, k=k)
+        config = module.Config(block_m=16, block_d=d, num_warps=warps, programs=448, num_stages=2, ahead=True)
+        if module.supports(problem, config) is None:
+            check(module, problem, device, config)
+            ran += 1
+    assert ran >= 2
 
 
 @pytest.mark.gpu
@@ -392,6 +406,27 @@ def test_a_token_has_the_same_bits_in_any_batch(module, kind, config, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("module", "kind"), FOLDS[:2], ids=NAMES[:2])
+def test_sinkhorn_has_the_same_bits_beside_the_fold_and_behind_it(module, kind, device, monkeypatch):
+    _, beside = outputs(module, kind, device, SMALL)
+    monkeypatch.setattr(hyper_connection, "FEW", 3)
+    _, behind = outputs(module, kind, device, SMALL)
+    for a, b in zip(beside, behind, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def much_memory():
+    """One process at a time takes gigabytes, and gives them back."""
+    torch.cuda.empty_cache()
+    with (Path(tempfile.gettempdir()) / "fp4suite-much-memory").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize(("module", "kind"), ALL, ids=NAMES)
 def test_more_than_2_31_elements(module, kind, device):
     """The last tokens of a batch of zeros have the bits that they have alone, with one config."""

@@ -33,7 +33,7 @@ def test_compress_kv(arch, ratio, head_dim, format, warps, m, sequences, pool):
     kv, gate, ape, weight, table, eps, state, positions, ids, cu, state_slots, slots, _, _ = case.operands
     args = (kv.contiguous(), kv.shape[1], gate.contiguous(), kv.shape[1], ape, weight, table, eps, state, case.out.data)
     args += (positions, ids, cu, state_slots, slots, m, sequences, m // sequences, len(table))
-    emulate(pool, compress_kv, problem, config, arch, (sequences + triton.cdiv(m, ratio), 1), args)
+    emulate(pool, compress_kv, problem, config, arch, (2 * sequences + triton.cdiv(m, ratio),), args)
     case.check()
 
 
@@ -49,12 +49,12 @@ def test_compress_kv_in_parts(arch, m, sequences, pool):
     case = testing.case(problem, "cpu", 1)
     case.poison()
     kv, gate, ape, weight, table, eps, state, positions, ids, cu, state_slots, slots, _, _ = case.operands
-    programs = sequences + triton.cdiv(m, 24)
+    programs = 2 * sequences + triton.cdiv(m, 24)
     pooled = torch.full((programs, 128), torch.nan)
     counts = (m, sequences, m // sequences, len(table))
     args = (kv.contiguous(), kv.shape[1], gate.contiguous(), kv.shape[1], ape, weight, table, eps, state, case.out.data)
     args += (pooled, positions, ids, cu, state_slots, slots, *counts)
-    emulate(pool, compress_kv, problem, config, arch, (programs, 2), args)
+    emulate(pool, compress_kv, problem, config, arch, (2 * programs,), args)
     finish = SimpleNamespace(build=compress_kv.build_finish)
     args = (pooled, weight, table, eps, case.out.data, positions, ids, cu, slots, *counts)
     emulate(pool, finish, problem, config, arch, (programs,), args)
@@ -62,11 +62,13 @@ def test_compress_kv_in_parts(arch, m, sequences, pool):
 
 
 @pytest.mark.parametrize("hadamard", [0, 1])
-@pytest.mark.parametrize(("format", "codes"), [("fp8", 0), ("fp8", 1), ("mxfp4", 0)])
+@pytest.mark.parametrize(
+    ("format", "codes", "lanes"), [("fp8", 0, 4), ("fp8", 1, 16), ("mxfp4", 0, 4), ("mxfp4", 0, 16)]
+)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_index_query(arch, format, codes, hadamard, pool):
-    problem = IndexQueryProblem(m=2, format=format, hadamard=hadamard, heads=16, codes=codes)
-    config = index_query.Config()
+def test_index_query(arch, format, codes, lanes, hadamard, pool):
+    problem = IndexQueryProblem(m=2, format=format, hadamard=hadamard, heads=7, codes=codes)
+    config = index_query.Config(lanes=lanes)
     case = testing.case(problem, "cpu", 1)
     case.poison()
     q, positions, table, _, _ = case.operands

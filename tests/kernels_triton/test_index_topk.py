@@ -9,38 +9,11 @@ from fp4suite.dispatch import on_target, override
 from fp4suite.problem import IndexTopkProblem
 from kernels_triton import index_topk as kernel
 
-INF, NAN = float("inf"), float("nan")
+from ..index_scores import INF, KINDS, NAN, rows
+
 HELD = kernel.Config(num_warps=1)
 MAXIMA = kernel.Config(held=64, group=4, num_warps=1)
 TOPS = kernel.Config(held=16, group=4, num_warps=1)  # maxima of maxima
-KINDS = {
-    "random": lambda g, n: torch.randn(n, generator=g),
-    "ties": lambda g, n: torch.randint(-2, 3, (n,), generator=g).float(),
-    "rising": lambda g, n: torch.arange(float(n)) - n / 2,
-    "falling": lambda g, n: n / 2 - torch.arange(float(n)),
-    "equal": lambda g, n: torch.zeros(n),
-    "zeros of both signs": lambda g, n: torch.where(torch.rand(n, generator=g) < 0.5, 0.0, -0.0),
-    "not finite": lambda g, n: torch.tensor([NAN, -NAN, INF, -INF, 1.0])[torch.randint(0, 5, (n,), generator=g)],
-    "huge and tiny": lambda g, n: torch.randn(n, generator=g) * 10.0 ** torch.randint(-45, 38, (n,), generator=g),
-}
-
-
-def rows(entries: int, device: torch.device, page: int = 8) -> dict[str, Tensor]:
-    """One query of each kind with every entry, one with fewer, one that sees nothing and one of padding."""
-    g = torch.Generator().manual_seed(entries)
-    made = [make(g, entries) for make in KINDS.values()]
-    made += [torch.randn(entries, generator=g) for _ in range(3)]
-    table = torch.randperm(3 * (entries // page), generator=g).int().view(3, -1)
-    table[2, 1::3] = -1
-    seen = torch.tensor([entries] * len(KINDS) + [entries * 2 // 3, 0, entries])
-    sequences = torch.arange(len(made)) % 3
-    sequences[-1] = -1
-    return {
-        "logits": torch.stack(made).to(device),
-        "block_table": table.to(device),
-        "positions": (4 * seen + 2).int().to(device),  # the entry after the last seen is one token short
-        "sequence_ids": sequences.int().to(device),
-    }
 
 
 def check(x: dict[str, Tensor], topk: int, config: kernel.Config, page: int = 8, ratio: int = 4) -> Tensor:
@@ -78,7 +51,8 @@ def test_rows_that_are_not_aligned(page, device):
 def test_far_positions_and_other_ratios(device):
     """Entry numbers of a million tokens, ratios that do not divide the position."""
     x = rows(64, device)
-    x["positions"] = torch.tensor([1_048_575, 190, 191, 192, 2, 3, 1, 0, 100, 95, 50], dtype=torch.int32, device=device)
+    positions = [1_048_575, 190, 191, 192, 2, 3, 1, 0, 100, 95, 50, 127]
+    x["positions"] = torch.tensor(positions, dtype=torch.int32, device=device)
     for ratio in (1, 3, 128):
         check(x, 16, TOPS, ratio=ratio)
 

@@ -12,21 +12,21 @@ import triton
 from triton.runtime.interpreter import GridExecutor
 
 from fp4suite import ops, registry
-from fp4suite.dispatch import on_target, recording
+from fp4suite.dispatch import on_target, override, recording
 
 from ..fp4suite.op_arguments import arguments, assert_same, moved
 
-EXACT = sorted({k.op for k in registry.KERNELS if k.exact and k.module.startswith("kernels_triton.")})
+EXACT = {k.op: k.name for k in registry.KERNELS if k.exact and k.module.startswith("kernels_triton.")}
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", sorted(EXACT))
 def test_exact_ops(name: str, device: torch.device) -> None:
     """Results, and what is changed in place."""
     args, kwargs = arguments(name)
     want = getattr(ops, name)(*args, **kwargs)
     given, more = moved(arguments(name), device)
     target = contextlib.nullcontext() if device.type == "cuda" else on_target("sm_90a")
-    with target, recording() as choices:
+    with target, override(op=name, kernel=EXACT[name]), recording() as choices:
         got = getattr(ops, name)(*given, **more)
     assert choices
     assert not any(c.is_reference for c in choices)

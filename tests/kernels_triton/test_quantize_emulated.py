@@ -12,9 +12,11 @@ import torch
 
 from fp4suite import reference, testing
 from fp4suite.built import Built
+from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import Problem, QuantizeProblem, RmsnormQuantizeProblem, SwigluQuantizeProblem
 from kernels_triton import host, quantize_nvfp4, rmsnorm_quantize, swiglu_quantize
 
+from .checks import assert_same
 from .test_rope_emulated import emulate
 
 
@@ -73,6 +75,32 @@ def test_swiglu_quantize(config, arch, pool):
     grid = host.grid(problem.m, problem.k, own.block_m, own.block_k, problem.sf_layout)
     emulate(pool, swiglu_quantize, problem, own, arch, grid, args)
     case.check()
+
+
+def test_swiglu_next_to_changes_of_codes(pool):
+    """Gates and ups whose codes an approximation cannot tell: as the reference says."""
+    gen = torch.Generator().manual_seed(0)
+    gates, ups = ((torch.randn(1 << 20, generator=gen) * 3).bfloat16().float() for _ in range(2))
+    first = torch.tensor([8.0, 7.0])  # of each block the largest
+    alpha = torch.tensor(0.0123)
+    scale = reference.quantize_nvfp4(
+        torch.full((1, 16), reference.quant.swiglu_fp32(first, 10.0).item()), alpha=alpha
+    ).sf.float()[0, 0]
+    y = reference.quant.swiglu_fp32(torch.stack((gates, ups), dim=1), 10.0)[:, 0].abs() / (scale * alpha)
+    line = torch.minimum(torch.minimum(2 * y, y + 2), y / 2 + 4)
+    far = (line - line.floor() - 0.5).abs()
+    chosen = torch.where(y < 5.9, far, 1.0).argsort()[: 15 * 32]
+    assert far[chosen].max() < 1e-3
+    assert far[chosen[:2]].max() < 2.0**-20  # certainly in doubt
+    x = torch.stack((gates[chosen], ups[chosen])).view(2, 2, 16, 15)
+    x = torch.cat((first[:, None, None, None].expand(2, 2, 16, 1), x), dim=3)  # [gate or up, rows, blocks, 16]
+    x = x.permute(1, 0, 2, 3).reshape(2, 512).bfloat16().contiguous()
+    want = reference.swiglu_quantize(x, limit=10.0, alpha=alpha)
+    out = NVFP4Tensor.empty((2, 256), alpha, "linear")
+    args = (x, 512, alpha, out.data, out.sf.view(torch.uint8), 2, 256, 10.0)
+    problem, own = SwigluQuantizeProblem(m=2, k=256), swiglu_quantize.Config(block_k=512)
+    emulate(pool, swiglu_quantize, problem, own, "sm_90a", (2, 1), args)
+    assert_same(out, want)
 
 
 def build_amax(problem: Problem, config: swiglu_quantize.Config, arch: str) -> Built:

@@ -132,16 +132,18 @@ def test_sample(pool):
 
     chunks = triton.cdiv(p.vocab, config.chunk)
     most, where = (np.full((m, chunks), -7, np.int32) for _ in range(2))
-    rough, bounds = np.full((m, chunks, sample.RUNGS), np.nan, np.float32), np.full((m, 11), np.nan, np.float32)
-    mass, counts = np.full((m, chunks, 3), -7, np.int64), np.full((m, chunks, 10), -7, np.int32)
+    rough, bounds = (
+        np.full((m, chunks, sample.RUNGS), np.nan, np.float32),
+        np.full((m, sample.BOUNDS.value), np.nan, np.float32),
+    )
+    mass, out = np.full((m, chunks, 3), -7, np.int64), np.full(m, -7, np.int64)
     listed, places = np.full(m, -7, np.int32), np.full((m, sample.LISTED), -7, np.int64)
-    out = np.full(m, -7, np.int64)
     heat, *asked = (t.numpy() for t in (temperature, top_p, uniform))
     rows, vocab = (logits.numpy(), np.int32(p.vocab)), np.int32(p.vocab)
     survey, bound, weigh, finish = pool.submit(parts_of_sample, p, config).result()
     launch(survey, m, config.num_warps, *rows, heat, most, where, rough, vocab, chunks=chunks)
-    launch(bound, m, 1, heat, *asked, most, where, rough, bounds, listed, out, np.int32(chunks))
-    launch(weigh, m, config.num_warps, *rows, heat, bounds, mass, counts, listed, places, vocab, chunks=chunks)
-    operands = (*rows, heat, *asked, bounds, mass, counts, listed, places, out, np.int32(chunks), vocab)
+    launch(bound, m, sample.BOUND_WARPS, heat, *asked, most, where, rough, bounds, listed, out, np.int32(chunks))
+    launch(weigh, m, config.num_warps, *rows, heat, bounds, mass, listed, places, vocab, chunks=chunks)
+    operands = (*rows, heat, *asked, bounds, mass, listed, places, out, np.int32(chunks), vocab)
     launch(finish, m, sample.FINISH_WARPS, *operands)
     assert out.tolist() == want.tolist()

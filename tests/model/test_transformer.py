@@ -261,7 +261,7 @@ def _patched(name: str) -> tuple[str, Callable[..., object]]:
 def test_the_oracle_catches_a_wrong_equation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, ids = oracle(LOUD), tokens(LOUD, 61)
     if name == "shared expert not clamped":
-        monkeypatch.setattr("model.moe.swiglu", lambda x, limit: swiglu(x, 1e9))
+        monkeypatch.setattr("model.inputs.swiglu", lambda x, limit: swiglu(x, 1e9))
     else:
         monkeypatch.setattr(ops, *_patched(name))
     assert _error(LOUD, theirs, ids) > 10 * LIMIT

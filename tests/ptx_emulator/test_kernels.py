@@ -85,10 +85,10 @@ def test_gemm_nvfp4_sm100(problem, config, schedule):
 @pytest.mark.parametrize(
     ("problem", "config", "clusters"),
     [
-        (gemm(300, 264, 64 * 45), sm100.Config(), 2),
-        (gemm(300, 520, 64 * 37, segments=3, out="fp32"), sm100.Config(tile_n=256), 1),
-        (gemm(520, 264, 64 * 41), sm100.Config(tile_n=64, mma_ctas=2, cluster_m=2), 1),
-        (gemm(600, 300 // 4 * 8, 64 * 33), sm100.Config(tile_n=128, cluster_m=2, cluster_n=2), 1),
+        (gemm(140, 264, 64 * 45), sm100.Config(), 2),
+        (gemm(140, 264, 64 * 37, segments=3, out="fp32"), sm100.Config(tile_n=256), 1),
+        (gemm(260, 136, 64 * 41), sm100.Config(tile_n=64, mma_ctas=2, cluster_m=2), 1),
+        (gemm(300, 264, 64 * 33), sm100.Config(tile_n=128, cluster_m=2, cluster_n=2), 1),
     ],
     ids=str,
 )

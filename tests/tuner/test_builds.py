@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 
 import pytest
+import torch
+import triton
 
-from fp4suite import problem as problems, registry, shapes as layers
+from fp4suite import arch as archs, problem as problems, registry, shapes as layers
 from fp4suite.built import Resources
 from fp4suite.problem import PROBLEMS, Act, GemmProblem, QuantizeProblem
 from tuner import builds, provenance, worker
@@ -173,8 +175,8 @@ def test_ahead_compiles_one_binary_once(fake, problem, ahead):
     assert ahead.begin(fake_build(problem, tile_m=16), 0) is not first
 
 
-def test_ahead_leaves_alone_what_is_not_kept_or_compiles_elsewhere(both, problem, ahead, monkeypatch):
-    assert ahead.begin(real_build(), 0).result(0) is None  # Triton has a cache of its own
+def test_ahead_leaves_alone_what_is_not_kept_or_needs_a_device(both, problem, ahead, monkeypatch):
+    assert ahead.begin(real_build(), 0).result(0) is None
     monkeypatch.setenv("FP4SUITE_KEEP", "0")
     assert ahead.begin(fake_build(problem, fault="hang"), 0).result(0) is None
 
@@ -194,3 +196,45 @@ def test_what_was_compiled_ahead_is_loaded_by_another_process(tmp_path, monkeypa
     kernel.compiled.cache_clear()
     assert kernel.compiled(config, kernel._variant(problem, config)).has_gpu_module
     kernel.compiled.cache_clear()
+
+
+def device_code(x):
+    pass
+
+
+def test_what_triton_would_launch_is_compiled_and_not_launched(both, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(triton.JITFunction, "__getitem__", triton.JITFunction.__getitem__)  # to be put back
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *args, grid, warmup: calls.append((args, grid, warmup)))
+    kernel = triton.JITFunction(device_code)
+    monkeypatch.setattr(registry.load("triton_quantize_nvfp4"), "warm", lambda problem, config: kernel[(3,)](problem.k))
+    build = real_build()
+    builds.precompile_launches(build.kernel, build.problem.op, build.problem.dims(), {}, "cuda:1")
+    assert calls == ["cuda:1", ((4096,), (3,), True)]
+
+
+def compiled_anew(kernel, op, dims, knobs):
+    """Runs in a child: names of the Triton kernels that launching compiled, for they were not in the cache."""
+    found = []
+    triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or found.append(src.name)
+    module = registry.load(kernel)
+    module.warm(problems.from_dims(op, dims), registry.make_config(module, knobs))
+    torch.cuda.synchronize()
+    return found
+
+
+@pytest.mark.gpu
+def test_what_triton_compiled_ahead_is_loaded_by_another_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    build = real_build(archs.of("cuda"))
+    what = build.kernel, build.problem.op, build.problem.dims(), dataclasses.asdict(build.config)
+    ahead, later = builds.Ahead(1, "cuda:0"), worker.Worker()
+    try:
+        assert ahead.begin(build, 0).result(120) is None
+        assert later.call(compiled_anew, *what, timeout=120) == []
+        other = dataclasses.asdict(dataclasses.replace(build.config, num_warps=8))
+        assert later.call(compiled_anew, *what[:3], other, timeout=120)
+    finally:
+        ahead.close()
+        later.close()

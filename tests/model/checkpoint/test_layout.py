@@ -57,6 +57,9 @@ def test_logits_are_the_same(family: Family, layout: WeightLayout, act: str, mad
     assert torch.equal(logits(model), logits(plain))
 
 
+QUANTISERS = ("quantize_nvfp4", "rmsnorm_quantize", "swiglu_quantize", "rope_inverse_quantize")
+
+
 def test_by_default_a_device_gets_what_its_kernels_read(made: dict[Family, Path]) -> None:
     """No GPU needed to ask: sm_100a reads blocked scales of weights and, so, of activations."""
     cpu = load(None, made["modelopt"], act_format="nvfp4", progress=False)
@@ -71,15 +74,19 @@ def test_by_default_a_device_gets_what_its_kernels_read(made: dict[Family, Path]
     assert BLOCKED in wanted.values()
     with dispatch.recording() as choices:
         assert torch.equal(logits(model), logits(cpu))
-    pairs = [
-        (quantised.problem.sf_layout, choices[i + 1].problem)
-        for i, quantised in enumerate(choices[:-1])
-        if quantised.op == "quantize_nvfp4" and choices[i + 1].op == "gemm_nvfp4"
-    ]
-    half = len(pairs) // 2  # the laid out model ran first
-    takes = {name: w.shape for name, (w, _) in packed(model).items() if w.layout == BLOCKED}
-    assert {(p.n, p.k) for layout, p in pairs[:half] if layout == "blocked_128x4"} == set(takes.values())
-    assert {layout for layout, _ in pairs[half:]} == {"linear"}
+    half = len(choices) // 2  # the laid out model ran first
+    takes = {w.shape for w, _ in packed(model).values() if w.layout == BLOCKED}
+    layouts: dict[int, set[str]] = {}  # by k: those of the activations that have been quantised
+    read = set()
+    for choice in choices[:half]:
+        p = choice.problem
+        if choice.op == "gemm_nvfp4" and (p.n, p.k) in takes:
+            assert "blocked_128x4" in layouts[p.k]
+            read.add((p.n, p.k))
+        elif choice.op in QUANTISERS:
+            layouts.setdefault(p.k, set()).add(p.sf_layout)
+    assert read == takes
+    assert {c.problem.sf_layout for c in choices[half:] if c.op in QUANTISERS} == {"linear"}
 
 
 def test_a_state_dict_knows_no_order(made: dict[Family, Path]) -> None:

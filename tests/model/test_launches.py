@@ -1,0 +1,74 @@
+"""What a decode step launches: no more than is known and written down, layer kind by layer kind."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from model.__main__ import main
+from model.config import ModelConfig
+from model.launches import OURS, Call, Recorder, counted
+
+DEMO = ModelConfig.named("demo")
+# of PyTorch: the norm of queries, the grouped output projection, the router, SwiGLU of the shared expert, and its sum
+PYTORCH = Counter({"rms_norm": 1, "bmm": 1, "mm": 1, "clamp": 2, "sigmoid": 1, "mul": 2, "_to_copy": 1, "add": 1})
+FUSED = Counter({"bmm": 1, "mm": 1, "add": 1})  # where activations are quantised: norm and SwiGLU with that
+QUANTISED = 5  # x, normed queries, attention's output, x, SwiGLU's output: a scale and the codes of each
+ONE_KERNEL = {"qnorm_rope", "kv_norm_rope_insert", "rope_inverse", "route", "index_query"}
+
+
+def split(calls: list[Call]) -> tuple[Counter[str], Counter[str]]:
+    """Operators of ours, and of PyTorch."""
+    names = [call.op for call in calls]
+    ours = Counter(n.removeprefix(f"{OURS}.") for n in names if n.startswith(OURS))
+    return ours, Counter(n for n in names if not n.startswith(OURS))
+
+
+def test_operators_without_a_gpu() -> None:
+    found = counted(DEMO, "modelopt", "float", 4, torch.device("cpu"))
+    assert {kind: len(calls) for kind, calls in found.items()} == {"swa": 24, "csa": 35, "hca": 27}
+    for calls in found.values():
+        assert split(calls)[1] == PYTORCH
+    ours = {kind: split(calls)[0] for kind, calls in found.items()}
+    assert ours["hca"] - ours["swa"] == Counter({"gemm_w4a16": 2, "compress_kv": 1})
+    index = Counter({"index_query": 1, "index_logits": 1, "index_topk": 1})
+    assert ours["csa"] - ours["hca"] == Counter({"gemm_w4a16": 4, "compress_kv": 1}) + index
+    assert ours["swa"]["gemm_w4a16"] == 6  # q_a, q_b, kv, o_b, gate and up, down
+
+
+def test_inputs_are_quantised_once() -> None:
+    for calls in counted(DEMO, "modelopt", "nvfp4", 4, torch.device("cpu")).values():
+        ours, pytorch = split(calls)
+        assert pytorch == FUSED
+        made = [name for name in ours.elements() if name.endswith("_alpha") or "quantize" in name]
+        assert len(made) == 2 * QUANTISED
+        assert (ours["rmsnorm_quantize"], ours["swiglu_quantize"], ours["quantize_nvfp4"]) == (1, 1, 3)
+
+
+def test_a_view_is_no_launch() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    recorder = Recorder(layer, marks=False)
+    with torch.no_grad(), recorder:
+        y = layer(torch.empty(2, 4))
+        y.view(8)[2:].t().expand(3, 6).contiguous()
+    assert [(c.where, c.op) for c in recorder.calls] == [("0", "addmm"), ("", "clone")]
+
+
+def test_command(capsys) -> None:
+    assert main(["launches", "--config", "demo", "--device", "cpu", "--json"]) == 0
+    *text, last = capsys.readouterr().out.splitlines()
+    document = json.loads(last)
+    assert {kind: found["launches"] for kind, found in document["kinds"].items()} == {"swa": 24, "csa": 35, "hca": 27}
+    assert "CSA: 35 launches" in text
+    assert {"where": "attn.indexer", "op": "fp4suite.index_topk", "kernels": []} in document["kinds"]["csa"]["calls"]
+
+
+@pytest.mark.gpu
+def test_kernels_are_found_behind_their_operators(device) -> None:
+    found = counted(DEMO, "modelopt", "float", 4, device)
+    assert found.keys() == {"swa", "csa", "hca"}
+    for calls in found.values():
+        kernels = {call.op.removeprefix(f"{OURS}."): call.kernels for call in calls}
+        assert all(kernels.values())
+        assert {len(kernels[op]) for op in ONE_KERNEL & kernels.keys()} == {1}
