@@ -41,6 +41,13 @@ class WeightLayout:
         """Why a weight [n, k] cannot lie so, or None if it can."""
         return None if self.order == "rows" else layouts.refuse_fragments(n, k, self.order)
 
+    @property
+    def tile_rows(self) -> int:
+        """Rows whose bytes lie together: a weight can be cut between tiles."""
+        if self.order != "rows":
+            return layouts.TILE
+        return layouts.ROWS if self.sf_layout == "blocked_128x4" else 1
+
 
 @dataclass(frozen=True, slots=True)
 class NVFP4Tensor:
@@ -179,6 +186,23 @@ class NVFP4Tensor:
     @property
     def layout(self) -> WeightLayout:
         return WeightLayout(self.order, self.sf_layout)
+
+    def rows(self, start: int, stop: int, alpha: Tensor) -> "NVFP4Tensor":
+        """Rows start .. stop - 1 of a weight [m, k] under their own alpha, in the same memory and layout.
+
+        Raises ValueError for rows that it has not, and for a start or stop inside of the layout's tiles.
+        """
+        m, k = self.shape
+        tile = self.layout.tile_rows
+        if not 0 <= start < stop <= m or start % tile or (stop % tile and stop != m):
+            raise ValueError(f"rows {start} to {stop} of {m} are not whole tiles of {tile}")
+        if self.sf_layout == "linear":
+            sf = self.sf[start:stop]
+        else:
+            first, last = (layouts.blocked_128x4_bytes(row, k // BLOCK) for row in (start, stop))
+            sf = self.sf[first:last]
+        exponent = None if self.row_exponent is None else self.row_exponent[start:stop]
+        return NVFP4Tensor(self.data[start:stop], sf, alpha, self.sf_layout, self.order, exponent)
 
     def lay_out_(self, layout: WeightLayout) -> "NVFP4Tensor":
         """The same values in another layout, in place: `reorder_`, or scales that move within their memory.

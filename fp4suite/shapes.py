@@ -5,6 +5,9 @@
 gives each problem that a forward pass of m tokens brings, once, with the layers that have it. Plain integers in, plain
 integers out: no model is built, and any mapping with the field names of the Hugging Face config.json will do.
 
+Linears that read one input are joined: q_a and kv; what a compressed layer sums up in FP32 (values and gates of its
+compressor, in CSA layers of the indexer's too, and the indexer's weights); queries and the indexer's.
+
 Tensor parallelism follows DeepSeek's own inference code: q_b, the indexer's q_b and o_a (by group) are split over rows,
 o_b over columns; q_a, kv, compressors, the indexer's weights projection and the shared expert are whole on every rank.
 """
@@ -69,19 +72,22 @@ FIELDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """y[m, n] = x[m, k] @ w[n, k].T, `count` times in the model; n falls into `segments` with an alpha of their own."""
+    """y[m, n] = x[m, k] @ w[n, k].T, `count` times in the model; n falls into `segments` with an alpha of their own.
+
+    A count of 0: of weights that the model reads together with others, unless they are in other formats.
+    """
 
     name: str
     n: int
     k: int
-    count: int
+    count: int = 0
     segments: int = 1
     out: Literal["bf16", "fp32"] = "bf16"  # compressors, indexer scores and SwiGLU take the sum before it is rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerProblem:
-    """A problem, the layers that have it, and how often one forward pass meets it."""
+    """A problem, the layers that have it, and how often one forward pass meets it (0: see `Linear`)."""
 
     problem: Problem
     layers: tuple[str, ...]
@@ -108,21 +114,35 @@ def linears(config: Mapping[str, Any], tp: int = 1) -> list[Linear]:
     inter = config["moe_intermediate_size"]
     csa = ratios.count(OVERLAP_RATIO)
     hca = sum(r > 0 for r in ratios) - csa
+    queries, index_queries = heads * head_dim // tp, index_heads * index_dim // tp
     found = [
-        Linear(name="q_a", n=rq, k=d, count=layers),
-        Linear(name="kv", n=head_dim, k=d, count=layers),
-        Linear(name="q_b", n=heads * head_dim // tp, k=rq, count=layers),
+        Linear(name="q_a_kv", n=rq + head_dim, k=d, count=layers, segments=2),
+        Linear(name="q_b", n=queries, k=rq, count=layers - csa),
         Linear(name="o_a", n=ro, k=heads // groups * head_dim, count=layers * (groups // tp)),
         Linear(name="o_b", n=d, k=groups * ro // tp, count=layers),
-        Linear(name="csa_compressor", n=2 * head_dim, k=d, count=2 * csa, out="fp32"),
-        Linear(name="hca_compressor", n=head_dim, k=d, count=2 * hca, out="fp32"),
-        Linear(name="indexer_q_b", n=index_heads * index_dim // tp, k=rq, count=csa),
-        Linear(name="indexer_compressor", n=2 * index_dim, k=d, count=2 * csa, out="fp32"),
-        Linear(name="indexer_weights", n=index_heads, k=d, count=csa, out="fp32"),
         Linear(name="shared_gate_up", n=2 * inter, k=d, count=layers, segments=2, out="fp32"),
         Linear(name="shared_down", n=d, k=inter, count=layers),
+        Linear(name="q_a", n=rq, k=d),
+        Linear(name="kv", n=head_dim, k=d),
     ]
-    return [x for x in found if x.count]
+    if hca:
+        found += [
+            Linear(name="hca_compressor_kv_gate", n=2 * head_dim, k=d, count=hca, segments=2, out="fp32"),
+            Linear(name="hca_compressor", n=head_dim, k=d, out="fp32"),
+        ]
+    if csa:
+        sums = 4 * head_dim + 4 * index_dim + index_heads
+        found += [
+            Linear(name="csa_q_b", n=queries + index_queries, k=rq, count=csa, segments=2),
+            Linear(name="csa_sums", n=sums, k=d, count=csa, segments=5, out="fp32"),
+            Linear(name="csa_compressor_kv_gate", n=4 * head_dim, k=d, segments=2, out="fp32"),
+            Linear(name="csa_compressor", n=2 * head_dim, k=d, out="fp32"),
+            Linear(name="indexer_q_b", n=index_queries, k=rq),
+            Linear(name="indexer_compressor_kv_gate", n=4 * index_dim, k=d, segments=2, out="fp32"),
+            Linear(name="indexer_compressor", n=2 * index_dim, k=d, out="fp32"),
+            Linear(name="indexer_weights", n=index_heads, k=d, out="fp32"),
+        ]
+    return found
 
 
 def problems(config: Mapping[str, Any], op: str, *, arch: str, m: Sequence[int], tp: int = 1) -> list[LayerProblem]:

@@ -14,7 +14,8 @@ from fp4suite.formats import IndexCache, NVFP4Tensor, PagedCache
 from .cache import Batch, LayerCache
 from .config import CSA_RATIO, ModelConfig
 from .inputs import Input, Normed
-from .linear import Build
+from .joined import Joined
+from .linear import Build, plain
 
 
 class Attention(nn.Module):
@@ -31,29 +32,36 @@ class Attention(nn.Module):
         self.wo_a = build.weight("wo_a", (groups * rank, heads // groups * head_dim))  # one [rank, k] matrix a group
         self.wo_b = build.linear("wo_b", d, groups * rank)
         self.attn_sink = build.fp32(heads)
+        queries, sums = [self.wq_b], []
         if self.ratio:
             self.compressor = Compressor(config, self.ratio, head_dim, build.child("compressor"))
+            sums += [self.compressor.wkv, self.compressor.wgate]
         if self.ratio == CSA_RATIO:
             self.indexer = Indexer(config, build.child("indexer"))
+            queries += [self.indexer.wq_b]
+            sums += [self.indexer.compressor.wkv, self.indexer.compressor.wgate, self.indexer.weights_proj]
+        self.latents = Joined(self.wq_a, self.wkv)  # of x
+        self.sums = Joined(*sums)  # of x, in FP32
+        self.queries = Joined(*queries)  # of the normed q_a
 
     def forward(self, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         """x [tokens, hidden], normed -> [tokens, hidden]."""
         heads, head_dim, eps = self.config.num_attention_heads, self.config.head_dim, self.config.rms_norm_eps
         read = Input(x)
-        c_q = Normed(self.wq_a(read), self.q_norm, eps)  # [tokens, q_lora_rank]
-        q = self.wq_b(c_q).unflatten(-1, (heads, head_dim))
-        q = ops.qnorm_rope(q, batch.positions, cache.table, eps)  # [tokens, heads, head_dim]
-        ops.kv_norm_rope_insert(
-            self.wkv(read), self.kv_norm, batch.positions, cache.table, eps, cache.window, batch.window_slots
-        )
+        q_a, kv = self.latents(read)
+        ops.kv_norm_rope_insert(kv, self.kv_norm, batch.positions, cache.table, eps, cache.window, batch.window_slots)
         caches, rows = [cache.window], [batch.window_rows]
+        chooses = self.ratio == CSA_RATIO and batch.compressed[CSA_RATIO].rows is None
+        q, *index_q = self.queries(Normed(q_a, self.q_norm, eps), first=2 if chooses else 1)
+        q = ops.qnorm_rope(q.unflatten(-1, (heads, head_dim)), batch.positions, cache.table, eps)
         if self.ratio:
             assert cache.compressed is not None
             assert cache.state is not None
-            self.compressor(read, batch, cache.table, cache.state, cache.compressed)
-            chosen = (
-                self.indexer(read, c_q, batch, cache) if self.ratio == CSA_RATIO else batch.compressed[self.ratio].rows
-            )
+            sums = self.sums(read, torch.float32, first=None if chooses or self.ratio != CSA_RATIO else 4)
+            self.compressor(sums[0], sums[1], batch, cache.table, cache.state, cache.compressed)
+            if self.ratio == CSA_RATIO:
+                self.indexer.compress(sums[2], sums[3], batch, cache)
+            chosen = self.indexer(*index_q, sums[4], batch, cache) if chooses else batch.compressed[self.ratio].rows
             assert chosen is not None
             caches.append(cache.compressed)
             rows.append(chosen)
@@ -74,7 +82,7 @@ class Attention(nn.Module):
             z = ops.grouped_gemm_nvfp4(o.flatten(0, 1), NVFP4Tensor(data, sf, weight.alpha), offsets, out_dtype=o.dtype)
             z = z.unflatten(0, (groups, tokens)).transpose(0, 1)
         else:
-            w = self.wo_a.plain(o.dtype).unflatten(0, (groups, rank)).transpose(1, 2)
+            w = plain(weight, o.dtype).unflatten(0, (groups, rank)).transpose(1, 2)
             z = by_token.each(lambda x: _by_group(x, w), o)
         return z.flatten(1)  # [tokens, groups, rank] -> [tokens, groups · rank]
 
@@ -100,17 +108,18 @@ class Compressor(nn.Module):
 
     def forward(
         self,
-        x: Input,
+        kv: Tensor,
+        gate: Tensor,
         batch: Batch,
         table: Tensor,
         state: Tensor,
         cache: PagedCache | IndexCache,
         hadamard: bool = False,
     ) -> None:
-        """Take in x [tokens, hidden]; store the entries that these tokens complete. Sums stay FP32 throughout."""
+        """Take in what wkv and wgate make of x, FP32 [tokens, width]; store the entries that these tokens complete."""
         ops.compress_kv(
-            self.wkv(x, torch.float32),
-            self.wgate(x, torch.float32),
+            kv,
+            gate,
             self.ape,
             self.norm,
             table,
@@ -137,22 +146,26 @@ class Indexer(nn.Module):
         self.weights_proj = build.linear("weights_proj", config.index_n_heads, config.hidden_size)
         self.compressor = Compressor(config, CSA_RATIO, config.index_head_dim, build.child("compressor"))
 
-    def forward(self, x: Input, c_q: Input, batch: Batch, cache: LayerCache) -> Tensor:
-        """x [tokens, hidden], c_q [tokens, q_lora_rank] -> slots of the entries, int32 [tokens, rows], -1 behind."""
+    def compress(self, kv: Tensor, gate: Tensor, batch: Batch, cache: LayerCache) -> None:
+        """Keys of the entries that these tokens complete, from what the compressor's wkv and wgate make of x."""
         assert cache.index is not None
         assert cache.index_state is not None
+        self.compressor(kv, gate, batch, cache.table, cache.index_state, cache.index, _hadamard(cache.index))
+
+    def forward(self, q: Tensor, weights: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
+        """Slots of the entries that these tokens attend to, int32 [tokens, rows], -1 behind; keys are stored already.
+
+        q: [tokens, index heads * index_head_dim]; weights: FP32 [tokens, index heads].
+        """
+        assert cache.index is not None
         step, heads, head_dim = batch.compressed[CSA_RATIO], self.config.index_n_heads, self.config.index_head_dim
-        # rotating q and k by a Hadamard matrix cancels in q · k; it only makes four bits lose less
-        hadamard = cache.index.format == "mxfp4"
-        self.compressor(x, batch, cache.table, cache.index_state, cache.index, hadamard)
-        if step.rows is not None:  # every visible entry is chosen: nothing to score
-            return step.rows
-        q = self.wq_b(c_q).unflatten(-1, (heads, head_dim))
-        weights = self.weights_proj(x, torch.float32)  # [tokens, heads]
+        q = q.unflatten(-1, (heads, head_dim))
         if cache.index.format == "fp8":  # multiplied as they are stored
             q, weights = ops.index_query_fp8(q, weights, batch.positions, cache.table)
         else:
-            q = ops.index_query(q, batch.positions, cache.table, format=cache.index.format, hadamard=hadamard)
+            q = ops.index_query(
+                q, batch.positions, cache.table, format=cache.index.format, hadamard=_hadamard(cache.index)
+            )
         scale = head_dim**-0.5 * heads**-0.5
         logits = ops.index_logits(
             q,
@@ -173,3 +186,8 @@ class Indexer(nn.Module):
             topk=self.config.index_topk,
             page_size=cache.index.page_size,
         )
+
+
+def _hadamard(cache: IndexCache) -> bool:
+    """Rotating queries and keys by a Hadamard matrix cancels in their product; it only makes four bits lose less."""
+    return cache.format == "mxfp4"

@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fp4suite.formats import WeightLayout
+
 from .cache import Batch, KVCache, LayerCache
 from .check import held_formats
 from .checkpoint import Family, load, make_checkpoint
@@ -146,6 +148,7 @@ def counted(config: ModelConfig, family: Family, act: ActFormat, batch: int, dev
             return dict(layers_by_kind(model, step, cache.layers, on_gpu=True))
         formats = held_formats(config, family)
         model = Transformer(config, lambda name: formats[name], act_format=act, device="meta")  # type: ignore[arg-type,return-value]
+        model.lay_out(WeightLayout(), "cpu")
         step, cache = decode_step(config, batch, context, torch.device("meta"))
         return dict(layers_by_kind(model, step, cache.layers, on_gpu=False))
 

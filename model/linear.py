@@ -4,9 +4,9 @@ A weight's parts are buffers, so that a model can be built on the meta device, m
 into the container that ops take, and takes one apart.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,13 @@ AnyWeight = Tensor | NVFP4Tensor | FP8BlockTensor
 _PLAIN: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+class Holder(Protocol):
+    """Where weights lie that were lent, together with others."""
+
+    def share(self, part: Any) -> AnyWeight: ...
+    def split(self) -> None: ...
+
+
 class Weight(nn.Module):
     """A [n, k] weight, or [experts, n, k] stacked.
 
@@ -40,7 +47,6 @@ class Weight(nn.Module):
     sf: Tensor | None
     alpha: Tensor | None
     row_exponent: Tensor | None  # follows from sf, so no part of a state dict
-    order: Order  # of an NVFP4 weight in memory
 
     def __init__(
         self,
@@ -53,6 +59,8 @@ class Weight(nn.Module):
         super().__init__()
         self.shape = tuple(shape)
         self.segments = segments
+        self._order: Order = "rows"
+        self._lent: tuple[Holder, ...] = ()  # in a tuple, so that the holder does not become a submodule
         self.weight = self.empty(format, device)
 
     def empty(self, format: Format, device: torch.device | str | None = None) -> AnyWeight:
@@ -71,14 +79,22 @@ class Weight(nn.Module):
         raise ValueError(f"a weight of shape {list(self.shape)} cannot be {format!r}")
 
     @property
+    def order(self) -> Order:
+        """Of an NVFP4 weight in memory."""
+        weight = self.weight
+        return weight.order if isinstance(weight, NVFP4Tensor) else "rows"
+
+    @property
     def weight(self) -> AnyWeight:
+        for holder in self._lent:
+            return holder.share(self)
         data, sf, alpha = self.data, self.sf, self.alpha
         if sf is None:
             return data
         if alpha is None:
             return FP8BlockTensor(data, sf)
         sf_layout: SfLayout = "linear" if sf.ndim == data.ndim else "blocked_128x4"
-        return NVFP4Tensor(data, sf, alpha, sf_layout, self.order, self.row_exponent)
+        return NVFP4Tensor(data, sf, alpha, sf_layout, self._order, self.row_exponent)
 
     @weight.setter
     def weight(self, value: AnyWeight) -> None:
@@ -89,35 +105,42 @@ class Weight(nn.Module):
             allowed = [lead, [*lead, len(self.segments)]] if self.segments else [lead]
             if list(value.alpha.shape) not in allowed:
                 raise ValueError(f"alpha must be {' or '.join(map(str, allowed))}, got {list(value.alpha.shape)}")
-            parts = {"data": value.data, "sf": value.sf, "alpha": value.alpha, "row_exponent": value.row_exponent}
-        elif isinstance(value, FP8BlockTensor):
-            parts = {"data": value.data, "sf": value.sf}
-        elif value.is_floating_point() and value.itemsize > 1:
-            parts = {"data": value}
-        else:
+        elif isinstance(value, Tensor) and not (value.is_floating_point() and value.itemsize > 1):
             raise TypeError(f"a plain weight must be of a float type of 2 bytes or more, got {value.dtype}")
+        for holder in self._lent:
+            holder.split()
+        self._keep(_parts(value))
+        self._order = value.order if isinstance(value, NVFP4Tensor) else "rows"
+
+    def lend(self, holder: Holder) -> None:
+        """Keep nothing: the weight is what `holder` has of it, until it is set or taken back."""
+        self._lent = (holder,)
+        self._keep({})
+
+    def take_back(self, weight: AnyWeight) -> None:
+        """Keep `weight` again, as the holder gives it."""
+        self._lent = ()
+        self.weight = weight
+
+    def _keep(self, parts: dict[str, Tensor | None]) -> None:
         for name in self.PARTS:
             self.register_buffer(name, parts.get(name), persistent=name != "row_exponent")
-        self.order = value.order if isinstance(value, NVFP4Tensor) else "rows"
-
-    def plain(self, dtype: torch.dtype) -> Tensor:
-        """The weight as one [n, k] tensor in dtype (exact from FP8); not for NVFP4, whose ops read it packed."""
-        weight = self.weight
-        if isinstance(weight, NVFP4Tensor):
-            raise TypeError("an NVFP4 weight is not unpacked outside the ops")
-        return dequant_fp8_block(weight, dtype) if isinstance(weight, FP8BlockTensor) else weight.to(dtype)
 
     def extra_repr(self) -> str:
         weight = self.weight
         kind = str(weight.dtype).removeprefix("torch.") if isinstance(weight, Tensor) else type(weight).__name__
         return f"{list(self.shape)}, {kind}" + (f", {self.order}" if self.order != "rows" else "")
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._expect_rows("written to")
-        super()._save_to_state_dict(*args)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._lent:
+            destination |= {f"{prefix}{name}": t for name, t in _parts(self.weight).items() if name != "row_exponent"}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._expect_rows("read from")
+        for holder in self._lent:
+            holder.split()
         super()._load_from_state_dict(*args)
 
     def _expect_rows(self, what: str) -> None:
@@ -149,17 +172,24 @@ class Linear(Weight):
         super().__init__((n, k), format, segments=segments, device=device)
         self.act = act
 
+    def layout_for(self, layout: WeightLayout | None, device: torch.device | str) -> WeightLayout | None:
+        """What `lay_out` would give the weight; None for one that is not NVFP4."""
+        weight, (n, k) = self.weight, self.shape
+        if not isinstance(weight, NVFP4Tensor):
+            return None
+        if layout is None:
+            act: Act = "bf16" if self.act == "float" else self.act
+            layout = dispatch.weight_layout(n, k, device, act=act, segments=max(1, weight.alpha.numel()))
+        return layout if layout.refuses(n, k) is None else weight.layout
+
     def lay_out(self, layout: WeightLayout | None, device: torch.device | str) -> None:
         """Give an NVFP4 weight this layout where its shape allows it, in place; None: what kernels on `device` read."""
         weight, (n, k) = self.weight, self.shape
-        if not isinstance(weight, NVFP4Tensor):
+        wanted = self.layout_for(layout, device)
+        if wanted is None or not isinstance(weight, NVFP4Tensor):
             return
+        self.weight = weight = weight.lay_out_(wanted)
         segments = max(1, weight.alpha.numel())
-        if layout is None:
-            act: Act = "bf16" if self.act == "float" else self.act
-            layout = dispatch.weight_layout(n, k, device, act=act, segments=segments)
-        if layout.refuses(n, k) is None:
-            self.weight = weight = weight.lay_out_(layout)
         problem = GemmProblem(m=1, n=n, k=k, act="fp8", segments=segments, order=weight.order)
         fits = self.act == "fp8" and weight.sf_layout == "linear" and k % TILE == 0
         if fits and dispatch.is_supported(problem, device):
@@ -169,8 +199,13 @@ class Linear(Weight):
 
     def forward(self, x: Tensor | Input, out_dtype: torch.dtype | None = None) -> Tensor:
         """out_dtype: of y, summed in FP32 and rounded once; x's by default."""
-        x = x if isinstance(x, Input) else Input(x)
-        weight, out_dtype = self.weight, out_dtype or x.dtype
+        return self.product(x if isinstance(x, Input) else Input(x), self.weight, self.segments, out_dtype)
+
+    def product(
+        self, x: Input, weight: AnyWeight, segments: Sequence[int] | None, out_dtype: torch.dtype | None
+    ) -> Tensor:
+        """`forward` with a weight like this one's, of other rows: a run of this one's, say."""
+        out_dtype = out_dtype or x.dtype
         if isinstance(weight, NVFP4Tensor):
             a: Tensor | NVFP4Tensor | FP8RowTensor
             if self.act == "nvfp4":
@@ -180,10 +215,9 @@ class Linear(Weight):
                 a = x.fp8
             else:
                 a = x.plain
-            segments = self.segments if weight.alpha.ndim else None
-            y = ops.gemm_nvfp4(a, weight, segments=segments, out_dtype=out_dtype)
+            y = ops.gemm_nvfp4(a, weight, segments=segments if weight.alpha.ndim else None, out_dtype=out_dtype)
         else:
-            y = matmul(x.plain, self.plain(x.dtype), out_dtype)
+            y = matmul(x.plain, plain(weight, x.dtype), out_dtype)
         return y.unflatten(0, x.lead)
 
 
@@ -217,6 +251,22 @@ class Build:
 
     def int32(self, *shape: int) -> Tensor:
         return nn.Buffer(torch.empty(shape, dtype=torch.int32, device=self.device))
+
+
+def plain(weight: AnyWeight, dtype: torch.dtype) -> Tensor:
+    """A weight as one [n, k] tensor in dtype (exact from FP8); TypeError for NVFP4, which ops read packed."""
+    if isinstance(weight, NVFP4Tensor):
+        raise TypeError("an NVFP4 weight is not unpacked outside the ops")
+    return dequant_fp8_block(weight, dtype) if isinstance(weight, FP8BlockTensor) else weight.to(dtype)
+
+
+def _parts(weight: AnyWeight) -> dict[str, Tensor | None]:
+    """The tensors that a weight is made of, under the names of `Weight.PARTS`."""
+    if isinstance(weight, Tensor):
+        return {"data": weight}
+    if isinstance(weight, FP8BlockTensor):
+        return {"data": weight.data, "sf": weight.sf}
+    return {"data": weight.data, "sf": weight.sf, "alpha": weight.alpha, "row_exponent": weight.row_exponent}
 
 
 def matmul(x: Tensor, w: Tensor, out_dtype: torch.dtype) -> Tensor:

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp4suite import ops
+from fp4suite.formats import WeightLayout
 
 from .attention import Attention
 from .cache import Batch, KVCache, LayerCache
 from .config import ModelConfig
 from .inputs import Normed
-from .linear import ActFormat, AnyWeight, Build, Weight, WeightFormat
+from .joined import Joined, Whole
+from .linear import ActFormat, AnyWeight, Build, Linear, Weight, WeightFormat
 from .moe import MoE
 
 
@@ -108,6 +110,8 @@ class Transformer(nn.Module):
     def weights(self) -> Iterator[tuple[str, AnyWeight]]:
         """Every weight by its canonical name: the native one, but experts stacked (`ffn.w13`, `ffn.shared.w13`)."""
         for path, module in self.named_modules():
+            if isinstance(module, Whole):
+                continue
             if isinstance(module, Weight):
                 yield path, module.weight
             for name, value in module.named_buffers(recurse=False):
@@ -134,6 +138,21 @@ class Transformer(nn.Module):
         if value.shape != old.shape:
             raise ValueError(f"{name} must be {list(old.shape)}, got {list(value.shape)}")
         setattr(parent, last, value)
+
+    def lay_out(self, layout: WeightLayout | None, device: torch.device | str) -> None:
+        """Join the linears that read one input, and give NVFP4 weights the layout, or what kernels on `device` read."""
+        groups = self.joined()
+        for group in dict.fromkeys(groups.values()):
+            group.join(layout, device)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and not isinstance(module, Whole) and name not in groups:
+                module.lay_out(layout, device)
+
+    def joined(self) -> dict[str, Joined]:
+        """By the canonical name of each part."""
+        names = {module: name for name, module in self.named_modules() if isinstance(module, Linear)}
+        groups = [module for module in self.modules() if isinstance(module, Joined)]
+        return {names[part]: group for group in groups for part in group.parts}
 
 
 class Layer(nn.Module):

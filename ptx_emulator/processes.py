@@ -6,6 +6,7 @@ cluster depends on another. A kernel that asks for such an order is refused befo
 out to have read what others wrote is refused afterwards, and leaves no trace in memory.
 """
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -13,7 +14,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any
@@ -144,16 +145,17 @@ def _collect(launch: "Launch", parts: Sequence[Sequence["Dim3"]]) -> list[_Share
     workers, waiting = [], {}
     shares: dict[int, _Share] = {}
     try:
-        for n, part in enumerate(parts):
-            receiver, sender = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(launch, part, sender, os.getpid()), daemon=True)
-            with warnings.catch_warnings():
-                # threads of torch or BLAS are no danger: a child runs numpy only, whose BLAS knows of forks
-                warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-                worker.start()
-            sender.close()
-            workers.append(worker)
-            waiting[receiver] = n
+        with _held_interrupts():
+            for n, part in enumerate(parts):
+                receiver, sender = context.Pipe(duplex=False)
+                worker = context.Process(target=_work, args=(launch, part, sender, os.getpid()), daemon=True)
+                with warnings.catch_warnings():
+                    # threads of torch or BLAS are no danger: a child runs numpy only, whose BLAS knows of forks
+                    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+                    worker.start()
+                sender.close()
+                workers.append(worker)
+                waiting[receiver] = n
         while waiting:
             for ready in connection.wait(list(waiting)):
                 assert isinstance(ready, connection.Connection)
@@ -176,6 +178,16 @@ def _collect(launch: "Launch", parts: Sequence[Sequence["Dim3"]]) -> list[_Share
         for worker in workers:
             worker.join()
     return [shares[n] for n in range(len(shares)) if n in shares]
+
+
+@contextlib.contextmanager
+def _held_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the block's end: Python drops one that comes while it runs the hooks of a fork."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(code: int | None) -> str:

@@ -38,7 +38,8 @@ def load(
                 their weights in registers, to E4M3 (W4A8) where the device has a kernel for it
     drafts      another checkpoint to take the draft blocks (MTP) from, for one that has none
     layout      of dense NVFP4 weights whose shape allows it; by default what the device's kernels read. A weight is
-                laid out in place as soon as it is whole, so that no second copy is ever held
+                laid out in place as soon as it is whole; those that read one input are copied into one (`Joined`), so
+                that the most ever held is the model and the weights of one such group again
     progress    a progress bar; None shows one on a terminal
 
     Without draft blocks in the files, a config is taken as one without them. Raises CheckpointError (a ValueError) for
@@ -73,6 +74,8 @@ def load(
         )
     _expect_weights(checkpoint, model, formats.keys())
     linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    groups = model.joined()
+    missing = {group: len(group.parts) for group in groups.values()}
     for source, prefix in sources:
         for name, weight in source.weights(device, weights=weights, only=prefix, progress=progress):
             try:
@@ -80,7 +83,11 @@ def load(
             except (ValueError, TypeError) as error:
                 wanted = "a weight that fits the model"
                 raise CheckpointError(source.directory, name, wanted=wanted, got=str(error)) from None
-            if name in linears:
+            if group := groups.get(name):
+                missing[group] -= 1
+                if not missing[group]:
+                    group.join(layout, device)
+            elif name in linears:
                 linears[name].lay_out(layout, device)
     return model
 

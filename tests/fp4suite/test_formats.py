@@ -285,6 +285,30 @@ def test_unknown_order_and_blocked_scales_of_an_order():
         assert NVFP4Tensor.empty((64, 128), torch.ones(()), order=order).order == order
 
 
+@pytest.mark.parametrize(
+    ("order", "sf_layout", "tile"),
+    [("rows", "linear", 1), ("rows", "blocked_128x4", 128), *((order, "linear", 64) for order in FRAGMENTS)],
+)
+def test_rows_are_a_weight_in_the_same_memory(order, sf_layout, tile):
+    plain = random_nvfp4(320, 128)
+    whole = plain.with_order(order).with_sf_layout(sf_layout)
+    if order == "fragments_sm90_fp8":
+        whole = whole.prepare_fp8()
+    for start, stop in ((0, 128), (128, 320), (256, 320)):
+        part = whole.rows(start, stop, whole.alpha * 2)
+        assert part.layout == whole.layout
+        assert part.data.data_ptr() == whole.data[start].data_ptr()
+        by_rows = part.with_order("rows").with_sf_layout("linear")
+        assert torch.equal(by_rows.data, plain.data[start:stop])
+        assert torch.equal(by_rows.sf.view(torch.uint8), plain.sf[start:stop].view(torch.uint8))
+        assert part.alpha == 2 * plain.alpha
+        if order == "fragments_sm90_fp8":
+            assert torch.equal(part.row_exponent, plain.prepare_fp8().row_exponent[start:stop])
+    for start, stop in ((0, 0), (128, 321), (-128, 128)) + (((0, tile // 2), (tile // 2, 320)) if tile > 1 else ()):
+        with pytest.raises(ValueError, match=f"rows {start} to {stop} of 320 are not whole tiles of {tile}"):
+            whole.rows(start, stop, whole.alpha)
+
+
 def test_native_refusals():
     codes = torch.zeros(4, 32, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"sf \[4, 2\]"):

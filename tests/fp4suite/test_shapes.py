@@ -11,32 +11,45 @@ from fp4suite.problem import PROBLEMS
 
 CONFIGS = Path(__file__).parents[2] / "model" / "configs"
 
-# n x k of the projections as the public tensor lists of both models have them; (name, n, k, layers that have it)
+# n x k of the projections as the public tensor lists of both models have them, and of those that are read together:
+# name: (n, k, layers that read it so)
 PRO = {
-    "q_a": (1536, 7168, 61),
-    "kv": (512, 7168, 61),
-    "q_b": (65536, 1536, 61),
+    "q_a_kv": (1536 + 512, 7168, 61),
+    "q_a": (1536, 7168, 0),
+    "kv": (512, 7168, 0),
+    "q_b": (65536, 1536, 31),
+    "csa_q_b": (65536 + 8192, 1536, 30),
+    "indexer_q_b": (8192, 1536, 0),
     "o_a": (1024, 4096, 61 * 16),
     "o_b": (7168, 16384, 61),
-    "csa_compressor": (1024, 7168, 2 * 30),
-    "hca_compressor": (512, 7168, 2 * 31),
-    "indexer_q_b": (8192, 1536, 30),
-    "indexer_compressor": (256, 7168, 2 * 30),
-    "indexer_weights": (64, 7168, 30),
+    "hca_compressor_kv_gate": (1024, 7168, 31),
+    "hca_compressor": (512, 7168, 0),
+    "csa_sums": (2048 + 512 + 64, 7168, 30),
+    "csa_compressor_kv_gate": (2048, 7168, 0),
+    "csa_compressor": (1024, 7168, 0),
+    "indexer_compressor_kv_gate": (512, 7168, 0),
+    "indexer_compressor": (256, 7168, 0),
+    "indexer_weights": (64, 7168, 0),
     "shared_gate_up": (6144, 7168, 61),
     "shared_down": (7168, 3072, 61),
 }
 FLASH = {
-    "q_a": (1024, 4096, 43),
-    "kv": (512, 4096, 43),
-    "q_b": (32768, 1024, 43),
+    "q_a_kv": (1024 + 512, 4096, 43),
+    "q_a": (1024, 4096, 0),
+    "kv": (512, 4096, 0),
+    "q_b": (32768, 1024, 22),
+    "csa_q_b": (32768 + 8192, 1024, 21),
+    "indexer_q_b": (8192, 1024, 0),
     "o_a": (1024, 4096, 43 * 8),
     "o_b": (4096, 8192, 43),
-    "csa_compressor": (1024, 4096, 2 * 21),
-    "hca_compressor": (512, 4096, 2 * 20),
-    "indexer_q_b": (8192, 1024, 21),
-    "indexer_compressor": (256, 4096, 2 * 21),
-    "indexer_weights": (64, 4096, 21),
+    "hca_compressor_kv_gate": (1024, 4096, 20),
+    "hca_compressor": (512, 4096, 0),
+    "csa_sums": (2048 + 512 + 64, 4096, 21),
+    "csa_compressor_kv_gate": (2048, 4096, 0),
+    "csa_compressor": (1024, 4096, 0),
+    "indexer_compressor_kv_gate": (512, 4096, 0),
+    "indexer_compressor": (256, 4096, 0),
+    "indexer_weights": (64, 4096, 0),
     "shared_gate_up": (4096, 4096, 43),
     "shared_down": (4096, 2048, 43),
 }
@@ -52,18 +65,34 @@ def test_linears_are_the_published_ones(name, want):
     assert found == want
 
 
-def test_gate_and_up_have_an_alpha_each():
-    assert {x.name: x.segments for x in shapes.linears(config_of("pro")) if x.segments > 1} == {"shared_gate_up": 2}
+def test_what_is_read_together_keeps_its_alphas():
+    found = {x.name: x.segments for x in shapes.linears(config_of("pro")) if x.segments > 1}
+    two = ("q_a_kv", "csa_q_b", "shared_gate_up")
+    two += tuple(f"{name}_kv_gate" for name in ("hca_compressor", "csa_compressor", "indexer_compressor"))
+    assert found == dict.fromkeys(two, 2) | {"csa_sums": 5}
 
 
 def test_tensor_parallel_ranks_split_what_deepseek_splits():
     whole, rank = ({x.name: x for x in shapes.linears(config_of("pro"), tp)} for tp in (1, 8))
     assert rank["q_b"].n * 8 == whole["q_b"].n
     assert rank["indexer_q_b"].n * 8 == whole["indexer_q_b"].n
+    assert rank["csa_q_b"].n * 8 == whole["csa_q_b"].n
     assert rank["o_a"].count * 8 == whole["o_a"].count
     assert rank["o_b"].k * 8 == whole["o_b"].k
-    for name in ("q_a", "kv", "csa_compressor", "indexer_weights", "shared_gate_up", "shared_down"):
+    for name in (
+        "q_a_kv",
+        "q_a",
+        "kv",
+        "csa_compressor",
+        "csa_sums",
+        "indexer_weights",
+        "shared_gate_up",
+        "shared_down",
+    ):
         assert rank[name] == whole[name]
+
+
+READ_TOGETHER = ("gemm_nvfp4", "dequant_nvfp4", "quantize_fp8")  # of a linear, which another may hold
 
 
 @pytest.mark.parametrize("op", PROBLEMS)
@@ -72,7 +101,7 @@ def test_every_op_has_each_problem_once(op, arch):
     found = shapes.problems(config_of("flash"), op, arch=arch, m=(1, 64))
     assert found
     assert len({p.problem for p in found}) == len(found)
-    assert all(p.count > 0 and p.layers for p in found)
+    assert all(p.layers and (p.count > 0 or op in READ_TOGETHER) for p in found)
 
 
 def test_routing_is_that_of_the_published_models():
@@ -96,8 +125,8 @@ def test_routing_is_that_of_the_published_models():
 
 def test_equal_shapes_of_different_layers_are_one_problem():
     found = {p.layers: p for p in shapes.problems(config_of("flash"), "gemm_nvfp4", arch="sm_90a", m=(16,))}
-    joined = found["q_a", "o_a"]
-    assert joined.count == 43 + 43 * 8
+    joined = found["o_a", "q_a"]
+    assert joined.count == 43 * 8
     assert joined.problem.out == "bf16"
     assert found[("csa_compressor",)].problem == replace(joined.problem, out="fp32")  # pooled before it is rounded
 

@@ -169,9 +169,12 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path):
         parent = subprocess.Popen(
             [*command, "zeros:u32:1"], cwd=tmp_path, env={"PYTHONPATH": root}, stderr=subprocess.DEVNULL
         )
-        children = _wait(lambda pid=parent.pid: c if len(c := _children(pid)) == 3 else None)
-        parent.send_signal(how)
-        assert parent.wait(20) != 0
+        try:
+            children = _wait(lambda pid=parent.pid: c if len(c := _children(pid)) == 3 else None)
+            parent.send_signal(how)
+            assert parent.wait(20) != 0
+        finally:
+            parent.kill()
         assert _wait(lambda children=children: not any(Path(f"/proc/{c}").exists() for c in children))
 
 

@@ -18,7 +18,7 @@ from model.checkpoint.write import make_checkpoint
 from model.config import ModelConfig
 from model.linear import Linear
 from model.transformer import Transformer
-from tests.model.oracle import cache_for, run
+from tests.model.oracle import cache_for, relative_error, run
 
 FRAGMENTS = WeightLayout(order="fragments_sm90")
 BLOCKED = WeightLayout(sf_layout="blocked_128x4")
@@ -73,12 +73,13 @@ def test_by_default_a_device_gets_what_its_kernels_read(made: dict[Family, Path]
     assert {name: w.layout for name, (w, _) in packed(model).items()} == wanted
     assert BLOCKED in wanted.values()
     with dispatch.recording() as choices:
-        assert torch.equal(logits(model), logits(cpu))
-    half = len(choices) // 2  # the laid out model ran first
+        laid_out = logits(model)
+    with dispatch.recording() as plain:
+        assert relative_error(laid_out, logits(cpu)) < 1e-5  # where linears are joined, FP32 sums have other orders
     takes = {w.shape for w, _ in packed(model).values() if w.layout == BLOCKED}
     layouts: dict[int, set[str]] = {}  # by k: those of the activations that have been quantised
     read = set()
-    for choice in choices[:half]:
+    for choice in choices:
         p = choice.problem
         if choice.op == "gemm_nvfp4" and (p.n, p.k) in takes:
             assert "blocked_128x4" in layouts[p.k]
@@ -86,7 +87,7 @@ def test_by_default_a_device_gets_what_its_kernels_read(made: dict[Family, Path]
         elif choice.op in QUANTISERS:
             layouts.setdefault(p.k, set()).add(p.sf_layout)
     assert read == takes
-    assert {c.problem.sf_layout for c in choices[half:] if c.op in QUANTISERS} == {"linear"}
+    assert {c.problem.sf_layout for c in plain if c.op in QUANTISERS} == {"linear"}
 
 
 def test_a_state_dict_knows_no_order(made: dict[Family, Path]) -> None:
