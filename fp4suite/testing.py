@@ -434,9 +434,11 @@ def _swiglu_case(p: SwigluProblem, gen: torch.Generator) -> Case:
     x = random_activations((p.m, 2 * p.k), gen, TORCH_DTYPES[p.x])
     out = torch.empty(p.m, p.k, dtype=TORCH_DTYPES[p.out], device=gen.device)
     eager = partial(reference.swiglu, x, LIMIT, out.dtype)
-    return Case(
-        p, (x, LIMIT), out, (), partial(out.fill_, torch.nan), lambda: assert_same_bytes(out, eager(), "out"), eager
-    )
+
+    def verify() -> None:
+        assert_same_bytes(out, eager(), "out")
+
+    return Case(p, (x, LIMIT), out, (), partial(out.fill_, torch.nan), verify, eager)
 
 
 def _embed_case(p: EmbedProblem, gen: torch.Generator) -> Case:
@@ -444,15 +446,16 @@ def _embed_case(p: EmbedProblem, gen: torch.Generator) -> Case:
     token_ids = torch.randint(p.vocab, (p.m,), generator=gen, device=gen.device)
     out = torch.empty(p.m, p.n, p.k, dtype=TORCH_DTYPES[p.out], device=gen.device)
     eager = partial(reference.embed, token_ids, weight, streams=p.n, out_dtype=out.dtype)
-    return Case(
-        p, (token_ids, weight), out, (), partial(out.fill_, torch.nan), lambda: assert_same_bytes(out, eager(), "out"),
-        eager,
-    )  # fmt: skip
+
+    def verify() -> None:
+        assert_same_bytes(out, eager(), "out")
+
+    return Case(p, (token_ids, weight), out, (), partial(out.fill_, torch.nan), verify, eager)
 
 
 @functools.lru_cache(maxsize=1)
 def _embedding(vocab: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One table for all cases of a problem: V4-Pro's is 1.9 GB."""
+    """Finite numbers; one table for all cases of a problem, as V4-Pro's has 1.9 GB."""
     gen = torch.Generator(device=device).manual_seed(0)
     return torch.randn(vocab, k, generator=gen, dtype=dtype, device=device)
 

@@ -9,6 +9,7 @@ import torch
 from model.__main__ import main
 from model.config import ModelConfig
 from model.launches import OURS, Call, Recorder, counted
+from model.transformer import Transformer
 
 DEMO = ModelConfig.named("demo")
 # of PyTorch: the norm of queries, the grouped output projection, the router, and the sum with the shared expert
@@ -54,6 +55,17 @@ def test_a_view_is_no_launch() -> None:
         y = layer(torch.empty(2, 4))
         y.view(8)[2:].t().expand(3, 6).contiguous()
     assert [(c.where, c.op) for c in recorder.calls] == [("0", "addmm"), ("", "clone")]
+
+
+def test_an_embedding_is_one_launch() -> None:
+    model = Transformer(DEMO, device="meta")
+    recorder = Recorder(model, marks=False)
+    with recorder:
+        h = model.embedding(torch.empty(3, dtype=torch.int64, device="meta"), DEMO.hc_mult)
+        row = model.embedding(torch.empty(3, dtype=torch.int64, device="meta")).squeeze(1)
+    assert h.shape == (3, DEMO.hc_mult, DEMO.hidden_size)
+    assert row.shape == (3, DEMO.hidden_size)
+    assert [c.op for c in recorder.calls] == [f"{OURS}.embed"] * 2
 
 
 def test_command(capsys) -> None:
