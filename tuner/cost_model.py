@@ -59,7 +59,7 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     QuantizeFp8Problem.op: 6,
     RmsnormQuantizeProblem.op: 21,  # SASS of one program, by its elements; so the next ones
     SwigluQuantizeProblem.op: 28,
-    SwigluProblem.op: 35,
+    SwigluProblem.op: 37,
     QnormRopeProblem.op: 22,
     KvNormRopeInsertProblem.op: 34,
     RopeInverseProblem.op: 7,
@@ -362,7 +362,7 @@ def _embed(problem: EmbedProblem, config: Any, arch: str, resources: Resources |
     p = problem
     moved = config.block_k * (ELEMENT_BYTES[p.x] + p.n * ELEMENT_BYTES[p.out])
     ctas = p.m * math.ceil(p.k / config.block_k)
-    return _moved(ctas, moved, config.num_warps, config.block_k * (4 + p.n), ramps=2)
+    return _moved(ctas, moved, config.num_warps, config.block_k * (3 + p.n), ramps=2)  # SASS: 6.6 of four streams
 
 
 def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Resources | None) -> Work:
