@@ -18,6 +18,7 @@ from .problem import (
     CombineProblem,
     CompressKvProblem,
     DequantProblem,
+    EmbedProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
     HyperConnectionPostPreProblem,
@@ -38,6 +39,7 @@ from .problem import (
     RouteProblem,
     Rule,
     SampleProblem,
+    SwigluProblem,
     SwigluQuantizeProblem,
 )
 from .reference.compressor import check_compressor
@@ -184,6 +186,31 @@ def _swiglu_quantize(x: Tensor, limit: float, alpha: Tensor, sf_layout: SfLayout
     choice = dispatch.choose("swiglu_quantize", _swiglu_problem(x, sf_layout, rule), x.device)
     plain = lambda: reference.swiglu_quantize(x, limit=limit, alpha=alpha, sf_layout=sf_layout, rule=rule)  # noqa: E731
     return _quantizing(choice, plain, m, k, alpha, sf_layout, (x, limit, alpha), rule)
+
+
+def _embed(token_ids: Tensor, weight: Tensor, streams: int, dtype: torch.dtype) -> Tensor:
+    vocab, k = weight.shape
+    x, out_name = dtype_name(weight, "weight"), dtype_name(dtype, "out_dtype")
+    problem = EmbedProblem(m=len(token_ids), vocab=vocab, k=k, n=streams, x=x, out=out_name)
+    choice = dispatch.choose("embed", problem, weight.device)
+    if choice.is_reference:
+        return reference.embed(token_ids, weight, streams=streams, out_dtype=dtype)
+    out = torch.empty(len(token_ids), streams, k, dtype=dtype, device=weight.device)
+    with _on(weight.device):
+        choice.module.launch(token_ids, weight, out, choice.config)
+    return out
+
+
+def _swiglu(x: Tensor, limit: float, dtype: torch.dtype) -> Tensor:
+    m, k = x.shape[0], x.shape[1] // 2
+    problem = SwigluProblem(m=m, k=k, x=dtype_name(x, "x"), out=dtype_name(dtype, "out_dtype"))
+    choice = dispatch.choose("swiglu", problem, x.device)
+    if choice.is_reference:
+        return reference.swiglu(x, limit, dtype).contiguous()
+    out = torch.empty(m, k, dtype=dtype, device=x.device)
+    with _on(x.device):
+        choice.module.launch(x, limit, out, choice.config)
+    return out
 
 
 def _dequant_nvfp4(data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: str, dtype: torch.dtype) -> Tensor:
@@ -818,6 +845,16 @@ _register(
     f"swiglu_quantize(Tensor x, float limit, Tensor alpha, {_SF}) -> (Tensor, Tensor)",
     _swiglu_quantize,
     lambda x, limit, alpha, sf_layout, rule: _packed(x.shape[0], x.shape[1] // 2, x, sf_layout),
+)
+_register(
+    "embed(Tensor token_ids, Tensor weight, int streams, ScalarType dtype) -> Tensor",
+    _embed,
+    lambda ids, weight, streams, dtype: weight.new_empty((ids.shape[0], streams, weight.shape[1]), dtype=dtype),
+)
+_register(
+    "swiglu(Tensor x, float limit, ScalarType dtype) -> Tensor",
+    _swiglu,
+    lambda x, limit, dtype: x.new_empty((x.shape[0], x.shape[1] // 2), dtype=dtype),
 )
 _register(
     "dequant_nvfp4(Tensor data, Tensor sf, Tensor alpha, str sf_layout, ScalarType dtype) -> Tensor",

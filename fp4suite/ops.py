@@ -139,6 +139,48 @@ def swiglu_quantize(
     return _unflatten(data, sf, alpha, sf_layout, x.shape[:-1])
 
 
+# --- embedding and activation ----------------------------------------------------------------------------------------
+
+
+def embed(token_ids: Tensor, weight: Tensor, *, streams: int = 1, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of weight [vocab, hidden] by token_ids [tokens], each `streams` times -> [tokens, streams, hidden].
+
+    The axis of streams is there for one, too. token_ids: int64 or int32; out_dtype: bfloat16, float16 or float32, None
+    for weight's, whose numbers are then copied bit for bit. A token whose id is not in 0 .. vocab - 1 gets NaN, on
+    every device: nothing outside of the table is read. Rows of weight may have any stride, and so may ids.
+    """
+    dtype_name(weight, "weight")
+    out_dtype = weight.dtype if out_dtype is None else out_dtype
+    dtype_name(out_dtype, "out_dtype")
+    if token_ids.dtype not in (torch.int64, torch.int32) or token_ids.ndim != 1:
+        raise ValueError(f"token_ids must be int64 or int32 [tokens], got {token_ids.dtype} {list(token_ids.shape)}")
+    if weight.ndim != 2 or not len(weight) or (weight.shape[1] > 1 and weight.stride(1) != 1):
+        raise ValueError(
+            f"weight must be [vocab, hidden], one row at least and each of them contiguous, "
+            f"got {list(weight.shape)} with strides {list(weight.stride())}"
+        )
+    if token_ids.device != weight.device:
+        raise ValueError(f"token_ids must be on {weight.device} beside weight, got {token_ids.device}")
+    if streams < 1:
+        raise ValueError(f"streams must be positive, got {streams}")
+    return _ops.embed(token_ids, weight, streams, out_dtype)
+
+
+def swiglu(x: Tensor, limit: float, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """silu(min(g, limit)) * clamp(u, -limit, limit) of x [..., 2 k] (gate columns first) -> [..., k] in out_dtype.
+
+    x and out_dtype: bfloat16, float16 or float32. Computed in FP32 and rounded once, the same bits on every device.
+    NaN in g or u stays NaN, and g = -inf becomes it; +inf counts as limit, and -inf in u as -limit.
+    """
+    dtype_name(x, "x")
+    dtype_name(out_dtype, "out_dtype")
+    if x.ndim < 2 or x.shape[-1] % 2:
+        raise ValueError(f"x must be [..., m, 2 k], gate columns first, got {list(x.shape)}")
+    if not limit > 0:
+        raise ValueError(f"limit must be positive, got {limit}")
+    return _ops.swiglu(_rows(x), limit, out_dtype).view(*x.shape[:-1], x.shape[-1] // 2)
+
+
 # --- GEMMs and experts -----------------------------------------------------------------------------------------------
 
 

@@ -156,6 +156,46 @@ class SwigluQuantizeProblem(Problem):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SwigluProblem(Problem):
+    """Clamped SwiGLU of [m, 2 k] (gate columns first) -> [m, k]."""
+
+    op: ClassVar[str] = "swiglu"
+    m: int
+    k: int
+    x: str = "fp32"
+    out: str = "bf16"
+
+    @property
+    def flops(self) -> int:
+        return 8 * self.m * self.k
+
+    @property
+    def bytes(self) -> int:
+        return (2 * ELEMENT_BYTES[self.x] + ELEMENT_BYTES[self.out]) * self.m * self.k
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedProblem(Problem):
+    """Rows [k] of m tokens from a table [vocab, k], each into n streams."""
+
+    op: ClassVar[str] = "embed"
+    m: int
+    vocab: int
+    k: int
+    n: int = 1
+    x: str = "bf16"
+    out: str = "bf16"
+
+    @property
+    def flops(self) -> int:
+        return 0
+
+    @property
+    def bytes(self) -> int:
+        return self.m * (8 + self.k * (ELEMENT_BYTES[self.x] + self.n * ELEMENT_BYTES[self.out]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GemmProblem(Problem):
     """d[m, n] = a[m, k] @ b[n, k].T, b in NVFP4, a in BF16 (`act="bf16"`), NVFP4, or E4M3 with a scale a row ("fp8").
 
@@ -617,6 +657,8 @@ PROBLEMS: dict[str, type[Problem]] = {
         DequantProblem,
         RmsnormQuantizeProblem,
         SwigluQuantizeProblem,
+        SwigluProblem,
+        EmbedProblem,
         QnormRopeProblem,
         KvNormRopeInsertProblem,
         RopeInverseProblem,

@@ -50,6 +50,8 @@ KERNELS: list[Kernel] = [
     Kernel("dequant_nvfp4", "triton_dequant_nvfp4", "kernels_triton.dequant_nvfp4", _BOTH, exact=True),
     Kernel("rmsnorm_quantize", "triton_rmsnorm_quantize", "kernels_triton.rmsnorm_quantize", _BOTH, exact=True),
     Kernel("swiglu_quantize", "triton_swiglu_quantize", "kernels_triton.swiglu_quantize", _BOTH, exact=True),
+    Kernel("swiglu", "triton_swiglu", "kernels_triton.swiglu", _BOTH, exact=True),
+    Kernel("embed", "triton_embed", "kernels_triton.embed", _BOTH, exact=True),
     Kernel("quantize_fp8", "triton_quantize_fp8", "kernels_triton.quantize_fp8", _BOTH, exact=True),
     Kernel("qnorm_rope", "triton_qnorm_rope", "kernels_triton.qnorm_rope", _BOTH, exact=True),
     Kernel(

@@ -22,6 +22,7 @@ from .problem import (
     CombineProblem,
     CompressKvProblem,
     DequantProblem,
+    EmbedProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
     HyperConnectionPostPreProblem,
@@ -41,6 +42,7 @@ from .problem import (
     RopeInverseQuantizeProblem,
     RouteProblem,
     SampleProblem,
+    SwigluProblem,
     SwigluQuantizeProblem,
 )
 
@@ -247,6 +249,10 @@ def _walk(
         elif op == SwigluQuantizeProblem.op:
             inter = config["moe_intermediate_size"]
             yield "shared_expert", depth, SwigluQuantizeProblem(m=rows, k=inter, sf_layout=sf_layout)
+        elif op == SwigluProblem.op:
+            yield "shared_expert", depth, SwigluProblem(m=rows, k=config["moe_intermediate_size"])
+        elif op == EmbedProblem.op:
+            yield "embedding", 1, EmbedProblem(m=rows, vocab=config["vocab_size"], k=d, n=config["hc_mult"])
         elif op in (QnormRopeProblem.op, RopeInverseProblem.op, RopeInverseQuantizeProblem.op):
             heads = {"heads": config["num_attention_heads"] // tp, "head_dim": config["head_dim"]}
             heads["rope_dim"] = config["qk_rope_head_dim"]

@@ -38,6 +38,7 @@ from .problem import (
     CombineProblem,
     CompressKvProblem,
     DequantProblem,
+    EmbedProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
     HyperConnectionPostPreProblem,
@@ -57,6 +58,7 @@ from .problem import (
     RopeInverseQuantizeProblem,
     RouteProblem,
     SampleProblem,
+    SwigluProblem,
     SwigluQuantizeProblem,
 )
 from .reference import e2m1, fp8
@@ -129,6 +131,10 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _quantize_fp8_case(problem, gen)
     if isinstance(problem, QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeProblem):
         return _quantize_case(problem, gen)
+    if isinstance(problem, SwigluProblem):
+        return _swiglu_case(problem, gen)
+    if isinstance(problem, EmbedProblem):
+        return _embed_case(problem, gen)
     if isinstance(problem, CompressKvProblem):
         return _compress_kv_case(problem, gen)
     if isinstance(problem, IndexLogitsProblem):
@@ -422,6 +428,36 @@ def _quantize_fp8_case(p: QuantizeFp8Problem, gen: torch.Generator) -> Case:
         assert_same_bytes(out.data, want.data, "data")
 
     return Case(p, (x,), out, (), poison, verify)
+
+
+def _swiglu_case(p: SwigluProblem, gen: torch.Generator) -> Case:
+    x = random_activations((p.m, 2 * p.k), gen, TORCH_DTYPES[p.x])
+    out = torch.empty(p.m, p.k, dtype=TORCH_DTYPES[p.out], device=gen.device)
+    eager = partial(reference.swiglu, x, LIMIT, out.dtype)
+
+    def verify() -> None:
+        assert_same_bytes(out, eager(), "out")
+
+    return Case(p, (x, LIMIT), out, (), partial(out.fill_, torch.nan), verify, eager)
+
+
+def _embed_case(p: EmbedProblem, gen: torch.Generator) -> Case:
+    weight = _embedding(p.vocab, p.k, TORCH_DTYPES[p.x], gen.device)
+    token_ids = torch.randint(p.vocab, (p.m,), generator=gen, device=gen.device)
+    out = torch.empty(p.m, p.n, p.k, dtype=TORCH_DTYPES[p.out], device=gen.device)
+    eager = partial(reference.embed, token_ids, weight, streams=p.n, out_dtype=out.dtype)
+
+    def verify() -> None:
+        assert_same_bytes(out, eager(), "out")
+
+    return Case(p, (token_ids, weight), out, (), partial(out.fill_, torch.nan), verify, eager)
+
+
+@functools.lru_cache(maxsize=1)
+def _embedding(vocab: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Finite numbers; one table for all cases of a problem, as V4-Pro's has 1.9 GB."""
+    gen = torch.Generator(device=device).manual_seed(0)
+    return torch.randn(vocab, k, generator=gen, dtype=dtype, device=device)
 
 
 def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:

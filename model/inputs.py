@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fp4suite import by_token, dispatch, ops
 from fp4suite.formats import FP8RowTensor, NVFP4Tensor, SfLayout
-from fp4suite.reference import swiglu
 
 # Global scale of activations in batch-invariant mode: block maxima from 0.006 to 168 get a scale with all its bits.
 # Norms and the clamp of SwiGLU keep inputs of linears below; larger numbers saturate.
@@ -75,7 +74,7 @@ class Gated(Input):
     @cached_property
     def plain(self) -> Tensor:
         """[tokens, k] in dtype."""
-        return by_token.each(lambda x: swiglu(x, self._limit), self._rows).to(self.dtype)
+        return ops.swiglu(self._rows, self._limit, self.dtype)
 
     def _quantize(self, alpha: Tensor | None, sf_layout: SfLayout) -> NVFP4Tensor:
         return ops.swiglu_quantize(self._rows, limit=self._limit, alpha=alpha, sf_layout=sf_layout)

@@ -97,8 +97,7 @@ def layers_by_kind(
 ) -> Iterator[tuple[str, list[Call]]]:
     """For the first layer of each kind what it calls, the site before it being closed on the way in."""
     with torch.no_grad():  # in inference mode PyTorch hands over what it would else take apart, as "to"
-        x = model.embedding(step.token_ids)
-        h = x.unsqueeze(1).expand(-1, model.config.hc_mult, -1).contiguous()
+        h = model.embedding(step.token_ids, model.config.hc_mult)
         last: Site | None = None
         seen = set()
         for index, layer in enumerate(model.layers):

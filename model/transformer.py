@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fp4suite import ops
@@ -71,8 +70,7 @@ class Transformer(nn.Module):
 
     def streams(self, batch: Batch, cache: KVCache) -> Tensor:
         """Residual streams after the last layer, [tokens, streams, hidden]."""
-        x = self.embedding(batch.token_ids)  # [tokens, hidden]
-        h = x[:, None].expand(-1, self.config.hc_mult, -1).contiguous()  # [tokens, streams, hidden]
+        h = self.embedding(batch.token_ids, self.config.hc_mult)  # [tokens, streams, hidden]
         last: Site | None = None
         for layer, layer_cache in zip(self.layers, cache.layers, strict=False):  # draft blocks' caches come last
             h, last = layer(h, last, batch, layer_cache)
@@ -98,14 +96,15 @@ class Transformer(nn.Module):
         h: streams [tokens, streams, hidden] of the trunk, or of the draft block before; next_ids: int64 [tokens], the
         token that follows each. Returns FP32 logits [tokens, vocab] of the token after that, and the block's streams.
         """
-        return self.mtp[block](h, self.embedding(next_ids), batch, cache.layers[len(self.layers) + block], self.head)
+        embedded = self.embedding(next_ids).squeeze(1)  # [tokens, hidden]
+        return self.mtp[block](h, embedded, batch, cache.layers[len(self.layers) + block], self.head)
 
-    def embedding(self, token_ids: Tensor) -> Tensor:
-        """int64 [tokens] -> [tokens, hidden]."""
+    def embedding(self, token_ids: Tensor, streams: int = 1) -> Tensor:
+        """int64 [tokens] -> [tokens, streams, hidden]; NaN for a token that is not of the vocabulary."""
         weight = self.embed.weight
         if not isinstance(weight, Tensor):
             raise TypeError(f"the embedding must be a plain tensor, got {type(weight).__name__}")
-        return F.embedding(token_ids, weight).to(self.act_dtype)
+        return ops.embed(token_ids, weight, streams=streams, out_dtype=self.act_dtype)
 
     def weights(self) -> Iterator[tuple[str, AnyWeight]]:
         """Every weight by its canonical name: the native one, but experts stacked (`ffn.w13`, `ffn.shared.w13`)."""

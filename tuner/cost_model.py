@@ -26,6 +26,7 @@ from fp4suite.problem import (
     CombineProblem,
     CompressKvProblem,
     DequantProblem,
+    EmbedProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
     HyperConnectionPostPreProblem,
@@ -45,6 +46,7 @@ from fp4suite.problem import (
     RopeInverseQuantizeProblem,
     RouteProblem,
     SampleProblem,
+    SwigluProblem,
     SwigluQuantizeProblem,
 )
 
@@ -57,6 +59,7 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     QuantizeFp8Problem.op: 6,
     RmsnormQuantizeProblem.op: 21,  # SASS of one program, by its elements; so the next ones
     SwigluQuantizeProblem.op: 28,
+    SwigluProblem.op: 37,
     QnormRopeProblem.op: 22,
     KvNormRopeInsertProblem.op: 34,
     RopeInverseProblem.op: 7,
@@ -354,6 +357,14 @@ def _sample(problem: SampleProblem, config: Any, arch: str, resources: Resources
     )  # fmt: skip
 
 
+def _embed(problem: EmbedProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """A program block_k columns of a token, which waits for its id, then for its row."""
+    p = problem
+    moved = config.block_k * (ELEMENT_BYTES[p.x] + p.n * ELEMENT_BYTES[p.out])
+    ctas = p.m * math.ceil(p.k / config.block_k)
+    return _moved(ctas, moved, config.num_warps, config.block_k * (3 + p.n), ramps=2)  # SASS: 6.6 of four streams
+
+
 def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Resources | None) -> Work:
     """A program an entry, or block_c of its channels; norm and encoding follow, in a second launch if in parts."""
     p, pooled = problem, problem.overlaps * problem.ratio
@@ -630,6 +641,8 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     QuantizeFp8Problem: _rows,
     RmsnormQuantizeProblem: _rmsnorm,
     SwigluQuantizeProblem: _rows,
+    SwigluProblem: _rows,
+    EmbedProblem: _embed,
     RouteProblem: _route,
     PermuteProblem: _permute,
     CombineProblem: _combine,

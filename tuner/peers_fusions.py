@@ -23,6 +23,7 @@ from fp4suite.problem import (
     RmsnormQuantizeProblem,
     RopeInverseProblem,
     SampleProblem,
+    SwigluProblem,
     SwigluQuantizeProblem,
 )
 from fp4suite.testing import Case
@@ -36,6 +37,7 @@ COMPOSED: dict[str, Callable[..., Any]] = {
     QuantizeProblem.op: lambda x, alpha: reference.quantize_nvfp4(x, alpha=alpha),
     RmsnormQuantizeProblem.op: lambda x, w, eps, alpha: reference.rmsnorm_quantize(x, w, eps, alpha=alpha),
     SwigluQuantizeProblem.op: lambda x, limit, alpha: reference.swiglu_quantize(x, limit=limit, alpha=alpha),
+    SwigluProblem.op: lambda x, limit: reference.swiglu(x, limit),
     QuantizeFp8Problem.op: reference.quantize_fp8,
     QnormRopeProblem.op: reference.qnorm_rope,
     RopeInverseProblem.op: reference.rope_inverse,

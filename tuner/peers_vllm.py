@@ -11,6 +11,7 @@ from fp4suite import reference
 from fp4suite.formats import E4M3_MAX, PagedCache
 from fp4suite.problem import (
     CombineProblem,
+    EmbedProblem,
     IndexQueryProblem,
     IndexTopkProblem,
     KvNormRopeInsertProblem,
@@ -22,12 +23,13 @@ from fp4suite.problem import (
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
     RouteProblem,
+    SwigluProblem,
     SwigluQuantizeProblem,
 )
 from fp4suite.reference.quant import rmsnorm_fp32, swiglu_fp32
 from fp4suite.reference.rope import rotate
 from fp4suite.reference.router import affinity
-from fp4suite.testing import Case
+from fp4suite.testing import Case, assert_same_bytes
 
 from .fusion_peer import BF16_STEP, Call, FusionPeer, near, spread, within
 from .peers import vllm_ops
@@ -384,8 +386,9 @@ def rms_norm(case: Case) -> Call:
 
 
 def swiglu(case: Case) -> Call:
+    """Of BF16 gate and up, as a GEMM leaves them there, where ours reads FP32: 6 bytes an element, not 10."""
     op = vllm_ops("_C", "silu_and_mul_with_clamp")
-    x, limit, _ = case.operands
+    x, limit = case.operands[0].bfloat16(), case.operands[1]
     out = torch.empty(len(x), x.shape[1] // 2, dtype=x.dtype, device=x.device)
     rows = spread(len(x), x.device)
 
@@ -394,6 +397,31 @@ def swiglu(case: Case) -> Call:
         return out
 
     return Call(launch, lambda got: near(got[rows], swiglu_fp32(x[rows], limit), 2))
+
+
+def _swiglu_refuses(problem: Problem) -> str | None:
+    assert isinstance(problem, SwigluProblem | SwigluQuantizeProblem)
+    if isinstance(problem, SwigluProblem) and problem.out != "bf16":
+        return f"compared in BF16, not in {problem.out}"
+    return None
+
+
+def torch_embedding(case: Case) -> Call:
+    """A gather, and the streams' copies of it."""
+    ids, weight = case.operands
+    p = case.problem
+    assert isinstance(p, EmbedProblem)
+    dtype = case.out.dtype
+
+    def launch() -> Tensor:
+        rows = torch.nn.functional.embedding(ids, weight).to(dtype)
+        return rows[:, None].expand(-1, p.n, -1).contiguous()
+
+    def check(got: Tensor) -> float:
+        assert_same_bytes(got, reference.embed(ids, weight, streams=p.n, out_dtype=dtype), "rows")
+        return 0.0
+
+    return Call(launch, check)
 
 
 def quantize_fp8(case: Case) -> Call:
@@ -453,6 +481,9 @@ PEERS = (
     _peer("vllm_align", PermuteProblem.op, align, "every slot in a tile of its expert", f"tiles of {ALIGNED}"),
     _peer("vllm_unpermute", CombineProblem.op, unpermute, "one BF16 step of the terms' sizes", "two launches"),
     _peer("vllm_rms_norm", RmsnormQuantizeProblem.op, rms_norm, STEPS, "BF16 out, quantises nothing"),
-    _peer("vllm_swiglu", SwigluQuantizeProblem.op, swiglu, STEPS, "BF16 out, quantises nothing"),
+    _peer("vllm_swiglu", (SwigluQuantizeProblem.op, SwigluProblem.op), swiglu, STEPS,
+          "BF16 in and out, quantises nothing", refuses=_swiglu_refuses),
+    _peer("torch_embedding", EmbedProblem.op, torch_embedding, "the same bytes", "a gather, then a copy into streams",
+          module="torch", package="torch"),
     _peer("vllm_fp8", QuantizeFp8Problem.op, quantize_fp8, "half an E4M3 step of the input"),
 )  # fmt: skip

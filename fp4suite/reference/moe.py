@@ -12,7 +12,7 @@ from torch import Tensor
 from ..formats import NVFP4Tensor
 from .gemm import grouped_gemm_nvfp4
 from .norm import wide
-from .quant import quantize_nvfp4
+from .quant import quantize_nvfp4, swiglu_fp32
 
 
 def permute(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -49,11 +49,17 @@ def combine(
     return (out if shared is None else out + wide(shared)).to(y.dtype)
 
 
-def swiglu(x: Tensor, limit: float) -> Tensor:
-    """silu(min(g, limit)) · clamp(u, −limit, limit) of [..., 2 k], gate columns first -> [..., k] in x's dtype."""
-    g, u = wide(x).chunk(2, dim=-1)
+def swiglu(x: Tensor, limit: float, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """silu(min(g, limit)) · clamp(u, −limit, limit) of [..., 2 k], gate columns first -> [..., k] in out_dtype.
+
+    FP64 of FP64, else FP32 by the operations of `quant.swiglu_fp32`, rounded once. NaN in g or u stays NaN, and g = −∞
+    becomes it; +∞ counts as limit, and −∞ in u as −limit.
+    """
+    if x.dtype != torch.float64:
+        return swiglu_fp32(x, limit).to(out_dtype)
+    g, u = x.chunk(2, dim=-1)
     g, u = g.clamp(max=limit), u.clamp(-limit, limit)
-    return (g * torch.sigmoid(g) * u).to(x.dtype)
+    return (g * torch.sigmoid(g) * u).to(out_dtype)
 
 
 def moe_nvfp4(
@@ -85,7 +91,7 @@ def moe_nvfp4(
     else:
         rows, dtype = x[token], x.dtype
     gate_up = grouped_gemm_nvfp4(rows, w13, offsets, segments=halves, out_dtype=torch.float32)  # [slots, 2 I]
-    act = torch.where(live, swiglu(gate_up, limit).to(dtype), 0.0)
+    act = torch.where(live, swiglu(gate_up, limit, dtype), 0.0)
     down = quantize_nvfp4(act) if isinstance(x, NVFP4Tensor) else act
     y = grouped_gemm_nvfp4(down, w2, offsets, out_dtype=torch.float32)
     return combine(y, order, topk_ids, topk_weights).to(dtype)
@@ -100,6 +106,6 @@ def moe(x: Tensor, w13: Tensor, w2: Tensor, topk_ids: Tensor, topk_weights: Tens
     for e in range(len(w13)):
         lo, hi = bounds[e], bounds[e + 1]
         if hi > lo:
-            act = swiglu(wide(x[token[lo:hi]]) @ wide(w13[e]).T, limit).to(x.dtype)
+            act = swiglu(wide(x[token[lo:hi]]) @ wide(w13[e]).T, limit, x.dtype)
             y[lo:hi] = wide(act) @ wide(w2[e]).T
     return combine(y, order, topk_ids, topk_weights).to(x.dtype)

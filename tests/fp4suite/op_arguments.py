@@ -61,6 +61,10 @@ def arguments(name: str) -> tuple[tuple, dict]:
             return (g(5, 64, dtype=torch.bfloat16), g(64, seed=2), 1e-6), {}
         case "swiglu_quantize":
             return (3 * g(5, 64),), {"limit": 4.0, "sf_layout": "blocked_128x4"}
+        case "embed":
+            return (torch.tensor([3, 0, 8, 3, 5]), g(9, hidden)), {"streams": 4, "out_dtype": torch.bfloat16}
+        case "swiglu":
+            return (3 * g(2, 5, 66), 4.0), {}
         case "gemm_nvfp4":
             return (g(2, 5, 64, dtype=torch.bfloat16), weight(48, 64, alpha=2)), {"segments": (16, 32)}
         case "grouped_gemm_nvfp4":

@@ -295,7 +295,9 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
         ops.quantize_nvfp4(x, alpha=torch.tensor(0.002)), weight(192, 512), out_alpha=torch.tensor(0.02)
     ),
     "norm": lambda x: ops.rmsnorm_quantize(x, torch.ones(512), 1e-6, alpha=torch.tensor(0.002)),
-    "swiglu": lambda x: ops.swiglu_quantize(x, alpha=torch.tensor(0.002)),
+    "swiglu_quantize": lambda x: ops.swiglu_quantize(x, alpha=torch.tensor(0.002)),
+    "swiglu": lambda x: ops.swiglu(x, 10.0),
+    "embed": lambda x: ops.embed((x[:, 0] * 4).long() % 40, g(40, 64), streams=4),
     "qnorm_rope": lambda x: ops.qnorm_rope(
         x.view(-1, 4, 128), torch.full((len(x),), 7, dtype=torch.int32), g(20, 64, seed=8), 1e-6
     ),

@@ -96,6 +96,14 @@ def test_refusals() -> None:
         ops.quantize_nvfp4(torch.zeros(2, 24))
     with pytest.raises(TypeError, match="alpha must be float32"):
         ops.quantize_nvfp4(torch.zeros(2, 16), alpha=torch.ones((), dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"x must be one of bfloat16, float16, float32, got torch\.float64"):
+        ops.swiglu(g(2, 16).double(), 10.0)
+    with pytest.raises(TypeError, match=r"out_dtype must be one of .*, got torch\.float8_e4m3fn"):
+        ops.swiglu(g(2, 16), 10.0, torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"weight must be one of bfloat16, float16, float32, got torch\.int32"):
+        ops.embed(torch.zeros(2).long(), torch.zeros(3, 16).int())
+    with pytest.raises(TypeError, match=r"out_dtype must be one of .*, got torch\.int64"):
+        ops.embed(torch.zeros(2).long(), g(3, 16), out_dtype=torch.int64)
     with pytest.raises(ValueError, match="offsets must be int32"):
         ops.grouped_gemm_nvfp4(g(7, 64), weight(3, 16, 64), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"needs w2 \[4, 64, 32\]"):
@@ -120,12 +128,23 @@ def test_refusals() -> None:
         ("combine", {"order": torch.zeros(10)}, r"order int32 \[10\], got .* torch.float32 \[10\]"),
         ("combine", {"topk_weights": g(5, 3)}, r"topk_weights of its shape, got .* and \[5, 3\]"),
         ("combine", {"shared": g(5, 63)}, r"shared must be \[5, 64\], got \[5, 63\]"),
+        ("embed", {"token_ids": torch.zeros(5)}, r"token_ids must be int64 or int32 \[tokens\], got torch.float32"),
+        ("embed", {"token_ids": torch.zeros(5, 1).int()}, r"must be int64 or int32 \[tokens\], got .* \[5, 1\]"),
+        ("embed", {"token_ids": torch.zeros(5).long().to("meta")}, "token_ids must be on cpu beside weight, got meta"),
+        ("embed", {"weight": g(9)}, r"weight must be \[vocab, hidden\], .* got \[9\] with strides \[1\]"),
+        ("embed", {"weight": g(0, 64)}, r"weight must be \[vocab, hidden\], one row at least .* got \[0, 64\]"),
+        ("embed", {"weight": g(64, 9).T}, r"each of them contiguous, got \[9, 64\] with strides \[1, 9\]"),
+        ("embed", {"streams": 0}, "streams must be positive, got 0"),
+        ("swiglu", {"x": g(64)}, r"x must be \[..., m, 2 k\], gate columns first, got \[64\]"),
+        ("swiglu", {"x": g(5, 63)}, r"x must be \[..., m, 2 k\], gate columns first, got \[5, 63\]"),
+        ("swiglu", {"limit": 0.0}, "limit must be positive, got 0.0"),
+        ("swiglu", {"limit": float("nan")}, "limit must be positive, got nan"),
         ("sample", {"logits": g(5)}, r"logits must be \[rows, vocab\], got \[5\]"),
         ("sample", {"temperature": torch.ones(4)}, r"temperature must be float32 \[5\], got torch.float32 \[4\]"),
         ("sample", {"uniform": torch.ones(5).double()}, r"uniform must be float32 \[5\], got torch.float64"),
     ],
 )
-def test_routing_and_sampling_refuse_other_shapes(name: str, change: dict, message: str) -> None:
+def test_other_shapes_are_refused(name: str, change: dict, message: str) -> None:
     args, kwargs = arguments(name)
     given = inspect.signature(getattr(ops, name)).bind(*args, **kwargs)
     given.arguments |= change
@@ -281,3 +300,26 @@ def test_empty_batches(shape: tuple[int, ...]) -> None:
     x = torch.zeros(shape, dtype=torch.bfloat16)
     assert ops.gemm_nvfp4(x, weight(48, 64)).shape == (*shape[:-1], 48)
     assert ops.quantize_nvfp4(x, alpha=torch.ones(())).shape == shape
+    assert ops.swiglu(x, 10.0).shape == (*shape[:-1], 32)
+
+
+def test_an_embedding_of_no_tokens() -> None:
+    assert ops.embed(torch.zeros(0, dtype=torch.int64), g(9, 64), streams=4).shape == (0, 4, 64)
+
+
+def test_numbers_that_are_not_finite() -> None:
+    """NaN stays, a gate of -inf is NaN, all else is clamped; a token of no row is NaN, its neighbours are not."""
+    nan, inf = float("nan"), float("inf")
+    x = torch.tensor([[nan, 1], [1, nan], [-inf, 1], [inf, 1], [1, inf], [1, -inf], [-3e38, 1]])
+    clamped = ops.swiglu(torch.tensor([[10.0, 1], [1, 10], [1, -10]]), 10.0, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        got = ops.swiglu(x, 10.0, dtype)
+        assert got[:3].isnan().all()
+        assert torch.equal(got[3:6], clamped.to(dtype))
+        assert got[6] == 0
+    weight = torch.tensor([[1.0, inf], [nan, -inf]], dtype=torch.bfloat16)
+    ids = torch.tensor([0, 1, -1, 2, 2**40, -(2**63)])
+    rows = ops.embed(ids, weight)[:, 0]
+    assert torch.equal(rows[:2].view(torch.int16), weight.view(torch.int16))
+    assert rows[2:].isnan().all()
+    assert torch.equal(ops.embed(ids[:4].int(), weight).isnan(), rows[:4, None].isnan())

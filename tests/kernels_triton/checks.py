@@ -47,6 +47,13 @@ def assert_same(got: NVFP4Tensor, *wants: NVFP4Tensor) -> None:
         assert_same_bytes(got.data.cpu(), want.data.cpu(), "data")
 
 
+def assert_same_numbers(got: Tensor, want: Tensor) -> None:
+    """The same bytes, but that any NaN is as good as another."""
+    nan = want.cpu().isnan()
+    assert torch.equal(got.cpu().isnan(), nan)
+    assert_same_bytes(got.cpu().masked_fill(nan, 0), want.cpu().masked_fill(nan, 0), "out")
+
+
 def every_bf16(device: torch.device) -> Tensor:
     """All 65536 BF16 numbers, infinities and NaN included: [16, 4096]."""
     return torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(16, 4096).to(device)

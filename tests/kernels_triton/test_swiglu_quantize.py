@@ -8,7 +8,7 @@ import triton.language as tl
 from fp4suite import reference, testing
 from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import RULES, SwigluQuantizeProblem
-from kernels_triton import near, swiglu_quantize as kernel
+from kernels_triton import near, silu, swiglu_quantize as kernel
 from kernels_triton.nvfp4 import LOG2E
 
 from .checks import RULES_LAYOUTS_TYPES, assert_same, configs, every_bf16, run
@@ -98,18 +98,18 @@ def test_every_bit_of_the_activation(device):
 def _silu(g_ptr, out_ptr, N: tl.constexpr):
     at = tl.program_id(0) * N + tl.arange(0, N)
     g = tl.load(g_ptr + at)
-    tl.store(out_ptr + at, g * kernel._near_sigmoid(g * LOG2E * -1.0))
+    tl.store(out_ptr + at, g * silu.near_sigmoid(g * LOG2E * -1.0))
 
 
 @pytest.mark.gpu
 def test_the_approximation_errs_as_little_as_is_said(device):
     """Of every BF16 gate up to the largest limit; `near` allows for two roundings more."""
     every = every_bf16(device).flatten().float()
-    gates = torch.where(every.abs() <= kernel.MOST_BOUNDED, every, 1.0)
+    gates = torch.where(every.abs() <= silu.MOST_BOUNDED, every, 1.0)
     found = torch.empty_like(gates)
     _silu[(64,)](gates, found, N=1024)
     ones = torch.ones_like(gates)
-    want = reference.quant.swiglu_fp32(torch.stack((gates, ones), dim=1), kernel.MOST_BOUNDED)[:, 0].double()
+    want = reference.quant.swiglu_fp32(torch.stack((gates, ones), dim=1), silu.MOST_BOUNDED)[:, 0].double()
     assert ((found.double() - want).abs() <= (near.ERROR - 2.0**-23) * want.abs() + 2.0**-100).all()
 
 

@@ -43,7 +43,7 @@ def test_norm_and_swiglu_are_those_of_the_reference() -> None:
     x = made("plain").plain
     weight = torch.linspace(0.5, 1.5, 128).bfloat16()
     assert torch.equal(made("normed").plain, reference.rms_norm(x, weight, 0.1))
-    assert torch.equal(made("gated").plain, reference.swiglu(x.float(), 1.0).bfloat16())
+    assert torch.equal(made("gated").plain, reference.swiglu(x.float(), 1.0))
 
 
 def test_linears_share_what_they_read(called) -> None:

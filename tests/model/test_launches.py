@@ -9,13 +9,15 @@ import torch
 from model.__main__ import main
 from model.config import ModelConfig
 from model.launches import OURS, Call, Recorder, counted
+from model.transformer import Transformer
 
 DEMO = ModelConfig.named("demo")
-# of PyTorch: the norm of queries, the grouped output projection, the router, SwiGLU of the shared expert, and its sum
-PYTORCH = Counter({"rms_norm": 1, "bmm": 1, "mm": 1, "clamp": 2, "sigmoid": 1, "mul": 2, "_to_copy": 1, "add": 1})
-FUSED = Counter({"bmm": 1, "mm": 1, "add": 1})  # where activations are quantised: norm and SwiGLU with that
+COUNTS = {"swa": 18, "csa": 24, "hca": 20}
+# of PyTorch: the norm of queries, the grouped output projection, the router, and the sum with the shared expert
+PYTORCH = Counter({"rms_norm": 1, "bmm": 1, "mm": 1, "add": 1})
+FUSED = Counter({"bmm": 1, "mm": 1, "add": 1})  # where activations are quantised: the norm with that
 QUANTISED = 5  # x, normed queries, attention's output, x, SwiGLU's output: a scale and the codes of each
-ONE_KERNEL = {"qnorm_rope", "kv_norm_rope_insert", "rope_inverse", "route", "index_query"}
+ONE_KERNEL = {"qnorm_rope", "kv_norm_rope_insert", "rope_inverse", "route", "index_query", "swiglu"}
 
 
 def split(calls: list[Call]) -> tuple[Counter[str], Counter[str]]:
@@ -27,7 +29,7 @@ def split(calls: list[Call]) -> tuple[Counter[str], Counter[str]]:
 
 def test_operators_without_a_gpu() -> None:
     found = counted(DEMO, "modelopt", "float", 4, torch.device("cpu"))
-    assert {kind: len(calls) for kind, calls in found.items()} == {"swa": 23, "csa": 29, "hca": 25}
+    assert {kind: len(calls) for kind, calls in found.items()} == COUNTS
     for calls in found.values():
         assert split(calls)[1] == PYTORCH
     ours = {kind: split(calls)[0] for kind, calls in found.items()}
@@ -35,6 +37,7 @@ def test_operators_without_a_gpu() -> None:
     index = Counter({"index_query": 1, "index_logits": 1, "index_topk": 1})
     assert ours["csa"] - ours["hca"] == Counter({"compress_kv": 1}) + index
     assert ours["swa"]["gemm_w4a16"] == 5  # q_a and kv, q_b, o_b, gate and up, down
+    assert ours["swa"]["swiglu"] == 1
 
 
 def test_inputs_are_quantised_once() -> None:
@@ -55,12 +58,23 @@ def test_a_view_is_no_launch() -> None:
     assert [(c.where, c.op) for c in recorder.calls] == [("0", "addmm"), ("", "clone")]
 
 
+def test_an_embedding_is_one_launch() -> None:
+    model = Transformer(DEMO, device="meta")
+    recorder = Recorder(model, marks=False)
+    with recorder:
+        h = model.embedding(torch.empty(3, dtype=torch.int64, device="meta"), DEMO.hc_mult)
+        row = model.embedding(torch.empty(3, dtype=torch.int64, device="meta")).squeeze(1)
+    assert h.shape == (3, DEMO.hc_mult, DEMO.hidden_size)
+    assert row.shape == (3, DEMO.hidden_size)
+    assert [c.op for c in recorder.calls] == [f"{OURS}.embed"] * 2
+
+
 def test_command(capsys) -> None:
     assert main(["launches", "--config", "demo", "--device", "cpu", "--json"]) == 0
     *text, last = capsys.readouterr().out.splitlines()
     document = json.loads(last)
-    assert {kind: found["launches"] for kind, found in document["kinds"].items()} == {"swa": 23, "csa": 29, "hca": 25}
-    assert "CSA: 29 launches" in text
+    assert {kind: found["launches"] for kind, found in document["kinds"].items()} == COUNTS
+    assert f"CSA: {COUNTS['csa']} launches" in text
     assert {"where": "attn.indexer", "op": "fp4suite.index_topk", "kernels": []} in document["kinds"]["csa"]["calls"]
 
 

@@ -174,7 +174,7 @@ def test_peers_are_chosen_by_name_or_module():
         "deep_gemm_prenorm",
     }
     assert "torch_compile" not in peers_fusions.check_names([])
-    assert peers_fusions.check_names(["torch"]) == {"torch_topk"}
+    assert peers_fusions.check_names(["torch"]) == {"torch_topk", "torch_embedding"}
     assert peers_fusions.check_names(["torch_compile"]) == {"torch_compile"}
 
 

@@ -28,6 +28,7 @@ VLLM = {
     "vllm_unpermute": problems.CombineProblem(m=9, topk=6, k=128),
     "vllm_rms_norm": problems.RmsnormQuantizeProblem(m=9, k=256),
     "vllm_swiglu": problems.SwigluQuantizeProblem(m=9, k=128),
+    "torch_embedding": problems.EmbedProblem(m=9, vocab=50, k=64, n=4),
     "vllm_fp8": problems.QuantizeFp8Problem(m=9, k=256),
 }
 
@@ -158,8 +159,16 @@ def test_a_slot_in_anothers_rows_fails():
         call.check((order, tiles, total))
 
 
+def test_swiglu_that_quantises_nothing_has_a_peer():
+    call, result = called("vllm_swiglu", problems.SwigluProblem(m=9, k=128))
+    assert result.dtype == torch.bfloat16
+    assert call.check(result) <= 1
+    assert_each_part_matters(call, result)
+
+
 def test_what_peers_were_not_made_for():
     refused = {
+        "vllm_swiglu": problems.SwigluProblem(m=1, k=64, out="fp32"),
         "vllm_norm_insert": problems.KvNormRopeInsertProblem(m=1, format="nvfp4"),
         "vllm_qnorm_rope": problems.QnormRopeProblem(m=1, heads=12),
         "vllm_rotary_quantize": problems.IndexQueryProblem(m=1, format="mxfp4", hadamard=1),
@@ -343,6 +352,7 @@ def test_a_composition_gives_the_reference(monkeypatch):
         "quantize_nvfp4": problems.QuantizeProblem(m=3, k=64),
         "rmsnorm_quantize": problems.RmsnormQuantizeProblem(m=3, k=64),
         "swiglu_quantize": problems.SwigluQuantizeProblem(m=3, k=64),
+        "swiglu": problems.SwigluProblem(m=3, k=64),
         "quantize_fp8": problems.QuantizeFp8Problem(m=3, k=64),
         "qnorm_rope": problems.QnormRopeProblem(m=3, heads=2, head_dim=64, rope_dim=32),
         "rope_inverse": problems.RopeInverseProblem(m=3, heads=2, head_dim=64, rope_dim=32),

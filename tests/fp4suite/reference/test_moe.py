@@ -123,7 +123,19 @@ def test_swiglu_clamps_before_silu() -> None:
     """Gate from above only, up from both sides."""
     gate = torch.tensor([[20.0, -20.0, 5.0, -3.0, 1.0]])
     up = torch.tensor([[1.0, 3.0, -50.0, 50.0, 2.0]])
-    got = swiglu(torch.cat((gate, up), dim=1).double(), 10.0)
+    got = swiglu(torch.cat((gate, up), dim=1).double(), 10.0, torch.float64)
     g, u = torch.tensor([[10.0, -20.0, 5.0, -3.0, 1.0]]).double(), torch.tensor([[1.0, 3.0, -10.0, 10.0, 2.0]]).double()
     torch.testing.assert_close(got, g / (1 + torch.exp(-g)) * u, rtol=1e-14, atol=0)
     assert swiglu(torch.tensor([[-1e30, 1.0]]), 10.0).item() == 0
+
+
+def test_swiglu_is_rounded_once() -> None:
+    """FP32 within its error of FP64, other types from it; the same places of NaN in both."""
+    x = 4 * torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 3], x[1, 40], x[2, 5], x[3, 6] = torch.nan, torch.nan, -torch.inf, torch.inf
+    exact, single = swiglu(x.double(), 5.0, torch.float64), swiglu(x, 5.0, torch.float32)
+    torch.testing.assert_close(single.double(), exact, rtol=2e-6, atol=0, equal_nan=True)
+    assert single.isnan().nonzero().tolist() == [[0, 3], [1, 8], [2, 5]]
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(swiglu(x, 5.0, dtype).nan_to_num(), single.to(dtype).nan_to_num())
+    assert swiglu(x, 5.0).dtype == torch.bfloat16
