@@ -38,6 +38,7 @@ class Config:
         return 512 * self.num_warps
 
 
+FEW_ROWS = 256
 SPACE = {"num_warps": (1, 2, 4, 8), "parts": (1, 2, 3, 4, 7), "held": (False, True)}
 
 
@@ -51,8 +52,11 @@ def supports(problem: RmsNormProblem, config: Config) -> str | None:
 
 
 def default(problem: RmsNormProblem) -> Config:
-    """Few rows: each by several programs, 16 columns a thread. Many: one warp holds a row, or two do."""
-    if problem.m <= 128:
+    """Few rows: each by several programs, 16 columns a thread. Many: one warp holds a row, or two do.
+
+    Predicted, not measured: the shorter chain of a part counts while all programs are there at once and few on an SM.
+    """
+    if problem.m <= FEW_ROWS:
         num_warps = 4 if problem.k > 2048 else 1
         return Config(num_warps=num_warps, parts=triton.cdiv(problem.k, 512 * num_warps))
     wanted = (Config(num_warps=warps, held=True) for warps in (1, 2))

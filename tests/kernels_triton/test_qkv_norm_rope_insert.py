@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fp4suite import ops, reference, testing
-from fp4suite.dispatch import on_target, recording
+from fp4suite.dispatch import batch_invariant, on_target, recording
 from fp4suite.formats import PagedCache, kv_layout
 from fp4suite.problem import QkvNormRopeInsertProblem
 from fp4suite.testing import assert_same_bytes
@@ -109,6 +109,21 @@ def test_operator_takes_any_view(device):
     normed = reference.qkv_norm_rope_insert(q, q_weight, kv, kv_weight, positions, table, EPS, want, slots)
     assert torch.equal(got, normed)
     assert_same_bytes(cache.data, want.data, "cache")
+
+
+def test_a_row_is_the_same_alone_in_batch_invariant_mode(device):
+    q, q_weight, kv, kv_weight, positions, table, slots = inputs(6, device)
+    whole, alone = (new_cache("nvfp4", device) for _ in range(2))
+
+    def run(rows: slice, cache: PagedCache) -> Tensor:
+        where = positions[rows], table, EPS, cache, slots[rows]
+        return ops.qkv_norm_rope_insert(q[rows], q_weight, kv[rows], kv_weight, *where)
+
+    with on_target("sm_90a"), batch_invariant(), recording() as choices:
+        normed = run(slice(None), whole)
+        assert torch.equal(torch.cat([run(slice(i, i + 1), alone) for i in range(6)]), normed)
+    assert all(c.invariant and c.kernel == "triton_qkv_norm_rope_insert" for c in choices)
+    assert_same_bytes(alone.data, whole.data, "cache")
 
 
 def test_operators_of_its_parts_give_the_same(device):
