@@ -29,9 +29,11 @@ from .problem import (
     IndexTopkProblem,
     KvNormRopeInsertProblem,
     PermuteProblem,
+    QkvNormRopeInsertProblem,
     QnormRopeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
+    RmsNormProblem,
     RmsnormQuantizeProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
@@ -179,6 +181,17 @@ def _rmsnorm_quantize(
     choice = dispatch.choose("rmsnorm_quantize", _rmsnorm_problem(x, sf_layout, rule), x.device)
     plain = lambda: reference.rmsnorm_quantize(x, weight, eps, alpha=alpha, sf_layout=sf_layout, rule=rule)  # noqa: E731
     return _quantizing(choice, plain, m, k, alpha, sf_layout, (x, weight, eps, alpha), rule)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    m, k = x.shape
+    choice = dispatch.choose("rms_norm", RmsNormProblem(m=m, k=k, x=_any_dtype_name(x)), x.device)
+    if choice.is_reference:
+        return reference.rms_norm(x, weight, eps).contiguous()
+    out = torch.empty(m, k, dtype=x.dtype, device=x.device)
+    with _on(x.device):
+        choice.module.launch(x, weight.contiguous(), eps, out, choice.config)
+    return out
 
 
 def _swiglu_quantize(x: Tensor, limit: float, alpha: Tensor, sf_layout: SfLayout, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -374,6 +387,26 @@ def _kv_norm_rope_insert(
     operands = (_unit_stride(kv), weight.contiguous(), positions.contiguous(), table, eps, slots.contiguous())
     with _on(kv.device):
         choice.module.launch(*operands, cache, choice.config)
+
+
+def _qkv_norm_rope_insert(
+    q: Tensor, q_weight: Tensor, kv: Tensor, kv_weight: Tensor, positions: Tensor, table: Tensor, eps: float,
+    data: Tensor, format: Any, page_size: int, head_dim: int, rope_dim: int, slots: Tensor,
+) -> Tensor:  # fmt: skip
+    cache = PagedCache(data, format, page_size, head_dim, rope_dim)
+    problem = QkvNormRopeInsertProblem(
+        m=q.shape[0], k=q.shape[1], head_dim=head_dim, rope_dim=rope_dim, format=format, page_size=page_size,
+        x=_any_dtype_name(q),
+    )  # fmt: skip
+    choice = dispatch.choose("qkv_norm_rope_insert", problem, q.device)
+    if choice.is_reference:
+        normed = reference.qkv_norm_rope_insert(q, q_weight, kv, kv_weight, positions, table, eps, cache, slots)
+        return normed.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rows = _unit_stride(q), q_weight.contiguous(), _unit_stride(kv), kv_weight.contiguous()
+    with _on(q.device):
+        choice.module.launch(*rows, positions.contiguous(), table, eps, slots.contiguous(), (out, cache), choice.config)
+    return out
 
 
 def _compress_kv(
@@ -841,6 +874,7 @@ _register(
     _rmsnorm_quantize,
     lambda x, weight, eps, alpha, sf_layout, rule: _packed(x.shape[0], x.shape[1], x, sf_layout),
 )
+_register("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _same)
 _register(
     f"swiglu_quantize(Tensor x, float limit, Tensor alpha, {_SF}) -> (Tensor, Tensor)",
     _swiglu_quantize,
@@ -952,6 +986,12 @@ _register(
     "Tensor slots) -> ()",
     _kv_norm_rope_insert,
     _nothing,
+)
+_register(
+    "qkv_norm_rope_insert(Tensor q, Tensor q_weight, Tensor kv, Tensor kv_weight, Tensor positions, Tensor table, "
+    f"float eps, {_CACHE}, Tensor slots) -> Tensor",
+    _qkv_norm_rope_insert,
+    _same,
 )
 _register("rope_inverse(Tensor o, Tensor positions, Tensor table) -> Tensor", _rope_inverse, _same)
 _register(

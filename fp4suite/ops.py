@@ -115,6 +115,17 @@ def rmsnorm_quantize(
     return _unflatten(data, sf, alpha, sf_layout, x.shape[:-1])
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of rows x [..., m, k] with weight [k] in FP32, rounded once: [..., m, k] in x's dtype, contiguous.
+
+    Rows may have any stride. A NaN makes its row NaN; an infinity makes itself NaN and the rest of its row 0.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"x must be [..., m, k], got {list(x.shape)}")
+    _check_norm(x, weight, "x", "weight")
+    return _ops.rms_norm(_rows(x), weight, eps).view(x.shape)
+
+
 def swiglu_quantize(
     x: Tensor,
     *,
@@ -510,6 +521,32 @@ def kv_norm_rope_insert(
     weight: [head_dim]; positions: int32 [tokens]; table: as for `qnorm_rope`; slots: int32 [tokens], -1 stores nothing;
     those that are stored to differ from each other and lie in the cache. See `reference.cache` for infinities and NaN.
     """
+    _check_insert(kv, weight, positions, table, cache, slots)
+    _ops.kv_norm_rope_insert(kv, weight, positions, table, eps, cache.data, *_geometry(cache), slots)
+
+
+def qkv_norm_rope_insert(
+    q: Tensor, q_weight: Tensor, kv: Tensor, kv_weight: Tensor, positions: Tensor, table: Tensor, eps: float,
+    cache: PagedCache, slots: Tensor,
+) -> Tensor:  # fmt: skip
+    """`rms_norm` of q [tokens, k] with q_weight [k], `kv_norm_rope_insert` of kv, in one launch; changes cache.data.
+
+    q and kv, of one dtype, are usually columns of one tensor: rows may have any stride. Gives [tokens, k], contiguous.
+    """
+    _check_insert(kv, kv_weight, positions, table, cache, slots)
+    if q.ndim != 2 or len(q) != len(kv):
+        raise ValueError(f"q must be [{len(kv)}, k], a row for each of kv, got {list(q.shape)}")
+    if q.dtype != kv.dtype or q.device != kv.device:
+        raise ValueError(f"q and kv must share dtype and device, got {q.dtype} {q.device} and {kv.dtype} {kv.device}")
+    _check_norm(q, q_weight, "q", "q_weight")
+    return _ops.qkv_norm_rope_insert(
+        q, q_weight, kv, kv_weight, positions, table, eps, cache.data, *_geometry(cache), slots
+    )
+
+
+def _check_insert(
+    kv: Tensor, weight: Tensor, positions: Tensor, table: Tensor, cache: PagedCache, slots: Tensor
+) -> None:
     if kv.ndim != 2 or kv.shape[1] != cache.head_dim or list(weight.shape) != [cache.head_dim]:
         raise ValueError(
             f"kv must be [tokens, {cache.head_dim}] and weight [{cache.head_dim}], "
@@ -522,7 +559,6 @@ def kv_norm_rope_insert(
         raise ValueError(f"slots must be int32 [{len(kv)}], got {slots.dtype} {list(slots.shape)}")
     if not cache.data.is_contiguous():
         raise ValueError(f"cache.data must be contiguous, got strides {cache.data.stride()}")
-    _ops.kv_norm_rope_insert(kv, weight, positions, table, eps, cache.data, *_geometry(cache), slots)
 
 
 def compress_kv(
@@ -688,6 +724,18 @@ def _check_alpha(alpha: Tensor, x: Tensor | NVFP4Tensor | FP8RowTensor, *, scala
 def _check_heads(x: Tensor, name: str) -> None:
     if x.ndim != 3:
         raise ValueError(f"{name} must be [tokens, heads, head_dim], got {list(x.shape)}")
+
+
+def _check_norm(x: Tensor, weight: Tensor, name: str, weight_name: str) -> None:
+    """Rows x [..., k] and the weight of their norm."""
+    k, given = x.shape[-1], f"{list(x.shape)} and {list(weight.shape)}"
+    if not k or list(weight.shape) != [k]:
+        raise ValueError(f"{name} must be [..., k] with k positive and {weight_name} [k], got {given}")
+    for t, what in ((x, name), (weight, weight_name)):
+        if x.dtype != torch.float64:  # which the reference takes
+            dtype_name(t, what)
+    if x.device != weight.device:
+        raise ValueError(f"{weight_name} must be on {x.device} beside its rows, got {weight.device}")
 
 
 def _check_rope(x: Tensor, positions: Tensor, table: Tensor) -> None:

@@ -136,6 +136,24 @@ class RmsnormQuantizeProblem(Problem):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RmsNormProblem(Problem):
+    """RMSNorm of [m, k] rows with a weight, in their own type."""
+
+    op: ClassVar[str] = "rms_norm"
+    m: int
+    k: int
+    x: str = "bf16"
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.m * self.k
+
+    @property
+    def bytes(self) -> int:
+        return ELEMENT_BYTES[self.x] * (2 * self.m + 1) * self.k
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SwigluQuantizeProblem(Problem):
     """Clamped SwiGLU of [m, 2 k] (gate columns first) -> NVFP4 [m, k], with the global scale given."""
 
@@ -503,6 +521,41 @@ class KvNormRopeInsertProblem(Problem):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QkvNormRopeInsertProblem(Problem):
+    """RMSNorm with weight of rows q [m, k]; rows kv [m, head_dim] as in `KvNormRopeInsertProblem`."""
+
+    op: ClassVar[str] = "qkv_norm_rope_insert"
+    m: int
+    k: int
+    head_dim: int = 512
+    rope_dim: int = 64
+    format: KVFormat = "fp8_ds_mla"
+    page_size: int = 64
+    x: str = "bf16"
+
+    @property
+    def norm(self) -> RmsNormProblem:
+        """What becomes of q."""
+        return RmsNormProblem(m=self.m, k=self.k, x=self.x)
+
+    @property
+    def insert(self) -> KvNormRopeInsertProblem:
+        """What becomes of kv."""
+        return KvNormRopeInsertProblem(
+            m=self.m, head_dim=self.head_dim, rope_dim=self.rope_dim, format=self.format, page_size=self.page_size,
+            x=self.x,
+        )  # fmt: skip
+
+    @property
+    def flops(self) -> int:
+        return self.norm.flops + self.insert.flops
+
+    @property
+    def bytes(self) -> int:
+        return self.norm.bytes + self.insert.bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RopeInverseProblem(Problem):
     """RoPE undone on the last dims of each head of o [m, heads, head_dim]."""
 
@@ -656,11 +709,13 @@ PROBLEMS: dict[str, type[Problem]] = {
         QuantizeFp8Problem,
         DequantProblem,
         RmsnormQuantizeProblem,
+        RmsNormProblem,
         SwigluQuantizeProblem,
         SwigluProblem,
         EmbedProblem,
         QnormRopeProblem,
         KvNormRopeInsertProblem,
+        QkvNormRopeInsertProblem,
         RopeInverseProblem,
         RopeInverseQuantizeProblem,
         RouteProblem,

@@ -34,9 +34,11 @@ from .problem import (
     KvNormRopeInsertProblem,
     PermuteProblem,
     Problem,
+    QkvNormRopeInsertProblem,
     QnormRopeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
+    RmsNormProblem,
     RmsnormQuantizeProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
@@ -192,6 +194,11 @@ def _walk(
             yield "attn_norm", depth, RmsnormQuantizeProblem(m=rows, k=d, sf_layout=sf_layout)
             yield "ffn_norm", depth, RmsnormQuantizeProblem(m=rows, k=d, sf_layout=sf_layout)
             yield "q_norm", depth, RmsnormQuantizeProblem(m=rows, k=rq, sf_layout=sf_layout)
+        elif op == RmsNormProblem.op:
+            yield "q_norm", depth, RmsNormProblem(m=rows, k=rq)
+            if drafts := config["num_nextn_predict_layers"]:
+                yield "enorm", drafts, RmsNormProblem(m=rows, k=d)
+                yield "hnorm", drafts, RmsNormProblem(m=rows * config["hc_mult"], k=d)  # each stream
         elif op in (HyperConnectionPreProblem.op, HyperConnectionPostProblem.op):
             kind = HyperConnectionPreProblem if op == HyperConnectionPreProblem.op else HyperConnectionPostProblem
             yield "attn_site", depth, kind(m=rows, k=d, n=config["hc_mult"])
@@ -264,10 +271,13 @@ def _walk(
                 groups = config["o_groups"] // tp
                 problem = RopeInverseQuantizeProblem(m=rows, **heads, groups=groups, sf_layout=sf_layout)
                 yield "attention_output", depth, problem
-        elif op == KvNormRopeInsertProblem.op:
+        elif op in (KvNormRopeInsertProblem.op, QkvNormRopeInsertProblem.op):
             dims = {"head_dim": config["head_dim"], "rope_dim": config["qk_rope_head_dim"]}
             for format in KV_FORMATS:
-                yield "window", depth, KvNormRopeInsertProblem(m=rows, **dims, format=format)
+                if op == KvNormRopeInsertProblem.op:
+                    yield "window", depth, KvNormRopeInsertProblem(m=rows, **dims, format=format)
+                else:
+                    yield "q_norm_window", depth, QkvNormRopeInsertProblem(m=rows, k=rq, **dims, format=format)
 
 
 def _choice(config: Mapping[str, Any]) -> dict[str, Any]:

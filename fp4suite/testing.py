@@ -50,9 +50,11 @@ from .problem import (
     KvNormRopeInsertProblem,
     PermuteProblem,
     Problem,
+    QkvNormRopeInsertProblem,
     QnormRopeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
+    RmsNormProblem,
     RmsnormQuantizeProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
@@ -135,6 +137,8 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _swiglu_case(problem, gen)
     if isinstance(problem, EmbedProblem):
         return _embed_case(problem, gen)
+    if isinstance(problem, RmsNormProblem):
+        return _rms_norm_case(problem, gen)
     if isinstance(problem, CompressKvProblem):
         return _compress_kv_case(problem, gen)
     if isinstance(problem, IndexLogitsProblem):
@@ -155,6 +159,8 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _heads_case(problem, gen)
     if isinstance(problem, KvNormRopeInsertProblem):
         return _kv_norm_rope_insert_case(problem, gen)
+    if isinstance(problem, QkvNormRopeInsertProblem):
+        return _qkv_norm_rope_insert_case(problem, gen)
     if isinstance(problem, HyperConnectionPreProblem | HyperConnectionHeadProblem):
         return _fold_case(problem, gen)
     if isinstance(problem, HyperConnectionPostProblem | HyperConnectionPostPreProblem):
@@ -395,7 +401,7 @@ def _quantize_case(p: QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeP
     operands: tuple[Any, ...]
     want: Callable[[], NVFP4Tensor]
     if isinstance(p, RmsnormQuantizeProblem):
-        weight = (1 + 0.2 * torch.randn(p.k, generator=gen, device=device)).to(dtype)
+        weight = _norm_weight(p.k, gen, dtype)
         operands = (x, weight, EPS, alpha)
         want = partial(reference.rmsnorm_quantize, x, weight, EPS, **common)
     elif isinstance(p, SwigluQuantizeProblem):
@@ -411,6 +417,21 @@ def _quantize_case(p: QuantizeProblem | RmsnormQuantizeProblem | SwigluQuantizeP
         assert_same_bytes(out.data, ref.data, "data")
 
     return Case(p, operands, out, (p.rule,), lambda: _poison(out), verify)
+
+
+def _norm_weight(k: int, gen: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return (1 + 0.2 * torch.randn(k, generator=gen, device=gen.device)).to(dtype)
+
+
+def _rms_norm_case(p: RmsNormProblem, gen: torch.Generator) -> Case:
+    x = random_activations((p.m, p.k), gen, TORCH_DTYPES[p.x])
+    weight, out = _norm_weight(p.k, gen, x.dtype), torch.empty_like(x)
+    eager = partial(reference.rms_norm, x, weight, EPS)
+
+    def verify() -> None:
+        assert_same_bytes(out, eager(), "out")
+
+    return Case(p, (x, weight, EPS), out, (), partial(out.fill_, torch.nan), verify, eager)
 
 
 def _quantize_fp8_case(p: QuantizeFp8Problem, gen: torch.Generator) -> Case:
@@ -806,7 +827,7 @@ def _rope_inverse_quantize_case(p: RopeInverseQuantizeProblem, o: Tensor, positi
 def _kv_norm_rope_insert_case(p: KvNormRopeInsertProblem, gen: torch.Generator) -> Case:
     device, dtype = gen.device, TORCH_DTYPES[p.x]
     kv = random_activations((p.m, p.head_dim), gen, dtype)
-    weight = (1 + 0.2 * torch.randn(p.head_dim, generator=gen, device=device)).to(dtype)
+    weight = _norm_weight(p.head_dim, gen, dtype)
     positions, table = _positions(p.m, p.rope_dim, gen)
     geometry = (p.format, p.page_size, p.head_dim, p.rope_dim)
     pages = p.m // p.page_size + 2
@@ -821,6 +842,26 @@ def _kv_norm_rope_insert_case(p: KvNormRopeInsertProblem, gen: torch.Generator) 
 
     operands = (kv, weight, positions, table, EPS, slots)
     return Case(p, operands, cache, (), partial(cache.data.fill_, 0xFF), verify)
+
+
+def _qkv_norm_rope_insert_case(p: QkvNormRopeInsertProblem, gen: torch.Generator) -> Case:
+    """q and kv are columns of one tensor."""
+    insert = _kv_norm_rope_insert_case(p.insert, gen)
+    kv, *rest = insert.operands
+    both = torch.cat((random_activations((p.m, p.k), gen, kv.dtype), kv), dim=1)
+    q, kv = both.split((p.k, p.head_dim), dim=1)
+    q_weight = _norm_weight(p.k, gen, kv.dtype)
+    out = torch.empty(p.m, p.k, dtype=kv.dtype, device=gen.device)
+
+    def poison() -> None:
+        out.fill_(torch.nan)
+        insert.poison()
+
+    def verify() -> None:
+        assert_same_bytes(out, reference.rms_norm(q, q_weight, EPS), "q")
+        insert.verify()
+
+    return Case(p, (q, q_weight, kv, *rest), (out, insert.out), (), poison, verify)
 
 
 def _positions(m: int, rope_dim: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:

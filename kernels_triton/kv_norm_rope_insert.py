@@ -42,15 +42,16 @@ def supports(problem: KvNormRopeInsertProblem, config: Config) -> str | None:
     )
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
-def _kv_norm_rope_insert(
-    kv_ptr, stride_m, weight_ptr, positions_ptr, table_ptr, eps, slots_ptr, cache_ptr, M, FORMAT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
-    SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr, BLOCK_M: tl.constexpr,
-    PADDED: tl.constexpr,
+@triton.jit
+def insert_rows(
+    program, kv_ptr, stride_m, weight_ptr, positions_ptr, table_ptr, eps, slots_ptr, cache_ptr, M,
+    FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr,
+    BLOCK_M: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
+    """The BLOCK_M rows of a program."""
     # int64 before the multiply: a long batch passes 2**31 elements
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = program.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     # loads that do not wait for each other first: a few rows take as long as the chain of their loads
     slots = tl.load(slots_ptr + rows, mask=rows < M, other=-1)
     positions = tl.load(positions_ptr + rows, mask=rows < M, other=0)
@@ -68,6 +69,19 @@ def _kv_norm_rope_insert(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
+def _kv_norm_rope_insert(
+    kv_ptr, stride_m, weight_ptr, positions_ptr, table_ptr, eps, slots_ptr, cache_ptr, M, FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr, BLOCK_M: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    insert_rows(
+        tl.program_id(0), kv_ptr, stride_m, weight_ptr, positions_ptr, table_ptr, eps, slots_ptr, cache_ptr, M,
+        FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, BLOCK_M, PADDED,
+    )  # fmt: skip
+
+
 def launch(
     kv: Tensor, weight: Tensor, positions: Tensor, table: Tensor, eps: float, slots: Tensor, cache: PagedCache,
     config: Config,
@@ -79,7 +93,7 @@ def launch(
     m = len(kv)
     if m == 0:
         return
-    constants = cache_rows.constants(cache) | _constants(cache.head_dim, host.has_e2m1_cvt(kv.device), config)
+    constants = constants_of(cache, host.has_e2m1_cvt(kv.device), config)
     operands = (kv, host.row_stride(kv), weight, positions, table, eps, slots, cache.data, m)
     grid = (triton.cdiv(m, config.block_m),)
     _kv_norm_rope_insert[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
@@ -90,7 +104,7 @@ def warm(problem: KvNormRopeInsertProblem, config: Config) -> None:
     kv = torch.zeros(1, problem.head_dim, dtype=host.DTYPES[problem.x], device="cuda")
     table = torch.zeros(1, problem.rope_dim, device="cuda")
     nowhere = torch.full((1,), -1, dtype=torch.int32, device="cuda")
-    launch(kv, kv[0], nowhere, table, 1.0, nowhere, _cache(problem, "cuda"), config)
+    launch(kv, kv[0], nowhere, table, 1.0, nowhere, empty_cache(problem, "cuda"), config)
 
 
 def build_key(problem: KvNormRopeInsertProblem, config: Config) -> tuple[Any, ...]:
@@ -102,18 +116,20 @@ def build(problem: KvNormRopeInsertProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU."""
     types = {"kv_ptr": f"*{problem.x}", "stride_m": "i32", "weight_ptr": f"*{problem.x}", "positions_ptr": "*i32"}
     types |= {"table_ptr": "*fp32", "eps": "fp32", "slots_ptr": "*i32", "cache_ptr": "*u8", "M": "i32"}
-    constants = cache_rows.constants(_cache(problem, "cpu"))
-    constants |= _constants(problem.head_dim, arch == "sm_100a", config)
+    constants = constants_of(empty_cache(problem, "cpu"), arch == "sm_100a", config)
     return host.build(
         _kv_norm_rope_insert, types, constants, arch, config.num_warps, unaligned=("positions_ptr", "slots_ptr", "M")
     )
 
 
-def _cache(problem: KvNormRopeInsertProblem, device: str) -> PagedCache:
+def empty_cache(problem: KvNormRopeInsertProblem, device: str) -> PagedCache:
+    """A page of the problem's format."""
     geometry = (problem.format, problem.page_size, problem.head_dim, problem.rope_dim)
     data = torch.empty(1, kv_layout(*geometry).page_bytes, dtype=torch.uint8, device=device)
     return PagedCache(data, *geometry)
 
 
-def _constants(head_dim: int, e2m1_cvt: bool, config: Config) -> dict[str, Any]:
-    return {"E2M1_CVT": e2m1_cvt, "BLOCK_M": config.block_m, "PADDED": triton.next_power_of_2(head_dim)}
+def constants_of(cache: PagedCache, e2m1_cvt: bool, config: Config) -> dict[str, Any]:
+    """The constexpr arguments of `insert_rows`."""
+    own = {"E2M1_CVT": e2m1_cvt, "BLOCK_M": config.block_m, "PADDED": triton.next_power_of_2(cache.head_dim)}
+    return cache_rows.constants(cache) | own

@@ -15,12 +15,10 @@ from torch import Tensor
 from fp4suite.built import Built
 from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import RmsnormQuantizeProblem, Rule
-from fp4suite.reference.quant import SUM_CHUNK as _SUM_CHUNK
 
-from . import amax, host
-from .nvfp4 import CVT, SUM_CHUNK, load_half, magnitude_bits, pair_sum, store_quantized
-
-MOST_HELD = 128  # elements of a row in a thread
+from . import amax, host, normed_rows
+from .normed_rows import factors, load_rows, normed_tile, pointers
+from .nvfp4 import magnitude_bits, store_quantized
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +48,8 @@ def supports(problem: RmsnormQuantizeProblem, config: Config) -> str | None:
     tiles = triton.cdiv(problem.k, config.tile_k)
     if config.num_warps < config.block_m:
         return f"block_m={config.block_m} num_warps={config.num_warps}: a row takes a warp or more"
-    if config.parts > tiles:
-        return f"k={problem.k} has {tiles} tiles of {config.tile_k} columns, too few for {config.parts} parts"
-    if config.held and (config.parts > 1 or config.tile_k > _SUM_CHUNK):
-        return f"held rows have one part and tiles of up to {_SUM_CHUNK} columns, got {config.parts} of {config.tile_k}"
-    if config.held and tiles * 16 > MOST_HELD:
-        return f"k={problem.k} tile_k={config.tile_k}: {tiles * 16} elements a thread, held up to {MOST_HELD}"
+    if why := normed_rows.refuse(problem.k, config.tile_k, config.parts, config.held):
+        return why
     if problem.rule == "mse" and triton.cdiv(tiles, config.parts) > 2:
         return f"rule mse takes ten times the code: up to two tiles a program, got {triton.cdiv(tiles, config.parts)}"
     return None
@@ -79,47 +73,16 @@ def _rmsnorm_quantize(
 ):  # fmt: skip
     # int64 before the multiply: a long batch passes 2**31 elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = x_ptr + (tl.minimum(rows, M - 1) * stride_m)[:, None, None]  # of what lies beyond, nothing is kept
-    weight_at = weight_ptr + tl.zeros([BLOCK_M, 1, 1], tl.int32)
-    BF16: tl.constexpr = CVT and x_ptr.dtype.element_ty == tl.bfloat16
-    FEW: tl.constexpr = TILES == 1 and BF16  # rows, and so registers
+    at, weight_at = pointers(x_ptr, stride_m, weight_ptr, rows, M, BLOCK_M)
     start = tl.program_id(1) * TILES
-    x = _nothing()
-    for i in tl.static_range((K + SUM_K - 1) // SUM_K):
-        x += _load_tile(at, i, M, K, BLOCK_M, SUM_K, FEW)
-    w = _nothing()
-    own = _nothing()
-    if TILES == 1:  # whatever needs no sum is on its way before it
-        w = _load_tile(weight_at, start, M, K, BLOCK_M, TILE_K, FEW)
-        if not HELD:
-            own = _load_tile(at, start, M, K, BLOCK_M, TILE_K, FEW)
+    x, w, own = load_rows(at, weight_at, start, M, K, BLOCK_M, SUM_K, TILE_K, TILES, HELD)
     if RULE != "amax":
         alpha = tl.load(alpha_ptr)
-    if FEW:
-        # a pass that compilers take for a loop: ptxas would else ask for weights after the sum, and wait twice
-        total = tl.zeros([BLOCK_M], tl.float32)
-        for zero in range(tl.minimum(M, 1)):
-            late = _nothing()
-            for i in tl.static_range(len(x)):
-                late += (_widen_late(_upper(x[i]), M + zero),)
-            total += _row_sum(late, BLOCK_M, SUM_K)
     else:
-        total = _row_sum(x, BLOCK_M, SUM_K)
-    if RULE == "amax":
         most = tl.zeros([BLOCK_M, TILE_K // 16, 8], tl.int32)
-    mean = tl.div_rn(total, tl.full([BLOCK_M], K, tl.float32))
-    factor = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None, None]
+    factor = factors(x, at, eps, M, K, BLOCK_M, SUM_K, TILES)
     for i in tl.static_range(TILES):
-        if TILES > 1:
-            w = _load_tile(weight_at, start + i, M, K, BLOCK_M, TILE_K, FEW)
-            if not HELD:
-                own = _load_tile(at, start + i, M, K, BLOCK_M, TILE_K, FEW)
-        if HELD:
-            own = (x[2 * i], x[2 * i + 1])
-            if BF16:
-                own = (_widen_late(_upper(x[2 * i]), M), _widen_late(_upper(x[2 * i + 1]), M))
-        lo = own[0] * factor * w[0]
-        hi = own[1] * factor * w[1]
+        lo, hi = normed_tile(i, x, w, own, factor, at, weight_at, start, M, K, BLOCK_M, TILE_K, TILES, HELD)
         blocks = (start + i) * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
         if RULE == "amax":
             # eps = 0 makes rows of zeros NaN, the padding too
@@ -131,81 +94,6 @@ def _rmsnorm_quantize(
             )
     if RULE == "amax":
         tl.store(amax_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(most))
-
-
-@triton.jit
-def _upper(x):
-    """Upper halves of FP32 numbers: of widened BF16 what was loaded, so that it takes no instruction."""
-    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
-
-
-@triton.jit
-def _widen_late(x, M):
-    """BF16's bits (int16) -> FP32, by a PRMT whose selector no compiler knows (M is not negative): else this would be
-    the widening before the sum, kept from there in twice the registers."""
-    low = 0x1044 + (M >> 31)
-    high = 0x3244 + (M >> 31)
-    bits = tl.inline_asm_elementwise(
-        "prmt.b32 $0, $2, 0, $3; prmt.b32 $1, $2, 0, $5;",
-        "=r,=r,r,r,r,r,r",
-        [x, low, high],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=2,
-    )
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _nothing():
-    return ()
-
-
-@triton.jit
-def _load_tile(at, tile, M, K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, FEW: tl.constexpr):
-    """The two halves of the blocks in columns from tile * TILE_K on."""
-    blocks = tile * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
-    inside = None
-    if FEW:
-        inside = (blocks < K // 16)[None, :, None] & (M > 0)  # which always is, but keeps ptxas from moving the load
-    elif K % TILE_K != 0:
-        inside = (blocks < K // 16)[None, :, None]
-    lo = load_half(at, blocks, inside, 0, ROWS, TILE_K // 16)
-    hi = load_half(at, blocks, inside, 1, ROWS, TILE_K // 16)
-    return lo, hi
-
-
-@triton.jit
-def _row_sum(x, ROWS: tl.constexpr, SUM_K: tl.constexpr):
-    """Sum of the squares of each row, whose tiles of SUM_K columns are given as the first and second halves of their
-    blocks in turn, in the order of `reference.quant`: [ROWS]."""
-    first = _nothing()
-    second = _nothing()
-    for i in tl.static_range(len(x) // 2):
-        first += (x[2 * i] * x[2 * i],)
-        second += (x[2 * i + 1] * x[2 * i + 1],)
-    Q: tl.constexpr = SUM_CHUNK // SUM_K  # tiles under one tree of pairs
-    for level in tl.static_range(8, -1, -1):
-        if Q << level < len(first):
-            first = _fold(first, Q << level)
-            second = _fold(second, Q << level)
-    sums = _nothing()
-    for i in tl.static_range(len(first)):
-        blocks = pair_sum(first[i], ROWS, SUM_K // 16, 8) + pair_sum(second[i], ROWS, SUM_K // 16, 8)
-        sums += (pair_sum(blocks.reshape(ROWS, 1, SUM_K // 16), ROWS, 1, SUM_K // 16).reshape(ROWS),)
-    return _fold(sums, 1)[0]
-
-
-@triton.jit
-def _fold(parts, HALF: tl.constexpr):
-    """The second half added to the first, which has HALF parts; what it lacks is zero."""
-    folded = _nothing()
-    for i in tl.static_range(HALF):
-        if i + HALF < len(parts):
-            folded += (parts[i] + parts[i + HALF],)
-        else:
-            folded += (parts[i],)
-    return folded
 
 
 def launch(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, out: NVFP4Tensor, rule: Rule, config: Config) -> None:
@@ -256,14 +144,5 @@ def build(problem: RmsnormQuantizeProblem, config: Config, arch: str) -> Built:
 
 
 def _constants(k: int, rule: str, sf_layout: str, e2m1_cvt: bool, config: Config) -> dict[str, Any]:
-    return {
-        "K": k,
-        "RULE": rule,
-        "SF_BLOCKED": sf_layout == "blocked_128x4",
-        "E2M1_CVT": e2m1_cvt,
-        "BLOCK_M": config.block_m,
-        "SUM_K": min(config.tile_k, _SUM_CHUNK),
-        "TILE_K": config.tile_k,
-        "TILES": triton.cdiv(triton.cdiv(k, config.tile_k), config.parts),
-        "HELD": config.held,
-    }
+    own = {"RULE": rule, "SF_BLOCKED": sf_layout == "blocked_128x4", "E2M1_CVT": e2m1_cvt, "BLOCK_M": config.block_m}
+    return own | normed_rows.constants(k, config.tile_k, config.parts, config.held)

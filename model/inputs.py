@@ -6,7 +6,6 @@ A norm or SwiGLU before linears that take NVFP4 is one launch with the quantisin
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fp4suite import by_token, dispatch, ops
@@ -58,7 +57,7 @@ class Normed(Input):
     @cached_property
     def plain(self) -> Tensor:
         """[tokens, k] in dtype."""
-        return by_token.each(lambda x: F.rms_norm(x, x.shape[-1:], self._weight.to(x.dtype), self._eps), self._rows)
+        return ops.rms_norm(self._rows, self._weight, self._eps)
 
     def _quantize(self, alpha: Tensor | None, sf_layout: SfLayout) -> NVFP4Tensor:
         return ops.rmsnorm_quantize(self._rows, self._weight, self._eps, alpha=alpha, sf_layout=sf_layout)

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,22 +66,6 @@ class Recorder(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
 
 
-class _Fused(TorchFunctionMode):
-    """Functions of PyTorch that CUDA has a kernel for, and that tensors without memory are taken apart for."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        calls = self._recorder.calls
-        before = len(calls)
-        out = func(*args, **(kwargs or {}))
-        if func is F.rms_norm:
-            calls[before:] = [Call(calls[before].where, func.__name__)]
-        return out
-
-
 def decode_step(config: ModelConfig, batch: int, context: int, device: torch.device) -> tuple[Batch, KVCache]:
     """The step in which `batch` sequences of `context` tokens bring one more each, and caches as they began."""
     cache = KVCache(config, slots=batch, max_tokens=context + 1, device=device)
@@ -112,7 +94,7 @@ def layers_by_kind(
 def _recorded(layer: Layer, h: Tensor, last: Site, step: Batch, cache: LayerCache, on_gpu: bool) -> list[Call]:
     recorder = Recorder(layer, marks=on_gpu)
     if not on_gpu:
-        with recorder, _Fused(recorder):
+        with recorder:
             layer(h, last, step, cache)
         return recorder.calls
     layer(h, last, step, cache)  # compiles what is about to be counted

@@ -13,6 +13,7 @@ from fp4suite.problem import (
     GemmProblem,
     KvNormRopeInsertProblem,
     Problem,
+    QkvNormRopeInsertProblem,
     QnormRopeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
@@ -82,6 +83,10 @@ def _eager(case: Case) -> Callable[[], object]:
     if isinstance(p, KvNormRopeInsertProblem):
         kv, weight, at, table, eps, slots = x
         return lambda: reference.kv_norm_rope_insert(kv, weight, at, table, eps, case.out, slots)
+    if isinstance(p, QkvNormRopeInsertProblem):
+        q, q_weight, kv, kv_weight, at, table, eps, slots = x
+        cache = case.out[1]
+        return lambda: reference.qkv_norm_rope_insert(q, q_weight, kv, kv_weight, at, table, eps, cache, slots)
     if isinstance(p, RopeInverseQuantizeProblem):
         o, at, table, groups, alpha = x
         given: dict[str, Any] = {"groups": groups, "alpha": alpha, "sf_layout": p.sf_layout, "rule": p.rule}

@@ -38,9 +38,11 @@ from fp4suite.problem import (
     KvNormRopeInsertProblem,
     PermuteProblem,
     Problem,
+    QkvNormRopeInsertProblem,
     QnormRopeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
+    RmsNormProblem,
     RmsnormQuantizeProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
@@ -58,6 +60,7 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     QuantizeProblem.op: 12,
     QuantizeFp8Problem.op: 6,
     RmsnormQuantizeProblem.op: 21,  # SASS of one program, by its elements; so the next ones
+    RmsNormProblem.op: 12,
     SwigluQuantizeProblem.op: 28,
     SwigluProblem.op: 37,
     QnormRopeProblem.op: 22,
@@ -251,23 +254,46 @@ def _rows(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
     )
 
 
-def _rmsnorm(problem: RmsnormQuantizeProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+def _rmsnorm(
+    problem: RmsnormQuantizeProblem | RmsNormProblem, config: Any, arch: str, resources: Resources | None
+) -> Work:
     """Rows in parts, each of which sums them as a whole. A row that is held is asked for at once; of others each tile
     is waited for again.
     """
-    whole, k = _rows(problem, config, arch, resources), problem.k
+    whole, k, block_m = _rows(problem, config, arch, resources), problem.k, getattr(config, "block_m", 1)
     tiles = math.ceil(math.ceil(k / config.tile_k) / config.parts)
-    summed = config.block_m * k * RMS_SUM_INSTRUCTIONS
+    summed = block_m * k * RMS_SUM_INSTRUCTIONS
     instructions = summed + (whole.cta_instructions - summed) / config.parts
     return dataclasses.replace(
         whole,
         ctas=whole.ctas * config.parts,
         cta_bytes=whole.cta_bytes / config.parts,
-        in_flight=min(whole.cta_bytes / config.parts, float(config.block_m * k * ELEMENT_BYTES[problem.x])),
-        ingested=config.block_m * k * ELEMENT_BYTES[problem.x] * (1 + (not config.held) / config.parts),
+        in_flight=min(whole.cta_bytes / config.parts, float(block_m * k * ELEMENT_BYTES[problem.x])),
+        ingested=block_m * k * ELEMENT_BYTES[problem.x] * (1 + (not config.held) / config.parts),
         cta_instructions=instructions,
         ramps=1 if config.held or tiles == 1 else 1 + math.ceil(tiles / 2),
         serial_us=instructions / whole.threads * THREAD_US,
+    )
+
+
+def _norm_and_insert(problem: QkvNormRopeInsertProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """Programs of two kinds, counted as so many of the mean of both; those that wait longest say how long."""
+    norm = _rmsnorm(problem.norm, config.norm, arch, resources)
+    insert = _rows(problem.insert, config.insert, arch, resources)
+    ctas = norm.ctas + insert.ctas
+
+    def mean(a: float, b: float) -> float:
+        return (norm.ctas * a + insert.ctas * b) / ctas
+
+    return Work(
+        ctas=ctas,
+        threads=norm.threads,
+        cta_bytes=mean(norm.cta_bytes, insert.cta_bytes),
+        in_flight=mean(norm.in_flight, insert.in_flight),
+        ingested=mean(norm.ingested, insert.ingested),
+        cta_instructions=mean(norm.cta_instructions, insert.cta_instructions),
+        ramps=max(norm.ramps, insert.ramps),
+        serial_us=max(norm.serial_us, insert.serial_us),
     )
 
 
@@ -640,6 +666,7 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     QuantizeProblem: _rows,
     QuantizeFp8Problem: _rows,
     RmsnormQuantizeProblem: _rmsnorm,
+    RmsNormProblem: _rmsnorm,
     SwigluQuantizeProblem: _rows,
     SwigluProblem: _rows,
     EmbedProblem: _embed,
@@ -657,6 +684,7 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     HyperConnectionPostPreProblem: _fold,
     QnormRopeProblem: _rows,
     KvNormRopeInsertProblem: _rows,
+    QkvNormRopeInsertProblem: _norm_and_insert,
     RopeInverseProblem: _rows,
     RopeInverseQuantizeProblem: _rows,
 }

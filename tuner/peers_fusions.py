@@ -20,6 +20,7 @@ from fp4suite.problem import (
     QnormRopeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
+    RmsNormProblem,
     RmsnormQuantizeProblem,
     RopeInverseProblem,
     SampleProblem,
@@ -36,6 +37,7 @@ MOST_OTHER_BYTES = 1e-3  # of results: a contracted multiply-add may round anoth
 COMPOSED: dict[str, Callable[..., Any]] = {
     QuantizeProblem.op: lambda x, alpha: reference.quantize_nvfp4(x, alpha=alpha),
     RmsnormQuantizeProblem.op: lambda x, w, eps, alpha: reference.rmsnorm_quantize(x, w, eps, alpha=alpha),
+    RmsNormProblem.op: reference.rms_norm,
     SwigluQuantizeProblem.op: lambda x, limit, alpha: reference.swiglu_quantize(x, limit=limit, alpha=alpha),
     SwigluProblem.op: lambda x, limit: reference.swiglu(x, limit),
     QuantizeFp8Problem.op: reference.quantize_fp8,

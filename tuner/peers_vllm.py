@@ -1,6 +1,7 @@
 """vLLM's CUDA kernels beside our fusions, called as operators of its libraries: vLLM itself is not imported."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -17,8 +18,10 @@ from fp4suite.problem import (
     KvNormRopeInsertProblem,
     PermuteProblem,
     Problem,
+    QkvNormRopeInsertProblem,
     QnormRopeProblem,
     QuantizeFp8Problem,
+    RmsNormProblem,
     RmsnormQuantizeProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
@@ -108,6 +111,30 @@ def _norm_insert_refuses(problem: Problem) -> str | None:
     if problem.format not in ("fp8_ds_mla", "bf16"):
         return f"writes no {problem.format} rows of V4"
     return None
+
+
+def norms_insert(case: Case) -> Call:
+    """Three launches: `rms_norm` of q, then `norm_insert`."""
+    op = vllm_ops("_C", "rms_norm")
+    q, q_weight, *rest = case.operands
+    p, eps = case.problem, rest[4]
+    assert isinstance(p, QkvNormRopeInsertProblem)
+    insert = norm_insert(replace(case, problem=p.insert, operands=tuple(rest), out=case.out[1]))
+    normed, rows = torch.empty_like(case.out[0]), spread(len(q), q.device)
+
+    def launch() -> tuple[Tensor, Tensor]:
+        op.rms_norm(normed, q, q_weight, eps)
+        return normed, insert.launch()
+
+    def check(got: tuple[Tensor, Tensor]) -> float:
+        return max(near(got[0][rows], rmsnorm_fp32(q[rows], q_weight, eps), 2), insert.check(got[1]))
+
+    return Call(launch, check)
+
+
+def _norms_insert_refuses(problem: Problem) -> str | None:
+    assert isinstance(problem, QkvNormRopeInsertProblem)
+    return _norm_insert_refuses(problem.insert)
 
 
 def rotary(case: Case) -> Call:
@@ -375,7 +402,7 @@ def unpermute(case: Case) -> Call:
 
 def rms_norm(case: Case) -> Call:
     op = vllm_ops("_C", "rms_norm")
-    x, weight, eps, _ = case.operands
+    x, weight, eps = case.operands[:3]
     out, rows = torch.empty_like(x), spread(len(x), x.device)
 
     def launch() -> Tensor:
@@ -461,6 +488,10 @@ PEERS = (
         "two launches", refuses=_norm_insert_refuses,
     ),
     _peer(
+        "vllm_norms_insert", QkvNormRopeInsertProblem.op, norms_insert,
+        "two BF16 steps, one E4M3 step where the cache is FP8", "three launches", refuses=_norms_insert_refuses,
+    ),
+    _peer(
         "vllm_rotary", (RopeInverseProblem.op, RopeInverseQuantizeProblem.op), rotary, STEP,
         "in place, leaves dims without RoPE alone; quantises nothing",
     ),
@@ -480,7 +511,8 @@ PEERS = (
     _peer("vllm_scatter", PermuteProblem.op, scatter, "the same places but for an expert's order", "the inverse order"),
     _peer("vllm_align", PermuteProblem.op, align, "every slot in a tile of its expert", f"tiles of {ALIGNED}"),
     _peer("vllm_unpermute", CombineProblem.op, unpermute, "one BF16 step of the terms' sizes", "two launches"),
-    _peer("vllm_rms_norm", RmsnormQuantizeProblem.op, rms_norm, STEPS, "BF16 out, quantises nothing"),
+    _peer("vllm_rms_norm", (RmsnormQuantizeProblem.op, RmsNormProblem.op), rms_norm, STEPS,
+          "BF16 out, quantises nothing"),
     _peer("vllm_swiglu", (SwigluQuantizeProblem.op, SwigluProblem.op), swiglu, STEPS,
           "BF16 in and out, quantises nothing", refuses=_swiglu_refuses),
     _peer("torch_embedding", EmbedProblem.op, torch_embedding, "the same bytes", "a gather, then a copy into streams",

@@ -128,7 +128,8 @@ def run(chosen: Sequence[Target], options: Options) -> Report:
         for target in chosen:
             _measure(target, tasks[target], options, paths[target], report)
     else:
-        compiled = _compile([t for mine in tasks.values() for t in mine], options)
+        by_turns = itertools.zip_longest(*tasks.values())  # a deadline leaves each target something
+        compiled = _compile([t for turn in by_turns for t in turn if t is not None], options)
         for target in chosen:
             _predict(target, tasks[target], compiled, paths[target], report)
     report.tables = [path for path in paths.values() if path.exists()]

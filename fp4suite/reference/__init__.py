@@ -1,7 +1,12 @@
 """What every op computes, in plain PyTorch: same signature, any device, FP32 (FP64 in, FP64 out) arithmetic."""
 
 from .attention import rope_inverse_quantize as rope_inverse_quantize, sparse_attention as sparse_attention
-from .cache import kv_norm_rope_insert as kv_norm_rope_insert, read_rows as read_rows, write_rows as write_rows
+from .cache import (
+    kv_norm_rope_insert as kv_norm_rope_insert,
+    qkv_norm_rope_insert as qkv_norm_rope_insert,
+    read_rows as read_rows,
+    write_rows as write_rows,
+)
 from .compressor import compress_kv as compress_kv, hadamard_transform as hadamard_transform
 from .embed import embed as embed
 from .fp8 import (

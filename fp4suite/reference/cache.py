@@ -21,7 +21,7 @@ from torch import Tensor
 from ..formats import BLOCK, E4M3_MAX, MX_BLOCK, IndexCache, PagedCache
 from . import e2m1
 from .e8m0 import ceil_log2, pow2
-from .norm import rms_norm_wide
+from .norm import rms_norm, rms_norm_wide
 from .rope import rotate
 
 FP8_GROUP = 64  # dims under one scale of fp8_ds_mla
@@ -38,6 +38,15 @@ def kv_norm_rope_insert(
     nothing. Slots that are stored to differ from each other.
     """
     write_rows(cache, slots, rotate(rms_norm_wide(kv, weight, eps), positions, table))
+
+
+def qkv_norm_rope_insert(
+    q: Tensor, q_weight: Tensor, kv: Tensor, kv_weight: Tensor, positions: Tensor, table: Tensor, eps: float,
+    cache: PagedCache, slots: Tensor,
+) -> Tensor:  # fmt: skip
+    """`rms_norm` of rows q [tokens, k] with q_weight [k]; rows kv go the way of `kv_norm_rope_insert`."""
+    kv_norm_rope_insert(kv, kv_weight, positions, table, eps, cache, slots)
+    return rms_norm(q, q_weight, eps)
 
 
 def write_rows(cache: PagedCache | IndexCache, slots: Tensor, rows: Tensor) -> None:

@@ -7,12 +7,11 @@ from .quant import rmsnorm_fp32
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """[..., d] -> [..., d] in x's dtype; weight [d], or None for none (the per-head norm of queries)."""
-    y = wide(x)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight.to(y.dtype)
-    return y.to(x.dtype)
+    """[..., k] -> [..., k] in x's dtype; weight [k], or None for none (the per-head norm of queries).
+
+    A NaN makes its row NaN; an infinity makes itself NaN and the rest of its row 0.
+    """
+    return rms_norm_wide(x, weight, eps).to(x.dtype)
 
 
 def rms_norm_wide(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -20,7 +19,10 @@ def rms_norm_wide(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
     What kernels can give bit for bit, and a row the same whatever others there are.
     """
-    return rms_norm(x, weight, eps) if x.dtype == torch.float64 else rmsnorm_fp32(x, weight, eps)
+    if x.dtype != torch.float64:
+        return rmsnorm_fp32(x, weight, eps)
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return y if weight is None else y * weight.double()
 
 
 def wide(x: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ def arguments(name: str) -> tuple[tuple, dict]:
             return (weight(5, 64),), {"dtype": torch.float32}
         case "rmsnorm_quantize":
             return (g(5, 64, dtype=torch.bfloat16), g(64, seed=2), 1e-6), {}
+        case "rms_norm":
+            return (g(2, 5, 64, dtype=torch.bfloat16), g(64, seed=2), 1e-6), {}
         case "swiglu_quantize":
             return (3 * g(5, 64),), {"limit": 4.0, "sf_layout": "blocked_128x4"}
         case "embed":
@@ -99,6 +101,11 @@ def arguments(name: str) -> tuple[tuple, dict]:
         case "kv_norm_rope_insert":
             slots = torch.tensor([3, 9, -1, 20, 4], dtype=torch.int32)
             return (g(tokens, HEAD), g(HEAD, seed=1), positions, table, 1e-6, _kv_cache(), slots), {}
+        case "qkv_norm_rope_insert":
+            slots = torch.tensor([3, 9, -1, 20, 4], dtype=torch.int32)
+            q, kv = g(tokens, 48 + HEAD, dtype=torch.bfloat16).split((48, HEAD), dim=1)
+            given = (q, g(48, seed=2), kv, g(HEAD, seed=1), positions, table, 1e-6, _kv_cache(), slots)
+            return given, {}
         case "compress_kv":
             state = torch.zeros(2, 8, 2, 2 * HEAD)
             step = {

@@ -14,6 +14,7 @@ from torch import Tensor
 import fp4suite
 from fp4suite import (
     NVFP4Tensor,
+    PagedCache,
     TableError,
     UnsupportedError,
     by_token,
@@ -287,6 +288,15 @@ def _rows_of(m: int, k: int, seed: int) -> Tensor:
     return g(m, k, seed=seed, dtype=torch.bfloat16)
 
 
+def _qkv_norm_rope_insert(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Normed queries [tokens, 384], and the rows of 128 dims that were stored."""
+    cache = PagedCache(torch.zeros(1, 80 * 256, dtype=torch.uint8), "bf16", 80, 128, 64)
+    at, slots = torch.full((len(x),), 7, dtype=torch.int32), torch.arange(len(x), dtype=torch.int32)
+    q, kv = x.split((384, 128), dim=1)
+    normed = ops.qkv_norm_rope_insert(q, g(384), kv, g(128), at, g(20, 64, seed=8), 1e-6, cache, slots)
+    return normed, reference.read_rows(cache, slots)
+
+
 CALLS: dict[str, Callable[[Tensor], object]] = {
     "w4a16": lambda x: ops.gemm_nvfp4(x, weight(192, 512), out_dtype=torch.float32),
     "w4a16 in NVFP4": lambda x: ops.gemm_nvfp4(x, weight(192, 512), out_alpha=torch.tensor(0.02)),
@@ -295,6 +305,8 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
         ops.quantize_nvfp4(x, alpha=torch.tensor(0.002)), weight(192, 512), out_alpha=torch.tensor(0.02)
     ),
     "norm": lambda x: ops.rmsnorm_quantize(x, torch.ones(512), 1e-6, alpha=torch.tensor(0.002)),
+    "rms_norm": lambda x: ops.rms_norm(x, torch.linspace(0.5, 1.5, 512), 1e-6),
+    "qkv_norm_rope_insert": _qkv_norm_rope_insert,
     "swiglu_quantize": lambda x: ops.swiglu_quantize(x, alpha=torch.tensor(0.002)),
     "swiglu": lambda x: ops.swiglu(x, 10.0),
     "embed": lambda x: ops.embed((x[:, 0] * 4).long() % 40, g(40, 64), streams=4),

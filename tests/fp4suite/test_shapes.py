@@ -123,6 +123,18 @@ def test_routing_is_that_of_the_published_models():
         assert not shapes.problems(config, "sample", arch="sm_90a", m=(8192,))
 
 
+def test_norms_are_those_of_queries_and_of_draft_blocks():
+    """Of the streams' norm each of four is a row."""
+    found = shapes.problems(config_of("pro"), "rms_norm", arch="sm_90a", m=(16,))
+    dims = {p.layers: (p.count, p.problem.m, p.problem.k) for p in found}
+    assert dims == {("q_norm",): (61, 16, 1536), ("enorm",): (1, 16, 7168), ("hnorm",): (1, 64, 7168)}
+    found = shapes.problems(config_of("flash"), "qkv_norm_rope_insert", arch="sm_90a", m=(16,))
+    assert {(p.count, p.problem.m, p.problem.k, p.problem.head_dim) for p in found} == {(43, 16, 1024, 512)}
+    assert [p.problem.format for p in found] == list(shapes.KV_FORMATS)
+    without = config_of("pro") | {"num_nextn_predict_layers": 0}
+    assert len(shapes.problems(without, "rms_norm", arch="sm_90a", m=(16,))) == 1
+
+
 def test_equal_shapes_of_different_layers_are_one_problem():
     found = {p.layers: p for p in shapes.problems(config_of("flash"), "gemm_nvfp4", arch="sm_90a", m=(16,))}
     joined = found["o_a", "q_a"]

@@ -3,6 +3,7 @@ spilling, for the two architectures in turn.
 """
 
 import concurrent.futures
+import dataclasses
 import re
 from types import ModuleType
 from typing import Any
@@ -14,8 +15,10 @@ from fp4suite.problem import (
     DequantProblem,
     KvNormRopeInsertProblem,
     Problem,
+    QkvNormRopeInsertProblem,
     QnormRopeProblem,
     QuantizeProblem,
+    RmsNormProblem,
     RmsnormQuantizeProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
@@ -24,8 +27,10 @@ from fp4suite.problem import (
 from kernels_triton import (
     dequant_nvfp4,
     kv_norm_rope_insert,
+    qkv_norm_rope_insert,
     qnorm_rope,
     quantize_nvfp4,
+    rms_norm,
     rmsnorm_quantize,
     rope_inverse,
     rope_inverse_quantize,
@@ -45,6 +50,12 @@ ROPE: list[tuple[ModuleType, Problem]] = [
     (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="bf16")),
     (rope_inverse, RopeInverseProblem(m=64, heads=128)),
     (rope_inverse_quantize, RopeInverseQuantizeProblem(m=64, heads=128, groups=16)),
+]
+NORMS: list[tuple[ModuleType, Problem]] = [
+    (rms_norm, RmsNormProblem(m=64, k=1536)),
+    (rms_norm, RmsNormProblem(m=64, k=7168)),
+    (qkv_norm_rope_insert, QkvNormRopeInsertProblem(m=64, k=1536, format="fp8_ds_mla")),
+    (qkv_norm_rope_insert, QkvNormRopeInsertProblem(m=64, k=1536, format="nvfp4")),
 ]
 EXACT = re.compile(r"0f40000000, 0f4B000000|0f3F000000, 0f4B000004")  # 2 a + 2^23, a / 2 + 2^23 + 4: exact products
 NEAR = re.compile(r"0f40000000, 0f41080000|0f3F000000, 0f41480000")  # 2 a + 8.5, a / 2 + 12.5: half a code is cut off
@@ -95,6 +106,24 @@ def test_rope_kernels_compile_without_spills(module, problem, pool):
     for arch, b in zip(ARCHS, build(pool, [(module, problem, module.Config(), arch) for arch in ARCHS]), strict=True):
         assert len(re.findall(r"ld\.global\.v4\.b32", b.ptx)) >= 2, arch
         assert re.search(r"st\.global\.v[24]\.b32", b.ptx), arch
+
+
+@pytest.mark.parametrize(("module", "problem"), NORMS, ids=lambda x: getattr(x, "op", ""))
+def test_norms_compile_without_spills(module, problem, pool):
+    """The defaults of few and of many rows, and one other config; nothing approximate, 16-byte accesses."""
+    defaults = [module.default(dataclasses.replace(problem, m=m)) for m in (1, 4096)]
+    jobs = [(module, problem, config, arch) for config in defaults for arch in ARCHS]
+    others = [c for c in supported(module, problem) if c not in defaults]
+    jobs += [(module, problem, others[len(others) // 2], "sm_90a")]
+    for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
+        assert built.resources(b).refusal(arch) is None, (config, arch)
+        inexact = re.findall(r"\b(?:fma|ex2|lg2|rcp|rsqrt|div|sqrt)\.(?!rn)\S+|\S+\.ftz\S*", b.ptx)
+        assert not inexact, (config, arch, inexact)
+        assert all(EXACT.search(f) for f in re.findall(r"fma\.rn\.f32 .*", b.ptx)), (config, arch)
+        assert "cvt.rn.bf16" in b.ptx, (config, arch)
+        assert set(re.findall(r"st\.global\.(\S+)", b.ptx)) >= {"v4.b32"}, (config, arch)
+        if config in defaults and config.num_warps == 1:
+            assert "bar.sync" not in b.ptx, (config, arch)
 
 
 @pytest.mark.parametrize(("module", "kind"), QUANTISERS)

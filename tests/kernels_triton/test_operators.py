@@ -35,6 +35,8 @@ def test_exact_ops(name: str, device: torch.device) -> None:
 
 # Triton launches of a call; a global scale that is not given takes two
 LAUNCHES = {
+    "rms_norm": 1,
+    "qkv_norm_rope_insert": 1,
     "qnorm_rope": 1,
     "kv_norm_rope_insert": 1,
     "rope_inverse": 1,

@@ -31,6 +31,7 @@ def quantised(case: Any) -> tuple[torch.Tensor, torch.Tensor]:
         (7168, {"num_warps": 2, "held": True}, "sm_90a", "linear"),
         (7168, {"num_warps": 4, "parts": 4}, "sm_90a", "linear"),
         (1536, {"num_warps": 1, "held": True}, "sm_90a", "linear"),
+        (1536, {"num_warps": 1, "parts": 2}, "sm_90a", "linear"),  # two tiles, and one
         (1536, {"num_warps": 2, "parts": 2}, "sm_100a", "linear"),
         (1536, {"block_m": 2, "num_warps": 4}, "sm_90a", "linear"),
         (208, {"block_m": 4, "num_warps": 4, "held": True}, "sm_100a", "blocked_128x4"),

@@ -1,5 +1,5 @@
-"""The machine code of the RoPE kernels in `ptx_emulator`, for both architectures: hardware conversions, shuffles and
-vector accesses, which Triton's interpreter does not have, give the reference's bytes too.
+"""The machine code of the norm and RoPE kernels in `ptx_emulator`, for both architectures: hardware conversions,
+shuffles and vector accesses, which Triton's interpreter does not have, give the reference's bytes too.
 """
 
 import concurrent.futures
@@ -16,11 +16,21 @@ from fp4suite import testing
 from fp4suite.problem import (
     KvNormRopeInsertProblem,
     Problem,
+    QkvNormRopeInsertProblem,
     QnormRopeProblem,
+    RmsNormProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
 )
-from kernels_triton import host, kv_norm_rope_insert, qnorm_rope, rope_inverse, rope_inverse_quantize
+from kernels_triton import (
+    host,
+    kv_norm_rope_insert,
+    qkv_norm_rope_insert,
+    qnorm_rope,
+    rms_norm,
+    rope_inverse,
+    rope_inverse_quantize,
+)
 
 ARCHS = ("sm_90a", "sm_100a")
 UNUSED = (0, 0)  # scratch memory, which Triton's kernels have as their last parameters
@@ -68,6 +78,55 @@ def test_kv_norm_rope_insert(format, arch, config, pool):
     kv, weight, positions, table, eps, slots = case.operands
     args = (kv, kv.stride(0), weight, positions, table, eps, slots, case.out.data, problem.m)
     emulate(pool, kv_norm_rope_insert, problem, own, arch, (triton.cdiv(problem.m, own.block_m),), args)
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("format", "arch", "config"),
+    [
+        ("fp8_ds_mla", "sm_90a", {"parts": 3}),
+        ("fp8_ds_mla", "sm_100a", {"held": True}),
+        ("nvfp4", "sm_90a", {"block_kv": 2, "held": True}),
+        ("nvfp4", "sm_100a", {"block_kv": 4, "num_warps": 2, "parts": 2}),
+        ("bf16", "sm_100a", {"parts": 3}),
+        ("fp32", "sm_90a", {"parts": 2}),
+    ],
+    ids=str,
+)
+def test_qkv_norm_rope_insert(format, arch, config, pool):
+    """Columns of one tensor; ragged in rows of kv, one of them of no slot; a tile of q of which one part has none."""
+    problem = QkvNormRopeInsertProblem(m=9, k=1536, format=format)
+    own = qkv_norm_rope_insert.Config(**config)
+    case = testing.case(problem, "cpu", 1)
+    case.poison()
+    q, q_weight, kv, kv_weight, positions, table, eps, slots = case.operands
+    assert (q.stride(), kv.stride()) == ((2048, 1), (2048, 1))
+    both = q.as_strided((problem.m * 2048,), (1,))
+    normed, cache = case.out
+    args = (both, 2048, q_weight, both[1536:], 2048, kv_weight, positions, table, eps, slots)
+    grid = (triton.cdiv(problem.m, own.block_kv) + problem.m * own.parts,)
+    emulate(pool, qkv_norm_rope_insert, problem, own, arch, grid, (*args, normed, cache.data, problem.m))
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("k", "x", "arch", "config"),
+    [
+        (1536, "bf16", "sm_100a", {"parts": 3}),
+        (1536, "bf16", "sm_90a", {"held": True}),
+        (1536, "fp32", "sm_90a", {"parts": 2}),
+        (7168, "bf16", "sm_90a", {"num_warps": 4, "parts": 4}),
+        (7168, "bf16", "sm_100a", {"num_warps": 2, "held": True}),
+        (208, "bf16", "sm_90a", {}),
+    ],
+    ids=str,
+)
+def test_rms_norm(k, x, arch, config, pool):
+    problem, own = RmsNormProblem(m=3, k=k, x=x), rms_norm.Config(**config)
+    case = testing.case(problem, "cpu", 1)
+    case.poison()
+    rows, weight, eps = case.operands
+    emulate(pool, rms_norm, problem, own, arch, (3, own.parts), (rows, k, weight, eps, case.out, problem.m))
     case.check()
 
 

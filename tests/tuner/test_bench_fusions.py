@@ -101,7 +101,7 @@ def test_absent_peers_are_named(install, tmp_path):
     said = []
     outcome = bench(tmp_path, said=said, m=(1,))
     assert outcome.absent == {"vllm_rms_norm": "not installed (pip install vllm)", "torch_compile": "not asked for"}
-    assert "peer vllm_rms_norm of rmsnorm_quantize: not installed (pip install vllm)" in said
+    assert "peer vllm_rms_norm of rmsnorm_quantize, rms_norm: not installed (pip install vllm)" in said
     assert "vllm_rms_norm: not installed (pip install vllm)" in outcome.rows[0]["notes"]
     text = fusion_rows.render(outcome.rows, outcome.absent)
     assert "no time of vllm_rms_norm: not installed (pip install vllm)" in text

@@ -16,6 +16,7 @@ HEADS = {"heads": 8, "head_dim": 512, "rope_dim": 64}
 VLLM = {
     "vllm_qnorm_rope": problems.QnormRopeProblem(m=5, **HEADS),
     "vllm_norm_insert": problems.KvNormRopeInsertProblem(m=70),
+    "vllm_norms_insert": problems.QkvNormRopeInsertProblem(m=70, k=256),
     "vllm_rotary": problems.RopeInverseProblem(m=5, **HEADS),
     "vllm_rotary_quantize": problems.IndexQueryProblem(m=5, format="fp8"),
     "torch_topk": problems.IndexTopkProblem(m=17, entries=640, topk=512),
@@ -82,6 +83,7 @@ def test_every_peer_of_vllm_is_here():
     [
         ("vllm_norm_insert", problems.KvNormRopeInsertProblem(m=70, format="bf16"), (1,)),
         ("vllm_rms_norm", VLLM["vllm_rms_norm"], (8, 3)),
+        ("vllm_rms_norm", problems.RmsNormProblem(m=9, k=256), (8, 3)),
         ("vllm_swiglu", VLLM["vllm_swiglu"], (0, 100)),
         ("vllm_qnorm_rope", VLLM["vllm_qnorm_rope"], (4, 7, 500)),
         ("vllm_rotary", VLLM["vllm_rotary"], (4, 7, 500)),
@@ -170,6 +172,7 @@ def test_what_peers_were_not_made_for():
     refused = {
         "vllm_swiglu": problems.SwigluProblem(m=1, k=64, out="fp32"),
         "vllm_norm_insert": problems.KvNormRopeInsertProblem(m=1, format="nvfp4"),
+        "vllm_norms_insert": problems.QkvNormRopeInsertProblem(m=1, k=256, format="nvfp4"),
         "vllm_qnorm_rope": problems.QnormRopeProblem(m=1, heads=12),
         "vllm_rotary_quantize": problems.IndexQueryProblem(m=1, format="mxfp4", hadamard=1),
         "vllm_cooperative_topk": problems.IndexTopkProblem(m=33, entries=640, topk=512),
@@ -351,6 +354,7 @@ def test_a_composition_gives_the_reference(monkeypatch):
     for op, problem in {
         "quantize_nvfp4": problems.QuantizeProblem(m=3, k=64),
         "rmsnorm_quantize": problems.RmsnormQuantizeProblem(m=3, k=64),
+        "rms_norm": problems.RmsNormProblem(m=3, k=64),
         "swiglu_quantize": problems.SwigluQuantizeProblem(m=3, k=64),
         "swiglu": problems.SwigluProblem(m=3, k=64),
         "quantize_fp8": problems.QuantizeFp8Problem(m=3, k=64),

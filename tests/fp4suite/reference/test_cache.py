@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from fp4suite.formats import IndexCache, PagedCache, index_layout, kv_layout
-from fp4suite.reference import kv_norm_rope_insert, read_rows, rope_frequencies, rope_table, write_rows
+from fp4suite.reference import (
+    kv_norm_rope_insert,
+    qkv_norm_rope_insert,
+    read_rows,
+    rope_frequencies,
+    rope_table,
+    write_rows,
+)
 
 KV = ["fp32", "bf16", "fp8_ds_mla", "nvfp4"]
 INDEX = ["fp32", "bf16", "fp8", "mxfp4"]
@@ -200,6 +207,22 @@ def test_nothing_that_is_not_finite_is_hidden(format: str, value: float) -> None
         assert got[4].isfinite().sum() == cache.head_dim - 1
     others = [0, 1, 2, 3, 5]
     assert torch.equal(got[others], plain[others])
+
+
+def test_qkv_norm_rope_insert() -> None:
+    """The norm of q beside all that happens to kv."""
+    g = torch.Generator().manual_seed(5)
+    q, kv = torch.randn(4, 40 + 96, generator=g).bfloat16().split((40, 96), dim=1)
+    q_weight, kv_weight = torch.randn(40, generator=g), torch.randn(96, generator=g)
+    at, slots = torch.arange(4).int(), torch.tensor([5, 0, -1, 2]).int()
+    table = rope_table(rope_frequencies(32, 10000.0), 4)
+    one, two = (kv_cache("bf16", d=96, rope=32) for _ in range(2))
+    got = qkv_norm_rope_insert(q, q_weight, kv, kv_weight, at, table, 0.01, one, slots)
+    want = q.double() / (q.double().square().mean(-1, keepdim=True) + 0.01).sqrt() * q_weight.double()
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=0)
+    kv_norm_rope_insert(kv, kv_weight, at, table, 0.01, two, slots)
+    assert torch.equal(one.data, two.data)
+    assert one.data.any()
 
 
 def test_kv_norm_rope_insert() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fp4suite.reference import qnorm_rope, rms_norm, rope_frequencies, rope_inverse, rope_table
+from fp4suite.reference.quant import rmsnorm_fp32
 from fp4suite.reference.rope import rotate
 
 YARN = {"factor": 16.0, "original_max_position": 65536, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -83,3 +84,4 @@ def test_rms_norm() -> None:
     torch.testing.assert_close(rms_norm(x, weight, 0.01).double(), want, rtol=2**-8, atol=1e-9)
     torch.testing.assert_close(rms_norm(x.float(), weight, 0.01).double(), want, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(rms_norm(x.double(), weight, 0.01), want, rtol=1e-14, atol=0)
+    assert torch.equal(rms_norm(x, weight, 0.01), rmsnorm_fp32(x, weight, 0.01).to(x.dtype))  # the quantiser's order
