@@ -16,6 +16,7 @@ from . import by_token, dispatch, layouts, reference
 from .formats import BLOCK, FP8RowTensor, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, SfLayout
 from .problem import (
     CombineProblem,
+    CompressKvPairProblem,
     CompressKvProblem,
     DequantProblem,
     GemmProblem,
@@ -40,7 +41,7 @@ from .problem import (
     SampleProblem,
     SwigluQuantizeProblem,
 )
-from .reference.compressor import check_compressor
+from .reference.compressor import CompressorStep, check_compressor
 from .reference.quant import global_scale, rmsnorm_fp32, swiglu_fp32
 
 _lib = torch.library.Library("fp4suite", "DEF")
@@ -358,7 +359,7 @@ def _compress_kv(
     cache = _cache(data, format, page_size, head_dim, rope_dim)
     problem = CompressKvProblem(
         m=len(kv), ratio=ratio, overlaps=kv.shape[1] // head_dim, head_dim=head_dim, rope_dim=table.shape[1],
-        format=format if rope_dim else f"index_{format}", sequences=int(len(state_slots) != len(kv)),
+        format=_row_format(cache), sequences=int(len(state_slots) != len(kv)),
         hadamard=int(hadamard), page_size=page_size, x=dtype_name(kv, "kv"), weight=dtype_name(weight, "weight"),
     )  # fmt: skip
     choice = dispatch.choose("compress_kv", problem, kv.device)
@@ -375,6 +376,46 @@ def _compress_kv(
             _unit_stride(kv), _unit_stride(gate), ape.contiguous(), weight.contiguous(), table, eps, state,
             *integers, ratio, hadamard, cache, choice.config,
         )  # fmt: skip
+
+
+def _compress_kv_pair(
+    kv: Tensor, gate: Tensor, ape: Tensor, weight: Tensor, state: Tensor,
+    data: Tensor, format: str, page_size: int, head_dim: int, rope_dim: int, hadamard: bool,
+    key_kv: Tensor, key_gate: Tensor, key_ape: Tensor, key_weight: Tensor, key_state: Tensor,
+    key_data: Tensor, key_format: str, key_page_size: int, key_dim: int, key_rope_dim: int, key_hadamard: bool,
+    table: Tensor, eps: float, positions: Tensor, sequence_ids: Tensor, cu_seqlens: Tensor, state_slots: Tensor,
+    slots: Tensor, ratio: int,
+) -> None:  # fmt: skip
+    cache = _cache(data, format, page_size, head_dim, rope_dim)
+    key_cache = _cache(key_data, key_format, key_page_size, key_dim, key_rope_dim)
+    problem = CompressKvPairProblem(
+        m=len(kv), ratio=ratio, overlaps=kv.shape[1] // head_dim, head_dim=head_dim, rope_dim=table.shape[1],
+        format=_row_format(cache), key_dim=key_dim, key_format=_row_format(key_cache),
+        sequences=int(len(state_slots) != len(kv)), hadamard=int(hadamard), key_hadamard=int(key_hadamard),
+        page_size=page_size, x=dtype_name(kv, "kv"), weight=dtype_name(weight, "weight"),
+    )  # fmt: skip
+    entries = CompressorStep(
+        _unit_stride(kv), _unit_stride(gate), ape.contiguous(), weight.contiguous(), state, cache, hadamard
+    )
+    keys = CompressorStep(
+        _unit_stride(key_kv), _unit_stride(key_gate), key_ape.contiguous(), key_weight.contiguous(), key_state,
+        key_cache, key_hadamard,
+    )  # fmt: skip
+    choice = dispatch.choose("compress_kv_pair", problem, kv.device)
+    if choice.is_reference:
+        reference.compress_kv_pair(
+            entries, keys, table, eps, positions=positions, sequence_ids=sequence_ids, cu_seqlens=cu_seqlens,
+            state_slots=state_slots, slots=slots, ratio=ratio,
+        )  # fmt: skip
+        return
+    integers = (t.contiguous() for t in (positions, sequence_ids, cu_seqlens, state_slots, slots))
+    with _on(kv.device):
+        choice.module.launch(table, eps, *integers, ratio, (entries, keys), choice.config)
+
+
+def _row_format(cache: PagedCache | IndexCache) -> str:
+    """A cache's format as problems name it."""
+    return cache.format if isinstance(cache, PagedCache) else f"index_{cache.format}"
 
 
 def _index_logits(
@@ -866,6 +907,15 @@ _register(
     f"{_CACHE}, Tensor positions, Tensor sequence_ids, Tensor cu_seqlens, Tensor state_slots, Tensor slots, "
     "int ratio, bool hadamard) -> ()",
     _compress_kv,
+    _nothing,
+)
+_register(
+    "compress_kv_pair(Tensor kv, Tensor gate, Tensor ape, Tensor weight, Tensor(b!) state, "
+    f"{_CACHE}, bool hadamard, Tensor key_kv, Tensor key_gate, Tensor key_ape, Tensor key_weight, "
+    "Tensor(c!) key_state, Tensor(d!) key_data, str key_format, int key_page_size, int key_dim, int key_rope_dim, "
+    "bool key_hadamard, Tensor table, float eps, Tensor positions, Tensor sequence_ids, Tensor cu_seqlens, "
+    "Tensor state_slots, Tensor slots, int ratio) -> ()",
+    _compress_kv_pair,
     _nothing,
 )
 _register(

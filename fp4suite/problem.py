@@ -4,7 +4,7 @@
 hashable, made of host integers and strings only, and `dims()` is how tables and result rows spell it.
 """
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import ClassVar, Literal, cast
 
 from .formats import BLOCK, IndexFormat, KVFormat, RowLayout, SfLayout, index_layout, kv_layout
@@ -244,6 +244,45 @@ class CompressKvProblem(Problem):
             old += self.sequence_count * (self.overlaps - 1) * (self.ratio // 2)
         constants = 4 * self.ratio * self.overlaps * self.head_dim + ELEMENT_BYTES[self.weight] * self.head_dim
         return tokens + 4 * old * channels + self.entries * (self.row_bytes + 4 * self.rope_dim) + constants
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressKvPairProblem(Problem):
+    """`compress_kv` of a layer's entries and of its indexer's keys, in one step: as for CompressKvProblem, twice."""
+
+    op: ClassVar[str] = "compress_kv_pair"
+    m: int
+    ratio: int
+    overlaps: int
+    head_dim: int
+    rope_dim: int
+    format: str
+    key_dim: int
+    key_format: str
+    sequences: int = 1  # 0: as many as tokens, whatever their number
+    hadamard: int = 0
+    key_hadamard: int = 0
+    page_size: int = 64
+    x: str = "fp32"
+    weight: str = "bf16"
+
+    @property
+    def parts(self) -> tuple[CompressKvProblem, CompressKvProblem]:
+        """Entries and keys, each alone."""
+        entries = CompressKvProblem(
+            m=self.m, ratio=self.ratio, overlaps=self.overlaps, head_dim=self.head_dim, rope_dim=self.rope_dim,
+            format=self.format, sequences=self.sequences, hadamard=self.hadamard, page_size=self.page_size, x=self.x,
+            weight=self.weight,
+        )  # fmt: skip
+        return entries, replace(entries, head_dim=self.key_dim, format=self.key_format, hadamard=self.key_hadamard)
+
+    @property
+    def flops(self) -> int:
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -627,6 +666,7 @@ PROBLEMS: dict[str, type[Problem]] = {
         SampleProblem,
         GemmProblem,
         CompressKvProblem,
+        CompressKvPairProblem,
         IndexLogitsProblem,
         IndexQueryProblem,
         IndexTopkProblem,

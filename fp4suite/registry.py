@@ -68,6 +68,7 @@ KERNELS: list[Kernel] = [
         exact=True,
     ),
     Kernel("compress_kv", "triton_compress_kv", "kernels_triton.compress_kv", _BOTH, exact=True),
+    Kernel("compress_kv_pair", "triton_compress_kv_pair", "kernels_triton.compress_kv_pair", _BOTH, exact=True),
     Kernel("index_logits", "cute_index_logits_sm90", "kernels_cute.index_logits_sm90", ("sm_90a",)),
     Kernel("index_logits", "triton_index_logits", "kernels_triton.index_logits", _BOTH),
     Kernel("index_query", "triton_index_query", "kernels_triton.index_query", _BOTH, exact=True),

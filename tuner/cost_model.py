@@ -17,6 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from fp4suite.built import Resources
@@ -24,6 +25,7 @@ from fp4suite.formats import index_layout
 from fp4suite.problem import (
     ELEMENT_BYTES,
     CombineProblem,
+    CompressKvPairProblem,
     CompressKvProblem,
     DequantProblem,
     GemmProblem,
@@ -374,6 +376,22 @@ def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Res
     )
 
 
+def _compress_pair(problem: CompressKvPairProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """As many programs of either kind; a key's wait less, behind the longer ones of entries."""
+    entries, keys = (
+        _compress(part, SimpleNamespace(block_c=part.head_dim, num_warps=config.num_warps), arch, resources)
+        for part in problem.parts
+    )
+    return dataclasses.replace(
+        entries,
+        ctas=entries.ctas + keys.ctas,
+        cta_bytes=(entries.cta_bytes + keys.cta_bytes) / 2,
+        in_flight=(entries.in_flight + keys.in_flight) / 2,
+        cta_instructions=(entries.cta_instructions + keys.cta_instructions) / 2,
+        serial_us=max(entries.serial_us, keys.serial_us),
+    )
+
+
 def _topk(problem: IndexTopkProblem, config: Any, arch: str, resources: Resources | None) -> Work:
     """A program a query: what it holds is counted over and over. Longer rows have maxima, by a launch before.
 
@@ -635,6 +653,7 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     CombineProblem: _combine,
     SampleProblem: _sample,
     CompressKvProblem: _compress,
+    CompressKvPairProblem: _compress_pair,
     IndexQueryProblem: _rows,
     IndexLogitsProblem: _logits,
     IndexTopkProblem: _topk,

@@ -13,6 +13,7 @@ from torch import Tensor
 from fp4suite import reference
 from fp4suite.problem import (
     PROBLEMS,
+    CompressKvPairProblem,
     CompressKvProblem,
     DequantProblem,
     GemmProblem,
@@ -43,6 +44,7 @@ COMPOSED: dict[str, Callable[..., Any]] = {
 
 WITHOUT = {  # op -> why no library is compared with it
     CompressKvProblem.op: "servers compress inside their own Python packages, with kernels for their own caches",
+    CompressKvPairProblem.op: "as for compress_kv",
     DequantProblem.op: "no library decodes NVFP4 alone",
     HyperConnectionHeadProblem.op: "mHC kernels of libraries fold four streams under 24 coefficients, not the head's 4",
     SampleProblem.op: "servers sample with kernels inside their own Python packages",

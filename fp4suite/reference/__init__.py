@@ -2,7 +2,12 @@
 
 from .attention import rope_inverse_quantize as rope_inverse_quantize, sparse_attention as sparse_attention
 from .cache import kv_norm_rope_insert as kv_norm_rope_insert, read_rows as read_rows, write_rows as write_rows
-from .compressor import compress_kv as compress_kv, hadamard_transform as hadamard_transform
+from .compressor import (
+    CompressorStep as CompressorStep,
+    compress_kv as compress_kv,
+    compress_kv_pair as compress_kv_pair,
+    hadamard_transform as hadamard_transform,
+)
 from .fp8 import (
     dequant_fp8 as dequant_fp8,
     dequant_fp8_weight as dequant_fp8_weight,

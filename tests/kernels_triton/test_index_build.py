@@ -5,8 +5,14 @@ import re
 import pytest
 
 from fp4suite import built
-from fp4suite.problem import CompressKvProblem, IndexLogitsProblem, IndexQueryProblem, IndexTopkProblem
-from kernels_triton import compress_kv, index_logits, index_query, index_topk
+from fp4suite.problem import (
+    CompressKvPairProblem,
+    CompressKvProblem,
+    IndexLogitsProblem,
+    IndexQueryProblem,
+    IndexTopkProblem,
+)
+from kernels_triton import compress_kv, compress_kv_pair, index_logits, index_query, index_topk
 
 from .test_build import ARCHS, build
 
@@ -19,6 +25,12 @@ EXACT = [
     (compress_kv, CompressKvProblem(**HCA, format="fp8_ds_mla")),
     (compress_kv, CompressKvProblem(**KEYS, format="index_fp8")),
     (compress_kv, CompressKvProblem(**KEYS, format="index_mxfp4", hadamard=1)),
+    (compress_kv_pair, CompressKvPairProblem(**CSA, format="nvfp4", key_dim=128, key_format="index_fp8")),
+    (
+        compress_kv_pair,
+        CompressKvPairProblem(**CSA, format="fp8_ds_mla", key_dim=128, key_format="index_mxfp4", key_hadamard=1),
+    ),
+    (compress_kv_pair, CompressKvPairProblem(**CSA, format="bf16", key_dim=128, key_format="index_bf16")),
     (index_query, IndexQueryProblem(m=4096, format="fp32")),
     (index_query, IndexQueryProblem(m=4096, format="bf16")),
     (index_query, IndexQueryProblem(m=4096, format="fp8")),

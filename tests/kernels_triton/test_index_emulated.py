@@ -9,8 +9,14 @@ import torch
 import triton
 
 from fp4suite import reference, testing
-from fp4suite.problem import CompressKvProblem, IndexLogitsProblem, IndexQueryProblem, IndexTopkProblem
-from kernels_triton import compress_kv, index_logits, index_query, index_topk
+from fp4suite.problem import (
+    CompressKvPairProblem,
+    CompressKvProblem,
+    IndexLogitsProblem,
+    IndexQueryProblem,
+    IndexTopkProblem,
+)
+from kernels_triton import compress_kv, compress_kv_pair, index_logits, index_query, index_topk
 
 from .test_rope_emulated import ARCHS, emulate
 
@@ -58,6 +64,32 @@ def test_compress_kv_in_parts(arch, m, sequences, pool):
     finish = SimpleNamespace(build=compress_kv.build_finish)
     args = (pooled, weight, table, eps, case.out.data, positions, ids, cu, slots, *counts)
     emulate(pool, finish, problem, config, arch, (programs,), args)
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("arch", "format", "keys", "m", "sequences"),
+    [("sm_90a", "fp8_ds_mla", "index_mxfp4", 2, 2), ("sm_100a", "nvfp4", "index_fp8", 9, 1)],
+)
+def test_compress_kv_pair(arch, format, keys, m, sequences, pool):
+    """Single tokens, and a step longer than the ring; columns of one wide tensor."""
+    problem = CompressKvPairProblem(
+        m=m, sequences=sequences, ratio=4, overlaps=2, head_dim=512, rope_dim=64, format=format, key_dim=128,
+        key_format=keys, key_hadamard=int(keys == "index_mxfp4"),
+    )  # fmt: skip
+    config = compress_kv_pair.default(problem)
+    case = testing.case(problem, "cpu", 1)
+    case.poison()
+    table, eps, *integers, _ = case.operands
+    args: list[object] = []
+    for step in case.out:
+        for rows in (step.kv, step.gate):  # with all that lies behind them in memory
+            args += [rows.as_strided((rows.untyped_storage().nbytes() // 4 - rows.storage_offset(),), (1,))]
+            args += [rows.stride(0)]
+        args += [step.ape, step.weight, step.state, step.cache.data]
+    args += [table, eps, *integers, m, sequences, m // sequences, len(table)]
+    programs = 2 * sequences + (triton.cdiv(m, 4) if m >= 8 else 0)
+    emulate(pool, compress_kv_pair, problem, config, arch, (programs, 2), tuple(args))
     case.check()
 
 
