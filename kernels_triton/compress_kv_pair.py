@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fp4suite import arch as archs
 from fp4suite.built import Built
 from fp4suite.problem import CompressKvPairProblem, CompressKvProblem
 from fp4suite.reference import CompressorStep, compressor
@@ -22,6 +23,8 @@ from fp4suite.reference import CompressorStep, compressor
 from . import compress_kv, host
 from .compress_kv import COUNTS, entry_constants, page_of, pool_constants, programs_of, take_in
 
+# Of a thread. By itself ptxas stops at 168, so that three programs fit on an SM, and spills (sm_100a, `fp8_ds_mla`)
+MAX_REGISTERS = {"sm_100a": 192}
 INTEGERS = ("positions", "sequence_ids", "cu_seqlens", "state_slots", "slots")
 KEYS = "KEY_"  # before the names of what keys have in place of entries
 OWN = (
@@ -115,10 +118,10 @@ def launch(
     overlaps = entries.kv.shape[1] // entries.cache.head_dim
     constants = _constants(steps, ratio, overlaps, table.shape[1], host.has_e2m1_cvt(table.device), config)
     counts = (tokens, sequences, tokens // max(1, sequences), len(table))
-    grid = (programs_of(tokens, sequences, ratio, overlaps), 2)
+    grid, registers = (programs_of(tokens, sequences, ratio, overlaps), 2), MAX_REGISTERS.get(archs.of(table.device))
     _compress_kv_pair[grid](
         *_operands(entries), *_operands(keys), table, eps, positions, sequence_ids, cu_seqlens, state_slots, slots,
-        *counts, **constants, num_warps=config.num_warps, **host.OPTIONS,
+        *counts, **constants, num_warps=config.num_warps, maxnreg=registers, **host.OPTIONS,
     )  # fmt: skip
 
 
@@ -148,7 +151,9 @@ def build(problem: CompressKvPairProblem, config: Config, arch: str) -> Built:
         types |= {f"{own}state_ptr": "*fp32", f"{own}cache_ptr": "*u8"}
     entries, keys = (_one_token(part, "cpu") for part in p.parts)
     constants = _constants((entries, keys), p.ratio, p.overlaps, p.rope_dim, arch == "sm_100a", config)
-    return host.build(_compress_kv_pair, types, constants, arch, config.num_warps, unaligned=COUNTS)
+    return host.build(
+        _compress_kv_pair, types, constants, arch, config.num_warps, unaligned=COUNTS, maxnreg=MAX_REGISTERS.get(arch)
+    )
 
 
 def _operands(step: CompressorStep) -> tuple[Any, ...]:
