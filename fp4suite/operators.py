@@ -18,6 +18,7 @@ from .problem import (
     CombineProblem,
     CompressKvPairProblem,
     CompressKvProblem,
+    CsaQueriesProblem,
     DequantProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
@@ -635,6 +636,49 @@ def _qnorm_rope(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tens
     return out
 
 
+def _csa_queries(
+    q: Tensor, index_q: Tensor, positions: Tensor, table: Tensor, eps: float, format: IndexFormat, hadamard: bool
+) -> tuple[Tensor, Tensor]:
+    choice = _choose_csa_queries(q, index_q, table, format, hadamard, codes=False)
+    if choice.is_reference:
+        first, second = reference.csa_queries(q, index_q, positions, table, eps, format=format, hadamard=hadamard)
+        return first.contiguous(), second.contiguous()
+    out = _fake_csa_queries(q, index_q)
+    with _on(q.device):
+        choice.module.launch(
+            _unit_stride(q), _unit_stride(index_q), positions.contiguous(), table, eps, format, hadamard, out, None,
+            choice.config,
+        )  # fmt: skip
+    return out
+
+
+def _csa_queries_fp8(
+    q: Tensor, index_q: Tensor, weights: Tensor, positions: Tensor, table: Tensor, eps: float, hadamard: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    choice = _choose_csa_queries(q, index_q, table, "fp8", hadamard, codes=True)
+    if choice.is_reference:
+        first, codes, scaled = reference.csa_queries_fp8(q, index_q, weights, positions, table, eps, hadamard=hadamard)
+        return first.contiguous(), codes.view(torch.uint8), scaled
+    first, codes, scaled = _fake_csa_queries_fp8(q, index_q, weights)
+    with _on(q.device):
+        choice.module.launch(
+            _unit_stride(q), _unit_stride(index_q), positions.contiguous(), table, eps, "fp8", hadamard,
+            (first, codes), (_unit_stride(weights), scaled), choice.config,
+        )  # fmt: skip
+    return first, codes, scaled
+
+
+def _choose_csa_queries(
+    q: Tensor, index_q: Tensor, table: Tensor, format: IndexFormat, hadamard: bool, *, codes: bool
+) -> dispatch.Choice:
+    problem = CsaQueriesProblem(
+        m=q.shape[0], heads=q.shape[1], format=format, hadamard=int(hadamard), head_dim=q.shape[2],
+        index_heads=index_q.shape[1], index_dim=index_q.shape[2], rope_dim=table.shape[1], x=_any_dtype_name(q),
+        codes=int(codes),
+    )  # fmt: skip
+    return dispatch.choose("csa_queries", problem, q.device)
+
+
 def _rope_inverse(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     problem = RopeInverseProblem(**_heads_of(o, table))
     choice = dispatch.choose("rope_inverse", problem, o.device)
@@ -819,6 +863,14 @@ def _fake_index_query_fp8(q: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, 
     return q.new_empty(q.shape, dtype=torch.uint8), weights.new_empty(weights.shape, dtype=torch.float32)
 
 
+def _fake_csa_queries(q: Tensor, index_q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), index_q.new_empty(index_q.shape)
+
+
+def _fake_csa_queries_fp8(q: Tensor, index_q: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), *_fake_index_query_fp8(index_q, weights)
+
+
 def _fake_index_logits(
     q: Tensor, weights: Tensor, data: Tensor, format: str, page_size: int, head_dim: int, block_table: Tensor, *_: Any
 ) -> Tensor:
@@ -960,6 +1012,18 @@ _register(
     _fake_post_pre,
 )
 _register("qnorm_rope(Tensor q, Tensor positions, Tensor table, float eps) -> Tensor", _qnorm_rope, _same)
+_register(
+    "csa_queries(Tensor q, Tensor index_q, Tensor positions, Tensor table, float eps, str format, bool hadamard) "
+    "-> (Tensor, Tensor)",
+    _csa_queries,
+    _fake_csa_queries,
+)
+_register(
+    "csa_queries_fp8(Tensor q, Tensor index_q, Tensor weights, Tensor positions, Tensor table, float eps, "
+    "bool hadamard) -> (Tensor, Tensor, Tensor)",
+    _csa_queries_fp8,
+    _fake_csa_queries_fp8,
+)
 _register(
     f"kv_norm_rope_insert(Tensor kv, Tensor weight, Tensor positions, Tensor table, float eps, {_CACHE}, "
     "Tensor slots) -> ()",

@@ -562,6 +562,47 @@ def index_query_fp8(
     return codes.view(torch.float8_e4m3fn), scaled
 
 
+def csa_queries(
+    q: Tensor,
+    index_q: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    eps: float,
+    *,
+    format: IndexFormat = "bf16",
+    hadamard: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `qnorm_rope` gives for q [tokens, heads, head_dim] and `index_query` for index_q [tokens, index heads, index
+    dim], in one launch.
+
+    positions and table: as for `qnorm_rope`. Raises TypeError unless q and index_q have one dtype.
+    """
+    _check_queries(q, index_q, positions, table)
+    first, second = _ops.csa_queries(q, index_q, positions, table, eps, format, hadamard)
+    return first, second
+
+
+def csa_queries_fp8(
+    q: Tensor,
+    index_q: Tensor,
+    weights: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    eps: float,
+    *,
+    hadamard: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `qnorm_rope` gives for q and `index_query_fp8` for index_q and weights [tokens, index heads], in one launch.
+
+    See `csa_queries`.
+    """
+    _check_queries(q, index_q, positions, table)
+    if list(weights.shape) != list(index_q.shape[:2]):
+        raise ValueError(f"weights must be {list(index_q.shape[:2])}, as index_q is, got {list(weights.shape)}")
+    first, codes, scaled = _ops.csa_queries_fp8(q, index_q, weights, positions, table, eps, hadamard)
+    return first, codes.view(torch.float8_e4m3fn), scaled
+
+
 def index_logits(
     q: Tensor,
     weights: Tensor,
@@ -682,6 +723,14 @@ def _check_alpha(alpha: Tensor, x: Tensor | NVFP4Tensor | FP8RowTensor, *, scala
 def _check_heads(x: Tensor, name: str) -> None:
     if x.ndim != 3:
         raise ValueError(f"{name} must be [tokens, heads, head_dim], got {list(x.shape)}")
+
+
+def _check_queries(q: Tensor, index_q: Tensor, positions: Tensor, table: Tensor) -> None:
+    for name, x in (("q", q), ("index_q", index_q)):
+        _check_heads(x, name)
+        _check_rope(x, positions, table)
+    if q.dtype != index_q.dtype:
+        raise TypeError(f"q and index_q must have one dtype, got {q.dtype} and {index_q.dtype}")
 
 
 def _check_rope(x: Tensor, positions: Tensor, table: Tensor) -> None:

@@ -473,6 +473,45 @@ class QnormRopeProblem(Problem):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CsaQueriesProblem(Problem):
+    """`qnorm_rope` of q [m, heads, head_dim] and `index_query` of the indexer's q [m, index_heads, index_dim].
+
+    codes: as for IndexQueryProblem.
+    """
+
+    op: ClassVar[str] = "csa_queries"
+    m: int
+    heads: int
+    format: str
+    hadamard: int = 0
+    head_dim: int = 512
+    index_heads: int = 64
+    index_dim: int = 128
+    rope_dim: int = 64
+    x: str = "bf16"
+    codes: int = 0
+
+    @property
+    def parts(self) -> tuple[QnormRopeProblem, IndexQueryProblem]:
+        """The layer's queries and its indexer's, each alone."""
+        return (
+            QnormRopeProblem(m=self.m, heads=self.heads, head_dim=self.head_dim, rope_dim=self.rope_dim, x=self.x),
+            IndexQueryProblem(
+                m=self.m, format=self.format, hadamard=self.hadamard, heads=self.index_heads, head_dim=self.index_dim,
+                rope_dim=self.rope_dim, x=self.x, codes=self.codes,
+            ),
+        )  # fmt: skip
+
+    @property
+    def flops(self) -> int:
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts) - rope_bytes(self.m, self.rope_dim)  # read by both
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KvNormRopeInsertProblem(Problem):
     """RMSNorm with weight and RoPE of rows kv [m, head_dim], stored in a paged cache's format."""
 
@@ -669,6 +708,7 @@ PROBLEMS: dict[str, type[Problem]] = {
         CompressKvPairProblem,
         IndexLogitsProblem,
         IndexQueryProblem,
+        CsaQueriesProblem,
         IndexTopkProblem,
         HyperConnectionPreProblem,
         HyperConnectionPostProblem,

@@ -72,6 +72,7 @@ KERNELS: list[Kernel] = [
     Kernel("index_logits", "cute_index_logits_sm90", "kernels_cute.index_logits_sm90", ("sm_90a",)),
     Kernel("index_logits", "triton_index_logits", "kernels_triton.index_logits", _BOTH),
     Kernel("index_query", "triton_index_query", "kernels_triton.index_query", _BOTH, exact=True),
+    Kernel("csa_queries", "triton_csa_queries", "kernels_triton.csa_queries", _BOTH, exact=True),
     Kernel("index_topk", "cute_index_topk", "kernels_cute.index_topk", _BOTH, exact=True),
     Kernel("index_topk", "triton_index_topk", "kernels_triton.index_topk", _BOTH, exact=True),
     Kernel("hyper_connection_pre", "triton_hyper_connection_pre", "kernels_triton.hyper_connection_pre", _BOTH),

@@ -20,6 +20,7 @@ from .problem import (
     CombineProblem,
     CompressKvPairProblem,
     CompressKvProblem,
+    CsaQueriesProblem,
     DequantProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
@@ -216,6 +217,14 @@ def _walk(
                     m=rows, format=format, hadamard=int(format == "mxfp4"), heads=config["index_n_heads"] // tp,
                     head_dim=config["index_head_dim"], rope_dim=config["qk_rope_head_dim"],
                     codes=int(format == "fp8"),
+                )  # fmt: skip
+        elif op == CsaQueriesProblem.op:
+            for format in ("fp8", "mxfp4"):
+                yield "csa_queries", csa, CsaQueriesProblem(
+                    m=rows, heads=config["num_attention_heads"] // tp, format=format,
+                    hadamard=int(format == "mxfp4"), head_dim=config["head_dim"],
+                    index_heads=config["index_n_heads"] // tp, index_dim=config["index_head_dim"],
+                    rope_dim=config["qk_rope_head_dim"], codes=int(format == "fp8"),
                 )  # fmt: skip
         elif op == IndexTopkProblem.op:
             for context, most in INDEX_CONTEXTS:

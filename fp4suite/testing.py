@@ -38,6 +38,7 @@ from .problem import (
     CombineProblem,
     CompressKvPairProblem,
     CompressKvProblem,
+    CsaQueriesProblem,
     DequantProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
@@ -138,6 +139,8 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _index_logits_case(problem, gen)
     if isinstance(problem, IndexQueryProblem):
         return _index_query_case(problem, gen)
+    if isinstance(problem, CsaQueriesProblem):
+        return _csa_queries_case(problem, gen)
     if isinstance(problem, IndexTopkProblem):
         return _index_topk_case(problem, gen)
     if isinstance(problem, RouteProblem):
@@ -555,6 +558,46 @@ def _index_query_case(p: IndexQueryProblem, gen: torch.Generator) -> Case:
     eager = partial(reference.index_query, q, positions, table, format=format, hadamard=bool(p.hadamard))
     same = lambda: assert_same_bytes(out, eager(), "out")  # noqa: E731
     return Case(p, operands, out, (None,), partial(out.fill_, torch.nan), same, eager)
+
+
+def _csa_queries_case(p: CsaQueriesProblem, gen: torch.Generator) -> Case:
+    """Queries of layer and indexer side by side, as one GEMM gives them."""
+    widths, dtype = (p.heads * p.head_dim, p.index_heads * p.index_dim), TORCH_DTYPES[p.x]
+    both = random_activations((p.m, sum(widths)), gen, dtype).split(widths, dim=1)
+    q, index_q = both[0].unflatten(1, (p.heads, -1)), both[1].unflatten(1, (p.index_heads, -1))
+    positions, table = _positions(p.m, p.rope_dim, gen)
+    weights = torch.randn(p.m, p.index_heads, generator=gen, device=gen.device)
+    index_type = torch.uint8 if p.codes else dtype
+    out = (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty(index_q.shape, dtype=index_type, device=gen.device),
+    )
+    scaled, format, hadamard = torch.empty_like(weights), cast(IndexFormat, p.format), bool(p.hadamard)
+
+    def wanted(some: slice) -> tuple[Tensor, ...]:
+        at = positions[some]
+        if p.codes:
+            first, codes, own = reference.csa_queries_fp8(
+                q[some], index_q[some], weights[some], at, table, EPS, hadamard=hadamard
+            )
+            return first, codes.view(torch.uint8), own
+        return reference.csa_queries(q[some], index_q[some], at, table, EPS, format=format, hadamard=hadamard)
+
+    results = {"queries": out[0], "index queries": out[1], **({"weights": scaled} if p.codes else {})}
+
+    def poison() -> None:
+        for x in results.values():
+            x.fill_(torch.nan if x.is_floating_point() else 0x7F)
+
+    def verify() -> None:
+        for tokens in torch.arange(p.m).split(VERIFIED_TOKENS):
+            some = slice(int(tokens[0]), int(tokens[-1]) + 1)
+            for (name, got), want in zip(results.items(), wanted(some), strict=True):
+                assert_same_bytes(got[some], want, f"{name}, tokens from {some.start} on")
+
+    operands = (q, index_q, positions, table, EPS, p.format, hadamard)
+    tail = ((weights, scaled) if p.codes else None,)
+    return Case(p, operands, out, tail, poison, verify, lambda: wanted(slice(0, p.m)))
 
 
 def assert_index_logits_close(

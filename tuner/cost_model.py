@@ -27,6 +27,7 @@ from fp4suite.problem import (
     CombineProblem,
     CompressKvPairProblem,
     CompressKvProblem,
+    CsaQueriesProblem,
     DequantProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
@@ -377,18 +378,35 @@ def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Res
 
 
 def _compress_pair(problem: CompressKvPairProblem, config: Any, arch: str, resources: Resources | None) -> Work:
-    """As many programs of either kind; a key's wait less, behind the longer ones of entries."""
     entries, keys = (
         _compress(part, SimpleNamespace(block_c=part.head_dim, num_warps=config.num_warps), arch, resources)
         for part in problem.parts
     )
+    return _together(entries, keys)
+
+
+def _queries(problem: CsaQueriesProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    queries, indexer = problem.parts
+    return _together(
+        _rows(queries, config.of_queries, arch, resources), _rows(indexer, config.of_indexer, arch, resources)
+    )
+
+
+def _together(a: Work, b: Work) -> Work:
+    """Programs of two kinds in one launch: as many as there are, each as the mean of them."""
+    ctas = a.ctas + b.ctas
+
+    def mean(name: str) -> float:
+        return float((a.ctas * getattr(a, name) + b.ctas * getattr(b, name)) / max(1, ctas))
+
     return dataclasses.replace(
-        entries,
-        ctas=entries.ctas + keys.ctas,
-        cta_bytes=(entries.cta_bytes + keys.cta_bytes) / 2,
-        in_flight=(entries.in_flight + keys.in_flight) / 2,
-        cta_instructions=(entries.cta_instructions + keys.cta_instructions) / 2,
-        serial_us=max(entries.serial_us, keys.serial_us),
+        a,
+        ctas=ctas,
+        cta_bytes=mean("cta_bytes"),
+        in_flight=mean("in_flight"),
+        cta_instructions=mean("cta_instructions"),
+        ramps=max(a.ramps, b.ramps),
+        serial_us=max(a.serial_us, b.serial_us),
     )
 
 
@@ -655,6 +673,7 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     CompressKvProblem: _compress,
     CompressKvPairProblem: _compress_pair,
     IndexQueryProblem: _rows,
+    CsaQueriesProblem: _queries,
     IndexLogitsProblem: _logits,
     IndexTopkProblem: _topk,
     HyperConnectionPreProblem: _fold,

@@ -15,6 +15,7 @@ from fp4suite.problem import (
     PROBLEMS,
     CompressKvPairProblem,
     CompressKvProblem,
+    CsaQueriesProblem,
     DequantProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
@@ -45,6 +46,7 @@ COMPOSED: dict[str, Callable[..., Any]] = {
 WITHOUT = {  # op -> why no library is compared with it
     CompressKvProblem.op: "servers compress inside their own Python packages, with kernels for their own caches",
     CompressKvPairProblem.op: "as for compress_kv",
+    CsaQueriesProblem.op: "no library has both queries in one kernel; see qnorm_rope and index_query",
     DequantProblem.op: "no library decodes NVFP4 alone",
     HyperConnectionHeadProblem.op: "mHC kernels of libraries fold four streams under 24 coefficients, not the head's 4",
     SampleProblem.op: "servers sample with kernels inside their own Python packages",

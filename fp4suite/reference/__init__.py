@@ -21,6 +21,8 @@ from .hyper_connection import (
     hyper_connection_pre as hyper_connection_pre,
 )
 from .indexer import (
+    csa_queries as csa_queries,
+    csa_queries_fp8 as csa_queries_fp8,
     entry_slots as entry_slots,
     index_logits as index_logits,
     index_query as index_query,

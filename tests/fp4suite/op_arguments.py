@@ -116,6 +116,12 @@ def arguments(name: str) -> tuple[tuple, dict]:
             return (g(tokens, 3, HEAD), positions, table), {"hadamard": True, "format": "mxfp4"}
         case "index_query_fp8":
             return (g(tokens, 3, HEAD), g(tokens, 3, seed=2), positions, table), {"hadamard": True}
+        case "csa_queries":
+            both = g(tokens, 3, HEAD), g(tokens, 2, HEAD // 2, seed=2)
+            return (*both, positions, table, 1e-6), {"hadamard": True, "format": "mxfp4"}
+        case "csa_queries_fp8":
+            both = g(tokens, 3, HEAD), g(tokens, 2, HEAD // 2, seed=2)
+            return (*both, g(tokens, 2, seed=4), positions, table, 1e-6), {"hadamard": True}
         case "index_logits":
             step = {**rows, "ratio": 4, "scale": 0.1}
             return (g(tokens, 32, HEAD), g(tokens, 32, seed=2), _index_cache(), block_table), step

@@ -226,7 +226,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("no_kernels")
-@pytest.mark.parametrize("name", [n for n in PUBLIC if n not in (*WITH_KERNEL, "index_query_fp8")])
+@pytest.mark.parametrize("name", [n for n in PUBLIC if n not in (*WITH_KERNEL, "csa_queries_fp8", "index_query_fp8")])
 def test_ops_without_a_kernel_refuse_and_run_the_reference_when_asked(name: str, device: torch.device) -> None:
     args, kwargs = arguments(name)
     with recording() as choices:

@@ -20,7 +20,7 @@ from fp4suite import operators, ops, reference
 from fp4suite.dispatch import on_target, override
 from fp4suite.formats import IndexCache, PagedCache, index_layout, kv_layout
 from fp4suite.reference import CompressorStep
-from kernels_triton import index_query
+from kernels_triton import csa_queries, index_query
 
 TOKENS, HEADS, INDEX_HEADS, PAGE, EPS = 5, 3, 64, 64, 1e-6
 # the model's on a GPU; less where it takes time
@@ -102,6 +102,8 @@ class Layer:
             "kv_norm_rope_insert": [self.kv],
             "index_query": [index_q],
             "index_query_fp8": [index_q, weights],
+            "csa_queries": [q, index_q],
+            "csa_queries_fp8": [q, index_q, weights],
             "compress_kv": [kv, gate],
             "compress_kv of keys": [key_kv, key_gate],
             "compress_kv_pair": [kv, gate, key_kv, key_gate],
@@ -122,6 +124,10 @@ class Layer:
                 return lambda: [ops.index_query(q, *rope, format="mxfp4", hadamard=True)]
             case "index_query_fp8", [q, weights]:
                 return lambda: [x.view(torch.uint8) for x in ops.index_query_fp8(q, weights, *rope)]
+            case "csa_queries", [q, index_q]:
+                return lambda: [*ops.csa_queries(q, index_q, *rope, EPS, format="mxfp4", hadamard=True)]
+            case "csa_queries_fp8", [q, index_q, weights]:
+                return lambda: [x.view(torch.uint8) for x in ops.csa_queries_fp8(q, index_q, weights, *rope, EPS)]
             case "compress_kv" | "compress_kv of keys", [kv, gate]:
                 own = self.step(kv, gate)
                 rows = kv, gate, own.ape, own.weight, self.table, EPS, own.state, own.cache
@@ -153,7 +159,7 @@ class Layer:
 
 
 NAMES = ["qnorm_rope", "kv_norm_rope_insert", "index_query", "index_query_fp8", "compress_kv", "compress_kv of keys"]
-NAMES += ["compress_kv_pair", "index_logits"]
+NAMES += ["compress_kv_pair", "csa_queries", "csa_queries_fp8", "index_logits"]
 
 
 def kernels(name: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -166,6 +172,9 @@ def kernels(name: str, device: torch.device) -> contextlib.AbstractContextManage
     if name.startswith("index_query"):  # few programs, for the interpreter's sake
         wide = index_query.Config(num_warps=8)
         stack.enter_context(override(op="index_query", kernel="triton_index_query", config=wide))
+    if name.startswith("csa_queries"):
+        both = csa_queries.Config(block_h=4, lanes=4, num_warps=4)
+        stack.enter_context(override(op="csa_queries", kernel="triton_csa_queries", config=both))
     return stack
 
 

@@ -35,7 +35,7 @@ def test_exact_ops(name: str, device: torch.device) -> None:
 
 # Triton launches of a call; a global scale that is not given takes two
 LAUNCHES = {"qnorm_rope": 1, "kv_norm_rope_insert": 1, "rope_inverse": 1, "rope_inverse_quantize": 1 + 2}
-LAUNCHES |= {"compress_kv": 1, "compress_kv_pair": 1}
+LAUNCHES |= {"compress_kv": 1, "compress_kv_pair": 1, "csa_queries": 1, "csa_queries_fp8": 1}
 
 
 @contextlib.contextmanager
