@@ -31,7 +31,6 @@ EXACT = [
         compress_kv_pair,
         CompressKvPairProblem(**CSA, format="fp8_ds_mla", key_dim=128, key_format="index_mxfp4", key_hadamard=1),
     ),
-    (compress_kv_pair, CompressKvPairProblem(**CSA, format="bf16", key_dim=128, key_format="index_bf16")),
     (index_query, IndexQueryProblem(m=4096, format="fp32")),
     (index_query, IndexQueryProblem(m=4096, format="bf16")),
     (index_query, IndexQueryProblem(m=4096, format="fp8")),
