@@ -99,7 +99,16 @@ def _present(args: Arguments) -> Iterator[Arguments]:
 
 
 # integers only, or every number from its own row by operations that are each rounded alone
-EXACT = {"compress_kv", "index_query", "index_query_fp8", "index_topk", "hyper_connection_post"}
+EXACT = {
+    "compress_kv",
+    "compress_kv_pair",
+    "csa_queries",
+    "csa_queries_fp8",
+    "hyper_connection_post",
+    "index_query",
+    "index_query_fp8",
+    "index_topk",
+}
 CUTS: dict[str, Cut] = {
     "grouped_gemm_nvfp4": _slots,
     "moe_nvfp4": _rows(0, 1, -3, -2),

@@ -16,7 +16,9 @@ from . import by_token, dispatch, layouts, reference
 from .formats import BLOCK, FP8RowTensor, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, SfLayout
 from .problem import (
     CombineProblem,
+    CompressKvPairProblem,
     CompressKvProblem,
+    CsaQueriesProblem,
     DequantProblem,
     EmbedProblem,
     GemmProblem,
@@ -44,7 +46,7 @@ from .problem import (
     SwigluProblem,
     SwigluQuantizeProblem,
 )
-from .reference.compressor import check_compressor
+from .reference.compressor import CompressorStep, check_compressor
 from .reference.quant import global_scale, rmsnorm_fp32, swiglu_fp32
 
 _lib = torch.library.Library("fp4suite", "DEF")
@@ -418,7 +420,7 @@ def _compress_kv(
     cache = _cache(data, format, page_size, head_dim, rope_dim)
     problem = CompressKvProblem(
         m=len(kv), ratio=ratio, overlaps=kv.shape[1] // head_dim, head_dim=head_dim, rope_dim=table.shape[1],
-        format=format if rope_dim else f"index_{format}", sequences=int(len(state_slots) != len(kv)),
+        format=_row_format(cache), sequences=int(len(state_slots) != len(kv)),
         hadamard=int(hadamard), page_size=page_size, x=dtype_name(kv, "kv"), weight=dtype_name(weight, "weight"),
     )  # fmt: skip
     choice = dispatch.choose("compress_kv", problem, kv.device)
@@ -435,6 +437,46 @@ def _compress_kv(
             _unit_stride(kv), _unit_stride(gate), ape.contiguous(), weight.contiguous(), table, eps, state,
             *integers, ratio, hadamard, cache, choice.config,
         )  # fmt: skip
+
+
+def _compress_kv_pair(
+    kv: Tensor, gate: Tensor, ape: Tensor, weight: Tensor, state: Tensor,
+    data: Tensor, format: str, page_size: int, head_dim: int, rope_dim: int, hadamard: bool,
+    key_kv: Tensor, key_gate: Tensor, key_ape: Tensor, key_weight: Tensor, key_state: Tensor,
+    key_data: Tensor, key_format: str, key_page_size: int, key_dim: int, key_rope_dim: int, key_hadamard: bool,
+    table: Tensor, eps: float, positions: Tensor, sequence_ids: Tensor, cu_seqlens: Tensor, state_slots: Tensor,
+    slots: Tensor, ratio: int,
+) -> None:  # fmt: skip
+    cache = _cache(data, format, page_size, head_dim, rope_dim)
+    key_cache = _cache(key_data, key_format, key_page_size, key_dim, key_rope_dim)
+    problem = CompressKvPairProblem(
+        m=len(kv), ratio=ratio, overlaps=kv.shape[1] // head_dim, head_dim=head_dim, rope_dim=table.shape[1],
+        format=_row_format(cache), key_dim=key_dim, key_format=_row_format(key_cache),
+        sequences=int(len(state_slots) != len(kv)), hadamard=int(hadamard), key_hadamard=int(key_hadamard),
+        page_size=page_size, x=dtype_name(kv, "kv"), weight=dtype_name(weight, "weight"),
+    )  # fmt: skip
+    entries = CompressorStep(
+        _unit_stride(kv), _unit_stride(gate), ape.contiguous(), weight.contiguous(), state, cache, hadamard
+    )
+    keys = CompressorStep(
+        _unit_stride(key_kv), _unit_stride(key_gate), key_ape.contiguous(), key_weight.contiguous(), key_state,
+        key_cache, key_hadamard,
+    )  # fmt: skip
+    choice = dispatch.choose("compress_kv_pair", problem, kv.device)
+    if choice.is_reference:
+        reference.compress_kv_pair(
+            entries, keys, table, eps, positions=positions, sequence_ids=sequence_ids, cu_seqlens=cu_seqlens,
+            state_slots=state_slots, slots=slots, ratio=ratio,
+        )  # fmt: skip
+        return
+    integers = (t.contiguous() for t in (positions, sequence_ids, cu_seqlens, state_slots, slots))
+    with _on(kv.device):
+        choice.module.launch(table, eps, *integers, ratio, (entries, keys), choice.config)
+
+
+def _row_format(cache: PagedCache | IndexCache) -> str:
+    """A cache's format as problems name it."""
+    return cache.format if isinstance(cache, PagedCache) else f"index_{cache.format}"
 
 
 def _index_logits(
@@ -654,6 +696,49 @@ def _qnorm_rope(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tens
     return out
 
 
+def _csa_queries(
+    q: Tensor, index_q: Tensor, positions: Tensor, table: Tensor, eps: float, format: IndexFormat, hadamard: bool
+) -> tuple[Tensor, Tensor]:
+    choice = _choose_csa_queries(q, index_q, table, format, hadamard, codes=False)
+    if choice.is_reference:
+        first, second = reference.csa_queries(q, index_q, positions, table, eps, format=format, hadamard=hadamard)
+        return first.contiguous(), second.contiguous()
+    out = _fake_csa_queries(q, index_q)
+    with _on(q.device):
+        choice.module.launch(
+            _unit_stride(q), _unit_stride(index_q), positions.contiguous(), table, eps, format, hadamard, out, None,
+            choice.config,
+        )  # fmt: skip
+    return out
+
+
+def _csa_queries_fp8(
+    q: Tensor, index_q: Tensor, weights: Tensor, positions: Tensor, table: Tensor, eps: float, hadamard: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    choice = _choose_csa_queries(q, index_q, table, "fp8", hadamard, codes=True)
+    if choice.is_reference:
+        first, codes, scaled = reference.csa_queries_fp8(q, index_q, weights, positions, table, eps, hadamard=hadamard)
+        return first.contiguous(), codes.view(torch.uint8), scaled
+    first, codes, scaled = _fake_csa_queries_fp8(q, index_q, weights)
+    with _on(q.device):
+        choice.module.launch(
+            _unit_stride(q), _unit_stride(index_q), positions.contiguous(), table, eps, "fp8", hadamard,
+            (first, codes), (_unit_stride(weights), scaled), choice.config,
+        )  # fmt: skip
+    return first, codes, scaled
+
+
+def _choose_csa_queries(
+    q: Tensor, index_q: Tensor, table: Tensor, format: IndexFormat, hadamard: bool, *, codes: bool
+) -> dispatch.Choice:
+    problem = CsaQueriesProblem(
+        m=q.shape[0], heads=q.shape[1], format=format, hadamard=int(hadamard), head_dim=q.shape[2],
+        index_heads=index_q.shape[1], index_dim=index_q.shape[2], rope_dim=table.shape[1], x=_any_dtype_name(q),
+        codes=int(codes),
+    )  # fmt: skip
+    return dispatch.choose("csa_queries", problem, q.device)
+
+
 def _rope_inverse(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     problem = RopeInverseProblem(**_heads_of(o, table))
     choice = dispatch.choose("rope_inverse", problem, o.device)
@@ -838,6 +923,14 @@ def _fake_index_query_fp8(q: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, 
     return q.new_empty(q.shape, dtype=torch.uint8), weights.new_empty(weights.shape, dtype=torch.float32)
 
 
+def _fake_csa_queries(q: Tensor, index_q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), index_q.new_empty(index_q.shape)
+
+
+def _fake_csa_queries_fp8(q: Tensor, index_q: Tensor, weights: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), *_fake_index_query_fp8(index_q, weights)
+
+
 def _fake_index_logits(
     q: Tensor, weights: Tensor, data: Tensor, format: str, page_size: int, head_dim: int, block_table: Tensor, *_: Any
 ) -> Tensor:
@@ -940,6 +1033,15 @@ _register(
     _nothing,
 )
 _register(
+    "compress_kv_pair(Tensor kv, Tensor gate, Tensor ape, Tensor weight, Tensor(b!) state, "
+    f"{_CACHE}, bool hadamard, Tensor key_kv, Tensor key_gate, Tensor key_ape, Tensor key_weight, "
+    "Tensor(c!) key_state, Tensor(d!) key_data, str key_format, int key_page_size, int key_dim, int key_rope_dim, "
+    "bool key_hadamard, Tensor table, float eps, Tensor positions, Tensor sequence_ids, Tensor cu_seqlens, "
+    "Tensor state_slots, Tensor slots, int ratio) -> ()",
+    _compress_kv_pair,
+    _nothing,
+)
+_register(
     "index_logits(Tensor q, Tensor weights, Tensor data, str format, int page_size, int head_dim, "
     "Tensor block_table, Tensor positions, Tensor sequence_ids, int ratio, float scale) -> Tensor",
     _index_logits,
@@ -981,6 +1083,18 @@ _register(
     _fake_post_pre,
 )
 _register("qnorm_rope(Tensor q, Tensor positions, Tensor table, float eps) -> Tensor", _qnorm_rope, _same)
+_register(
+    "csa_queries(Tensor q, Tensor index_q, Tensor positions, Tensor table, float eps, str format, bool hadamard) "
+    "-> (Tensor, Tensor)",
+    _csa_queries,
+    _fake_csa_queries,
+)
+_register(
+    "csa_queries_fp8(Tensor q, Tensor index_q, Tensor weights, Tensor positions, Tensor table, float eps, "
+    "bool hadamard) -> (Tensor, Tensor, Tensor)",
+    _csa_queries_fp8,
+    _fake_csa_queries_fp8,
+)
 _register(
     f"kv_norm_rope_insert(Tensor kv, Tensor weight, Tensor positions, Tensor table, float eps, {_CACHE}, "
     "Tensor slots) -> ()",

@@ -16,6 +16,7 @@ from . import layouts
 from .formats import BLOCK, FP8RowTensor, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, SfLayout
 from .operators import as_nvfp4, dtype_name
 from .problem import Rule
+from .reference.compressor import CompressorStep, check_compressor
 from .reference.gemm import check_segments
 
 _ops: Any = torch.ops.fp4suite  # typed as Any: the operators are made at run time
@@ -589,6 +590,41 @@ def compress_kv(
     )  # fmt: skip
 
 
+def compress_kv_pair(
+    entries: CompressorStep,
+    keys: CompressorStep,
+    table: Tensor,
+    eps: float,
+    *,
+    positions: Tensor,
+    sequence_ids: Tensor,
+    cu_seqlens: Tensor,
+    state_slots: Tensor,
+    slots: Tensor,
+    ratio: int,
+) -> None:
+    """`compress_kv` of a layer's entries and its indexer's keys, in one launch; changes state and cache.data of both.
+
+    What each has for itself stands in its `reference.CompressorStep`; row t of both is stored at slots[t], each in its
+    own cache. Raises ValueError where shapes do not fit, or where the two differ in tokens, overlap or page size, and
+    TypeError where they differ in the dtypes of kv, gate or weight.
+    """
+    _check_pair(entries, keys, ratio)
+    _check_rope(entries.kv, positions, table)
+    tokens, sequences = positions.shape[0], state_slots.shape[0]
+    for name, given, length in (
+        ("sequence_ids", sequence_ids, tokens),
+        ("slots", slots, tokens),
+        ("cu_seqlens", cu_seqlens, sequences + 1),
+    ):
+        if given.dtype != torch.int32 or list(given.shape) != [length]:
+            raise ValueError(f"{name} must be int32 [{length}], got {given.dtype} {list(given.shape)}")
+    _ops.compress_kv_pair(
+        *_step_parts(entries), *_step_parts(keys), table, eps, positions, sequence_ids, cu_seqlens, state_slots, slots,
+        ratio,
+    )  # fmt: skip
+
+
 def index_query(
     q: Tensor, positions: Tensor, table: Tensor, *, format: IndexFormat = "bf16", hadamard: bool = False
 ) -> Tensor:
@@ -602,6 +638,47 @@ def index_query_fp8(
     """`index_query` in fp8 as float8_e4m3fn codes, and float32 weights [tokens, heads] that hold their scales."""
     codes, scaled = _ops.index_query_fp8(q, weights, positions, table, hadamard)
     return codes.view(torch.float8_e4m3fn), scaled
+
+
+def csa_queries(
+    q: Tensor,
+    index_q: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    eps: float,
+    *,
+    format: IndexFormat = "bf16",
+    hadamard: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `qnorm_rope` gives for q [tokens, heads, head_dim] and `index_query` for index_q [tokens, index heads, index
+    dim], in one launch.
+
+    positions and table: as for `qnorm_rope`. Raises TypeError unless q and index_q have one dtype.
+    """
+    _check_queries(q, index_q, positions, table)
+    first, second = _ops.csa_queries(q, index_q, positions, table, eps, format, hadamard)
+    return first, second
+
+
+def csa_queries_fp8(
+    q: Tensor,
+    index_q: Tensor,
+    weights: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    eps: float,
+    *,
+    hadamard: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `qnorm_rope` gives for q and `index_query_fp8` for index_q and weights [tokens, index heads], in one launch.
+
+    See `csa_queries`.
+    """
+    _check_queries(q, index_q, positions, table)
+    if list(weights.shape) != list(index_q.shape[:2]):
+        raise ValueError(f"weights must be {list(index_q.shape[:2])}, as index_q is, got {list(weights.shape)}")
+    first, codes, scaled = _ops.csa_queries_fp8(q, index_q, weights, positions, table, eps, hadamard)
+    return first, codes.view(torch.float8_e4m3fn), scaled
 
 
 def index_logits(
@@ -738,6 +815,14 @@ def _check_norm(x: Tensor, weight: Tensor, name: str, weight_name: str) -> None:
         raise ValueError(f"{weight_name} must be on {x.device} beside its rows, got {weight.device}")
 
 
+def _check_queries(q: Tensor, index_q: Tensor, positions: Tensor, table: Tensor) -> None:
+    for name, x in (("q", q), ("index_q", index_q)):
+        _check_heads(x, name)
+        _check_rope(x, positions, table)
+    if q.dtype != index_q.dtype:
+        raise TypeError(f"q and index_q must have one dtype, got {q.dtype} and {index_q.dtype}")
+
+
 def _check_rope(x: Tensor, positions: Tensor, table: Tensor) -> None:
     """positions of the tokens of x [tokens, ..., head_dim], and RoPE's table."""
     if positions.dtype != torch.int32 or list(positions.shape) != [x.shape[0]]:
@@ -781,6 +866,34 @@ def _unflatten(data: Tensor, sf: Tensor, alpha: Tensor, sf_layout: SfLayout, lea
     if sf_layout == "linear":
         sf = sf.view(*lead, sf.shape[-1])
     return as_nvfp4(data.view(*lead, data.shape[-1]), sf, alpha, sf_layout)
+
+
+def _step_parts(step: CompressorStep) -> tuple[Any, ...]:
+    rows = step.kv, step.gate, step.ape, step.weight, step.state
+    return (*rows, step.cache.data, *_geometry(step.cache), step.hadamard)
+
+
+def _check_pair(entries: CompressorStep, keys: CompressorStep, ratio: int) -> None:
+    """What each compressor of a step has for itself, and that both can be of one step."""
+    for name, step in (("entries", entries), ("keys", keys)):
+        head_dim = step.cache.head_dim
+        check_compressor(step.kv, step.state, step.cache, ratio)
+        shape = list(step.kv.shape)
+        for what, given, wanted in (
+            ("gate", step.gate, shape),
+            ("ape", step.ape, [ratio, shape[1]]),
+            ("weight", step.weight, [head_dim]),
+        ):
+            if list(given.shape) != wanted:
+                raise ValueError(f"{name}: kv {shape} needs {what} {wanted}, got {list(given.shape)}")
+        if not step.state.is_contiguous() or not step.cache.data.is_contiguous():
+            raise ValueError(f"{name}: state and cache.data must be contiguous, as both are changed")
+    a, b = ([*s.kv.shape[:1], s.kv.shape[1] // s.cache.head_dim, s.cache.page_size] for s in (entries, keys))
+    if a != b:
+        raise ValueError(f"entries and keys must have the same tokens, overlap and page size, got {a} and {b}")
+    kinds = [[s.kv.dtype, s.gate.dtype, s.weight.dtype] for s in (entries, keys)]
+    if kinds[0] != kinds[1]:
+        raise TypeError(f"entries and keys must agree in the dtypes of kv, gate and weight, got {kinds[0]}, {kinds[1]}")
 
 
 def _geometry(cache: PagedCache | IndexCache) -> tuple[str, int, int, int]:

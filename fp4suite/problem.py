@@ -4,7 +4,7 @@
 hashable, made of host integers and strings only, and `dims()` is how tables and result rows spell it.
 """
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import ClassVar, Literal, cast
 
 from .formats import BLOCK, IndexFormat, KVFormat, RowLayout, SfLayout, index_layout, kv_layout
@@ -305,6 +305,45 @@ class CompressKvProblem(Problem):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompressKvPairProblem(Problem):
+    """`compress_kv` of a layer's entries and of its indexer's keys, in one step: as for CompressKvProblem, twice."""
+
+    op: ClassVar[str] = "compress_kv_pair"
+    m: int
+    ratio: int
+    overlaps: int
+    head_dim: int
+    rope_dim: int
+    format: str
+    key_dim: int
+    key_format: str
+    sequences: int = 1  # 0: as many as tokens, whatever their number
+    hadamard: int = 0
+    key_hadamard: int = 0
+    page_size: int = 64
+    x: str = "fp32"
+    weight: str = "bf16"
+
+    @property
+    def parts(self) -> tuple[CompressKvProblem, CompressKvProblem]:
+        """Entries and keys, each alone."""
+        entries = CompressKvProblem(
+            m=self.m, ratio=self.ratio, overlaps=self.overlaps, head_dim=self.head_dim, rope_dim=self.rope_dim,
+            format=self.format, sequences=self.sequences, hadamard=self.hadamard, page_size=self.page_size, x=self.x,
+            weight=self.weight,
+        )  # fmt: skip
+        return entries, replace(entries, head_dim=self.key_dim, format=self.key_format, hadamard=self.key_hadamard)
+
+    @property
+    def flops(self) -> int:
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IndexQueryProblem(Problem):
     """RoPE, perhaps Hadamard, and the rounding of an index format for q [m, heads, head_dim].
 
@@ -489,6 +528,45 @@ class QnormRopeProblem(Problem):
     @property
     def bytes(self) -> int:
         return 2 * ELEMENT_BYTES[self.x] * self.m * self.heads * self.head_dim + rope_bytes(self.m, self.rope_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CsaQueriesProblem(Problem):
+    """`qnorm_rope` of q [m, heads, head_dim] and `index_query` of the indexer's q [m, index_heads, index_dim].
+
+    codes: as for IndexQueryProblem.
+    """
+
+    op: ClassVar[str] = "csa_queries"
+    m: int
+    heads: int
+    format: str
+    hadamard: int = 0
+    head_dim: int = 512
+    index_heads: int = 64
+    index_dim: int = 128
+    rope_dim: int = 64
+    x: str = "bf16"
+    codes: int = 0
+
+    @property
+    def parts(self) -> tuple[QnormRopeProblem, IndexQueryProblem]:
+        """The layer's queries and its indexer's, each alone."""
+        return (
+            QnormRopeProblem(m=self.m, heads=self.heads, head_dim=self.head_dim, rope_dim=self.rope_dim, x=self.x),
+            IndexQueryProblem(
+                m=self.m, format=self.format, hadamard=self.hadamard, heads=self.index_heads, head_dim=self.index_dim,
+                rope_dim=self.rope_dim, x=self.x, codes=self.codes,
+            ),
+        )  # fmt: skip
+
+    @property
+    def flops(self) -> int:
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts) - rope_bytes(self.m, self.rope_dim)  # read by both
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -724,8 +802,10 @@ PROBLEMS: dict[str, type[Problem]] = {
         SampleProblem,
         GemmProblem,
         CompressKvProblem,
+        CompressKvPairProblem,
         IndexLogitsProblem,
         IndexQueryProblem,
+        CsaQueriesProblem,
         IndexTopkProblem,
         HyperConnectionPreProblem,
         HyperConnectionPostProblem,

@@ -12,6 +12,7 @@ Tensor parallelism follows DeepSeek's own inference code: q_b, the indexer's q_b
 o_b over columns; q_a, kv, compressors, the indexer's weights projection and the shared expert are whole on every rank.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,9 @@ from .formats import KVFormat
 from .problem import (
     PROBLEMS,
     CombineProblem,
+    CompressKvPairProblem,
     CompressKvProblem,
+    CsaQueriesProblem,
     DequantProblem,
     EmbedProblem,
     GemmProblem,
@@ -221,6 +224,13 @@ def _walk(
                 hadamard = int(kept == "index_mxfp4")
                 own = {**heads, "head_dim": config["index_head_dim"], "format": kept, "hadamard": hadamard}
                 yield "indexer_compressor", csa, CompressKvProblem(m=rows, ratio=OVERLAP_RATIO, overlaps=2, **own)
+        elif op == CompressKvPairProblem.op:
+            for kept, keys in itertools.product(("fp8_ds_mla", "nvfp4"), ("index_fp8", "index_mxfp4")):
+                yield "csa_compressors", csa, CompressKvPairProblem(
+                    m=rows, ratio=OVERLAP_RATIO, overlaps=2, head_dim=config["head_dim"],
+                    rope_dim=config["qk_rope_head_dim"], format=kept, key_dim=config["index_head_dim"], key_format=keys,
+                    sequences=0 if rows <= DECODING else 1, key_hadamard=int(keys == "index_mxfp4"),
+                )  # fmt: skip
         elif op == IndexLogitsProblem.op:
             sequences = 0 if rows <= DECODING else 1
             for context, most in INDEX_CONTEXTS:
@@ -236,6 +246,14 @@ def _walk(
                     m=rows, format=format, hadamard=int(format == "mxfp4"), heads=config["index_n_heads"] // tp,
                     head_dim=config["index_head_dim"], rope_dim=config["qk_rope_head_dim"],
                     codes=int(format == "fp8"),
+                )  # fmt: skip
+        elif op == CsaQueriesProblem.op:
+            for format in ("fp8", "mxfp4"):
+                yield "csa_queries", csa, CsaQueriesProblem(
+                    m=rows, heads=config["num_attention_heads"] // tp, format=format,
+                    hadamard=int(format == "mxfp4"), head_dim=config["head_dim"],
+                    index_heads=config["index_n_heads"] // tp, index_dim=config["index_head_dim"],
+                    rope_dim=config["qk_rope_head_dim"], codes=int(format == "fp8"),
                 )  # fmt: skip
         elif op == IndexTopkProblem.op:
             for context, most in INDEX_CONTEXTS:

@@ -36,7 +36,9 @@ from .formats import (
 )
 from .problem import (
     CombineProblem,
+    CompressKvPairProblem,
     CompressKvProblem,
+    CsaQueriesProblem,
     DequantProblem,
     EmbedProblem,
     GemmProblem,
@@ -63,7 +65,7 @@ from .problem import (
     SwigluProblem,
     SwigluQuantizeProblem,
 )
-from .reference import e2m1, fp8
+from .reference import CompressorStep, e2m1, fp8
 from .reference.cache import FP8_FLOOR
 from .reference.quant import global_scale, scaled_codes
 
@@ -141,10 +143,14 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _rms_norm_case(problem, gen)
     if isinstance(problem, CompressKvProblem):
         return _compress_kv_case(problem, gen)
+    if isinstance(problem, CompressKvPairProblem):
+        return _compress_kv_pair_case(problem, gen)
     if isinstance(problem, IndexLogitsProblem):
         return _index_logits_case(problem, gen)
     if isinstance(problem, IndexQueryProblem):
         return _index_query_case(problem, gen)
+    if isinstance(problem, CsaQueriesProblem):
+        return _csa_queries_case(problem, gen)
     if isinstance(problem, IndexTopkProblem):
         return _index_topk_case(problem, gen)
     if isinstance(problem, RouteProblem):
@@ -483,8 +489,40 @@ def _embedding(vocab: int, k: int, dtype: torch.dtype, device: torch.device) -> 
 
 def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
     """Rings full of older rows, slots in random order; gates far apart in some channels, windows of zeros in others."""
-    device, width, name = gen.device, p.overlaps * p.head_dim, p.format.removeprefix("index_")
-    each = p.m // p.sequence_count
+    table, integers = _compressed_tokens(p, gen)
+    step = _compressor_step(p, gen)
+    rows = (step.kv, step.gate, step.ape, step.weight, table, EPS)
+    operands = (*rows, step.state, *integers.values(), p.ratio, step.hadamard)
+
+    def reference_on(own: CompressorStep) -> None:
+        args: Any = (*rows, own.state, own.cache)
+        reference.compress_kv(*args, **integers, ratio=p.ratio, hadamard=own.hadamard)
+
+    poison, verify = _compressing(reference_on, ("", step))
+    # a step longer than a ring leaves none of the rows in it that its first entries read
+    return Case(p, operands, step.cache, (), poison, verify, lambda: reference_on(step), stateful=True)
+
+
+def _compress_kv_pair_case(p: CompressKvPairProblem, gen: torch.Generator) -> Case:
+    """As for `compress_kv`, twice; kv and gate of both side by side, as one GEMM gives them."""
+    table, integers = _compressed_tokens(p.parts[0], gen)
+    entries, keys = (_compressor_step(part, gen) for part in p.parts)
+    rows = torch.cat((entries.kv, entries.gate, keys.kv, keys.gate), dim=1)
+    width, own = entries.kv.shape[1], keys.kv.shape[1]
+    kv, gate, key_kv, key_gate = rows.split((width, width, own, own), dim=1)
+    steps = replace(entries, kv=kv, gate=gate), replace(keys, kv=key_kv, gate=key_gate)
+
+    def reference_on(entries: CompressorStep, keys: CompressorStep) -> None:
+        reference.compress_kv_pair(entries, keys, table, EPS, **integers, ratio=p.ratio)
+
+    poison, verify = _compressing(reference_on, ("entries' ", steps[0]), ("keys' ", steps[1]))
+    operands = (table, EPS, *integers.values(), p.ratio)
+    return Case(p, operands, steps, (), poison, verify, lambda: reference_on(*steps), stateful=True)
+
+
+def _compressed_tokens(p: CompressKvProblem, gen: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    """RoPE's table, and the integers that say where the tokens of a step and their entries belong."""
+    device, each = gen.device, p.m // p.sequence_count
     sizes = torch.full((p.sequence_count,), each, device=device)
     sizes[: p.m % p.sequence_count] += 1
     far = 1000 * p.ratio
@@ -495,23 +533,7 @@ def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
     cu_seqlens = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
     positions = torch.arange(p.m, device=device) - cu_seqlens[sequence] + starts[sequence]
     completes = (positions + 1) % p.ratio == 0
-    pages = p.m // p.page_size + 2
-    free = torch.randperm(pages * p.page_size, generator=gen, device=device)[: p.m]
-    both = torch.randn(p.m, 2 * width, generator=gen, device=device)
-    both[:, width::3] *= 30
-    both[:, 5:width:64] = 0
-    both = both.to(TORCH_DTYPES[p.x])
-    ape = torch.randn(p.ratio, width, generator=gen, device=device)
-    weight = (1 + 0.2 * torch.randn(p.head_dim, generator=gen, device=device)).to(TORCH_DTYPES[p.weight])
-    table = torch.rand(far + p.m + 2 * p.ratio, p.rope_dim, generator=gen, device=device) * 2 - 1
-    old = torch.randn(p.sequence_count, p.overlaps * p.ratio, 2, width, generator=gen, device=device)
-    data = torch.empty(pages, p.layout.page_bytes, dtype=torch.uint8, device=device)
-    cache: Any
-    if name == p.format:
-        cache = PagedCache(data, cast(KVFormat, name), p.page_size, p.head_dim, p.rope_dim)
-    else:
-        cache = IndexCache(data, cast(IndexFormat, name), p.page_size, p.head_dim)
-    state = old.clone()
+    free = torch.randperm(_pages(p) * p.page_size, generator=gen, device=device)[: p.m]
     integers: dict[str, Any] = {
         "positions": positions,
         "sequence_ids": sequence,
@@ -519,26 +541,55 @@ def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
         "state_slots": torch.randperm(p.sequence_count, generator=gen, device=device),
         "slots": torch.where(completes, free, -1),
     }
-    integers = {key: t.int() for key, t in integers.items()}
-    rows = (both[:, :width], both[:, width:], ape, weight, table, EPS)
-    operands = (*rows, state, *integers.values(), p.ratio, bool(p.hadamard))
+    table = torch.rand(far + p.m + 2 * p.ratio, p.rope_dim, generator=gen, device=device) * 2 - 1
+    return table, {key: t.int() for key, t in integers.items()}
 
-    def reference_on(state: Tensor, cache: Any) -> None:
-        args: Any = (*rows, state, cache)
-        reference.compress_kv(*args, **integers, ratio=p.ratio, hadamard=bool(p.hadamard))
+
+def _pages(p: CompressKvProblem) -> int:
+    return p.m // p.page_size + 2
+
+
+def _compressor_step(p: CompressKvProblem, gen: torch.Generator) -> CompressorStep:
+    """Tokens, weights, a ring and room for entries. kv and gate side by side, as one GEMM gives them."""
+    device, width, name = gen.device, p.overlaps * p.head_dim, p.format.removeprefix("index_")
+    both = torch.randn(p.m, 2 * width, generator=gen, device=device)
+    both[:, width::3] *= 30
+    both[:, 5:width:64] = 0
+    both = both.to(TORCH_DTYPES[p.x])
+    ape = torch.randn(p.ratio, width, generator=gen, device=device)
+    weight = (1 + 0.2 * torch.randn(p.head_dim, generator=gen, device=device)).to(TORCH_DTYPES[p.weight])
+    state = torch.randn(p.sequence_count, p.overlaps * p.ratio, 2, width, generator=gen, device=device)
+    data = torch.empty(_pages(p), p.layout.page_bytes, dtype=torch.uint8, device=device)
+    cache: Any
+    if name == p.format:
+        cache = PagedCache(data, cast(KVFormat, name), p.page_size, p.head_dim, p.rope_dim)
+    else:
+        cache = IndexCache(data, cast(IndexFormat, name), p.page_size, p.head_dim)
+    return CompressorStep(both[:, :width], both[:, width:], ape, weight, state, cache, bool(p.hadamard))
+
+
+def _compressing(
+    reference_on: Callable[..., None], *named: tuple[str, CompressorStep]
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """How what compressors change is put back, and compared with `reference_on` copies of their steps."""
+    old = [step.state.clone() for _, step in named]
 
     def poison() -> None:
-        state.copy_(old)
-        data.fill_(0xFF)
+        for (_, step), state in zip(named, old, strict=True):
+            step.state.copy_(state)
+            step.cache.data.fill_(0xFF)
 
     def verify() -> None:
-        want, pages = old.clone(), replace(cache, data=torch.full_like(data, 0xFF))
-        reference_on(want, pages)
-        assert_same_bytes(data, pages.data, "cache")
-        assert_same_bytes(state, want, "ring")
+        wants = [
+            replace(step, state=state.clone(), cache=replace(step.cache, data=torch.full_like(step.cache.data, 0xFF)))
+            for (_, step), state in zip(named, old, strict=True)
+        ]
+        reference_on(*wants)
+        for (name, step), want in zip(named, wants, strict=True):
+            assert_same_bytes(step.cache.data, want.cache.data, f"{name}cache")
+            assert_same_bytes(step.state, want.state, f"{name}ring")
 
-    # a step longer than a ring leaves none of the rows in it that its first entries read
-    return Case(p, operands, cache, (), poison, verify, lambda: reference_on(state, cache), stateful=True)
+    return poison, verify
 
 
 def _index_query_case(p: IndexQueryProblem, gen: torch.Generator) -> Case:
@@ -564,6 +615,46 @@ def _index_query_case(p: IndexQueryProblem, gen: torch.Generator) -> Case:
     eager = partial(reference.index_query, q, positions, table, format=format, hadamard=bool(p.hadamard))
     same = lambda: assert_same_bytes(out, eager(), "out")  # noqa: E731
     return Case(p, operands, out, (None,), partial(out.fill_, torch.nan), same, eager)
+
+
+def _csa_queries_case(p: CsaQueriesProblem, gen: torch.Generator) -> Case:
+    """Queries of layer and indexer side by side, as one GEMM gives them."""
+    widths, dtype = (p.heads * p.head_dim, p.index_heads * p.index_dim), TORCH_DTYPES[p.x]
+    both = random_activations((p.m, sum(widths)), gen, dtype).split(widths, dim=1)
+    q, index_q = both[0].unflatten(1, (p.heads, -1)), both[1].unflatten(1, (p.index_heads, -1))
+    positions, table = _positions(p.m, p.rope_dim, gen)
+    weights = torch.randn(p.m, p.index_heads, generator=gen, device=gen.device)
+    index_type = torch.uint8 if p.codes else dtype
+    out = (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty(index_q.shape, dtype=index_type, device=gen.device),
+    )
+    scaled, format, hadamard = torch.empty_like(weights), cast(IndexFormat, p.format), bool(p.hadamard)
+
+    def wanted(some: slice) -> tuple[Tensor, ...]:
+        at = positions[some]
+        if p.codes:
+            first, codes, own = reference.csa_queries_fp8(
+                q[some], index_q[some], weights[some], at, table, EPS, hadamard=hadamard
+            )
+            return first, codes.view(torch.uint8), own
+        return reference.csa_queries(q[some], index_q[some], at, table, EPS, format=format, hadamard=hadamard)
+
+    results = {"queries": out[0], "index queries": out[1], **({"weights": scaled} if p.codes else {})}
+
+    def poison() -> None:
+        for x in results.values():
+            x.fill_(torch.nan if x.is_floating_point() else 0x7F)
+
+    def verify() -> None:
+        for tokens in torch.arange(p.m).split(VERIFIED_TOKENS):
+            some = slice(int(tokens[0]), int(tokens[-1]) + 1)
+            for (name, got), want in zip(results.items(), wanted(some), strict=True):
+                assert_same_bytes(got[some], want, f"{name}, tokens from {some.start} on")
+
+    operands = (q, index_q, positions, table, EPS, p.format, hadamard)
+    tail = ((weights, scaled) if p.codes else None,)
+    return Case(p, operands, out, tail, poison, verify, lambda: wanted(slice(0, p.m)))
 
 
 def assert_index_logits_close(

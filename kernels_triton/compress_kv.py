@@ -299,10 +299,27 @@ def _compress_kv(
 ):  # fmt: skip
     if BLOCK_C < PADDED and CVT:
         tl.extra.cuda.gdc_launch_dependents()
-    POOLED: tl.constexpr = OVERLAPS * RATIO
     BLOCKS: tl.constexpr = PADDED // BLOCK_C
-    program = tl.program_id(0) // BLOCKS
     cols = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    take_in(
+        tl.program_id(0) // BLOCKS, cols, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, weight_ptr, table_ptr,
+        eps, state_ptr, cache_ptr, pooled_ptr, positions_ptr, sequence_ids_ptr, cu_seqlens_ptr, state_slots_ptr,
+        slots_ptr, TOKENS, SEQUENCES, EACH, POSITIONS, RATIO, OVERLAPS, RING, TURNED, HADAMARD, FORMAT, HEAD_DIM,
+        ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C, KEPT_ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def take_in(
+    program, cols, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, weight_ptr, table_ptr, eps, state_ptr, cache_ptr,
+    pooled_ptr, positions_ptr, sequence_ids_ptr, cu_seqlens_ptr, state_slots_ptr, slots_ptr, TOKENS, SEQUENCES, EACH,
+    POSITIONS, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, TURNED: tl.constexpr,
+    HADAMARD: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
+    E2M1_CVT: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr, KEPT_ROWS: tl.constexpr,
+):  # fmt: skip
+    """What a program of `programs_of` does, in the channels `cols` [BLOCK_C] of an entry."""
+    POOLED: tl.constexpr = OVERLAPS * RATIO
     if program < 2 * SEQUENCES:  # an entry of which the ring has rows
         sequence, second = program // 2, program % 2
         state_slot = tl.load(state_slots_ptr + sequence)
@@ -447,14 +464,14 @@ def launch(
         return
     overlaps, padded = kv.shape[1] // cache.head_dim, triton.next_power_of_2(cache.head_dim)
     block_c = min(config.block_c, padded)
-    blocks, programs = padded // block_c, _programs(tokens, sequences, ratio, overlaps)
-    constants = _constants(cache, ratio, overlaps, table.shape[1], hadamard, host.has_e2m1_cvt(kv.device))
+    blocks, programs = padded // block_c, programs_of(tokens, sequences, ratio, overlaps)
+    constants = entry_constants(cache, ratio, overlaps, table.shape[1], hadamard, host.has_e2m1_cvt(kv.device))
     pooled = None
     if blocks > 1:
         pooled = torch.empty(programs, padded, dtype=torch.float32, device=kv.device)
     rows, counts = (positions, sequence_ids, cu_seqlens), (tokens, sequences, tokens // max(1, sequences), len(table))
     inputs = (kv, host.row_stride(kv), gate, host.row_stride(gate), ape, weight, table, eps, state, cache.data, pooled)
-    own = _pool_constants(state.shape[1], block_c, config)
+    own = pool_constants(state.shape[1], block_c, config.num_warps)
     _compress_kv[(programs * blocks,)](
         *inputs, *rows, state_slots, slots, *counts, **constants, **own,
         num_warps=config.num_warps, **host.OPTIONS,
@@ -465,7 +482,7 @@ def launch(
         _finish_kv[(programs,)](*operands, **constants, **options)
 
 
-def _programs(tokens: int, sequences: int, ratio: int, overlaps: int) -> int:
+def programs_of(tokens: int, sequences: int, ratio: int, overlaps: int) -> int:
     """Two a sequence, and one a run of `ratio` tokens where the step is as long as a pool."""
     return 2 * sequences + (triton.cdiv(tokens, ratio) if tokens >= ratio * overlaps else 0)
 
@@ -480,7 +497,7 @@ def warm(problem: CompressKvProblem, config: Config) -> None:
     weight = torch.zeros(p.head_dim, dtype=host.DTYPES[p.weight], device="cuda")
     table = torch.zeros(1, p.rope_dim, device="cuda")
     rows = nothing, nothing - 1, torch.zeros(2, dtype=torch.int32, device="cuda"), nothing, nothing - 1
-    launch(kv, kv, ape, weight, table, 1.0, state, *rows, p.ratio, bool(p.hadamard), _cache(p, "cuda"), config)
+    launch(kv, kv, ape, weight, table, 1.0, state, *rows, p.ratio, bool(p.hadamard), page_of(p, "cuda"), config)
 
 
 def build_key(problem: CompressKvProblem, config: Config) -> tuple[Any, ...]:
@@ -499,8 +516,9 @@ def build(problem: CompressKvProblem, config: Config, arch: str) -> Built:
     types |= {f"{name}_ptr": "*i32" for name in names} | dict.fromkeys(COUNTS, "i32")
     padded = triton.next_power_of_2(p.head_dim)
     block_c = min(config.block_c, padded)
-    constants = _constants(_cache(p, "cpu"), p.ratio, p.overlaps, p.rope_dim, bool(p.hadamard), arch == "sm_100a")
-    constants |= _pool_constants(p.overlaps * p.ratio, block_c, config)
+    page, cvt = page_of(p, "cpu"), arch == "sm_100a"
+    constants = entry_constants(page, p.ratio, p.overlaps, p.rope_dim, bool(p.hadamard), cvt)
+    constants |= pool_constants(p.overlaps * p.ratio, block_c, config.num_warps)
     if block_c < padded:
         types["pooled_ptr"] = "*fp32"
     else:
@@ -514,11 +532,12 @@ def build_finish(problem: CompressKvProblem, config: Config, arch: str) -> Built
     types = {"pooled_ptr": "*fp32", "weight_ptr": f"*{p.weight}", "table_ptr": "*fp32", "eps": "fp32"}
     types |= {f"{name}_ptr": "*i32" for name in ("positions", "sequence_ids", "cu_seqlens", "slots")}
     types |= {"cache_ptr": "*u8"} | dict.fromkeys(COUNTS, "i32")
-    constants = _constants(_cache(p, "cpu"), p.ratio, p.overlaps, p.rope_dim, bool(p.hadamard), arch == "sm_100a")
+    page, cvt = page_of(p, "cpu"), arch == "sm_100a"
+    constants = entry_constants(page, p.ratio, p.overlaps, p.rope_dim, bool(p.hadamard), cvt)
     return host.build(_finish_kv, types, constants, arch, FINISH_WARPS, unaligned=COUNTS, launch_pdl=True)
 
 
-def _cache(p: CompressKvProblem, device: str) -> PagedCache | IndexCache:
+def page_of(p: CompressKvProblem, device: str) -> PagedCache | IndexCache:
     """A page of the problem's cache."""
     name: Any = p.format.removeprefix("index_")
     if name == p.format:
@@ -528,7 +547,7 @@ def _cache(p: CompressKvProblem, device: str) -> PagedCache | IndexCache:
     return IndexCache(data.to(device), name, p.page_size, p.head_dim)
 
 
-def _constants(
+def entry_constants(
     cache: PagedCache | IndexCache, ratio: int, overlaps: int, turned: int, hadamard: bool, e2m1_cvt: bool
 ) -> dict[str, Any]:
     return {
@@ -542,7 +561,7 @@ def _constants(
     }
 
 
-def _pool_constants(ring: int, block_c: int, config: Config) -> dict[str, Any]:
+def pool_constants(ring: int, block_c: int, num_warps: int) -> dict[str, Any]:
     """KEPT_ROWS: as many as make 16 channels a thread, no more than a ring has."""
-    rows = max(1, 16 * 32 * config.num_warps // block_c)
+    rows = max(1, 16 * 32 * num_warps // block_c)
     return {"RING": ring, "BLOCK_C": block_c, "KEPT_ROWS": min(rows, triton.next_power_of_2(ring))}

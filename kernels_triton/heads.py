@@ -51,9 +51,21 @@ def _heads(
     x_ptr, stride_m, stride_h, positions_ptr, table_ptr, eps, out_ptr, HEADS, INVERSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
+    turn_heads(
+        tl.program_id(0), tl.program_id(1), x_ptr, stride_m, stride_h, positions_ptr, table_ptr, eps, out_ptr, HEADS,
+        INVERSE, HEAD_DIM, ROPE_DIM, BLOCK_H, PADDED,
+    )  # fmt: skip
+
+
+@triton.jit
+def turn_heads(
+    token, block, x_ptr, stride_m, stride_h, positions_ptr, table_ptr, eps, out_ptr, HEADS, INVERSE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Block of BLOCK_H heads of a token; normed unless eps is None."""
     # int64 before the multiply: a long batch passes 2**31 elements
-    token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    token = token.to(tl.int64)
+    heads = block.to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     cols = tl.arange(0, PADDED)
     inside = (heads < HEADS)[:, None] & (cols < HEAD_DIM)[None, :]
     at = x_ptr + token * stride_m + heads[:, None] * stride_h + cols[None, :]

@@ -118,10 +118,23 @@ def _index_query(
     FORMAT: tl.constexpr, HADAMARD: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    round_heads(
+        tl.program_id(0), tl.program_id(1), q_ptr, stride_m, stride_h, positions_ptr, table_ptr, out_ptr, weights_ptr,
+        stride_w, scaled_ptr, HEADS, FORMAT, HADAMARD, HEAD_DIM, ROPE_DIM, BLOCK_H, LANES,
+    )  # fmt: skip
+
+
+@triton.jit
+def round_heads(
+    token, block, q_ptr, stride_m, stride_h, positions_ptr, table_ptr, out_ptr, weights_ptr, stride_w, scaled_ptr,
+    HEADS, FORMAT: tl.constexpr, HADAMARD: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Block of BLOCK_H heads of a token; to codes where there are weights."""
     VECTOR: tl.constexpr = PIECE // LANES
     # int64 before the multiply: a long batch passes 2**31 elements
-    token = tl.program_id(0).to(tl.int64)
-    heads = (tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None, None]
+    token = token.to(tl.int64)
+    heads = (block.to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None, None]
     position = tl.load(positions_ptr + token + tl.zeros([BLOCK_H, LANES, VECTOR // 2], tl.int32))
     if weights_ptr is not None:
         weights = widen(tl.load(weights_ptr + token * stride_w + heads, mask=heads < HEADS, other=0.0))

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fp4suite import by_token, dispatch, ops
+from fp4suite import dispatch, ops
 from fp4suite.formats import FP8RowTensor, NVFP4Tensor, SfLayout
 
 # Global scale of activations in batch-invariant mode: block maxima from 0.006 to 168 get a scale with all its bits.

@@ -17,6 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from fp4suite.built import Resources
@@ -24,7 +25,9 @@ from fp4suite.formats import index_layout
 from fp4suite.problem import (
     ELEMENT_BYTES,
     CombineProblem,
+    CompressKvPairProblem,
     CompressKvProblem,
+    CsaQueriesProblem,
     DequantProblem,
     EmbedProblem,
     GemmProblem,
@@ -411,6 +414,39 @@ def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Res
     )
 
 
+def _compress_pair(problem: CompressKvPairProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    entries, keys = (
+        _compress(part, SimpleNamespace(block_c=part.head_dim, num_warps=config.num_warps), arch, resources)
+        for part in problem.parts
+    )
+    return _together(entries, keys)
+
+
+def _queries(problem: CsaQueriesProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    queries, indexer = problem.parts
+    return _together(
+        _rows(queries, config.of_queries, arch, resources), _rows(indexer, config.of_indexer, arch, resources)
+    )
+
+
+def _together(a: Work, b: Work) -> Work:
+    """Programs of two kinds in one launch: as many as there are, each as the mean of them."""
+    ctas = a.ctas + b.ctas
+
+    def mean(name: str) -> float:
+        return float((a.ctas * getattr(a, name) + b.ctas * getattr(b, name)) / max(1, ctas))
+
+    return dataclasses.replace(
+        a,
+        ctas=ctas,
+        cta_bytes=mean("cta_bytes"),
+        in_flight=mean("in_flight"),
+        cta_instructions=mean("cta_instructions"),
+        ramps=max(a.ramps, b.ramps),
+        serial_us=max(a.serial_us, b.serial_us),
+    )
+
+
 def _topk(problem: IndexTopkProblem, config: Any, arch: str, resources: Resources | None) -> Work:
     """A program a query: what it holds is counted over and over. Longer rows have maxima, by a launch before.
 
@@ -675,7 +711,9 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     CombineProblem: _combine,
     SampleProblem: _sample,
     CompressKvProblem: _compress,
+    CompressKvPairProblem: _compress_pair,
     IndexQueryProblem: _rows,
+    CsaQueriesProblem: _queries,
     IndexLogitsProblem: _logits,
     IndexTopkProblem: _topk,
     HyperConnectionPreProblem: _fold,

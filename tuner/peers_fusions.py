@@ -13,7 +13,9 @@ from torch import Tensor
 from fp4suite import reference
 from fp4suite.problem import (
     PROBLEMS,
+    CompressKvPairProblem,
     CompressKvProblem,
+    CsaQueriesProblem,
     DequantProblem,
     GemmProblem,
     HyperConnectionHeadProblem,
@@ -47,6 +49,8 @@ COMPOSED: dict[str, Callable[..., Any]] = {
 
 WITHOUT = {  # op -> why no library is compared with it
     CompressKvProblem.op: "servers compress inside their own Python packages, with kernels for their own caches",
+    CompressKvPairProblem.op: "as for compress_kv",
+    CsaQueriesProblem.op: "no library has both queries in one kernel; see qnorm_rope and index_query",
     DequantProblem.op: "no library decodes NVFP4 alone",
     HyperConnectionHeadProblem.op: "mHC kernels of libraries fold four streams under 24 coefficients, not the head's 4",
     SampleProblem.op: "servers sample with kernels inside their own Python packages",

@@ -7,7 +7,12 @@ from .cache import (
     read_rows as read_rows,
     write_rows as write_rows,
 )
-from .compressor import compress_kv as compress_kv, hadamard_transform as hadamard_transform
+from .compressor import (
+    CompressorStep as CompressorStep,
+    compress_kv as compress_kv,
+    compress_kv_pair as compress_kv_pair,
+    hadamard_transform as hadamard_transform,
+)
 from .embed import embed as embed
 from .fp8 import (
     dequant_fp8 as dequant_fp8,
@@ -22,6 +27,8 @@ from .hyper_connection import (
     hyper_connection_pre as hyper_connection_pre,
 )
 from .indexer import (
+    csa_queries as csa_queries,
+    csa_queries_fp8 as csa_queries_fp8,
     entry_slots as entry_slots,
     index_logits as index_logits,
     index_query as index_query,

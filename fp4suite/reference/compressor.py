@@ -16,6 +16,8 @@ rows from this step's tokens or from the ring, so that prefill, chunked prefill 
 below 0 are never read, so that a ring needs no clearing when its slot is reused.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,19 @@ from .rope import rotate
 
 LANES = 8  # sums that the rows of a pool are added to in turn
 MOST_BELOW = 87.0  # a score this much below the largest still has a weight that is a normal number
+
+
+@dataclass(frozen=True, slots=True)
+class CompressorStep:
+    """What one compressor has of a step for itself: arguments of `compress_kv` by their names there."""
+
+    kv: Tensor
+    gate: Tensor
+    ape: Tensor
+    weight: Tensor
+    state: Tensor
+    cache: PagedCache | IndexCache
+    hadamard: bool = False
 
 
 def compress_kv(
@@ -92,6 +107,43 @@ def compress_kv(
     left = cu_seqlens.long()[sequences.clamp(min=0) + 1] - torch.arange(tokens, device=kv.device)
     kept = torch.nonzero(real & (left <= ring)).squeeze(1)
     state[state_slots.long()[sequences[kept]], positions[kept] % ring] = rows[kept]
+
+
+def compress_kv_pair(
+    entries: CompressorStep,
+    keys: CompressorStep,
+    table: Tensor,
+    eps: float,
+    *,
+    positions: Tensor,
+    sequence_ids: Tensor,
+    cu_seqlens: Tensor,
+    state_slots: Tensor,
+    slots: Tensor,
+    ratio: int,
+) -> None:
+    """`compress_kv` of a layer's entries and of its indexer's keys, whose rows lie at the same slots of two caches.
+
+    Both have the same tokens, ratio and overlap; head_dim and format of each are those of its cache.
+    """
+    for step in (entries, keys):
+        compress_kv(
+            step.kv,
+            step.gate,
+            step.ape,
+            step.weight,
+            table,
+            eps,
+            step.state,
+            step.cache,
+            positions=positions,
+            sequence_ids=sequence_ids,
+            cu_seqlens=cu_seqlens,
+            state_slots=state_slots,
+            slots=slots,
+            ratio=ratio,
+            hadamard=step.hadamard,
+        )
 
 
 def check_compressor(kv: Tensor, state: Tensor, cache: PagedCache | IndexCache, ratio: int) -> None:

@@ -12,7 +12,7 @@ from ..formats import IndexCache, IndexFormat, index_layout
 from .cache import decode_rows, encode_rows, read_rows
 from .compressor import hadamard_transform
 from .norm import wide
-from .rope import rotate
+from .rope import qnorm_rope, rotate
 
 _TOKENS = 64  # queries scored at a time, to bound the [tokens, heads, entries] intermediate
 
@@ -41,6 +41,37 @@ def index_query_fp8(
     codes, scales = encode_rows(_like("fp8", q.shape[2]), turned.float().flatten(0, 1))
     scaled = weights.float() * scales.view(torch.float32).view(weights.shape)
     return codes.view(q.shape).view(torch.float8_e4m3fn), scaled
+
+
+def csa_queries(
+    q: Tensor,
+    index_q: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    eps: float,
+    *,
+    format: IndexFormat = "bf16",
+    hadamard: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`qnorm_rope` of q [tokens, heads, head_dim], and `index_query` of index_q [tokens, index heads, index dim]."""
+    return qnorm_rope(q, positions, table, eps), index_query(
+        index_q, positions, table, format=format, hadamard=hadamard
+    )
+
+
+def csa_queries_fp8(
+    q: Tensor,
+    index_q: Tensor,
+    weights: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    eps: float,
+    *,
+    hadamard: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qnorm_rope` of q, and `index_query_fp8` of index_q and weights [tokens, index heads]."""
+    codes, scaled = index_query_fp8(index_q, weights, positions, table, hadamard=hadamard)
+    return qnorm_rope(q, positions, table, eps), codes, scaled
 
 
 def _turned(q: Tensor, positions: Tensor, table: Tensor, hadamard: bool) -> Tensor:

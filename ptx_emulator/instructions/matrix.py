@@ -33,6 +33,11 @@ def _rows(w: Warp, address: Array, count: int) -> tuple[Array, int]:
     return offset[:, None] + np.arange(16), int(rank[0])
 
 
+def _store_rows(w: Warp, rank: int, index: Array, rows: Array) -> None:
+    """Rows of 16 bytes to the offsets that `_rows` gave: a store as any other of a warp."""
+    shared_of(w, rank).shared.store(index[:, 0], 4, list(rows.view(np.uint32).T))
+
+
 def _shape(i: Instruction) -> int:
     if "m8n8" not in i.op or i.op[-1] != "b16":
         raise unknown(i)
@@ -109,7 +114,7 @@ def _stmatrix(i: Instruction, p: Program) -> Run:
             matrix = np.zeros((8, 8), np.uint16)
             matrix[GROUP[:, None], 2 * QUAD[:, None] + np.arange(2)] = pair
             words[j] = matrix.T if transposed else matrix
-        shared_of(w, rank).shared.scatter(index, words.view(np.uint8).reshape(count * 8, 16))
+        _store_rows(w, rank, index, words.view(np.uint8).reshape(count * 8, 16))
         return None
 
     return run
@@ -137,7 +142,7 @@ def _stmatrix_bytes(i: Instruction, p: Program) -> Run:
         stored = np.zeros((count, 8, 16), np.uint8)
         for j, read in enumerate(reads):
             stored[j, column, row] = read(w).view(np.uint8).reshape(LANES, 4)
-        shared_of(w, rank).shared.scatter(index, stored.reshape(count * 8, 16))
+        _store_rows(w, rank, index, stored.reshape(count * 8, 16))
         return None
 
     return run

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fp4suite import IndexCache, NVFP4Tensor, PagedCache, ops, reference
 from fp4suite.formats import index_layout, kv_layout
+from fp4suite.reference import CompressorStep
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 HEAD, ROPE, PAGE = 64, 16, 8
@@ -116,10 +117,22 @@ def arguments(name: str) -> tuple[tuple, dict]:
             }
             kv, gate, ape = g(tokens, 2 * HEAD), g(tokens, 2 * HEAD, seed=1), g(4, 2 * HEAD, seed=2)
             return (kv, gate, ape, g(HEAD), table, 1e-6, state, _kv_cache()), {**rows, **step}
+        case "compress_kv_pair":
+            (kv, gate, ape, norm, _, eps, state, cache), step = arguments("compress_kv")
+            entries = CompressorStep(kv, gate, ape, norm, state, cache)
+            kv, gate, ape = (g(*x.shape, seed=seed) for seed, x in ((5, kv), (6, gate), (7, ape)))
+            keys = CompressorStep(kv, gate, ape, g(HEAD, seed=8), state.clone(), _index_cache(), True)
+            return (entries, keys, table, eps), step
         case "index_query":
             return (g(tokens, 3, HEAD), positions, table), {"hadamard": True, "format": "mxfp4"}
         case "index_query_fp8":
             return (g(tokens, 3, HEAD), g(tokens, 3, seed=2), positions, table), {"hadamard": True}
+        case "csa_queries":
+            both = g(tokens, 3, HEAD), g(tokens, 2, HEAD // 2, seed=2)
+            return (*both, positions, table, 1e-6), {"hadamard": True, "format": "mxfp4"}
+        case "csa_queries_fp8":
+            both = g(tokens, 3, HEAD), g(tokens, 2, HEAD // 2, seed=2)
+            return (*both, g(tokens, 2, seed=4), positions, table, 1e-6), {"hadamard": True}
         case "index_logits":
             step = {**rows, "ratio": 4, "scale": 0.1}
             return (g(tokens, 32, HEAD), g(tokens, 32, seed=2), _index_cache(), block_table), step
@@ -147,6 +160,8 @@ def flat(x: object) -> list[Tensor]:
         return [x.data, x.sf.view(torch.uint8), x.alpha]
     if isinstance(x, PagedCache | IndexCache):
         return [x.data]
+    if isinstance(x, CompressorStep):
+        return flat([getattr(x, f.name) for f in dataclasses.fields(x)])
     if isinstance(x, tuple | list):
         return [t for part in x for t in flat(part)]
     if isinstance(x, dict):
@@ -165,6 +180,8 @@ def moved(x: object, device: torch.device) -> object:
         return x.to(device)
     if isinstance(x, PagedCache | IndexCache):
         return dataclasses.replace(x, data=x.data.to(device))
+    if isinstance(x, CompressorStep):
+        return CompressorStep(*(moved(getattr(x, f.name), device) for f in dataclasses.fields(x)))
     if isinstance(x, tuple | list):
         return type(x)(moved(part, device) for part in x)
     if isinstance(x, dict):

@@ -22,6 +22,7 @@ from fp4suite import (
 from fp4suite.dispatch import recording, reread_tables
 from fp4suite.formats import BLOCK
 from fp4suite.problem import GemmProblem, QuantizeProblem
+from fp4suite.reference import CompressorStep
 from fp4suite.testing import assert_gemm_close, random_activations, random_nvfp4
 
 from .op_arguments import OPCHECKS, PUBLIC, arguments, assert_same, flat, moved
@@ -161,7 +162,7 @@ def _small_call(name: str, device: torch.device) -> tuple:
     """A call with the arguments of the tests on CPU, and their first tensor; it gives caches that it changes too."""
     args, kwargs = moved(arguments(name), device)
     first = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
-    caches = [a for a in args if isinstance(a, PagedCache | IndexCache)]
+    caches = [a for a in args if isinstance(a, PagedCache | IndexCache | CompressorStep)]
 
     def call(x: torch.Tensor) -> list[torch.Tensor]:
         return flat((getattr(ops, name)(*args[:first], x, *args[first + 1 :], **kwargs), caches))
@@ -226,7 +227,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("no_kernels")
-@pytest.mark.parametrize("name", [n for n in PUBLIC if n not in (*WITH_KERNEL, "index_query_fp8")])
+@pytest.mark.parametrize("name", [n for n in PUBLIC if n not in (*WITH_KERNEL, "csa_queries_fp8", "index_query_fp8")])
 def test_ops_without_a_kernel_refuse_and_run_the_reference_when_asked(name: str, device: torch.device) -> None:
     args, kwargs = arguments(name)
     with recording() as choices:

@@ -128,11 +128,34 @@ def test_in_the_emulator(config, schedule, monkeypatch):
     kernel.compiled.cache_clear()
     monkeypatch.setattr(kernel, "_max_ctas", lambda device: 2)
     step = Step("cpu", *((64, 5) if config is CONFIGS[0] else (128, 2)))
+    if config is CONFIGS[0]:
+        step.weights = behind_others(step.weights)
     with emulate("sm_90a", schedule=schedule) as gpu:
         got = step.run(config)
     kernel.compiled.cache_clear()
     step.check(got)
     assert gpu.launches[-1].bank_conflicts == 0
+
+
+def behind_others(weights: Tensor) -> Tensor:
+    """The same as the last columns of one tensor, whose others are NaN."""
+    return torch.cat((torch.full((len(weights), 2560), torch.nan), weights), dim=1)[:, 2560:]
+
+
+def test_weights_that_are_columns_are_not_copied(monkeypatch):
+    """TMA reads what begins at multiples of 16 bytes where it lies; anything else is copied first."""
+    seen = []
+    monkeypatch.setattr(kernel, "_max_ctas", lambda device: 2)
+    monkeypatch.setattr(kernel, "_arguments", lambda *given: seen.append(given) or ())
+    monkeypatch.setattr(kernel, "compiled", lambda config: lambda *args: None)
+    step = Step("cpu")
+    apart, step.weights = step.weights, behind_others(step.weights)
+    step.run(SINGLES)
+    fused, step.weights = step.weights, apart
+    step.run(SINGLES)
+    (there, _, strides, *_), (copied, _, dense, *_) = seen
+    assert (there[1], strides[2]) == (fused.data_ptr(), 2624)
+    assert (copied[1] != apart.data_ptr(), dense[2]) == (True, 64)
 
 
 def test_nothing_to_do():

@@ -5,8 +5,15 @@ import re
 import pytest
 
 from fp4suite import built
-from fp4suite.problem import CompressKvProblem, IndexLogitsProblem, IndexQueryProblem, IndexTopkProblem
-from kernels_triton import compress_kv, index_logits, index_query, index_topk
+from fp4suite.problem import (
+    CompressKvPairProblem,
+    CompressKvProblem,
+    CsaQueriesProblem,
+    IndexLogitsProblem,
+    IndexQueryProblem,
+    IndexTopkProblem,
+)
+from kernels_triton import compress_kv, compress_kv_pair, csa_queries, index_logits, index_query, index_topk
 
 from .test_build import ARCHS, build
 
@@ -19,11 +26,18 @@ EXACT = [
     (compress_kv, CompressKvProblem(**HCA, format="fp8_ds_mla")),
     (compress_kv, CompressKvProblem(**KEYS, format="index_fp8")),
     (compress_kv, CompressKvProblem(**KEYS, format="index_mxfp4", hadamard=1)),
+    (compress_kv_pair, CompressKvPairProblem(**CSA, format="nvfp4", key_dim=128, key_format="index_fp8")),
+    (
+        compress_kv_pair,
+        CompressKvPairProblem(**CSA, format="fp8_ds_mla", key_dim=128, key_format="index_mxfp4", key_hadamard=1),
+    ),
     (index_query, IndexQueryProblem(m=4096, format="fp32")),
     (index_query, IndexQueryProblem(m=4096, format="bf16")),
     (index_query, IndexQueryProblem(m=4096, format="fp8")),
     (index_query, IndexQueryProblem(m=4096, format="fp8", codes=1)),
     (index_query, IndexQueryProblem(m=4096, format="mxfp4", hadamard=1)),
+    (csa_queries, CsaQueriesProblem(m=4, heads=128, format="fp8", codes=1)),
+    (csa_queries, CsaQueriesProblem(m=4096, heads=128, format="mxfp4", hadamard=1)),
 ]
 
 
@@ -41,7 +55,7 @@ def test_defaults_compile_without_spills(module, problem, pool):
         # a small number times 2^22 + 3, or a power of two times one beside 2^23: exact products
         fused = [f for f in fused if "0f4A800006" not in f and "0f4B0000" not in f]
         # and those by 1 or -1 of two levels of 32 columns a thread, which lie between threads
-        turned = 64 if module is index_query and problem.hadamard else 0
+        turned = 64 if module in (index_query, csa_queries) and problem.hadamard else 0
         assert len(fused) == turned, (config, arch, fused)
         assert "ld.global.v4.b32" in b.ptx, (config, arch)
 

@@ -9,10 +9,22 @@ import torch
 import triton
 
 from fp4suite import reference, testing
-from fp4suite.problem import CompressKvProblem, IndexLogitsProblem, IndexQueryProblem, IndexTopkProblem
-from kernels_triton import compress_kv, index_logits, index_query, index_topk
+from fp4suite.problem import (
+    CompressKvPairProblem,
+    CompressKvProblem,
+    CsaQueriesProblem,
+    IndexLogitsProblem,
+    IndexQueryProblem,
+    IndexTopkProblem,
+)
+from kernels_triton import compress_kv, compress_kv_pair, csa_queries, index_logits, index_query, index_topk
 
 from .test_rope_emulated import ARCHS, emulate
+
+
+def to_the_end(x: torch.Tensor) -> torch.Tensor:
+    """All of the memory from where x begins, in a row: `emulate` would copy columns."""
+    return x.as_strided((x.untyped_storage().nbytes() // x.element_size() - x.storage_offset(),), (1,))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +73,30 @@ def test_compress_kv_in_parts(arch, m, sequences, pool):
     case.check()
 
 
+@pytest.mark.parametrize(
+    ("arch", "format", "keys", "m", "sequences"),
+    [("sm_90a", "fp8_ds_mla", "index_mxfp4", 2, 2), ("sm_100a", "nvfp4", "index_fp8", 9, 1)],
+)
+def test_compress_kv_pair(arch, format, keys, m, sequences, pool):
+    """Single tokens, and a step longer than the ring; columns of one wide tensor."""
+    problem = CompressKvPairProblem(
+        m=m, sequences=sequences, ratio=4, overlaps=2, head_dim=512, rope_dim=64, format=format, key_dim=128,
+        key_format=keys, key_hadamard=int(keys == "index_mxfp4"),
+    )  # fmt: skip
+    config = compress_kv_pair.default(problem)
+    case = testing.case(problem, "cpu", 1)
+    case.poison()
+    table, eps, *integers, _ = case.operands
+    args: list[object] = []
+    for step in case.out:
+        args += [x for rows in (step.kv, step.gate) for x in (to_the_end(rows), rows.stride(0))]
+        args += [step.ape, step.weight, step.state, step.cache.data]
+    args += [table, eps, *integers, m, sequences, m // sequences, len(table)]
+    programs = 2 * sequences + (triton.cdiv(m, 4) if m >= 8 else 0)
+    emulate(pool, compress_kv_pair, problem, config, arch, (programs, 2), tuple(args))
+    case.check()
+
+
 @pytest.mark.parametrize("hadamard", [0, 1])
 @pytest.mark.parametrize(
     ("format", "codes", "lanes"), [("fp8", 0, 4), ("fp8", 1, 16), ("mxfp4", 0, 4), ("mxfp4", 0, 16)]
@@ -76,6 +112,28 @@ def test_index_query(arch, format, codes, lanes, hadamard, pool):
     added = () if weights is None else (weights, weights.stride(0), scaled)
     args = (q, q.stride(0), q.stride(1), positions, table, case.out, *added, problem.heads)
     emulate(pool, index_query, problem, config, arch, (2, 1), args)
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("arch", "format", "codes", "lanes"),
+    [("sm_90a", "fp8", 1, 16), ("sm_100a", "mxfp4", 0, 4), ("sm_100a", "fp8", 1, 8)],
+)
+def test_csa_queries(arch, format, codes, lanes, pool):
+    """Columns of one tensor; 16 heads, for the build takes them as a multiple of 16."""
+    problem = CsaQueriesProblem(
+        m=2, heads=16, index_heads=16, format=format, hadamard=int(format == "mxfp4"), codes=codes
+    )
+    config = csa_queries.Config(block_h=2, lanes=lanes)
+    case = testing.case(problem, "cpu", 1)
+    case.poison()
+    q, index_q, positions, table, eps, _, _ = case.operands
+    weights, scaled = case.tail[0] or (None, None)
+    added = () if weights is None else (weights, weights.stride(0), scaled)
+    args = (to_the_end(q), q.stride(0), q.stride(1), case.out[0], 16)
+    args += (to_the_end(index_q), index_q.stride(0), index_q.stride(1), case.out[1], 16)
+    grid = (2, 8 + triton.cdiv(16, config.of_indexer.block_h))
+    emulate(pool, csa_queries, problem, config, arch, grid, (*args, *added, positions, table, eps))
     case.check()
 
 

@@ -43,6 +43,10 @@ LAUNCHES = {
     "rope_inverse_quantize": 1 + 2,
     "swiglu": 1,
     "embed": 1,
+    "compress_kv": 1,
+    "compress_kv_pair": 1,
+    "csa_queries": 1,
+    "csa_queries_fp8": 1,
 }
 
 

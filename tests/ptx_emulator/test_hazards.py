@@ -52,6 +52,8 @@ write after write: RACE
     WRITE [[SYNC]] @%p2 st.shared.b32 [%r3], %r0;
 the same value written twice: RACE
     WRITE @%p2 st.shared.b32 [%r3], %r[[4|0]];
+the same matrix written twice: RACE
+    stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r3], {%r[[4|0]]};
 global, the same value written twice: RACE
     @%p1 st.global.b32 [%rd3], %r4; @%p2 st.global.b32 [%rd3], %r[[4|0]];
 another value after both of its writers: RACE
