@@ -30,6 +30,7 @@ class Kernel:
     """op and name as in tables; module as importlib wants it; archs it runs on.
 
     exact: any config gives the reference's bytes, row by row.
+    any_m: `supports` says the same of every m.
     """
 
     op: str
@@ -37,6 +38,7 @@ class Kernel:
     module: str
     archs: tuple[str, ...]
     exact: bool = False
+    any_m: bool = False
 
     @property
     def emulated(self) -> bool:
@@ -105,10 +107,10 @@ KERNELS: list[Kernel] = [
     Kernel("permute", "triton_permute", "kernels_triton.permute", _BOTH, exact=True),
     Kernel("combine", "triton_combine", "kernels_triton.combine", _BOTH, exact=True),
     Kernel("sample", "triton_sample", "kernels_triton.sample", _BOTH, exact=True),
-    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_wgmma", "kernels_cute.gemm_nvfp4_sm90_wgmma", ("sm_90a",)),
+    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_wgmma", "kernels_cute.gemm_nvfp4_sm90_wgmma", ("sm_90a",), any_m=True),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_skinny", "kernels_cute.gemm_nvfp4_sm90_skinny", ("sm_90a",)),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90", "kernels_cute.gemm_nvfp4_sm90", ("sm_90a",)),
-    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_fp8", "kernels_cute.gemm_nvfp4_sm90_fp8", ("sm_90a",)),
+    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_fp8", "kernels_cute.gemm_nvfp4_sm90_fp8", ("sm_90a",), any_m=True),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm100", "kernels_cute.gemm_nvfp4_sm100", ("sm_100a",)),
 ]
 

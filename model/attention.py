@@ -5,11 +5,15 @@ other ratio (HCA) adds all of them. The cache is written first and read after, s
 the entry that its own token completes.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from fp4suite import by_token, ops
 from fp4suite.formats import IndexCache, NVFP4Tensor, PagedCache
+from fp4suite.reference import CompressorStep
 
 from .cache import Batch, LayerCache
 from .config import CSA_RATIO, ModelConfig
@@ -46,28 +50,65 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
         """x [tokens, hidden], normed -> [tokens, hidden]."""
-        heads, head_dim, eps = self.config.num_attention_heads, self.config.head_dim, self.config.rms_norm_eps
         read = Input(x)
         q_a, kv = self.latents(read)
-        ops.kv_norm_rope_insert(kv, self.kv_norm, batch.positions, cache.table, eps, cache.window, batch.window_slots)
+        c_q = self._store_window(q_a, kv, batch, cache)
         caches, rows = [cache.window], [batch.window_rows]
-        chooses = self.ratio == CSA_RATIO and batch.compressed[CSA_RATIO].rows is None
-        q, *index_q = self.queries(Normed(q_a, self.q_norm, eps), first=2 if chooses else 1)
-        q = ops.qnorm_rope(q.unflatten(-1, (heads, head_dim)), batch.positions, cache.table, eps)
-        if self.ratio:
+        index_weights = self._compress(self.sums(read, torch.float32), batch, cache) if self.ratio else None
+        if index_weights is not None and batch.compressed[self.ratio].rows is None:
+            q, index_q = self.queries(c_q)
+            q, chosen = self.indexer(self._heads(q), index_q, index_weights, batch, cache)
+        else:  # every entry that a token sees is chosen
+            (q,) = self.queries(c_q, first=1)
+            q = ops.qnorm_rope(self._heads(q), batch.positions, cache.table, self.config.rms_norm_eps)
+            chosen = batch.compressed[self.ratio].rows if self.ratio else None
+        if chosen is not None:
             assert cache.compressed is not None
-            assert cache.state is not None
-            sums = self.sums(read, torch.float32, first=None if chooses or self.ratio != CSA_RATIO else 4)
-            self.compressor(sums[0], sums[1], batch, cache.table, cache.state, cache.compressed)
-            if self.ratio == CSA_RATIO:
-                self.indexer.compress(sums[2], sums[3], batch, cache)
-            chosen = self.indexer(*index_q, sums[4], batch, cache) if chooses else batch.compressed[self.ratio].rows
-            assert chosen is not None
             caches.append(cache.compressed)
             rows.append(chosen)
-        o = ops.sparse_attention(q, caches, rows, self.attn_sink, head_dim**-0.5)  # [tokens, heads, head_dim]
-        o = ops.rope_inverse(o, batch.positions, cache.table)
+        o = ops.sparse_attention(q, caches, rows, self.attn_sink, self.config.head_dim**-0.5)
+        o = ops.rope_inverse(o, batch.positions, cache.table)  # [tokens, heads, head_dim]
         return self.wo_b(self._grouped(o.flatten(1)))
+
+    def _heads(self, q: Tensor) -> Tensor:
+        """[tokens, heads · head_dim] -> [tokens, heads, head_dim]."""
+        return q.unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
+
+    def _store_window(self, q_a: Tensor, kv: Tensor, batch: Batch, cache: LayerCache) -> Input:
+        """Norm and store the window's rows kv [tokens, head_dim]; what queries are made of, from q_a [tokens, rank]."""
+        eps = self.config.rms_norm_eps
+        store = (kv, self.kv_norm, batch.positions, cache.table, eps, cache.window, batch.window_slots)
+        if self.wq_b.reads_nvfp4:  # one launch norms and quantises, with no rounding between
+            ops.kv_norm_rope_insert(*store)
+            return Normed(q_a, self.q_norm, eps)
+        return Input(ops.qkv_norm_rope_insert(q_a, self.q_norm, *store))
+
+    def _compress(self, sums: Sequence[Tensor], batch: Batch, cache: LayerCache) -> Tensor | None:
+        """Take in sums, FP32 [tokens, width] each; store the entries that these tokens complete.
+
+        sums: values and gates of the compressor; in CSA layers those of the indexer's keys too, and the indexer's
+        weights, which are given back.
+        """
+        assert cache.compressed is not None
+        assert cache.state is not None
+        own = self.compressor.step(sums[0], sums[1], cache.state, cache.compressed)
+        step = partial(
+            ops.compress_kv if self.ratio != CSA_RATIO else ops.compress_kv_pair,
+            positions=batch.positions,
+            sequence_ids=batch.sequence_ids,
+            cu_seqlens=batch.cu_seqlens,
+            state_slots=batch.state_slots,
+            slots=batch.compressed[self.ratio].slots,
+            ratio=self.ratio,
+        )
+        table, eps = cache.table, self.config.rms_norm_eps
+        if self.ratio != CSA_RATIO:
+            step(own.kv, own.gate, own.ape, own.weight, table, eps, own.state, own.cache)
+            return None
+        assert cache.index is not None
+        assert cache.index_state is not None
+        step(own, self.indexer.compressor.step(sums[2], sums[3], cache.index_state, cache.index), table, eps)
+        return sums[4]
 
     def _grouped(self, o: Tensor) -> Tensor:
         """o [tokens, groups · k] -> [tokens, groups · rank]: each group of heads through its own part of wo_a."""
@@ -99,41 +140,16 @@ class Compressor(nn.Module):
 
     def __init__(self, config: ModelConfig, ratio: int, head_dim: int, build: Build) -> None:
         super().__init__()
-        self.ratio, self.eps = ratio, config.rms_norm_eps
         width = head_dim * (2 if ratio == CSA_RATIO else 1)
         self.wkv = build.linear("wkv", width, config.hidden_size)
         self.wgate = build.linear("wgate", width, config.hidden_size)
         self.ape = build.fp32(ratio, width)
         self.norm = build.vector(head_dim)
 
-    def forward(
-        self,
-        kv: Tensor,
-        gate: Tensor,
-        batch: Batch,
-        table: Tensor,
-        state: Tensor,
-        cache: PagedCache | IndexCache,
-        hadamard: bool = False,
-    ) -> None:
-        """Take in what wkv and wgate make of x, FP32 [tokens, width]; store the entries that these tokens complete."""
-        ops.compress_kv(
-            kv,
-            gate,
-            self.ape,
-            self.norm,
-            table,
-            self.eps,
-            state,
-            cache,
-            positions=batch.positions,
-            sequence_ids=batch.sequence_ids,
-            cu_seqlens=batch.cu_seqlens,
-            state_slots=batch.state_slots,
-            slots=batch.compressed[self.ratio].slots,
-            ratio=self.ratio,
-            hadamard=hadamard,
-        )
+    def step(self, kv: Tensor, gate: Tensor, state: Tensor, cache: PagedCache | IndexCache) -> CompressorStep:
+        """What wkv and wgate make of a step's tokens, FP32 [tokens, width] each, and where it goes."""
+        hadamard = isinstance(cache, IndexCache) and _hadamard(cache)
+        return CompressorStep(kv, gate, self.ape, self.norm, state, cache, hadamard)
 
 
 class Indexer(nn.Module):
@@ -146,38 +162,34 @@ class Indexer(nn.Module):
         self.weights_proj = build.linear("weights_proj", config.index_n_heads, config.hidden_size)
         self.compressor = Compressor(config, CSA_RATIO, config.index_head_dim, build.child("compressor"))
 
-    def compress(self, kv: Tensor, gate: Tensor, batch: Batch, cache: LayerCache) -> None:
-        """Keys of the entries that these tokens complete, from what the compressor's wkv and wgate make of x."""
-        assert cache.index is not None
-        assert cache.index_state is not None
-        self.compressor(kv, gate, batch, cache.table, cache.index_state, cache.index, _hadamard(cache.index))
+    def forward(
+        self, q: Tensor, index_q: Tensor, weights: Tensor, batch: Batch, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        """The attention's queries, normed and turned, and what they attend to; the keys are stored already.
 
-    def forward(self, q: Tensor, weights: Tensor, batch: Batch, cache: LayerCache) -> Tensor:
-        """Slots of the entries that these tokens attend to, int32 [tokens, rows], -1 behind; keys are stored already.
-
-        q: [tokens, index heads * index_head_dim]; weights: FP32 [tokens, index heads].
+        q: [tokens, heads, head_dim], gives the same; index_q: [tokens, index heads · index_head_dim]; weights: FP32
+        [tokens, index heads]. Attended to are slots of entries, int32 [tokens, rows], -1 behind.
         """
         assert cache.index is not None
         step, heads, head_dim = batch.compressed[CSA_RATIO], self.config.index_n_heads, self.config.index_head_dim
-        q = q.unflatten(-1, (heads, head_dim))
+        index_q = index_q.unflatten(-1, (heads, head_dim))
+        at = (batch.positions, cache.table, self.config.rms_norm_eps)
         if cache.index.format == "fp8":  # multiplied as they are stored
-            q, weights = ops.index_query_fp8(q, weights, batch.positions, cache.table)
+            q, index_q, weights = ops.csa_queries_fp8(q, index_q, weights, *at)
         else:
-            q = ops.index_query(
-                q, batch.positions, cache.table, format=cache.index.format, hadamard=_hadamard(cache.index)
-            )
-        scale = head_dim**-0.5 * heads**-0.5
+            hadamard = _hadamard(cache.index)
+            q, index_q = ops.csa_queries(q, index_q, *at, format=cache.index.format, hadamard=hadamard)
         logits = ops.index_logits(
-            q,
+            index_q,
             weights,
             cache.index,
             step.block_table,
             positions=batch.positions,
             sequence_ids=batch.sequence_ids,
             ratio=CSA_RATIO,
-            scale=scale,
+            scale=head_dim**-0.5 * heads**-0.5,
         )  # [tokens, entries]
-        return ops.index_topk(
+        return q, ops.index_topk(
             logits,
             step.block_table,
             positions=batch.positions,

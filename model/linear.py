@@ -172,6 +172,11 @@ class Linear(Weight):
         super().__init__((n, k), format, segments=segments, device=device)
         self.act = act
 
+    @property
+    def reads_nvfp4(self) -> bool:
+        """Whether the input is quantised on the way."""
+        return self.act == "nvfp4" and isinstance(self.weight, NVFP4Tensor)
+
     def layout_for(self, layout: WeightLayout | None, device: torch.device | str) -> WeightLayout | None:
         """What `lay_out` would give the weight; None for one that is not NVFP4."""
         weight, (n, k) = self.weight, self.shape

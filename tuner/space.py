@@ -99,7 +99,10 @@ def _of(problem: Problem, arch: str, agreed: tuple[str, str] | None) -> Space:
         module = registry.load(row.name)
         choices[row.name] = checked_space(module)
         default = default_of(row.name, problem)
-        mine = [c for c in _walk(default, choices[row.name]) if module.supports(problem, c.config) is None]
+        if row.any_m:
+            mine = _supported_at_any_m(row.name, dataclasses.replace(problem, m=1))  # type: ignore[call-arg]
+        else:
+            mine = _supported(row.name, problem)
         found += mine
         why = module.supports(problem, default.config)
         if why is None:
@@ -115,6 +118,15 @@ def _of(problem: Problem, arch: str, agreed: tuple[str, str] | None) -> Space:
     if defaults:
         return dataclasses.replace(whole, default=defaults[0])
     return dataclasses.replace(whole, default=whole.nearest(default_of(found[0].kernel, problem), found))
+
+
+def _supported(kernel: str, problem: Problem) -> tuple[Candidate, ...]:
+    module = registry.load(kernel)
+    every = _walk(default_of(kernel, problem), checked_space(module))
+    return tuple(c for c in every if module.supports(problem, c.config) is None)
+
+
+_supported_at_any_m = functools.lru_cache(256)(_supported)  # tens of thousands of configs are asked for each
 
 
 def _agreeing(whole: Space, agreed: tuple[str, str]) -> Space:

@@ -24,7 +24,7 @@ def test_every_problem_has_a_kernel(name: str, dtype: str) -> None:
         with fp4suite.recording() as choices:
             run(model, cache, [[(a, list(range(6 * config.index_topk))), (b, list(range(7)))], [(a, [5]), (b, [6])]])
         asked |= {(c.op, c.problem): None for c in choices if c.problem is not None}
-    assert {"index_query", "index_logits", "index_topk"} <= {op for op, _ in asked}
+    assert {"csa_queries", "compress_kv_pair", "index_logits", "index_topk"} <= {op for op, _ in asked}
     for arch in ("sm_90a", "sm_100a"):
         target = Target(arch, arch)
         found = [choose_for(op, problem, target) for op, problem in asked if registry.kernels(op, arch)]

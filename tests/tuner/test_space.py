@@ -1,10 +1,14 @@
 """Candidates: what is in a space, and what is no space."""
 
+import dataclasses
+import itertools
+import random
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 
+from fp4suite import registry
 from fp4suite.problem import GemmProblem, HyperConnectionPreProblem
 from tuner import space
 
@@ -77,3 +81,16 @@ def test_default_is_that_of_the_architecture_that_is_tuned_for():
     problem = HyperConnectionPreProblem(m=2048, k=4096)
     stages = {arch: dict(space.of(problem, arch).default.knobs)["num_stages"] for arch in ("sm_90a", "sm_100a")}
     assert stages == {"sm_90a": 3, "sm_100a": 2}
+
+
+@pytest.mark.parametrize("row", [row for row in registry.KERNELS if row.any_m], ids=lambda row: row.name)
+def test_what_is_supported_at_any_m_is_at_every_m(row):
+    """As the registry says of it: refusals, by their words, of every problem at one m and another."""
+    module, rng = registry.load(row.name), random.Random(0)
+    order = registry.weight_layout(module).order
+    for act, out, n, k in itertools.product(("bf16", "fp8"), ("bf16", "fp32"), (64, 2624), (128, 7168)):
+        problem = GemmProblem(m=1, n=n, k=k, act=act, out=out, order=order)
+        for _ in range(300):
+            config = module.Config(**{name: rng.choice(values) for name, values in module.SPACE.items()})
+            said = {module.supports(dataclasses.replace(problem, m=m), config) for m in (1, 40, 512, 9001)}
+            assert len(said) == 1, (problem, config, said)
