@@ -31,6 +31,7 @@ class Kernel:
 
     exact: any config gives the reference's bytes, row by row.
     any_m: `supports` says the same of every m.
+    fitted: its default goes by measured times, which no prediction overrules.
     """
 
     op: str
@@ -39,6 +40,7 @@ class Kernel:
     archs: tuple[str, ...]
     exact: bool = False
     any_m: bool = False
+    fitted: bool = False
 
     @property
     def emulated(self) -> bool:
@@ -107,10 +109,24 @@ KERNELS: list[Kernel] = [
     Kernel("permute", "triton_permute", "kernels_triton.permute", _BOTH, exact=True),
     Kernel("combine", "triton_combine", "kernels_triton.combine", _BOTH, exact=True),
     Kernel("sample", "triton_sample", "kernels_triton.sample", _BOTH, exact=True),
-    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_wgmma", "kernels_cute.gemm_nvfp4_sm90_wgmma", ("sm_90a",), any_m=True),
+    Kernel(
+        "gemm_nvfp4",
+        "cute_gemm_nvfp4_sm90_wgmma",
+        "kernels_cute.gemm_nvfp4_sm90_wgmma",
+        ("sm_90a",),
+        any_m=True,
+        fitted=True,
+    ),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_skinny", "kernels_cute.gemm_nvfp4_sm90_skinny", ("sm_90a",)),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90", "kernels_cute.gemm_nvfp4_sm90", ("sm_90a",)),
-    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_fp8", "kernels_cute.gemm_nvfp4_sm90_fp8", ("sm_90a",), any_m=True),
+    Kernel(
+        "gemm_nvfp4",
+        "cute_gemm_nvfp4_sm90_fp8",
+        "kernels_cute.gemm_nvfp4_sm90_fp8",
+        ("sm_90a",),
+        any_m=True,
+        fitted=True,
+    ),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm100", "kernels_cute.gemm_nvfp4_sm100", ("sm_100a",)),
 ]
 

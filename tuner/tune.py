@@ -182,11 +182,14 @@ def _winners(problem: Problem, path: Path) -> list[Candidate]:
 
 
 def _seeds(whole: Space, budget: Budget, winners: Sequence[Candidate], *, measured: bool) -> tuple[Candidate, ...]:
-    """What to try first. Predicted: the model's order, which leaves nothing for a sampler to learn.
+    """What to try first. Predicted: the model's order, which leaves nothing for a sampler to learn; of a kernel whose
+    default goes by measured times that alone.
 
     Measured, for three quarters of the budget: the default, earlier winners, then the model's favourites, kernel by
     kernel, with a neighbour of the default after every third.
     """
+    if not measured and registry.find(whole.default.kernel).fitted:
+        return (whole.default,)
     order = {c: i for i, c in enumerate(whole.candidates)}
     ranked = sorted(
         whole.candidates, key=lambda c: (cost_model.predict_us(whole.problem, c.config, whole.arch), order[c])
