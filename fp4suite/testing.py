@@ -174,7 +174,7 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
     raise TypeError(f"no case for {type(problem).__name__}")
 
 
-def configs(module: ModuleType, most: int = 24, seed: int = 0) -> list[Any]:
+def configs(module: ModuleType, most: int = 12, seed: int = 0) -> list[Any]:
     """All configs of SPACE if at most `most`, else the default, one for every value of every knob, and a sample."""
     names = list(module.SPACE)
     total = 1

@@ -236,7 +236,9 @@ def _predict(
 
 
 def _compile(tasks: list[Task], options: Options) -> dict[Build, Resources | Rejected]:
-    """Compile the tasks' seeds: all defaults first, then every task's next best in turn, until the deadline."""
+    """Compile the tasks' seeds: all defaults first, then every task's next best in turn, until the deadline; one for
+    each architecture whatever it takes.
+    """
     turns = itertools.zip_longest(*([build_of(t, c) for c in t.seeds] for t in tasks))
     wanted = list(dict.fromkeys(b for turn in turns for b in turn if b is not None))
     compiled: dict[Build, Resources | Rejected] = {}
@@ -250,7 +252,7 @@ def _compile(tasks: list[Task], options: Options) -> dict[Build, Resources | Rej
             compiled[b] = result
             bar.update(kinds[b] not in seen)
             seen.add(kinds[b])
-            if time.monotonic() > options.deadline:
+            if time.monotonic() > options.deadline and len({b.arch for b in compiled}) == len({b.arch for b in wanted}):
                 break
     return compiled
 

@@ -80,7 +80,7 @@ def by_turns(module: ModuleType, problem: Problem) -> list[Job]:
 @pytest.mark.parametrize(("module", "kind"), [*QUANTISERS, (dequant_nvfp4, DequantProblem)])
 def test_configs_compile_without_spills(module, kind, pool):
     jobs = by_turns(module, kind(m=64, k=7168))
-    assert len(jobs) >= 6
+    assert len(jobs) >= 5
     for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
         assert b.arch == arch
         assert built.resources(b).refusal(arch) is None, (config, arch)
@@ -89,7 +89,7 @@ def test_configs_compile_without_spills(module, kind, pool):
 
 @pytest.mark.parametrize(("module", "problem"), ROPE, ids=lambda x: getattr(x, "op", ""))
 def test_rope_kernels_compile_without_spills(module, problem, pool):
-    """Every config; and what bytes and speed depend on: nothing approximate, 16-byte accesses, hardware conversions."""
+    """And what bytes and speed depend on: nothing approximate, 16-byte accesses, hardware conversions."""
     jobs = by_turns(module, problem)
     assert len(jobs) >= 6
     for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
@@ -113,7 +113,7 @@ def test_norms_compile_without_spills(module, problem, pool):
     """The defaults of few and of many rows, and one other config; nothing approximate, 16-byte accesses."""
     defaults = [module.default(dataclasses.replace(problem, m=m)) for m in (1, 4096)]
     jobs = [(module, problem, config, arch) for config in defaults for arch in ARCHS]
-    others = [c for c in supported(module, problem) if c not in defaults]
+    others = [c for c in supported(module, problem, 12) if c not in defaults]
     jobs += [(module, problem, others[len(others) // 2], "sm_90a")]
     for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
         assert built.resources(b).refusal(arch) is None, (config, arch)

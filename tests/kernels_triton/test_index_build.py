@@ -22,9 +22,7 @@ HCA = {**CSA, "ratio": 128, "overlaps": 1}
 KEYS = {**CSA, "head_dim": 128}
 EXACT = [
     (compress_kv, CompressKvProblem(**CSA, format="fp8_ds_mla")),
-    (compress_kv, CompressKvProblem(**CSA, format="nvfp4")),
     (compress_kv, CompressKvProblem(**HCA, format="fp8_ds_mla")),
-    (compress_kv, CompressKvProblem(**KEYS, format="index_fp8")),
     (compress_kv, CompressKvProblem(**KEYS, format="index_mxfp4", hadamard=1)),
     (compress_kv_pair, CompressKvPairProblem(**CSA, format="nvfp4", key_dim=128, key_format="index_fp8")),
     (
