@@ -30,7 +30,7 @@ import torch
 from . import arch as archs, env, registry, table
 from .errors import TableError, UnsupportedError
 from .formats import WeightLayout
-from .problem import Act, GemmProblem, Problem
+from .problem import Act, GemmProblem, Problem, of_m
 
 log = logging.getLogger(__name__)
 
@@ -309,7 +309,7 @@ def _choose(
             return Choice(op, problem, registry.REFERENCE, None, why, invariant)
     refusals: list[str] = []
     for asked in _ways(problem):
-        agreed = _agreed(op, _of_m(asked, 1), target, user, from_env) if invariant and rows and asked else None
+        agreed = _agreed(op, of_m(asked, 1), target, user, from_env) if invariant and rows and asked else None
         found = agreed if isinstance(agreed, list) else _find(op, asked, target, rows, user, from_env, agreed)
         if isinstance(found, Choice):
             decoded = "" if asked is problem else "activations decoded to bf16, "
@@ -358,7 +358,7 @@ def agreed(problem: Problem, target: Target, path: Path | None = None) -> tuple[
 
     Raises UnsupportedError where no kernel has one for every m.
     """
-    found = _agreed(problem.op, _of_m(problem, 1), target, path, env.table_path())
+    found = _agreed(problem.op, of_m(problem, 1), target, path, env.table_path())
     if isinstance(found, list):
         raise UnsupportedError(_unsupported(problem.op, problem, target, found))
     return found
@@ -371,7 +371,7 @@ def _agreed(
     """Kernel and arithmetic that all m of `problem` share in batch-invariant mode, or why there are none."""
     for _, path in _tables(target, user, from_env):
         tuned = {
-            (e.kernel, registry.arithmetic(e.kernel, _of_m(problem, int(e.problem["m"])), config))
+            (e.kernel, registry.arithmetic(e.kernel, of_m(problem, int(e.problem["m"])), config))
             for e, _, config in _entries(path, op, problem, target)
             if e.invariant
         }
@@ -388,17 +388,13 @@ def _agreed(
         if arithmetic is None:
             refusals.append(f"{row.name}: {_NOT_INVARIANT}")
             continue
-        left = [m for m in _TOKENS if registry.config_of(row.name, _of_m(problem, m), arithmetic) is None]
+        left = [m for m in _TOKENS if registry.config_of(row.name, of_m(problem, m), arithmetic) is None]
         if not left:
             return row.name, arithmetic
-        at = _of_m(problem, left[0])
+        at = of_m(problem, left[0])
         why = module.supports(at, registry.default_config(module, at)) or f"no config sums {arithmetic}"
         refusals.append(f"{row.name}: {why}")
     return refusals
-
-
-def _of_m(problem: Problem, m: int) -> Problem:
-    return replace(problem, m=m) if "m" in problem.dims() else problem  # type: ignore[call-arg]
 
 
 def _unsupported(op: str, problem: Problem | None, target: Target, refusals: list[str]) -> str:

@@ -815,6 +815,11 @@ PROBLEMS: dict[str, type[Problem]] = {
 }
 
 
+def of_m(problem: Problem, m: int) -> Problem:
+    """The same problem at another m; itself where it has none."""
+    return replace(problem, m=m) if "m" in problem.dims() else problem  # type: ignore[call-arg]
+
+
 def complete(op: str, dims: dict[str, int | str]) -> dict[str, int | str]:
     """`dims` with the dimensions that `op` has gained since they were written, at their defaults, in today's order.
 

@@ -102,11 +102,11 @@ def _combine(
     inside = in_rows[:, None] & (cols < K)[None, :]
     at = rows.to(tl.int64)[:, None]  # the rows of a long batch pass 2**31 elements
     # all that needs no place is asked for before places are looked for
-    ids = ()
-    weights = ()
+    ids: tl.tuple = ()
+    weights: tl.tuple = ()
     for j in tl.static_range(TOPK):
-        ids += (tl.load(ids_ptr + rows * TOPK + j, mask=in_rows, other=-1),)  # type: ignore[assignment]
-        weights += (tl.load(weights_ptr + rows * TOPK + j, mask=in_rows, other=0.0),)  # type: ignore[assignment]
+        ids += (tl.load(ids_ptr + rows * TOPK + j, mask=in_rows, other=-1),)
+        weights += (tl.load(weights_ptr + rows * TOPK + j, mask=in_rows, other=0.0),)
     if SHARED:
         shared = tl.load(shared_ptr + at * stride_shared + cols[None, :], mask=inside, other=0.0)
     if SEARCHED > 0:
@@ -119,7 +119,7 @@ def _combine(
             place = tl.max(tl.where(own, nth[None, :], 0), axis=1)
         else:
             place = tl.load(place_ptr + rows * TOPK + j, mask=in_rows, other=0)
-        live = (ids[j] >= 0)[:, None]  # type: ignore[index]
+        live = (ids[j] >= 0)[:, None]
         y = tl.load(y_ptr + place.to(tl.int64)[:, None] * stride_y + cols[None, :], mask=inside & live, other=0.0)
         acc += widen(y) * tl.where(live, weights[j][:, None], 0.0)
     if SHARED:

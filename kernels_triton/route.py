@@ -137,26 +137,26 @@ def _choose(
 ):  # fmt: skip
     """The experts of each row by falling key, the lowest first among equals: int32 [ROWS, CHOICES]."""
     cols = tl.arange(0, CHUNK)
-    keys = ()
+    keys: tl.tuple = ()
     for c in tl.static_range(CHUNKS):
         at = c * CHUNK + cols
         inside = in_rows[:, None] & (at < E)[None, :]
-        keys += (_keys(logits_ptr, stride_m, bias_ptr, rows, at, inside, E, BIASED),)  # type: ignore[assignment]
+        keys += (_keys(logits_ptr, stride_m, bias_ptr, rows, at, inside, E, BIASED),)
     choice = tl.arange(0, CHOICES)
     ids = tl.full((ROWS, CHOICES), 0, tl.int32)
     for j in tl.static_range(TOPK):
-        most = keys[0]  # type: ignore[misc]
+        most = keys[0]
         for c in tl.static_range(1, CHUNKS):
             most = tl.maximum(most, keys[c])
         best = tl.max(most, axis=1)[:, None]
-        where = tl.where(keys[0] == best, cols[None, :], LARGEST)  # type: ignore[misc]
+        where = tl.where(keys[0] == best, cols[None, :], LARGEST)
         for c in tl.static_range(1, CHUNKS):
             where = tl.minimum(where, tl.where(keys[c] == best, c * CHUNK + cols[None, :], LARGEST))
         expert = tl.min(where, axis=1)[:, None]
         ids = tl.where(choice[None, :] == j, expert, ids)
-        left = ()
+        left: tl.tuple = ()
         for c in tl.static_range(CHUNKS):
-            left += (tl.where(c * CHUNK + cols[None, :] == expert, TAKEN, keys[c]),)  # type: ignore[assignment]
+            left += (tl.where(c * CHUNK + cols[None, :] == expert, TAKEN, keys[c]),)
         keys = left
     return ids
 
@@ -187,14 +187,14 @@ def _falling(keys, CHUNKS: tl.constexpr):
     """Keys [.] of each chunk, place by place in falling order."""
     for last in tl.static_range(CHUNKS - 1, 0, -1):
         for c in tl.static_range(last):
-            swapped = ()
+            swapped: tl.tuple = ()
             for i in tl.static_range(CHUNKS):
                 if i == c:
-                    swapped += (tl.maximum(keys[c], keys[c + 1]),)  # type: ignore[assignment]
+                    swapped += (tl.maximum(keys[c], keys[c + 1]),)
                 elif i == c + 1:
-                    swapped += (tl.minimum(keys[c], keys[c + 1]),)  # type: ignore[assignment]
+                    swapped += (tl.minimum(keys[c], keys[c + 1]),)
                 else:
-                    swapped += (keys[i],)  # type: ignore[assignment]
+                    swapped += (keys[i],)
             keys = swapped
     return keys
 
@@ -207,30 +207,30 @@ def _candidates_of(
 ):  # fmt: skip
     """The experts that rank first by rough keys: int32 [ROWS, CANDIDATES]; and whether the best TOPK are among them."""
     cols = tl.arange(0, CHUNK)
-    keys = ()
+    keys: tl.tuple = ()
     largest = tl.full((ROWS, CHUNK), 0, tl.int32)
     for c in tl.static_range(CHUNKS):
         at = c * CHUNK + cols
         inside = in_rows[:, None] & (at < E)[None, :]
         key, magnitude = _rough_keys(logits_ptr, stride_m, bias_ptr, rows, at, inside, E, BIASED, EXPERT_BITS)
-        keys += (key,)  # type: ignore[assignment]
+        keys += (key,)
         largest = tl.maximum(largest, magnitude)
     nth = tl.arange(0, CANDIDATES)
     found = tl.full((ROWS, CANDIDATES), 0, tl.int32)
     keys = _falling(keys, CHUNKS)  # then only the first of each place can be the next
     for j in tl.static_range(CANDIDATES + 1):
-        best = tl.max(keys[0], axis=1)  # type: ignore[misc]
+        best = tl.max(keys[0], axis=1)
         if j == 0:
             first = _rough(best, EXPERT_BITS)
         if j == TOPK - 1:
             chosen = _rough(best, EXPERT_BITS)
         if j < CANDIDATES:
             found = tl.where(nth[None, :] == j, best[:, None], found)
-            taken = keys[0] == best[:, None]  # type: ignore[misc]
-            left = ()
+            taken = keys[0] == best[:, None]
+            left: tl.tuple = ()
             for c in tl.static_range(CHUNKS - 1):
-                left += (tl.where(taken, keys[c + 1], keys[c]),)  # type: ignore[assignment]
-            left += (tl.where(taken, TAKEN, keys[CHUNKS - 1]),)  # type: ignore[assignment]
+                left += (tl.where(taken, keys[c + 1], keys[c]),)
+            left += (tl.where(taken, TAKEN, keys[CHUNKS - 1]),)
             keys = left
         else:
             missed = _rough(best, EXPERT_BITS)

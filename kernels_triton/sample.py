@@ -189,11 +189,11 @@ def _survey(
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heat = tl.load(heat_ptr + row)
     lane = tl.arange(0, TILE)
-    xs = ()
+    xs: tl.tuple = ()
     most = tl.full((TILE,), -INFINITY, tl.float32)
     for t in tl.static_range(CHUNK // TILE):
         at = chunk * CHUNK + t * TILE + lane
-        xs += (_logits(logits_ptr, stride_m, row, at, at < V),)  # type: ignore[assignment]
+        xs += (_logits(logits_ptr, stride_m, row, at, at < V),)
         most = tl.maximum(most, xs[t], propagate_nan=tl.PropagateNan.ALL)
     key = tl.max(_key(most), axis=0)
     here = row * tl.num_programs(1) + chunk
@@ -208,9 +208,9 @@ def _survey(
         tl.store(where_ptr + here, tl.min(first, axis=0))
     else:
         heat = tl.maximum(heat, COLDEST)
-        masses = ()
+        masses: tl.tuple = ()
         for t in tl.static_range(CHUNK // TILE):
-            masses += (_rough_mass(xs[t], most, heat, COMPILED),)  # type: ignore[assignment]
+            masses += (_rough_mass(xs[t], most, heat, COMPILED),)
         step = _step(heat)
         rung = tl.floor(tl.div_rn(most, step))
         for j in tl.static_range(0, RUNGS, 4):

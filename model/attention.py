@@ -6,7 +6,7 @@ the entry that its own token completes.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,22 +92,22 @@ class Attention(nn.Module):
         assert cache.compressed is not None
         assert cache.state is not None
         own = self.compressor.step(sums[0], sums[1], cache.state, cache.compressed)
-        step = partial(
-            ops.compress_kv if self.ratio != CSA_RATIO else ops.compress_kv_pair,
-            positions=batch.positions,
-            sequence_ids=batch.sequence_ids,
-            cu_seqlens=batch.cu_seqlens,
-            state_slots=batch.state_slots,
-            slots=batch.compressed[self.ratio].slots,
-            ratio=self.ratio,
-        )
+        step: dict[str, Any] = {
+            "positions": batch.positions,
+            "sequence_ids": batch.sequence_ids,
+            "cu_seqlens": batch.cu_seqlens,
+            "state_slots": batch.state_slots,
+            "slots": batch.compressed[self.ratio].slots,
+            "ratio": self.ratio,
+        }
         table, eps = cache.table, self.config.rms_norm_eps
         if self.ratio != CSA_RATIO:
-            step(own.kv, own.gate, own.ape, own.weight, table, eps, own.state, own.cache)
+            ops.compress_kv(own.kv, own.gate, own.ape, own.weight, table, eps, own.state, own.cache, **step)
             return None
         assert cache.index is not None
         assert cache.index_state is not None
-        step(own, self.indexer.compressor.step(sums[2], sums[3], cache.index_state, cache.index), table, eps)
+        keys = self.indexer.compressor.step(sums[2], sums[3], cache.index_state, cache.index)
+        ops.compress_kv_pair(own, keys, table, eps, **step)
         return sums[4]
 
     def _grouped(self, o: Tensor) -> Tensor:

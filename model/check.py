@@ -9,7 +9,7 @@ from fp4suite.formats import FP8BlockTensor, NVFP4Tensor
 
 from .checkpoint.files import CheckpointError
 from .checkpoint.inventory import FAMILIES, Family, inventory, params, stored_params
-from .checkpoint.read import Checkpoint, Held, held, place
+from .checkpoint.read import Checkpoint, Held, held, place, weight_format
 from .config import ModelConfig
 from .linear import AnyWeight
 from .transformer import Transformer
@@ -68,7 +68,7 @@ def check_model(config: ModelConfig, formats: dict[str, Held], what: str) -> dic
         where = place(param, config)
         rows = (param.shape[0] * (where.segments or 1), *param.shape[1:])
         expected[where.name] = rows if where.experts is None else (where.experts, *rows)
-    model = Transformer(config, lambda name: formats[name], device="meta")  # type: ignore[arg-type,return-value]
+    model = Transformer(config, weight_format(formats), device="meta")
     weights = dict(model.weights())
     _same_names(expected.keys(), weights.keys(), what)
     for name, weight in weights.items():

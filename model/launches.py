@@ -23,6 +23,7 @@ from fp4suite.formats import WeightLayout
 from .cache import Batch, KVCache, LayerCache
 from .check import held_formats
 from .checkpoint import Family, load, make_checkpoint
+from .checkpoint.read import weight_format
 from .config import CSA_RATIO, ModelConfig
 from .linear import ActFormat
 from .runtime import ops_without_kernel, pick_device, reference_where_no_kernel, text_table
@@ -128,7 +129,7 @@ def counted(config: ModelConfig, family: Family, act: ActFormat, batch: int, dev
             step, cache = decode_step(config, batch, context, device)
             return dict(layers_by_kind(model, step, cache.layers, on_gpu=True))
         formats = held_formats(config, family)
-        model = Transformer(config, lambda name: formats[name], act_format=act, device="meta")  # type: ignore[arg-type,return-value]
+        model = Transformer(config, weight_format(formats), act_format=act, device="meta")
         model.lay_out(WeightLayout(), "cpu")
         step, cache = decode_step(config, batch, context, torch.device("meta"))
         return dict(layers_by_kind(model, step, cache.layers, on_gpu=False))

@@ -25,7 +25,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, token_ids: Tensor) -> Tensor:
         """x [tokens, hidden], normed -> [tokens, hidden]; token_ids int64 [tokens], for layers that route by them."""
         read = Input(x)
-        ids, weights = self.gate(read, token_ids)  # [tokens, topk]
+        ids, weights = self.gate.choose(read, token_ids)  # [tokens, topk]
         w13, w2, limit = self.w13.weight, self.w2.weight, self.config.swiglu_limit
         if isinstance(w13, NVFP4Tensor) and isinstance(w2, NVFP4Tensor):
             a = read.nvfp4() if self.act == "nvfp4" else x
@@ -52,10 +52,10 @@ class Gate(Linear):
         table = build.int32(config.vocab_size, config.num_experts_per_tok) if is_hash else None
         self.register_buffer("tid2eid", table)
 
-    def forward(self, x: Input, token_ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def choose(self, x: Input, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids int32 and weights FP32, [tokens, topk] each."""
         return ops.route(
-            super().forward(x, torch.float32),  # scores in FP32: ties and near ties decide which expert runs
+            self(x, torch.float32),  # scores in FP32: ties and near ties decide which expert runs
             topk=self.config.num_experts_per_tok,
             scale=self.config.routed_scaling_factor,
             bias=self.bias,

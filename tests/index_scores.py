@@ -1,7 +1,12 @@
 """Scores that stress a choice of the highest: what the tests of index_topk's kernels share."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
+
+from fp4suite import testing
+from fp4suite.problem import IndexTopkProblem
 
 INF, NAN = float("inf"), float("nan")
 KINDS = {
@@ -33,3 +38,18 @@ def rows(entries: int, device: torch.device, page: int = 8) -> dict[str, Tensor]
         "positions": (4 * seen + 2).int().to(device),  # the entry after the last seen is one token short
         "sequence_ids": sequences.int().to(device),
     }
+
+
+def check_in_a_graph(kernel: ModuleType, m: int, entries: int, device: torch.device) -> None:
+    """A launch of `index_topk` captured once, replayed on other scores."""
+    c = testing.case(IndexTopkProblem(m=m, entries=entries, topk=512), device)
+    config = kernel.default(c.problem)
+    kernel.warm(c.problem, config)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        c.launch(kernel, config)
+    for _ in range(3):
+        c.operands[0].copy_(torch.roll(c.operands[0], 12345, 1))
+        c.poison()
+        graph.replay()
+        c.check()

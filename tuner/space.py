@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from fp4suite import arch as archs, registry
-from fp4suite.problem import Problem
+from fp4suite.problem import Problem, of_m
 
 MAX_CANDIDATES = 50_000  # a larger SPACE is sampled down to this, with a fixed seed
 
@@ -100,7 +100,7 @@ def _of(problem: Problem, arch: str, agreed: tuple[str, str] | None) -> Space:
         choices[row.name] = checked_space(module)
         default = default_of(row.name, problem)
         if row.any_m:
-            mine = _supported_at_any_m(row.name, dataclasses.replace(problem, m=1))  # type: ignore[call-arg]
+            mine = _supported_at_any_m(row.name, of_m(problem, 1))
         else:
             mine = _supported(row.name, problem)
         found += mine

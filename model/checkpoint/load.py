@@ -13,7 +13,7 @@ from ..config import ModelConfig
 from ..linear import ActFormat, Linear
 from ..transformer import Transformer
 from .files import CheckpointError
-from .read import Checkpoint, Weights
+from .read import Checkpoint, Weights, weight_format
 
 
 def load(
@@ -67,7 +67,7 @@ def load(
             act_format = default_act_format(device)
         model = Transformer(
             config,
-            lambda name: formats[name],  # type: ignore[arg-type,return-value]  # "int32" is of tables, never asked for
+            weight_format(formats),
             act_dtype=act_dtype,
             act_format=act_format,
             device="meta",

@@ -17,7 +17,7 @@ activations are scaled by their own maximum.
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from fp4suite import reference
 from fp4suite.formats import BLOCK, FP8_BLOCK, FP8BlockTensor, MXFP4Tensor, NVFP4Tensor
 
 from ..config import ModelConfig
+from ..linear import Format, WeightFormat
 from . import codec
 from .files import INDEX_NAME, TORCH_DTYPES, CheckpointError, Reader, Stored, read_index, read_json
 from .inventory import Family, Param, Storage, TensorSpec, params, parts
@@ -259,6 +260,18 @@ def held(param: Param, storage: Storage) -> Held:
         return "int32"
     # what the release keeps in FP32 is computed with in FP32; widening loses nothing
     return "fp32" if param.native == "fp32" or storage == "fp32" else "bf16"
+
+
+def weight_format(formats: Mapping[str, Held]) -> WeightFormat:
+    """What a model is built with, from how it holds each weight. Its function raises TypeError for a table's name."""
+
+    def of(name: str) -> Format:
+        format = formats[name]
+        if format == "int32":
+            raise TypeError(f"{name} is a table of integers, not a weight")
+        return format
+
+    return of
 
 
 def place(param: Param, config: ModelConfig) -> Place:

@@ -11,7 +11,7 @@ from kernels_cute import index_topk as kernel
 from kernels_cute.index_topk import Config
 from ptx_emulator import emulate
 
-from ..index_scores import INF, NAN, rows
+from ..index_scores import INF, NAN, check_in_a_graph, rows
 
 ARCHS = ("sm_90a", "sm_100a")
 DEFAULTS = [(1, 8192), (4096, 8192), (4096, 16384), (4, 32768), (4, 262144)]
@@ -161,16 +161,5 @@ def test_rows_of_every_kind_on_a_gpu(config, device):
 
 @pytest.mark.gpu
 def test_cuda_graph(device):
-    """Captured once, replayed on other scores."""
     for m, entries in ((2, 65536), (400, 8192)):
-        c = testing.case(IndexTopkProblem(m=m, entries=entries, topk=512), device)
-        config = kernel.default(c.problem)
-        kernel.warm(c.problem, config)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            c.launch(kernel, config)
-        for _ in range(3):
-            c.operands[0].copy_(torch.roll(c.operands[0], 12345, 1))
-            c.poison()
-            graph.replay()
-            c.check()
+        check_in_a_graph(kernel, m, entries, device)

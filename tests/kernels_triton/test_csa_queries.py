@@ -1,5 +1,7 @@
 """csa_queries gives the bits of qnorm_rope's and index_query's references: every config, format and type, ragged."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -95,8 +97,9 @@ def test_a_problem_counts_both():
 
 
 def test_refusals(device):
-    def why(config: kernel.Config, **dims: object) -> str | None:
-        return kernel.supports(CsaQueriesProblem(**{"m": 1, "heads": 4, "format": "fp8"} | dims), config)  # type: ignore[arg-type]
+    def why(config: kernel.Config, **dims: Any) -> str | None:
+        given: dict[str, Any] = {"m": 1, "heads": 4, "format": "fp8"}
+        return kernel.supports(CsaQueriesProblem(**given | dims), config)
 
     assert why(kernel.Config()) is None
     assert "spill" in (why(kernel.Config(block_h=8)) or "")

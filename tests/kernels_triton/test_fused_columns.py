@@ -18,7 +18,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from fp4suite import operators, ops, reference
 from fp4suite.dispatch import on_target, override
-from fp4suite.formats import IndexCache, PagedCache, index_layout, kv_layout
+from fp4suite.formats import IndexCache, IndexFormat, PagedCache, index_layout, kv_layout
 from fp4suite.reference import CompressorStep
 from kernels_triton import csa_queries, index_query
 
@@ -65,9 +65,9 @@ def columns(device: torch.device, seed: int, dtype: torch.dtype, *widths: int) -
     return list(both.to(dtype).to(device).split(widths, dim=1))
 
 
-def index_cache(device: torch.device, format: str) -> IndexCache:
-    data = torch.zeros(4, index_layout(format, PAGE, KEY).page_bytes, dtype=torch.uint8, device=device)  # type: ignore[arg-type]
-    cache = IndexCache(data, format, PAGE, KEY)  # type: ignore[arg-type]
+def index_cache(device: torch.device, format: IndexFormat) -> IndexCache:
+    data = torch.zeros(4, index_layout(format, PAGE, KEY).page_bytes, dtype=torch.uint8, device=device)
+    cache = IndexCache(data, format, PAGE, KEY)
     rows = torch.randn(cache.slots, KEY, generator=torch.Generator().manual_seed(9)).to(device)
     reference.write_rows(cache, torch.arange(cache.slots, device=device), rows)
     return cache
@@ -153,9 +153,8 @@ class Layer:
         return CompressorStep(kv, gate, ape, torch.ones(head_dim, device=self.device), state, cache)
 
     def paged(self) -> PagedCache:
-        geometry = ("nvfp4", PAGE, HEAD, ROPE)
-        size = kv_layout(*geometry).page_bytes  # type: ignore[arg-type]
-        return PagedCache(torch.zeros(2, size, dtype=torch.uint8, device=self.device), *geometry)  # type: ignore[arg-type]
+        size = kv_layout("nvfp4", PAGE, HEAD, ROPE).page_bytes
+        return PagedCache(torch.zeros(2, size, dtype=torch.uint8, device=self.device), "nvfp4", PAGE, HEAD, ROPE)
 
 
 NAMES = ["qnorm_rope", "kv_norm_rope_insert", "index_query", "index_query_fp8", "compress_kv", "compress_kv of keys"]

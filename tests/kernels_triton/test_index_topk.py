@@ -9,7 +9,7 @@ from fp4suite.dispatch import on_target, override
 from fp4suite.problem import IndexTopkProblem
 from kernels_triton import index_topk as kernel
 
-from ..index_scores import INF, KINDS, NAN, rows
+from ..index_scores import INF, KINDS, NAN, check_in_a_graph, rows
 
 HELD = kernel.Config(num_warps=1)
 MAXIMA = kernel.Config(held=64, group=4, num_warps=1)
@@ -150,16 +150,5 @@ def test_real_sizes(m, entries, config, device):
 
 @pytest.mark.gpu
 def test_cuda_graph(device):
-    """Captured once, replayed on other scores, split rows too."""
     for m, entries in ((2, 65536), (40, 8192)):
-        c = testing.case(IndexTopkProblem(m=m, entries=entries, topk=512), device)
-        config = kernel.default(c.problem)
-        kernel.warm(c.problem, config)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            c.launch(kernel, config)
-        for _ in range(3):
-            c.operands[0].copy_(torch.roll(c.operands[0], 12345, 1))
-            c.poison()
-            graph.replay()
-            c.check()
+        check_in_a_graph(kernel, m, entries, device)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fp4suite import ops, reference, testing
 from fp4suite.dispatch import batch_invariant, on_target, recording
-from fp4suite.formats import PagedCache, kv_layout
+from fp4suite.formats import KVFormat, PagedCache, kv_layout
 from fp4suite.problem import QkvNormRopeInsertProblem
 from fp4suite.testing import assert_same_bytes
 from kernels_triton import qkv_norm_rope_insert as kernel
@@ -16,9 +16,9 @@ from .rope_inputs import FORMATS, angles, gaussian_rows
 HEAD, ROPE, RANK, EPS = 512, 64, 208, 1e-6
 
 
-def new_cache(format: str, device: torch.device, pages: int = 10, page: int = 4, head: int = HEAD) -> PagedCache:
-    size = kv_layout(format, page, head, ROPE).page_bytes  # type: ignore[arg-type]
-    return PagedCache(torch.full((pages, size), 0xEE, dtype=torch.uint8, device=device), format, page, head, ROPE)  # type: ignore[arg-type]
+def new_cache(format: KVFormat, device: torch.device, pages: int = 10, page: int = 4, head: int = HEAD) -> PagedCache:
+    size = kv_layout(format, page, head, ROPE).page_bytes
+    return PagedCache(torch.full((pages, size), 0xEE, dtype=torch.uint8, device=device), format, page, head, ROPE)
 
 
 def inputs(m: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, rank: int = RANK) -> tuple:
