@@ -41,7 +41,9 @@ from .gemm_nvfp4_sm90_wgmma import (
     CODE_BYTES,
     CTA_BYTES,
     CUTE_OUT,
+    MAX_SEGMENTS,
     MAX_STAGES,
+    MOST_STAGES,
     REGISTERS,
     SCALE_BYTES,
     SM_COUNT,
@@ -52,6 +54,7 @@ from .gemm_nvfp4_sm90_wgmma import (
     WIDE,
     GemmNvfp4Sm90Wgmma,
     Variant,
+    Walk,
     registers_at_launch,
     store_bytes,
 )
@@ -142,7 +145,7 @@ def stage_bytes(config: Config) -> int:
 
 
 def fixed_bytes(config: Config) -> int:
-    """Of shared memory, for barriers and the tokens' scales, a copy for each warpgroup."""
+    """Of shared memory, for barriers, alphas and the tokens' scales, a copy for each warpgroup."""
     return BARRIER_BYTES + 4 * config.groups * config.tile_m
 
 
@@ -171,6 +174,8 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     for knob, values in SPACE.items():
         if getattr(config, knob) not in values:
             return f"{knob}={getattr(config, knob)} is none of {', '.join(map(str, values))}"
+    if problem.segments > MAX_SEGMENTS:
+        return f"segments={problem.segments} is not in 1..{MAX_SEGMENTS}"
     if problem.n % TILE or problem.k % STEP:
         return f"n={problem.n}, k={problem.k}: n must be a multiple of {TILE}, k of {STEP}"
     stages = stages_of(config, problem.out)
@@ -203,7 +208,7 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     if not fits:
         return f"{config.blocks} x {config.groups} warpgroups: the registers do not hold sums of {config.tile_m} tokens"
     need = shared_bytes(config, problem.out)
-    if stages > BARRIER_BYTES // 16 - 2 or config.blocks * (need + CTA_BYTES) > MAX_SHARED_BYTES[ARCH] + CTA_BYTES:
+    if stages > MOST_STAGES or config.blocks * (need + CTA_BYTES) > MAX_SHARED_BYTES[ARCH] + CTA_BYTES:
         return f"{config.blocks} CTAs need {need} bytes of shared memory each, {ARCH} has {MAX_SHARED_BYTES[ARCH]}"
     return None
 
@@ -310,6 +315,14 @@ def add_here(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
     return Float32(llvm.inline_asm(T.f32(), args, asm, "=f,f,f", has_side_effects=True, loc=loc, ip=ip))
 
 
+@dsl_user_op
+def here(x: Int32, *, loc=None, ip=None) -> Int32:
+    """x, not earlier: the compiler would keep what follows from it in registers through the main loop."""
+    args = [x.ir_value(loc=loc, ip=ip)]
+    asm = "mov.b32 $0, $1;"
+    return Int32(llvm.inline_asm(T.i32(), args, asm, "=r,r", has_side_effects=True, loc=loc, ip=ip))
+
+
 MAGNITUDES = (0x38000000, 0x3E003C00, 0x42004000, 0x46004400)  # 0 and 0.5, 1 and 1.5, 2 and 3, 4 and 6 in FP16
 
 
@@ -382,11 +395,8 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         store = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileS2GOp(), mD, self.store_layout(), (self.chunk, self.columns)
         )
-        m_tiles, n_groups = cute.ceil_div(m, c.tile_m), cute.ceil_div(n, c.tile_n * c.share)
-        clusters = m_tiles * n_groups
-        if cutlass.const_expr(c.split == 1):
-            clusters = cutlass.min(clusters * c.tail, max_clusters)
-        self.kernel(tma, store, b, sfb, mExponent, mScale, mAlpha, mD, m_tiles, n_groups, k, segment_ends).launch(
+        clusters, walk = self.walk(m, n, k, max_clusters)
+        self.kernel(tma, store, b, sfb, mExponent, mScale, mAlpha, mD, walk, segment_ends).launch(
             grid=(c.share, c.split, clusters),
             block=(c.threads, 1, 1),
             cluster=(c.share, c.split, 1),
@@ -412,19 +422,16 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         mScale: cute.Tensor,
         mAlpha: cute.Tensor,
         mD: cute.Tensor,
-        m_tiles: Int32,
-        n_groups: Int32,
-        k: Int32,
+        walk: Walk,
         segment_ends: tuple[Int32, ...],
     ):
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(tidx // 32)
-        work = self.work((m_tiles, n_groups), k // STEP)
+        work = self.work(walk)
 
         smem = SmemAllocator()
-        barriers = smem.allocate_tensor(Int64, cute.make_layout(BARRIER_BYTES // 8), byte_alignment=1024)
-        full, empty = barriers.iterator, barriers.iterator + self.stages
+        full, empty, sAlpha = self.barriers(smem)
         layout = self.tokens_layout()
         sA = smem.allocate_tensor(Float8E4M3FN, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         staging = None
@@ -453,7 +460,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_decrease(WIDE[0])
             if warp == 4 * c.groups:
-                self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, work)
+                self.load(tma, b, sfb, sA, sCodes, sScales, full, empty, work)
             if cutlass.const_expr(c.split > 1):
                 cute.arch.cluster_wait()
             if work[1] > work[0]:
@@ -462,7 +469,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_increase(WIDE[c.groups])
             ring = (sA, sCodes, sScales, full, empty)
-            factors = (mExponent, mScale, mAlpha, sScale)
+            factors = (mExponent, mScale, self.fetch_alphas(mAlpha, sAlpha, tidx), sScale)
             self.multiply(ring, store, staging, sums, factors, mD, segment_ends, work, tidx)
         if cutlass.const_expr(c.share > 1):
             self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
@@ -485,7 +492,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
     @cute.jit
     def multiply(self, ring, store, staging, sums, factors, mD, segment_ends, work, tidx):
         """Sums of this CTA's tiles (or of its parts of K of them), and their way out."""
-        c, (mExponent, mScale, mAlpha, sScale) = self.config, factors
+        c, (mExponent, mScale, slots, sScale) = self.config, factors
         group = cute.arch.make_warp_uniform(tidx // WARPGROUP)
         group_n, group_k = group % c.groups_n, group // c.groups_n
         thread = tidx % WARPGROUP
@@ -510,7 +517,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                     [acc],
                     sums,
                     ring[4] + self.stages,
-                    mAlpha,
+                    slots,
                     mD,
                     segment_ends,
                     m_tile,
@@ -521,12 +528,12 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                 )
             elif cutlass.const_expr(c.reduces):
                 self.put([acc], sums, group_n, group_k, thread)
-                self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
+                self.reduce(sums, slots, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
             elif number < work[0]:
-                self.store([acc], store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, False, powers)
+                self.store([acc], store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, False, powers)
             elif cutlass.const_expr(c.tail > 1):
                 self.swap(acc, Int32(ring[0].iterator.toint()), group_n, thread)
-                self.store([acc], store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, True, powers)
+                self.store([acc], store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, True, powers)
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
 
@@ -619,7 +626,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
     @cute.jit
     def scale_tokens(self, acc, scales, sScale, powers, group, thread):
         """Times each token's scale; where sums are spread, times the row's power of two over `reduce`'s factor."""
-        c = self.config
+        c, thread = self.config, here(thread)
         for i in cutlass.range_constexpr(cute.size(scales)):
             token = i * WARPGROUP + thread
             if token < c.tile_m:

@@ -48,9 +48,12 @@ TILE = 64  # rows and elements of K of one tile of b
 CODE_BYTES, SCALE_BYTES = 2048, 256  # of a tile
 WARPGROUP = 128
 BAND = 8  # tiles of tokens that are walked over for one tile of weights
-BARRIER_BYTES = 1024
+BARRIER_BYTES = 1024  # of barriers and, in the second half, alphas
+ALPHA_BYTES = BARRIER_BYTES // 2
+MAX_SEGMENTS = ALPHA_BYTES // (16 * 4)  # each of up to 16 warps that multiply has slots for all alphas
 CTA_BYTES = 1024  # of shared memory that the hardware keeps for each CTA
-MAX_STAGES = 16
+MAX_STAGES = 16  # where as many are asked for as fit
+MOST_STAGES = (BARRIER_BYTES - ALPHA_BYTES) // 16 - 2  # that there are barriers for, beside those of parts of sums
 REGISTERS = 65536  # of an SM
 WIDE = (24, 232, 240)  # registers of a thread that loads, and of one that keeps many sums: with one warpgroup, with two
 STORE_ROWS = 64  # tokens of one store of d
@@ -276,6 +279,8 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         config.reduces or config.strips > 1 or config.tile_m not in (128, 256) or config.share != config.tail
     ):
         return f"tail={config.tail} is for one strip of 128 or 256 tokens, share={config.tail} and split=1"
+    if problem.segments > MAX_SEGMENTS:
+        return f"segments={problem.segments} is not in 1..{MAX_SEGMENTS}"
     step = config.tile_k * config.paired
     if problem.n % TILE or problem.k % step:
         return f"n={problem.n}, k={problem.k}: n must be a multiple of {TILE}, k of {step}"
@@ -304,7 +309,7 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     if not fits:
         return f"blocks={config.blocks}: the registers do not hold the sums of so many CTAs"
     need = shared_bytes(config, problem.out)
-    if stages > BARRIER_BYTES // 16 - 2 or config.blocks * (need + CTA_BYTES) > MAX_SHARED_BYTES[ARCH] + CTA_BYTES:
+    if stages > MOST_STAGES or config.blocks * (need + CTA_BYTES) > MAX_SHARED_BYTES[ARCH] + CTA_BYTES:
         return f"{config.blocks} CTAs need {need} bytes of shared memory each, {ARCH} has {MAX_SHARED_BYTES[ARCH]}"
     return None
 
@@ -540,6 +545,25 @@ def pack_bf16(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint32:
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Walk:
+    """How clusters go over groups of tiles of d, tokens first, in bands. Made on the host: a device divides in some 35
+    instructions, which would stand before its first load.
+    """
+
+    m_tiles: Int32
+    full_bands: Int32
+    rest: Int32  # groups in the tail
+    first_of_tail: Int32
+    passes: Int32  # over K, of a whole tile
+    per_part: Int32  # of them, of a part of K
+    row_tiles: Int32  # of 64 weight rows
+    k_tiles: Int32
+    by_clusters: cute.FastDivmodDivisorV2  # how many there are
+    by_band: cute.FastDivmodDivisorV2  # groups of a full band
+    by_width: cute.FastDivmodDivisorV2  # tiles of tokens of the last one, if that is not full
+
+
 class GemmNvfp4Sm90Wgmma:
     """Clusters walk over tiles of d. a and b are the problem's: b, the weights, is the MMA's operand A."""
 
@@ -587,13 +611,10 @@ class GemmNvfp4Sm90Wgmma:
         store = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileS2GOp(), mD, self.store_layout(), (self.chunk, self.columns)
         )
-        m_tiles, n_groups = cute.ceil_div(m, c.tile_m), cute.ceil_div(n, c.tile_n * c.share)
-        clusters = m_tiles * n_groups
-        if cutlass.const_expr(c.split == 1):
-            clusters = cutlass.min(clusters * c.tail, max_clusters)
+        clusters, walk = self.walk(m, n, k, max_clusters)
         if cutlass.const_expr(c.warps < 4):
             b, sfb = (self.quarters(x, size, n, k) for x, size in ((b, CODE_BYTES), (sfb, SCALE_BYTES)))
-        self.kernel(tma, store, b, sfb, mAlpha, mD, m_tiles, n_groups, k, segment_ends).launch(
+        self.kernel(tma, store, b, sfb, mAlpha, mD, walk, segment_ends).launch(
             grid=(c.share, c.split, clusters),
             block=(c.threads, 1, 1),
             cluster=(c.share, c.split, 1),
@@ -601,6 +622,32 @@ class GemmNvfp4Sm90Wgmma:
             min_blocks_per_mp=c.blocks,
             preferred_smem_carveout=100,  # percent
             use_pdl=True,
+        )
+
+    def walk(self, m, n, k, max_clusters):
+        """How many clusters there are, and how they go over d."""
+        c = self.config
+        m_tiles, n_groups = cute.ceil_div(m, c.tile_m), cute.ceil_div(n, c.tile_n * c.share)
+        groups = clusters = m_tiles * n_groups  # of tiles side by side along n
+        if c.split == 1:
+            clusters = cutlass.min(groups * c.tail, max_clusters)
+        rest = Int32(0)
+        if c.tail > 1:
+            rest = groups % clusters
+            rest *= Int32(rest * c.tail <= clusters)
+        passes = k // (c.tile_k * c.paired)
+        return clusters, Walk(
+            m_tiles=m_tiles,
+            full_bands=m_tiles // BAND,
+            rest=rest,
+            first_of_tail=groups - rest,
+            passes=passes,
+            per_part=cute.ceil_div(passes, c.split * c.tail),
+            row_tiles=n // TILE,
+            k_tiles=k // TILE,
+            by_clusters=cute.fast_divmod_create_divisor_v2(clusters),
+            by_band=cute.fast_divmod_create_divisor_v2(n_groups * BAND),
+            by_width=cute.fast_divmod_create_divisor_v2(cutlass.max(m_tiles % BAND, 1)),
         )
 
     def quarters(self, pointer, size: int, n, k):
@@ -633,20 +680,16 @@ class GemmNvfp4Sm90Wgmma:
         sfb: Any,
         mAlpha: cute.Tensor,
         mD: cute.Tensor,
-        m_tiles: Int32,
-        n_groups: Int32,
-        k: Int32,
+        walk: Walk,
         segment_ends: tuple[Int32, ...],
     ):
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(tidx // 32)
-        passes = k // (c.tile_k * c.paired)  # over K, of a whole tile
-        work = self.work((m_tiles, n_groups), passes)
+        work = self.work(walk)
 
         smem = SmemAllocator()
-        barriers = smem.allocate_tensor(Int64, cute.make_layout(BARRIER_BYTES // 8), byte_alignment=1024)
-        full, empty = barriers.iterator, barriers.iterator + self.stages
+        full, empty, sAlpha = self.barriers(smem)
         layout = self.tokens_layout()
         sA = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         staging = None
@@ -673,7 +716,7 @@ class GemmNvfp4Sm90Wgmma:
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_decrease(WIDE[0])
             if warp == c.warps * c.groups:
-                self.load(tma, b, sfb, mD.shape[1], k, sA, sCodes, sScales, full, empty, work)
+                self.load(tma, b, sfb, sA, sCodes, sScales, full, empty, work)
             if cutlass.const_expr(c.split > 1):
                 cute.arch.cluster_wait()
             if work[1] > work[0]:
@@ -682,9 +725,38 @@ class GemmNvfp4Sm90Wgmma:
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_increase(WIDE[c.groups])
             ring = (sA, sCodes, sScales, full, empty)
-            self.multiply(ring, store, staging, sums, mAlpha, mD, segment_ends, work, tidx)
+            slots = self.fetch_alphas(mAlpha, sAlpha, tidx)
+            self.multiply(ring, store, staging, sums, slots, mD, segment_ends, work, tidx)
         if cutlass.const_expr(c.share > 1):
             self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
+
+    def barriers(self, smem):
+        """Those of stages that are full, and empty, with those that count parts of sums behind; slots for alphas."""
+        count = (BARRIER_BYTES - ALPHA_BYTES) // 8
+        full = smem.allocate_tensor(Int64, cute.make_layout(count), byte_alignment=1024).iterator
+        slots = cute.make_layout((MAX_SEGMENTS, ALPHA_BYTES // (4 * MAX_SEGMENTS)))  # [segments, warps]
+        return full, full + self.stages, smem.allocate_tensor(Float32, slots, byte_alignment=16)
+
+    @cute.jit
+    def fetch_alphas(self, mAlpha, sAlpha, tidx):
+        """Send for alpha, which the epilogue finds in this warp's slots: loaded there it would cost a miss in L2.
+
+        Not before the kernel before this one has ended, which may write it. The first tokens come no earlier.
+        """
+        slots, lane = sAlpha[None, tidx // 32], tidx % 32
+        copy = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
+        cute.arch.griddepcontrol_wait()
+        if lane < MAX_SEGMENTS:  # no slot stays empty: loads of several are made one, which may take in the next
+            segment = cutlass.min(lane, self.variant.segments - 1)
+            cute.copy(copy, cute.local_tile(mAlpha, (1,), (segment,)), cute.local_tile(slots, (1,), (lane,)))
+        cute.arch.cp_async_commit_group()
+        return slots
+
+    def wait_for_alphas(self, slots):
+        """alpha of each segment."""
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.sync_warp()
+        return [slots[i] for i in range(self.variant.segments)]
 
     def sums(self, smem):
         """Shared memory where parts of sums meet: those of a CTA's groups, or what other CTAs of the cluster send."""
@@ -710,42 +782,39 @@ class GemmNvfp4Sm90Wgmma:
                         count += Int32(part == i) * (units[i] - units[0])
                     cute.arch.mbarrier_arrive_and_expect_tx(bar, count * ((sent.owners - 1) * sent.unit_bytes))
 
-    def work(self, tiles, passes):
-        """What this cluster does: how many groups of tiles (side by side along n) of whole K and how many items in all;
-        then the first group of the tail, the passes over K of a tile, and how many tiles there are."""
-        c, (m_tiles, n_groups) = self.config, tiles
+    def work(self, walk):
+        """What this cluster does: how many groups of tiles of whole K, and how many items in all; and how."""
         _, _, cluster = cute.arch.block_idx()
         _, _, clusters = cute.arch.grid_dim()
-        groups = m_tiles * n_groups
-        rest = Int32(0)
-        if c.tail > 1:
-            rest = groups % clusters
-            rest *= Int32(rest * c.tail <= clusters)
-        whole = (groups - rest - cluster + clusters - 1) // clusters
-        return whole, whole + Int32(cluster < rest * c.tail), groups - rest, passes, tiles
+        whole = items = (walk.first_of_tail - cluster + clusters - 1) // walk.by_clusters
+        if self.config.tail > 1:
+            items += Int32(cluster < walk.rest * self.config.tail)
+        return whole, items, walk
 
     def item(self, i, work):
         """This CTA's item number i: which tokens, which weight rows, the first pass over K and how many.
 
         Tokens come first, in bands. In the tail a cluster has one tile, and each of its CTAs a part of K.
         """
-        c, (whole, _, first_of_tail, passes, (m_tiles, n_groups)) = self.config, work
+        c, (whole, _, walk) = self.config, work
         x, part, cluster = cute.arch.block_idx()
         _, _, clusters = cute.arch.grid_dim()
-        per_part = (passes + c.split * c.tail - 1) // (c.split * c.tail)
-        group, beside, first, count = cluster + i * clusters, x, Int32(0), passes
+        group, beside, first, count = cluster + i * clusters, x, Int32(0), walk.passes
         if c.split > 1:
-            first = part * per_part
-            count = cutlass.min(per_part, passes - first)
+            first = part * walk.per_part
+            count = cutlass.min(walk.per_part, walk.passes - first)
         if c.tail > 1:
             shared = Int32(i >= whole)
-            group += shared * (first_of_tail + cluster // c.tail - group)
+            group += shared * (walk.first_of_tail + cluster // c.tail - group)
             beside += shared * (cluster % c.tail - x)
-            first = shared * x * per_part
-            count -= shared * (passes - cutlass.min(per_part, passes - first))
-        band, within = group // (BAND * n_groups), group % (BAND * n_groups)
-        width = cutlass.min(m_tiles - band * BAND, BAND)
-        return band * BAND + within % width, within // width * c.share + beside, first, count
+            first = shared * x * walk.per_part
+            count -= shared * (walk.passes - cutlass.min(walk.per_part, walk.passes - first))
+        band, within = divmod(group, walk.by_band)
+        beyond, token_tile = divmod(within, walk.by_width)
+        full = band < walk.full_bands
+        beyond = cutlass.select_(full, within >> (BAND.bit_length() - 1), beyond)
+        token_tile = cutlass.select_(full, within & (BAND - 1), token_tile)
+        return band * BAND + token_tile, beyond * c.share + beside, first, count
 
     @cute.jit
     def meet(self, cluster: cutlass.Constexpr):
@@ -756,17 +825,17 @@ class GemmNvfp4Sm90Wgmma:
             cute.arch.sync_threads()
 
     @cute.jit
-    def load(self, tma, b, sfb, n, k, sA, sCodes, sScales, full, empty, work):
+    def load(self, tma, b, sfb, sA, sCodes, sScales, full, empty, work):
         """Fill the stages: the tokens of this CTA (or its share of the cluster's), its codes and its scales."""
-        c = self.config
+        c, walk = self.config, work[2]
         gA = cute.flat_divide(tma.tma_tensor, (c.tile_m, c.tile_k))
         tokens = (tma.atom, cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2))
-        policy = create_policy(work[4][0] == 1)  # weights that nobody reads again
+        policy = create_policy(walk.m_tiles == 1)  # weights that nobody reads again
         if cutlass.const_expr(self.warps == 4):
-            weights = (b.toint(), sfb.toint(), n // TILE, k // TILE, policy)
+            weights = (b.toint(), sfb.toint(), walk.row_tiles, walk.k_tiles, policy)
             into = (Int32(sCodes.iterator.toint()), Int32(sScales.iterator.toint()))
         else:
-            weights, into = (b, sfb, n // TILE, k // TILE, policy), (sCodes, sScales)
+            weights, into = (b, sfb, walk.row_tiles, walk.k_tiles, policy), (sCodes, sScales)
 
         # weights do not depend on the kernel before this one
         m_tile, n_tile, first, count = self.item(Int32(0), work)
@@ -844,7 +913,7 @@ class GemmNvfp4Sm90Wgmma:
                     cute.copy(tma.atom, found, to, tma_bar_ptr=bar, cache_policy=policy)
 
     @cute.jit
-    def multiply(self, ring, store, staging, sums, mAlpha, mD, segment_ends, work, tidx):
+    def multiply(self, ring, store, staging, sums, slots, mD, segment_ends, work, tidx):
         """Sums of this CTA's tiles (or of its parts of K of them), and their way out."""
         c = self.config
         tiled_mma = hopper_helpers.make_trivial_tiled_mma(
@@ -880,16 +949,16 @@ class GemmNvfp4Sm90Wgmma:
             base += count * c.paired
             if cutlass.const_expr(c.split > 1):
                 self.exchange(
-                    acc, sums, ring[4] + self.stages, mAlpha, mD, segment_ends, m_tile, n_tile, group_n, group_k, thread
+                    acc, sums, ring[4] + self.stages, slots, mD, segment_ends, m_tile, n_tile, group_n, group_k, thread
                 )
             elif cutlass.const_expr(c.reduces):
                 self.put(acc, sums, group_n, group_k, thread)
-                self.reduce(sums, mAlpha, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
+                self.reduce(sums, slots, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
             elif number < work[0]:
-                self.store(acc, store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, False)
+                self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, False)
             elif cutlass.const_expr(c.tail > 1):
                 self.swap(acc[0], Int32(ring[0].iterator.toint()), group_n, thread)
-                self.store(acc, store, staging, mAlpha, segment_ends, m_tile, n_tile, group_n, thread, True)
+                self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, True)
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
 
@@ -1098,12 +1167,12 @@ class GemmNvfp4Sm90Wgmma:
             for r in range(2)
         ]
 
-    def factor(self, mAlpha, segment_ends, column):
+    def factor(self, alphas, segment_ends, column):
         """alpha of a column of d."""
-        segment = Int32(0)
-        for end in segment_ends[:-1]:
-            segment += Int32(column >= end)
-        return mAlpha[segment]
+        alpha = alphas[0]
+        for end, after in zip(segment_ends[:-1], alphas[1:], strict=True):
+            alpha = cutlass.select_(column >= end, after, alpha)
+        return alpha
 
     @cute.jit
     def swap(self, acc, start, group_n, thread):
@@ -1131,7 +1200,7 @@ class GemmNvfp4Sm90Wgmma:
         acc,
         store,
         staging,
-        mAlpha,
+        slots,
         segment_ends,
         m_tile,
         n_tile,
@@ -1161,10 +1230,11 @@ class GemmNvfp4Sm90Wgmma:
             part, _, _ = cute.arch.block_idx()
             chunks //= c.tail
             first_chunk += part * chunks
+        of_segments = self.wait_for_alphas(slots)
         for strip in cutlass.range_constexpr(c.strips):
             block = n_tile * self.blocks_n + strip * c.groups_n + group_n
             row = cutlass.min(block * TILE, segment_ends[-1] - TILE) + 16 * warp + g
-            alphas = [self.factor(mAlpha, segment_ends, row + 8 * r) for r in range(2)]
+            alphas = [self.factor(of_segments, segment_ends, row + 8 * r) for r in range(2)]
             if cutlass.const_expr(powers is not None):
                 alphas = [alpha * power for alpha, power in zip(alphas, powers, strict=True)]
             for chunk in cutlass.range_constexpr(chunks):
@@ -1198,7 +1268,7 @@ class GemmNvfp4Sm90Wgmma:
                     cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def exchange(self, acc, inbox, landed, mAlpha, mD, segment_ends, m_tile, n_tile, group_n, group_k, thread):
+    def exchange(self, acc, inbox, landed, slots, mD, segment_ends, m_tile, n_tile, group_n, group_k, thread):
         """Send each part of the sums to the group that owns it, add up what is this group's in the order of the parts;
         d = sum * alpha, rounded once."""
         c, sent = self.config, parts(self.config)
@@ -1246,9 +1316,10 @@ class GemmNvfp4Sm90Wgmma:
         cute.arch.barrier(barrier_id=1 + group, number_of_threads=threads)
         pieces = sent.columns // 4
         done = cute.make_rmem_tensor(4, self.out)
+        of_segments = self.wait_for_alphas(slots)
         for strip in cutlass.range_constexpr(len(acc)):
             column = n_tile * c.tile_n + (strip * c.groups_n + group_n) * sent.columns + thread % pieces * 4
-            alphas = [self.factor(mAlpha, segment_ends, column + e) for e in range(4)]
+            alphas = [self.factor(of_segments, segment_ends, column + e) for e in range(4)]
             for eight in cutlass.range_constexpr(eights):
                 unit = strip * eights + eight
                 owner = sent.owner(unit)
@@ -1277,7 +1348,7 @@ class GemmNvfp4Sm90Wgmma:
         cute.arch.barrier(barrier_id=1, number_of_threads=32 * self.warps * c.groups)
 
     @cute.jit
-    def reduce(self, sums, mAlpha, mD, segment_ends, m0, n0, tidx):
+    def reduce(self, sums, slots, mD, segment_ends, m0, n0, tidx):
         """Add the parts in their order; d = sum * alpha, rounded once."""
         c = self.config
         m, n = mD.shape
@@ -1287,6 +1358,7 @@ class GemmNvfp4Sm90Wgmma:
         batch = max(1, 8 // c.groups_k) if c.tile_m >= 64 else 1  # pieces whose loads are on their way
         start = Int32(sums.iterator.toint())
         done = cute.make_rmem_tensor(4, self.out)
+        of_segments = self.wait_for_alphas(slots)
         for i in cutlass.range(0, valid, threads * batch, unroll=1):
             got = []
             for j in cutlass.range_constexpr(batch):
@@ -1301,7 +1373,7 @@ class GemmNvfp4Sm90Wgmma:
                         total = got[j][0][e]
                         for quad in got[j][1:]:
                             total = total + quad[e]
-                        alpha = self.factor(mAlpha, segment_ends, n0 + column + e)
+                        alpha = self.factor(of_segments, segment_ends, n0 + column + e)
                         done[e] = self.out(total * Float32(UNBIAS) * alpha)
                     target = cute.local_tile(mD, (1, 4), (m0 + token, (n0 + column) // 4))
                     cute.autovec_copy(done, target[0, None])

@@ -68,6 +68,7 @@ def test_what_is_repeated_on_a_gpu_is_supported(config):
         (replace(BIG, order="rows"), Config(), "weights in the order rows"),
         (replace(BIG, n=7208), Config(), "n must be a multiple of 64, k of 128"),
         (replace(BIG, k=3136), Config(), "n must be a multiple of 64, k of 128"),
+        (replace(BIG, segments=9), Config(), "segments=9 is not in 1..8"),
         (BIG, Config(tile_m=24), "tile_m=24 is none of"),
         (BIG, Config(tile_m=256, groups_n=3), "1 x 3 warpgroups: the registers do not hold"),
         (BIG, Config(tile_m=128, groups_n=3), "1 x 3 warpgroups: the registers do not hold"),

@@ -55,6 +55,7 @@ CONFIGS = [
         (replace(BIG, n=7208), Config(), "n must be a multiple of 64, k of 128"),
         (replace(BIG, k=3136), Config(), "n must be a multiple of 64, k of 128"),
         (replace(BIG, k=3136), WIDE, "k of 128"),
+        (replace(BIG, segments=9), Config(), "segments=9 is not in 1..8"),
         (BIG, Config(tile_m=24), "tile_m=24 is none of"),
         (BIG, Config(tile_m=256, strips=2), "256 tokens by 2 strips"),
         (BIG, Config(groups_n=2, groups_k=4), "8 warpgroups"),
@@ -115,6 +116,14 @@ def test_main_loop_waits_for_one_mma_at_most(config):
     assert len(re.findall(r"\bHGMMA\.", code)) == 4 * units
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code)
     assert sorted(waits) == ["0"] + ["1"] * units
+
+
+@pytest.mark.parametrize("config", [SMALL, replace(WIDE, split=2)], ids=str)
+def test_tiles_and_alphas_are_found_without_delay(config):
+    """The walk over tiles has no division, and alpha no load that somebody waits for: it is copied from the start."""
+    code = sass(kernel.build(replace(BIG, segments=2), config))
+    assert "MUFU.RCP" not in code
+    assert re.findall(r"\bLDG\w*", code) == ["LDGSTS", "LDGDEPBAR"]
 
 
 def test_warps_multiply_few_tokens():
@@ -186,6 +195,18 @@ def test_in_the_emulator(config, schedule, monkeypatch):
     case = testing.case(problem, "cpu", 1)
     with emulate("sm_90a", schedule=schedule):
         case.run(kernel, config)
+    kernel.compiled.cache_clear()
+    case.check()
+
+
+@pytest.mark.parametrize(("m_tiles", "clusters", "segments"), [(1, 2, 3), (8, 1, 1), (11, 5, 8)])
+def test_clusters_walk_over_all_tiles(m_tiles, clusters, segments, monkeypatch):
+    """Whole bands of tiles of tokens and others, one segment to as many as there can be."""
+    kernel.compiled.cache_clear()
+    monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: clusters)
+    case = testing.case(Problem(m=8 * m_tiles - 3, n=192, k=64, out="fp32", segments=segments), "cpu", 2)
+    with emulate("sm_90a"):
+        case.run(kernel, Config(tile_m=8, groups_n=1, tile_k=64, stages=2))
     kernel.compiled.cache_clear()
     case.check()
 

@@ -49,15 +49,16 @@ FAULTS = [
     ("few", "multiplied before the stage is full", WAIT, NO_WAIT, 1),
     ("few", "parts added before they are there", WAIT, NO_WAIT, 2),
     ("few", "stage released by no warp", r"mbarrier\.arrive\.shared\.b64[^;]*;", "", 0),
-    ("few", "the neighbour's quarter of a tile", r"(\.4d[^{]*\{%r\d+, %r\d+), %r15,", r"\1, %r17,", 0),
-    ("few", "swizzle of the tokens", rf"(ldmatrix\S+ [^}}]*}}), {ADDRESS};", r"\1, [%r152];", 1),
+    ("few", "the neighbour's quarter of a tile", r"(\.4d[^{]*\{%r\d+, %r\d+), %r18,", r"\1, %r20,", 0),
+    ("few", "swizzle of the tokens", rf"(ldmatrix\S+ [^}}]*}}), {ADDRESS};", r"\1, [%r163];", 1),
     ("few", "tokens exchanged", rf"(mma\.sync[^}}]*}}, {{[^}}]*}}), {{({REG}), ({REG})}}", r"\1, {\3, \2}", 1),
     ("few", "a quarter of a step twice", rf"(mma\.sync[^}}]*}}), \{{{REG}, {REG}, {REG}, {REG}}}, \{{{REG}, {REG}}}",
-     r"\1, {%r206, %r207, %r208, %r209}, {%r210, %r211}", 4),
-    ("few", "parts sent to one CTA only", r"(mapa\.shared::cluster\.u32 \w+, %r\d+), %r409;", r"\1, 0;", -1),
+     r"\1, {%r217, %r218, %r219, %r220}, {%r221, %r222}", 4),
+    ("few", "parts sent to one CTA only", r"(mapa\.shared::cluster\.u32 \w+, %r\d+), %r420;", r"\1, 0;", -1),
     ("few", "a part sent beside its place", r"\[to\]", "[to+16]", 0),
     ("few", "too few bytes of parts expected", r"(mov\.b32 \t%r\d+), 4608;", r"\1, 3072;", 0),
     ("few", "sent before the other CTA has its barriers", r"barrier\.cluster\.wait;", "", 1),
+    ("few", "alpha not waited for", r"cp\.async\.wait_group \t0;", "", 0),
 ]  # fmt: skip
 
 # case, name, pattern, replacement, which, what the refusal says
