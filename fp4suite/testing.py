@@ -915,9 +915,9 @@ def _rope_inverse_quantize_case(p: RopeInverseQuantizeProblem, o: Tensor, positi
     return Case(p, (o, positions, table, p.groups, alpha), out, (p.rule,), lambda: _poison(out), verify)
 
 
-def _kv_norm_rope_insert_case(p: KvNormRopeInsertProblem, gen: torch.Generator) -> Case:
+def _kv_norm_rope_insert_case(p: KvNormRopeInsertProblem, gen: torch.Generator, kv: Tensor | None = None) -> Case:
     device, dtype = gen.device, TORCH_DTYPES[p.x]
-    kv = random_activations((p.m, p.head_dim), gen, dtype)
+    kv = random_activations((p.m, p.head_dim), gen, dtype) if kv is None else kv
     weight = _norm_weight(p.head_dim, gen, dtype)
     positions, table = _positions(p.m, p.rope_dim, gen)
     geometry = (p.format, p.page_size, p.head_dim, p.rope_dim)
@@ -937,10 +937,9 @@ def _kv_norm_rope_insert_case(p: KvNormRopeInsertProblem, gen: torch.Generator) 
 
 def _qkv_norm_rope_insert_case(p: QkvNormRopeInsertProblem, gen: torch.Generator) -> Case:
     """q and kv are columns of one tensor."""
-    insert = _kv_norm_rope_insert_case(p.insert, gen)
-    kv, *rest = insert.operands
-    both = torch.cat((random_activations((p.m, p.k), gen, kv.dtype), kv), dim=1)
-    q, kv = both.split((p.k, p.head_dim), dim=1)
+    q, kv = random_activations((p.m, p.k + p.head_dim), gen, TORCH_DTYPES[p.x]).split((p.k, p.head_dim), dim=1)
+    insert = _kv_norm_rope_insert_case(p.insert, gen, kv)
+    _, *rest = insert.operands
     q_weight = _norm_weight(p.k, gen, kv.dtype)
     out = torch.empty(p.m, p.k, dtype=kv.dtype, device=gen.device)
 

@@ -100,14 +100,14 @@ def in_arithmetic(problem: IndexLogitsProblem, wanted: str) -> Config:
     return Config(block_m=default(problem).block_m, block_n=block_n, num_warps=num_warps)
 
 
-# Of four bytes each as two codes of E2M1 in BF16, times the power of two in $8: the bits of a code, put where BF16 has
-# its sign and the lowest three of exponent and mantissa, are it times 2^-126, subnormal numbers included.
+# Of four bytes each as two codes of E2M1 in BF16, times a power of two of its own: the bits of a code, put where BF16
+# has its sign and the lowest three of exponent and mantissa, are it times 2^-126, subnormal numbers included.
 _DECODE = tl.constexpr(
     "{ .reg .b32 x, a, b;"
     + "".join(
         f"prmt.b32 x, $4, 0, 0x444{i}; mul.lo.u32 a, x, 0x40040; mul.lo.u32 b, x, 0x1001000;"
         "and.b32 a, a, 0x01C001C0; lop3.b32 a, a, b, 0x80008000, 0xF8;"
-        f"mov.b32 b, 0x7E807E80; mul.rn.bf16x2 a, a, b; mul.rn.bf16x2 ${i}, a, $5;"
+        f"mov.b32 b, 0x7E807E80; mul.rn.bf16x2 a, a, b; mul.rn.bf16x2 ${i}, a, ${5 + i};"
         for i in range(4)
     )
     + "}"

@@ -9,7 +9,7 @@ Compiled code only.
 import triton
 import triton.language as tl
 
-from .nvfp4 import ALPHA_MIN, SIXTH, block_amax, eighths, reciprocal
+from .nvfp4 import ALPHA_MIN, SIXTH, block_amax, e4m3_nearest, eighths, reciprocal
 
 ERROR = 1.3e-6
 LESS, MORE = tl.constexpr(1 - 2.0**-19), tl.constexpr(1 + 2.0**-19)  # ERROR, and what two products round off
@@ -65,15 +65,14 @@ def near_blocks(lo, hi, alpha, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
     usable = alpha >= ALPHA_MIN
     inv = tl.where(usable, tl.div_rn(1.0, tl.where(usable, alpha, 1.0)), 0.0)
     t = amax * SIXTH * inv
-    e4m3 = (t * LESS).to(tl.float8e4nv)
-    byte = e4m3.to(tl.uint8, bitcast=True)
-    above = (t * MORE).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    factor = reciprocal(e4m3.to(tl.float32) * alpha)
+    byte, scale = e4m3_nearest(t * LESS)
+    above, _ = e4m3_nearest(t * MORE)
+    factor = reciprocal(scale * alpha)
     sure = (byte == above) & (t < FINITE) & (factor < FACTOR_MOST)
     first, near_first = _codes(lo * factor[:, :, None], ROWS, BLOCKS)
     second, near_second = _codes(hi * factor[:, :, None], ROWS, BLOCKS)
     doubt = tl.where(sure & (tl.minimum(near_first, near_second) >= SURE), 0, 1)
-    return tl.join(first, second), byte.to(tl.int32), doubt
+    return tl.join(first, second), byte, doubt
 
 
 @triton.jit

@@ -267,14 +267,28 @@ def absmax_scale(amax, alpha):
     inv = tl.where(usable, tl.div_rn(1.0, tl.where(usable, alpha, 1.0)), 0.0)
     t = amax * SIXTH * inv
     t = tl.where(t <= E4M3_MAX, t, E4M3_MAX)
-    if CVT:
-        e4m3 = t.to(tl.float8e4nv)
-        byte = e4m3.to(tl.uint8, bitcast=True).to(tl.int32)
-        scale = e4m3.to(tl.float32)
-    else:
-        byte = e4m3_encode(t)
-        scale = e4m3_decode(byte)
+    byte, scale = e4m3_nearest(t)
     return byte, reciprocal(scale * alpha)
+
+
+# Two numbers' bytes and values; no 8-bit type that LLVM makes vectors of: with two bytes a thread and arithmetic on
+# them ptxas 12.8 took two of four for whatever a register held (Triton 3.6, sm_90a).
+_NEAREST = tl.constexpr(
+    "{ .reg .b16 both, a, b; .reg .b32 f16, bits;"
+    "cvt.rn.satfinite.e4m3x2.f32 both, $5, $4; cvt.rn.f16x2.e4m3x2 f16, both; mov.b32 {a, b}, f16;"
+    "cvt.f32.f16 $2, a; cvt.f32.f16 $3, b; cvt.u32.u16 bits, both; and.b32 $0, bits, 255; shr.u32 $1, bits, 8; }"
+)
+
+
+@triton.jit
+def e4m3_nearest(t):
+    """FP32 in 0 .. 448 -> (its E4M3 byte as int32, to nearest even; the number that this stands for)."""
+    if CVT:
+        return tl.inline_asm_elementwise(
+            _NEAREST, "=r,=r,=f,=f,f,f", [t], dtype=(tl.int32, tl.float32), is_pure=True, pack=2
+        )
+    byte = e4m3_encode(t)
+    return byte, e4m3_decode(byte)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from .cache import decode_rows, encode_rows, read_rows
 from .compressor import hadamard_transform
 from .norm import wide
 from .rope import qnorm_rope, rotate
+from .sample import falling
 
 _TOKENS = 64  # queries scored at a time, to bound the [tokens, heads, entries] intermediate
 
@@ -128,11 +129,12 @@ def index_topk(
 ) -> Tensor:
     """Cache slots int32 [tokens, min(topk, entries)] of the highest visible scores, in rising entry order, -1 behind.
 
-    logits: FP32 [tokens, entries] of `index_logits` (not read where an entry is not visible); the rest as there.
+    NaN of either sign is above infinity; among equals the lower entry comes first. logits: FP32 [tokens, entries] of
+    `index_logits` (not read where an entry is not visible); the rest as there.
     """
     entries = torch.arange(logits.shape[1], device=logits.device)
     visible = (entries < ((positions.long() + 1) // ratio)[:, None]) & (sequence_ids >= 0)[:, None]
-    ranked = torch.sort(logits.masked_fill(~visible, float("-inf")), dim=-1, descending=True, stable=True).indices
+    _, ranked = falling(logits.masked_fill(~visible, float("-inf")))
     chosen = ranked[:, :topk]
     # an entry that is not visible sorts behind all that are: by a number no entry has
     chosen = torch.where(visible.gather(1, chosen), chosen, len(entries)).sort(-1).values

@@ -25,7 +25,7 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
     tokens. Among equal logits the lower id ranks first, above all others NaN; if the first is NaN or infinite, only
     its equals can be drawn.
     """
-    ranked, ids = torch.sort(wide(logits), dim=-1, descending=True, stable=True)
+    ranked, ids = falling(wide(logits))
     mass = _mass(ranked, temperature)
     reached = mass.cumsum(-1)
     limit = _share(top_p, reached[:, -1:]).ceil().long().clamp(min=1)  # top_p = 0 keeps the first
@@ -33,6 +33,12 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
     target = torch.minimum(_share(uniform, kept).floor().long(), kept - 1)
     pick = (reached <= target).sum(-1, keepdim=True)
     return torch.where(temperature == 0, ids[:, 0], ids.gather(-1, pick).squeeze(-1))
+
+
+def falling(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row sorted, and where its numbers were: NaN first, among equals the one that came first."""
+    # torch.sort on a GPU has a NaN whose sign is set elsewhere
+    return torch.sort(torch.where(x.isnan(), torch.nan, x), dim=-1, descending=True, stable=True)
 
 
 def _mass(ranked: Tensor, temperature: Tensor) -> Tensor:

@@ -159,8 +159,10 @@ def test_index_topk(arch, held, pool):
     case.check()
 
 
-def emulated_logits(problem: IndexLogitsProblem, case: testing.Case, arch: str, pool, block_m: int = 4) -> None:
-    config = index_logits.Config(block_m=block_m)
+def emulated_logits(
+    problem: IndexLogitsProblem, case: testing.Case, arch: str, pool, block_m: int = 4, **knobs
+) -> None:
+    config = index_logits.Config(block_m=block_m, **knobs)
     case.poison()
     q, weights, cache, table, positions, ids, ratio, scale = case.operands
     args = (q, q.stride(0), q.stride(1), weights, weights.stride(0), cache.data, table, table.stride(0), positions, ids)
@@ -175,6 +177,15 @@ def test_index_logits(arch, format, x, pool):
     problem = IndexLogitsProblem(m=5, entries=192, format=format, sequences=2, heads=64, x=x)
     case = testing.case(problem, "cpu", 1)
     emulated_logits(problem, case, arch, pool)
+    case.check()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_index_logits_of_a_block_a_key(arch, pool):
+    """Rows of 32 codes, loaded by byte: a thread has codes of several keys, each with a power of two of its own."""
+    problem = IndexLogitsProblem(m=2, entries=20, format="mxfp4", heads=4, head_dim=32, page_size=5)
+    case = testing.case(problem, "cpu", 1)
+    emulated_logits(problem, case, arch, pool, block_n=16, num_warps=1)
     case.check()
 
 
