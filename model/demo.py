@@ -254,9 +254,10 @@ def _planned(tables: Sequence[str], config: ModelConfig, m: Sequence[int]) -> li
 
 def _joined(planned: Sequence[dict[str, Any]]) -> list[list[object]]:
     """The rows of `_planned` with the layers of one choice in one row."""
-    layers: dict[tuple[object, ...], list[str]] = {}
+    layers: dict[tuple[object, ...], dict[str, None]] = {}
     for row in planned:
-        layers.setdefault((row["arch"], row["kernel"], row["m"], row["config"]), []).append(row["layers"])
+        names = dict.fromkeys(row["layers"].split(", "))
+        layers.setdefault((row["arch"], row["kernel"], row["m"], row["config"]), {}).update(names)
     return [[*key, ", ".join(names)] for key, names in layers.items()]
 
 
