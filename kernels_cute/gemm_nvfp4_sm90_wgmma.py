@@ -57,6 +57,7 @@ MOST_STAGES = (BARRIER_BYTES - ALPHA_BYTES) // 16 - 2  # that there are barriers
 REGISTERS = 65536  # of an SM
 WIDE = (24, 232, 240)  # registers of a thread that loads, and of one that keeps many sums: with one warpgroup, with two
 STORE_ROWS = 64  # tokens of one store of d
+ALL = 5  # the barrier of all groups: those before are of one each, which may be a tile behind
 WARP_TOKENS = 8  # up to so many are multiplied by warps, without WGMMA
 WARP_ROWS = 16  # weight rows of a warp
 SM_COUNT = 132  # of an H100; what a launch on CPU tensors assumes
@@ -578,6 +579,10 @@ class GemmNvfp4Sm90Wgmma:
         self.chunk = min(config.tile_m, STORE_ROWS)  # tokens of one store
         self.columns = 128 * 8 // self.out.width  # and weight rows
         self.halves = TILE // self.columns
+        self.chunks = config.strips * config.tile_m // self.chunk  # of a group
+        # a CTA's last tile through the stages, where they hold it and two buffers would not
+        fits = 16 * config.tile_k * self.stages >= self.out.width * config.tile_n  # bits of a token
+        self.leaves_at_once = not config.reduces and self.chunks > 2 and fits
         self.units = self.atoms * config.strips  # of a step: 64 rows x 64 of K of a warpgroup
 
     @cute.jit
@@ -665,10 +670,10 @@ class GemmNvfp4Sm90Wgmma:
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
         return cute.tile_to_shape(atom, (c.tile_m, c.tile_k, self.stages), order=(0, 1, 2))
 
-    def store_layout(self):
-        """Shared [tokens, weight rows, buffers] of d, rows of 128 bytes in the 128-byte swizzle."""
+    def store_layout(self, chunks: int = 2):
+        """Shared [tokens, weight rows, buffers] of d for so many chunks a group, rows as those of tokens."""
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.out)
-        buffers = self.config.groups_n * 2 * self.halves
+        buffers = self.config.groups_n * chunks * self.halves
         return cute.tile_to_shape(atom, (self.chunk, self.columns, buffers), order=(0, 1, 2))
 
     @cute.kernel
@@ -692,10 +697,13 @@ class GemmNvfp4Sm90Wgmma:
         full, empty, sAlpha = self.barriers(smem)
         layout = self.tokens_layout()
         sA = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        staging = None
+        staging = room = None
         if cutlass.const_expr(not c.reduces):
             layout = self.store_layout()
             staging = smem.allocate_tensor(self.out, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        if cutlass.const_expr(self.leaves_at_once):
+            layout = self.store_layout(self.chunks)
+            room = cute.make_tensor(cute.recast_ptr(sA.iterator, layout.inner, dtype=self.out), layout.outer)
         quarters = self.stages * c.tile_n // WARP_ROWS * self.atoms  # of tiles
         sCodes = smem.allocate_tensor(Uint32, cute.make_layout(quarters * CODE_BYTES // 16), byte_alignment=128)
         sScales = smem.allocate_tensor(Uint32, cute.make_layout(quarters * SCALE_BYTES // 16), byte_alignment=128)
@@ -726,7 +734,7 @@ class GemmNvfp4Sm90Wgmma:
                 cute.arch.setmaxregister_increase(WIDE[c.groups])
             ring = (sA, sCodes, sScales, full, empty)
             slots = self.fetch_alphas(mAlpha, sAlpha, tidx)
-            self.multiply(ring, store, staging, sums, slots, mD, segment_ends, work, tidx)
+            self.multiply(ring, store, staging, room, sums, slots, mD, segment_ends, work, tidx)
         if cutlass.const_expr(c.share > 1):
             self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
 
@@ -913,8 +921,11 @@ class GemmNvfp4Sm90Wgmma:
                     cute.copy(tma.atom, found, to, tma_bar_ptr=bar, cache_policy=policy)
 
     @cute.jit
-    def multiply(self, ring, store, staging, sums, slots, mD, segment_ends, work, tidx):
-        """Sums of this CTA's tiles (or of its parts of K of them), and their way out."""
+    def multiply(self, ring, store, staging, room, sums, slots, mD, segment_ends, work, tidx):
+        """Sums of this CTA's tiles (or of its parts of K of them), and their way out.
+
+        room: the stages of the tokens as buffers of all chunks, in which the last tile waits for none.
+        """
         c = self.config
         tiled_mma = hopper_helpers.make_trivial_tiled_mma(
             BFloat16,
@@ -955,7 +966,14 @@ class GemmNvfp4Sm90Wgmma:
                 self.put(acc, sums, group_n, group_k, thread)
                 self.reduce(sums, slots, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
             elif number < work[0]:
-                self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, False)
+                if cutlass.const_expr(self.leaves_at_once):
+                    if number + 1 < work[1]:
+                        self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, False)
+                    else:  # stages are free once all are done
+                        cute.arch.barrier(barrier_id=ALL, number_of_threads=WARPGROUP * c.groups)
+                        self.store(acc, store, room, slots, segment_ends, m_tile, n_tile, group_n, thread, False)
+                else:
+                    self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, False)
             elif cutlass.const_expr(c.tail > 1):
                 self.swap(acc[0], Int32(ring[0].iterator.toint()), group_n, thread)
                 self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, True)
@@ -1182,7 +1200,7 @@ class GemmNvfp4Sm90Wgmma:
         half = c.tile_m // 4  # numbers of half of the tokens in a thread
         stride = 16 * WARPGROUP
         start += group_n * half // 4 * stride + 16 * thread
-        cute.arch.barrier(barrier_id=1, number_of_threads=WARPGROUP * c.groups)  # stages are free once all are done
+        cute.arch.barrier(barrier_id=ALL, number_of_threads=WARPGROUP * c.groups)  # stages are free once all are done
         for j in cutlass.range_constexpr(half // 4):
             low, high = ([acc[4 * j + e + half * h] for e in range(4)] for h in range(2))
             store4(start + j * stride, [high[e] if part == 0 else low[e] for e in range(4)])
@@ -1211,8 +1229,9 @@ class GemmNvfp4Sm90Wgmma:
     ):
         """d = sum * alpha, rounded once: 64 weight rows by 64 tokens of a warpgroup to shared memory, then by TMA.
 
-        shared: another CTA has taken the other part of K, and this one has the sums of half of the tokens. powers: what
-        else rows g and g + 8 are multiplied by.
+        staging: two buffers a group, which chunks take in turn, or one for each. shared: another CTA has taken the
+        other part of K, and this one has the sums of half of the tokens. powers: what else rows g and g + 8 are
+        multiplied by.
         """
         c = self.config
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
@@ -1224,6 +1243,7 @@ class GemmNvfp4Sm90Wgmma:
         buffer_bytes = self.chunk * 128
         start = Int32(staging.iterator.toint())
         chunks = c.tile_m // self.chunk
+        buffers = cute.size(staging, mode=[2]) // (c.groups_n * self.halves)
         odd = c.strips * chunks % 2
         first_chunk = m_tile * chunks
         if cutlass.const_expr(shared):
@@ -1238,11 +1258,12 @@ class GemmNvfp4Sm90Wgmma:
             if cutlass.const_expr(powers is not None):
                 alphas = [alpha * power for alpha, power in zip(alphas, powers, strict=True)]
             for chunk in cutlass.range_constexpr(chunks):
-                turn = (strip * chunks + chunk) % 2
-                buffer = (group_n * 2 + turn) * self.halves
-                if warp == 0:  # the store before the last has left its buffer: of an odd number, the last one
-                    cute.arch.cp_async_bulk_wait_group(1 - odd * int(strip + chunk == 0), read=True)
-                cute.arch.barrier(barrier_id=1 + group_n, number_of_threads=WARPGROUP)
+                turn = (strip * chunks + chunk) % buffers
+                buffer = (group_n * buffers + turn) * self.halves
+                if cutlass.const_expr(buffers == 2):
+                    if warp == 0:  # the store before the last has left its buffer: of an odd number, the last one
+                        cute.arch.cp_async_bulk_wait_group(1 - odd * int(strip + chunk == 0), read=True)
+                    cute.arch.barrier(barrier_id=1 + group_n, number_of_threads=WARPGROUP)
                 first = chunk * self.chunk // 8
                 if cutlass.const_expr(self.variant.out == "bf16"):
                     wide = min(2, self.chunk // 8)  # groups of eight tokens in one instruction

@@ -191,7 +191,8 @@ def test_in_the_emulator(config, schedule, monkeypatch):
     k = rounds * step if config.split == 1 else 2 * step - config.tile_k * config.paired
     tiles = 1 if config.split > 1 else 2
     n = -(-config.tile_n * tiles // 64) * 64 + 64
-    problem = Problem(m=tiles * config.tile_m - 3, n=n, k=k, out="fp32", segments=2)
+    out = "bf16" if config.tail > 1 else "fp32"
+    problem = Problem(m=tiles * config.tile_m - 3, n=n, k=k, out=out, segments=2)
     case = testing.case(problem, "cpu", 1)
     with emulate("sm_90a", schedule=schedule):
         case.run(kernel, config)
@@ -209,6 +210,20 @@ def test_clusters_walk_over_all_tiles(m_tiles, clusters, segments, monkeypatch):
         case.run(kernel, Config(tile_m=8, groups_n=1, tile_k=64, stages=2))
     kernel.compiled.cache_clear()
     case.check()
+
+
+def test_a_last_tile_leaves_through_the_stages_with_equal_bits(monkeypatch):
+    monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 2)
+    problem, found = Problem(m=259, n=256, k=128, segments=2), []
+    for config in (replace(WIDE, stages=3), Config(tile_k=64, stages=4)):
+        kernel.compiled.cache_clear()
+        case = testing.case(problem, "cpu", 5)
+        with emulate("sm_90a", schedule="eager"):
+            case.run(kernel, config)
+        case.check()
+        found.append(case.out)
+    kernel.compiled.cache_clear()
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(("turn", "stages"), [(2, 4), (1, 3)])
