@@ -991,7 +991,7 @@ class GemmNvfp4Sm90Wgmma:
         rows = TILE * c.groups_n
         acc = [cute.make_rmem_tensor(tiled_mma.partition_shape_C((rows, tokens)), Float32) for _ in range(c.strips)]
 
-        base = Int32(0)
+        base, unbias = Int32(0), (Float32(UNBIAS),) * 2
         for number in cutlass.range(work[1], unroll=1):
             m_tile, n_tile, _, count = self.item(number, work)
             half, mine = None, ring
@@ -1021,16 +1021,18 @@ class GemmNvfp4Sm90Wgmma:
             elif number < work[0]:
                 if cutlass.const_expr(self.leaves_at_once):
                     if number + 1 < work[1]:
-                        self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, half)
+                        self.store(
+                            acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, unbias, half
+                        )
                     else:  # stages are free once all are done
                         cute.arch.barrier(barrier_id=ALL, number_of_threads=WARPGROUP * c.groups)
-                        self.store(acc, store, room, slots, segment_ends, m_tile, n_tile, group_n, thread, half)
+                        self.store(acc, store, room, slots, segment_ends, m_tile, n_tile, group_n, thread, unbias, half)
                 else:
-                    self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, half)
+                    self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, unbias, half)
             elif cutlass.const_expr(c.tail > 1):
                 self.swap(acc[0], Int32(ring[0].iterator.toint()), group_n, thread)
                 part, _, _ = cute.arch.block_idx()
-                self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, part)
+                self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, unbias, part)
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
 
@@ -1285,12 +1287,7 @@ class GemmNvfp4Sm90Wgmma:
 
     def scaled(self, acc, alphas, eights):
         """Of each of these groups of eight tokens, this thread's two of row g, then of row g + 8, times alpha."""
-        # a power of two first: exact, and alpha brings the only rounding before the output's
-        return [
-            [acc[4 * eight + 2 * r + i] * Float32(UNBIAS) * alphas[r] for i in range(2)]
-            for eight in eights
-            for r in range(2)
-        ]
+        return [[acc[4 * eight + 2 * r + i] * alphas[r] for i in range(2)] for eight in eights for r in range(2)]
 
     def factor(self, alphas, segment_ends, column):
         """alpha of a column of d."""
@@ -1331,13 +1328,13 @@ class GemmNvfp4Sm90Wgmma:
         n_tile,
         group_n,
         thread,
+        powers,
         half=None,
-        powers=None,
     ):
         """d = sum * alpha, rounded once: 64 weight rows by 64 tokens of a warpgroup to shared memory, then by TMA.
 
-        staging: two buffers a group, which chunks take in turn, or one for each. half: which half of the tokens these
-        are the sums of, where they are not all. powers: what else rows g and g + 8 are multiplied by.
+        staging: two buffers a group, which chunks take in turn, or one for each. powers: of two, by which alpha is
+        multiplied for rows g and g + 8. half: which half of the tokens these are the sums of, where they are not all.
         """
         c = self.config
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
@@ -1360,8 +1357,8 @@ class GemmNvfp4Sm90Wgmma:
             block = self.block(n_tile, strip * c.groups_n + group_n, half is not None)
             row = cutlass.min(block * TILE, segment_ends[-1] - TILE) + 16 * warp + g
             alphas = [self.factor(of_segments, segment_ends, row + 8 * r) for r in range(2)]
-            if cutlass.const_expr(powers is not None):
-                alphas = [alpha * power for alpha, power in zip(alphas, powers, strict=True)]
+            # exact while it is finite, so that alpha brings the only rounding before the output's
+            alphas = [alpha * power for alpha, power in zip(alphas, powers, strict=True)]
             for chunk in cutlass.range_constexpr(chunks):
                 turn = (strip * chunks + chunk) % buffers
                 buffer = (group_n * buffers + turn) * self.halves
@@ -1538,7 +1535,8 @@ def launch(
     """out[m, n] = a[m, k] @ b[n, k].T * alpha on the current stream.
 
     a: BF16 with rows 16 bytes aligned and adjacent elements; b: in the order "fragments_sm90", b.alpha one number, or
-    one a segment of columns; out: BF16 or FP32 with rows 16 bytes aligned. Raises ValueError or TypeError.
+    one a segment of columns, below 2^120 in magnitude, as amax / 2688 of any tensor is (256 * alpha must be finite);
+    out: BF16 or FP32 with rows 16 bytes aligned. Raises ValueError or TypeError.
 
     Codes and scales of b are read before earlier work on the stream has ended (programmatic dependent launch): what
     writes them must have ended before, as after `NVFP4Tensor.with_order`, which waits. a, alpha and out may be in use.

@@ -220,6 +220,14 @@ def test_in_the_emulator(config, schedule, monkeypatch):
     case.check()
 
 
+def test_alpha_of_any_size_acts_on_the_sum():
+    """The largest power of two that is allowed, where sums may overflow, and the smallest normal one."""
+    with emulate("sm_90a"):
+        sm90_cases.check_alpha_acts_on_the_sum(
+            kernel, Config(tile_m=16, tile_k=64, stages=4), 128, torch.device("cpu"), powers=(119, -126)
+        )
+
+
 @pytest.mark.parametrize(("m_tiles", "clusters", "segments"), [(1, 2, 3), (8, 1, 1), (11, 5, 8)])
 def test_clusters_walk_over_all_tiles(m_tiles, clusters, segments, monkeypatch):
     """Whole bands of tiles of tokens and others, one segment to as many as there can be."""
