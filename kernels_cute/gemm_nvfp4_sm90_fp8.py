@@ -359,6 +359,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         self.columns = 128 * 8 // self.out.width  # and weight rows
         self.halves = TILE // self.columns
         self.run = config.tile_m // config.runs  # tokens of an MMA
+        self.overlap, self.rows = False, config.tile_n
 
     @cute.jit
     def __call__(
@@ -530,10 +531,11 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                 self.put([acc], sums, group_n, group_k, thread)
                 self.reduce(sums, slots, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
             elif number < work[0]:
-                self.store([acc], store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, False, powers)
+                self.store([acc], store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, powers)
             elif cutlass.const_expr(c.tail > 1):
                 self.swap(acc, Int32(ring[0].iterator.toint()), group_n, thread)
-                self.store([acc], store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, True, powers)
+                part, _, _ = cute.arch.block_idx()
+                self.store([acc], store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, powers, part)
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
 
@@ -640,9 +642,6 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
                 for r in cutlass.range_constexpr(2):
                     by = pair[i] * (powers[r] * Float32(1 / UNBIAS)) if c.reduces else pair[i]
                     acc[4 * eight + 2 * r + i] *= by
-
-    def scaled(self, acc, alphas, eights):
-        return [[acc[4 * eight + 2 * r + i] * alphas[r] for i in range(2)] for eight in eights for r in range(2)]
 
 
 # --- host -------------------------------------------------------------------------------------------------------------

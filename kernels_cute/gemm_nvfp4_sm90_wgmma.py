@@ -15,6 +15,8 @@ and one of 8 bytes of scales, and tiles that follow each other along K are neigh
     sums       of a tile are kept by one warpgroup, which stores them by TMA, or are spread over `groups_k` warpgroups,
                which add them through shared memory, or over those of `split` CTAs of a cluster too, each of which gets
                a part of the tokens: what the others have of them is sent to its shared memory; always in one order
+    overlap    two tiles beside each other have an odd number of 64 rows: the last warpgroup of both has the same ones,
+               and half of the tokens. 7168 rows by 512 tokens are 128 tiles of 224 x 128, for 132 SMs
     tail       tiles of a last wave that would fill at most half of the GPU are each taken by both CTAs of a cluster, in
                halves of K; they swap half of their sums
 """
@@ -56,7 +58,9 @@ MAX_STAGES = 16  # where as many are asked for as fit
 MOST_STAGES = (BARRIER_BYTES - ALPHA_BYTES) // 16 - 2  # that there are barriers for, beside those of parts of sums
 REGISTERS = 65536  # of an SM
 WIDE = (24, 232, 240)  # registers of a thread that loads, and of one that keeps many sums: with one warpgroup, with two
+FOUR = (24, 120)  # and with three for 128 tokens beside one for 64, which keeps what it has at launch
 STORE_ROWS = 64  # tokens of one store of d
+ALL = 5  # the barrier of all groups: those before are of one each, which may be a tile behind
 WARP_TOKENS = 8  # up to so many are multiplied by warps, without WGMMA
 WARP_ROWS = 16  # weight rows of a warp
 SM_COUNT = 132  # of an H100; what a launch on CPU tensors assumes
@@ -69,7 +73,8 @@ class Config:
     that take steps of K in turn. warps: of a group, each with 16 weight rows; of four, two or three, that only multiply
     by themselves. tile_k: elements of K a step, `stages` steps in flight (0: as many as fit). share, split: CTAs of a
     cluster side by side along n, and along K. tail: those side by side that take a tile of the last wave in parts of K.
-    blocks: CTAs that share an SM.
+    overlap: two tiles beside each other have 64 weight rows in common, which the last group of each multiplies by half
+    of the tokens. blocks: CTAs that share an SM.
     """
 
     tile_m: int = 64
@@ -82,11 +87,18 @@ class Config:
     share: int = 1
     split: int = 1
     tail: int = 1
+    overlap: bool = False
     blocks: int = 1
 
     @property
     def tile_n(self) -> int:
+        """Weight rows that a tile takes in."""
         return WARP_ROWS * self.warps * self.groups_n * self.strips
+
+    @property
+    def rows(self) -> int:
+        """Of these, those that are its own: of the common ones half."""
+        return self.tile_n - TILE // 2 * self.overlap
 
     @property
     def groups(self) -> int:
@@ -95,7 +107,7 @@ class Config:
     @property
     def wide(self) -> bool:
         """Whether the sums take so many registers that the loading warps give theirs away."""
-        return self.tile_m * self.strips > 128
+        return self.tile_m * self.strips > 128 or self.by_halves
 
     @property
     def threads(self) -> int:
@@ -112,15 +124,20 @@ class Config:
         return self.tile_m <= WARP_TOKENS or self.warps < 4
 
     @property
+    def by_halves(self) -> bool:
+        """Whether half of a unit is decoded while the other is multiplied: four warpgroups have no room for two."""
+        return self.overlap and self.groups == 4
+
+    @property
     def paired(self) -> int:
         """Steps that are multiplied in one pass: WGMMA's two decoded operands take turns."""
-        return 2 if self.tile_k * self.strips == TILE and not self.by_warp else 1
+        return 2 if self.tile_k * self.strips == TILE and not (self.by_warp or self.by_halves) else 1
 
     @property
     def ahead(self) -> bool:
         """Whether scales are decoded before the MMA whose registers the result takes is done."""
         room = self.wide or registers_at_launch(self.blocks * self.threads) >= 80 + self.tile_m * self.strips // 2
-        return room and self.tile_m >= 64 and self.tile_k * self.strips > TILE
+        return room and self.tile_m >= 64 and self.tile_k * self.strips > TILE and not self.by_halves
 
     @property
     def reads_ahead(self) -> bool:
@@ -147,6 +164,7 @@ SPACE = {
     "share": (1, 2),
     "split": (1, 2, 3, 4),
     "tail": (1, 2),
+    "overlap": (False, True),
     "blocks": (1, 2),
 }
 
@@ -279,14 +297,21 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         config.reduces or config.strips > 1 or config.tile_m not in (128, 256) or config.share != config.tail
     ):
         return f"tail={config.tail} is for one strip of 128 or 256 tokens, share={config.tail} and split=1"
+    if config.overlap:
+        if config.reduces or config.strips * config.tail > 1 or config.groups_n < 2 or config.tile_m not in (128, 256):
+            return "overlap is for two groups or more with one strip of 128 or 256 tokens, and split and tail of 1"
+        if problem.n % (2 * config.rows):
+            return f"n={problem.n} is not a multiple of {2 * config.rows}, the rows of two tiles that overlap"
     if problem.segments > MAX_SEGMENTS:
         return f"segments={problem.segments} is not in 1..{MAX_SEGMENTS}"
+    if config.by_halves and problem.segments == MAX_SEGMENTS:
+        return f"segments={problem.segments} and four groups that overlap: the loading warp would spill"
     step = config.tile_k * config.paired
     if problem.n % TILE or problem.k % step:
         return f"n={problem.n}, k={problem.k}: n must be a multiple of {TILE}, k of {step}"
     if config.tile_m * config.strips > 256:
         return f"{config.tile_m} tokens by {config.strips} strips: sums do not fit the registers"
-    if config.groups > (2 if config.wide else 4):
+    if config.groups > (2 if config.tile_m * config.strips > 128 else 4):
         return f"{config.groups} warpgroups with sums of {config.tile_m} x {config.strips}: too many threads"
     stages = stages_of(config, problem.out)
     if stages <= config.groups_k * config.paired:
@@ -302,7 +327,7 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         return f"k={problem.k} is too little for {config.tail} CTAs"
     at_launch = registers_at_launch(config.blocks * config.threads)
     if config.wide:
-        fits = config.groups * WIDE[1] + WIDE[0] <= REGISTERS // WARPGROUP // config.blocks
+        fits = config.by_halves or config.groups * WIDE[1] + WIDE[0] <= REGISTERS // WARPGROUP // config.blocks
         fits = fits and at_launch >= config.tile_m // 2 + 30  # ptxas wants to see room for one MMA
     else:
         fits = at_launch >= (48 if config.by_warp else 64) + config.tile_m * config.strips // 2
@@ -314,7 +339,7 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     return None
 
 
-# microseconds of a tile for 1000 of k, for more than 64 tokens: fitted to 1,249 timings on an H100
+# microseconds of a tile for 1000 of k, for more than 64 tokens: all but one fitted to 1,249 timings on an H100
 TILE_US = {
     Config(tile_m=128, groups_n=1): 3.45,
     Config(tile_m=128, groups_n=2): 5.35,
@@ -322,6 +347,8 @@ TILE_US = {
     Config(tile_m=256, groups_n=2, tile_k=64): 9.55,
     Config(tile_m=256, groups_n=1, tile_k=64): 5.6,
     Config(tile_m=64, groups_n=1, groups_k=2): 2.4,
+    # predicted: 3.5 times a third of that of three groups
+    Config(tile_m=128, groups_n=4, tile_k=64, overlap=True): 8.95,
 }
 CLUSTERED_SMS = {1: SM_COUNT, 2: SM_COUNT, 3: 126, 4: 120}  # that clusters of so many CTAs reach
 READ_BYTES_PER_US = 3e6
@@ -335,7 +362,7 @@ def _shared(problem: GemmProblem, config: Config) -> Config:
 
 def _rough_us(problem: GemmProblem, config: Config) -> float:
     """What ranks the configs of `TILE_US`, their parts of K and their pairs."""
-    tiles = -(-problem.m // config.tile_m) * -(-problem.n // config.tile_n)
+    tiles = -(-problem.m // config.tile_m) * -(-problem.n // config.rows)
     waves = -(-tiles * config.split // (CLUSTERED_SMS[config.split] // config.split * config.split))
     sent = 0.9 + config.tile_m * config.tile_n / 1e4 if config.split > 1 else 0.0
     tile = TILE_US[replace(config, split=1, share=1, tail=1)] * problem.k / 1e3 / config.split
@@ -357,7 +384,8 @@ def default(problem: GemmProblem) -> Config:
         wanted += [replace(few, tile_k=tile_k, blocks=2)] if rows > 3 * SM_COUNT else []
         wanted += [replace(many, tile_k=tile_k), many, few]
     else:
-        whole = [_shared(problem, c) if problem.m >= 1024 and c.tile_m * c.groups_n == 512 else c for c in TILE_US]
+        large = [c for c in TILE_US if problem.m >= 1024 and c.tile_m * c.rows == 256 * 128]
+        whole = [_shared(problem, c) if c in large else c for c in TILE_US]
         wanted = whole + [replace(c, split=parts) for c in TILE_US if c.tile_m < 256 for parts in (2, 3, 4)]
         wanted = sorted((c for c in wanted if supports(problem, c) is None), key=lambda c: _rough_us(problem, c))
     return next((c for c in wanted if supports(problem, c) is None), Config())
@@ -578,7 +606,12 @@ class GemmNvfp4Sm90Wgmma:
         self.chunk = min(config.tile_m, STORE_ROWS)  # tokens of one store
         self.columns = 128 * 8 // self.out.width  # and weight rows
         self.halves = TILE // self.columns
+        self.chunks = config.strips * config.tile_m // self.chunk  # of a group
+        # a CTA's last tile through the stages, where they hold it and two buffers would not
+        fits = 16 * config.tile_k * self.stages >= self.out.width * config.tile_n  # bits of a token
+        self.leaves_at_once = not config.reduces and self.chunks > 2 and fits
         self.units = self.atoms * config.strips  # of a step: 64 rows x 64 of K of a warpgroup
+        self.overlap, self.rows = config.overlap, config.rows
 
     @cute.jit
     def __call__(
@@ -627,7 +660,7 @@ class GemmNvfp4Sm90Wgmma:
     def walk(self, m, n, k, max_clusters):
         """How many clusters there are, and how they go over d."""
         c = self.config
-        m_tiles, n_groups = cute.ceil_div(m, c.tile_m), cute.ceil_div(n, c.tile_n * c.share)
+        m_tiles, n_groups = cute.ceil_div(m, c.tile_m), cute.ceil_div(n, self.rows * c.share)
         groups = clusters = m_tiles * n_groups  # of tiles side by side along n
         if c.split == 1:
             clusters = cutlass.min(groups * c.tail, max_clusters)
@@ -665,10 +698,10 @@ class GemmNvfp4Sm90Wgmma:
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
         return cute.tile_to_shape(atom, (c.tile_m, c.tile_k, self.stages), order=(0, 1, 2))
 
-    def store_layout(self):
-        """Shared [tokens, weight rows, buffers] of d, rows of 128 bytes in the 128-byte swizzle."""
+    def store_layout(self, chunks: int = 2):
+        """Shared [tokens, weight rows, buffers] of d for so many chunks a group, rows as those of tokens."""
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, self.out)
-        buffers = self.config.groups_n * 2 * self.halves
+        buffers = self.config.groups_n * chunks * self.halves
         return cute.tile_to_shape(atom, (self.chunk, self.columns, buffers), order=(0, 1, 2))
 
     @cute.kernel
@@ -692,10 +725,13 @@ class GemmNvfp4Sm90Wgmma:
         full, empty, sAlpha = self.barriers(smem)
         layout = self.tokens_layout()
         sA = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
-        staging = None
+        staging = room = None
         if cutlass.const_expr(not c.reduces):
             layout = self.store_layout()
             staging = smem.allocate_tensor(self.out, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        if cutlass.const_expr(self.leaves_at_once):
+            layout = self.store_layout(self.chunks)
+            room = cute.make_tensor(cute.recast_ptr(sA.iterator, layout.inner, dtype=self.out), layout.outer)
         quarters = self.stages * c.tile_n // WARP_ROWS * self.atoms  # of tiles
         sCodes = smem.allocate_tensor(Uint32, cute.make_layout(quarters * CODE_BYTES // 16), byte_alignment=128)
         sScales = smem.allocate_tensor(Uint32, cute.make_layout(quarters * SCALE_BYTES // 16), byte_alignment=128)
@@ -722,11 +758,18 @@ class GemmNvfp4Sm90Wgmma:
             if work[1] > work[0]:
                 self.meet(True)
         else:
-            if cutlass.const_expr(c.wide):
+            if cutlass.const_expr(c.wide and not c.by_halves):
                 cute.arch.setmaxregister_increase(WIDE[c.groups])
             ring = (sA, sCodes, sScales, full, empty)
             slots = self.fetch_alphas(mAlpha, sAlpha, tidx)
-            self.multiply(ring, store, staging, sums, slots, mD, segment_ends, work, tidx)
+            if cutlass.const_expr(not self.overlap):
+                self.multiply(ring, store, staging, room, sums, slots, mD, segment_ends, work, tidx, False)
+            elif warp < c.warps * (c.groups_n - 1):
+                if cutlass.const_expr(c.by_halves):
+                    cute.arch.setmaxregister_increase(FOUR[1])
+                self.multiply(ring, store, staging, room, sums, slots, mD, segment_ends, work, tidx, False)
+            else:
+                self.multiply(ring, store, staging, room, sums, slots, mD, segment_ends, work, tidx, True)
         if cutlass.const_expr(c.share > 1):
             self.meet(True)  # a CTA stays until its peers have read its sums, and signalled its barriers
 
@@ -885,15 +928,23 @@ class GemmNvfp4Sm90Wgmma:
             to = cutlass.Int16(((1 << c.share) - 1) << (part * c.share))
             cute.copy(atom, tAg[None, m_tile, step], tAs[None, stage], tma_bar_ptr=bar, mcast_mask=to)
 
+    def block(self, n_tile, r, common: bool):
+        """Which 64 weight rows number r of a tile's are, or those that it has in common with the tile beside it."""
+        if not self.overlap:
+            return n_tile * self.blocks_n + r
+        first = (n_tile >> 1) * (2 * self.blocks_n - 1)
+        return first + (self.blocks_n - 1 if common else (n_tile & 1) * self.blocks_n + r)
+
     @cute.jit
     def load_weights(self, weights, into, n_tile, step, stage, bar):
         """Codes and scales of one step; the barrier is told what the stage will hold."""
+        c = self.config
         b, sfb, row_tiles, k_tiles, policy = weights
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(bar, self.step_bytes)
             if cutlass.const_expr(self.warps == 4):
                 for r in cutlass.range_constexpr(self.blocks_n):
-                    row = cutlass.min(n_tile * self.blocks_n + r, row_tiles - 1)
+                    row = cutlass.min(self.block(n_tile, r, self.overlap and r + 1 == c.groups_n), row_tiles - 1)
                     at = Int64(row) * Int64(k_tiles) + Int64(step * self.atoms)
                     to = (stage * self.blocks_n + r) * self.atoms
                     for start, target, size in ((b, into[0], CODE_BYTES), (sfb, into[1], SCALE_BYTES)):
@@ -913,9 +964,16 @@ class GemmNvfp4Sm90Wgmma:
                     cute.copy(tma.atom, found, to, tma_bar_ptr=bar, cache_policy=policy)
 
     @cute.jit
-    def multiply(self, ring, store, staging, sums, slots, mD, segment_ends, work, tidx):
-        """Sums of this CTA's tiles (or of its parts of K of them), and their way out."""
+    def multiply(
+        self, ring, store, staging, room, sums, slots, mD, segment_ends, work, tidx, common: cutlass.Constexpr
+    ):
+        """Sums of this CTA's tiles (or of its parts of K of them), and their way out.
+
+        room: the stages of the tokens as buffers of all chunks, in which the last tile waits for none. common: this
+        warpgroup's weight rows are the next tile's too, or the last one's, which takes the second half of the tokens.
+        """
         c = self.config
+        tokens = c.tile_m // 2 if common else c.tile_m
         tiled_mma = hopper_helpers.make_trivial_tiled_mma(
             BFloat16,
             BFloat16,
@@ -923,7 +981,7 @@ class GemmNvfp4Sm90Wgmma:
             OperandMajorMode.K,
             Float32,
             (c.groups_n, 1, 1),
-            (64, c.tile_m),
+            (64, tokens),
             a_source=warpgroup.OperandSource.RMEM,
         )
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
@@ -931,21 +989,27 @@ class GemmNvfp4Sm90Wgmma:
         group_n, group_k = group % c.groups_n, group // c.groups_n
         thread = tidx % (32 * c.warps)
         rows = TILE * c.groups_n
-        acc = [cute.make_rmem_tensor(tiled_mma.partition_shape_C((rows, c.tile_m)), Float32) for _ in range(c.strips)]
+        acc = [cute.make_rmem_tensor(tiled_mma.partition_shape_C((rows, tokens)), Float32) for _ in range(c.strips)]
 
-        base = Int32(0)
+        base, unbias = Int32(0), (Float32(UNBIAS),) * 2
         for number in cutlass.range(work[1], unroll=1):
             m_tile, n_tile, _, count = self.item(number, work)
+            half, mine = None, ring
+            if cutlass.const_expr(common):
+                half = n_tile & 1
+                mine = (cute.local_tile(ring[0], (tokens, c.tile_k, self.stages), (half, 0, 0)), *ring[1:])
             for sum in acc:
                 sum.fill(0.0)
             if cutlass.const_expr(c.by_warp):
                 self.add_by_warp(acc, ring, base, count, group_n, group_k, thread)
+            elif cutlass.const_expr(c.by_halves):
+                self.add_by_halves(tiled_mma, acc[0], mine, base, count, group_n, thread)
             elif cutlass.const_expr(c.reads_ahead):
                 shared = number >= work[0]
-                self.add_reading_ahead(tiled_mma, acc, ring, base, count, group_n, group_k, thread, shared)
+                self.add_reading_ahead(tiled_mma, acc, mine, base, count, group_n, group_k, thread, shared)
             else:
                 shared = number >= work[0]
-                self.add_by_warpgroup(tiled_mma, acc, ring, base, count, group_n, group_k, thread, shared)
+                self.add_by_warpgroup(tiled_mma, acc, mine, base, count, group_n, group_k, thread, shared)
             base += count * c.paired
             if cutlass.const_expr(c.split > 1):
                 self.exchange(
@@ -955,10 +1019,20 @@ class GemmNvfp4Sm90Wgmma:
                 self.put(acc, sums, group_n, group_k, thread)
                 self.reduce(sums, slots, mD, segment_ends, m_tile * c.tile_m, n_tile * c.tile_n, tidx)
             elif number < work[0]:
-                self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, False)
+                if cutlass.const_expr(self.leaves_at_once):
+                    if number + 1 < work[1]:
+                        self.store(
+                            acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, unbias, half
+                        )
+                    else:  # stages are free once all are done
+                        cute.arch.barrier(barrier_id=ALL, number_of_threads=WARPGROUP * c.groups)
+                        self.store(acc, store, room, slots, segment_ends, m_tile, n_tile, group_n, thread, unbias, half)
+                else:
+                    self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, unbias, half)
             elif cutlass.const_expr(c.tail > 1):
                 self.swap(acc[0], Int32(ring[0].iterator.toint()), group_n, thread)
-                self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, True)
+                part, _, _ = cute.arch.block_idx()
+                self.store(acc, store, staging, slots, segment_ends, m_tile, n_tile, group_n, thread, unbias, part)
         if cutlass.const_expr(not c.reduces):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # a CTA stays until its stores have left
 
@@ -1067,6 +1141,59 @@ class GemmNvfp4Sm90Wgmma:
         self.release(empty + before, lane, shared)
 
     @cute.jit
+    def add_by_halves(self, tiled_mma, acc, ring, base, count, group_n, thread):
+        """The same, where registers are left for half of a unit while the other half of it is multiplied."""
+        c, (sA, _, _, full, empty) = self.config, ring
+        lane = thread % 32
+        tokens = tiled_mma.make_fragment_B(tiled_mma.get_slice(group_n * WARPGROUP).partition_B(sA))
+        shape = tiled_mma.partition_shape_A((TILE * c.groups_n, TILE // 2))
+        frag = [cute.make_rmem_tensor(shape, BFloat16) for _ in range(2)]
+        packed = cute.make_rmem_tensor(8, Uint32)
+        slot, phase, before = base % self.stages, base // self.stages % 2, Int32(0)
+        cute.arch.mbarrier_wait(full + slot, phase)
+        self.fetch_packed(ring, slot, group_n, 0, thread, packed)
+        self.decode_packed(packed, 0, frag[0])
+        for i in cutlass.range(count, unroll=1):
+            for half in cutlass.range_constexpr(2 * self.units):
+                warpgroup.fence()
+                for s in cutlass.range_constexpr(TILE // 32):
+                    part = tokens[None, None, half * (TILE // 32) + s, slot]
+                    cute.gemm(tiled_mma, acc, frag[half % 2][None, None, s], part, acc)
+                warpgroup.commit_group()
+                if cutlass.const_expr(half % 2 == 0):
+                    warpgroup.wait_group(1)
+                    if cutlass.const_expr(half == 0):  # noqa: SIM102  (one is decided when compiling)
+                        if i > 0:
+                            self.release(empty + before, lane, False)
+                    self.decode_packed(packed, 1, frag[1])
+                elif cutlass.const_expr(half + 1 < 2 * self.units):
+                    self.fetch_packed(ring, slot, group_n, (half + 1) // 2, thread, packed)
+                    warpgroup.wait_group(1)
+                    self.decode_packed(packed, 0, frag[0])
+                elif i + 1 < count:
+                    before = slot
+                    slot, phase = self.advance(slot, phase, 1)
+                    cute.arch.mbarrier_wait(full + slot, phase)
+                    self.fetch_packed(ring, slot, group_n, 0, thread, packed)
+                    warpgroup.wait_group(1)
+                    self.decode_packed(packed, 0, frag[0])
+        warpgroup.wait_group(0)
+        self.release(empty + slot, lane, False)
+
+    def fetch_packed(self, ring, stage, group_n, unit: int, thread, packed):
+        """Four words of codes, and four of scales as `decode_word` takes them."""
+        codes, pairs = self.fetch(ring, stage, group_n, unit, thread)
+        for i, word in enumerate([*codes, *pairs[0], *pairs[1]]):
+            packed[i] = word
+
+    def decode_packed(self, packed, half: int, frag):
+        """32 of K of `fetch_packed`, as WGMMA takes them."""
+        words = cute.recast_tensor(frag, Uint32)
+        for s in range(2):
+            for i, word in enumerate(decode_word(packed[2 * half + s], (packed[4 + s], packed[6 + s]), half)):
+                words[4 * s + i] = word
+
+    @cute.jit
     def add_by_warp(self, acc, ring, base, count, group_n, group_k, thread):
         """Add the products of this warpgroup's steps of a tile, each warp those of its 16 rows of every 64."""
         c, (sA, _, _, full, empty) = self.config, ring
@@ -1160,12 +1287,7 @@ class GemmNvfp4Sm90Wgmma:
 
     def scaled(self, acc, alphas, eights):
         """Of each of these groups of eight tokens, this thread's two of row g, then of row g + 8, times alpha."""
-        # a power of two first: exact, and alpha brings the only rounding before the output's
-        return [
-            [acc[4 * eight + 2 * r + i] * Float32(UNBIAS) * alphas[r] for i in range(2)]
-            for eight in eights
-            for r in range(2)
-        ]
+        return [[acc[4 * eight + 2 * r + i] * alphas[r] for i in range(2)] for eight in eights for r in range(2)]
 
     def factor(self, alphas, segment_ends, column):
         """alpha of a column of d."""
@@ -1182,7 +1304,7 @@ class GemmNvfp4Sm90Wgmma:
         half = c.tile_m // 4  # numbers of half of the tokens in a thread
         stride = 16 * WARPGROUP
         start += group_n * half // 4 * stride + 16 * thread
-        cute.arch.barrier(barrier_id=1, number_of_threads=WARPGROUP * c.groups)  # stages are free once all are done
+        cute.arch.barrier(barrier_id=ALL, number_of_threads=WARPGROUP * c.groups)  # stages are free once all are done
         for j in cutlass.range_constexpr(half // 4):
             low, high = ([acc[4 * j + e + half * h] for e in range(4)] for h in range(2))
             store4(start + j * stride, [high[e] if part == 0 else low[e] for e in range(4)])
@@ -1206,13 +1328,13 @@ class GemmNvfp4Sm90Wgmma:
         n_tile,
         group_n,
         thread,
-        shared: cutlass.Constexpr,
-        powers=None,
+        powers,
+        half=None,
     ):
         """d = sum * alpha, rounded once: 64 weight rows by 64 tokens of a warpgroup to shared memory, then by TMA.
 
-        shared: another CTA has taken the other part of K, and this one has the sums of half of the tokens. powers: what
-        else rows g and g + 8 are multiplied by.
+        staging: two buffers a group, which chunks take in turn, or one for each. powers: of two, by which alpha is
+        multiplied for rows g and g + 8. half: which half of the tokens these are the sums of, where they are not all.
         """
         c = self.config
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
@@ -1224,25 +1346,26 @@ class GemmNvfp4Sm90Wgmma:
         buffer_bytes = self.chunk * 128
         start = Int32(staging.iterator.toint())
         chunks = c.tile_m // self.chunk
-        odd = c.strips * chunks % 2
+        buffers = cute.size(staging, mode=[2]) // (c.groups_n * self.halves)
+        odd = c.strips * (chunks // 2 if self.overlap and half is not None else chunks) % 2
         first_chunk = m_tile * chunks
-        if cutlass.const_expr(shared):
-            part, _, _ = cute.arch.block_idx()
-            chunks //= c.tail
-            first_chunk += part * chunks
+        if cutlass.const_expr(half is not None):
+            chunks //= 2
+            first_chunk += half * chunks
         of_segments = self.wait_for_alphas(slots)
         for strip in cutlass.range_constexpr(c.strips):
-            block = n_tile * self.blocks_n + strip * c.groups_n + group_n
+            block = self.block(n_tile, strip * c.groups_n + group_n, half is not None)
             row = cutlass.min(block * TILE, segment_ends[-1] - TILE) + 16 * warp + g
             alphas = [self.factor(of_segments, segment_ends, row + 8 * r) for r in range(2)]
-            if cutlass.const_expr(powers is not None):
-                alphas = [alpha * power for alpha, power in zip(alphas, powers, strict=True)]
+            # exact while it is finite, so that alpha brings the only rounding before the output's
+            alphas = [alpha * power for alpha, power in zip(alphas, powers, strict=True)]
             for chunk in cutlass.range_constexpr(chunks):
-                turn = (strip * chunks + chunk) % 2
-                buffer = (group_n * 2 + turn) * self.halves
-                if warp == 0:  # the store before the last has left its buffer: of an odd number, the last one
-                    cute.arch.cp_async_bulk_wait_group(1 - odd * int(strip + chunk == 0), read=True)
-                cute.arch.barrier(barrier_id=1 + group_n, number_of_threads=WARPGROUP)
+                turn = (strip * chunks + chunk) % buffers
+                buffer = (group_n * buffers + turn) * self.halves
+                if cutlass.const_expr(buffers == 2):
+                    if warp == 0:  # the store before the last has left its buffer: of an odd number, the last one
+                        cute.arch.cp_async_bulk_wait_group(1 - odd * int(strip + chunk == 0), read=True)
+                    cute.arch.barrier(barrier_id=1 + group_n, number_of_threads=WARPGROUP)
                 first = chunk * self.chunk // 8
                 if cutlass.const_expr(self.variant.out == "bf16"):
                     wide = min(2, self.chunk // 8)  # groups of eight tokens in one instruction
@@ -1412,7 +1535,8 @@ def launch(
     """out[m, n] = a[m, k] @ b[n, k].T * alpha on the current stream.
 
     a: BF16 with rows 16 bytes aligned and adjacent elements; b: in the order "fragments_sm90", b.alpha one number, or
-    one a segment of columns; out: BF16 or FP32 with rows 16 bytes aligned. Raises ValueError or TypeError.
+    one a segment of columns, below 2^120 in magnitude, as amax / 2688 of any tensor is (256 * alpha must be finite);
+    out: BF16 or FP32 with rows 16 bytes aligned. Raises ValueError or TypeError.
 
     Codes and scales of b are read before earlier work on the stream has ended (programmatic dependent launch): what
     writes them must have ended before, as after `NVFP4Tensor.with_order`, which waits. a, alpha and out may be in use.

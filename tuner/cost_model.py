@@ -637,22 +637,23 @@ def _wgmma_us(p: GemmProblem, config: Any, machine: Machine) -> float:
     """
     c = config
     cluster, clock = c.share * c.split, 1700.0  # cycles a microsecond under load
-    tiles_m = math.ceil(p.m / c.tile_m)
-    ctas = tiles_m * math.ceil(p.n / (c.tile_n * c.share)) * cluster
+    tiles_m, rows = math.ceil(p.m / c.tile_m), getattr(c, "rows", c.tile_n)
+    ctas = tiles_m * math.ceil(p.n / (rows * c.share)) * cluster
     sms = CLUSTER_SMS[cluster]
     resident = min(c.blocks, math.ceil(ctas / sms))
     rounds: float = math.ceil(ctas / (sms * c.blocks))
     k, tokens = p.k / c.split, min(c.tile_m, p.m)
     units = c.tile_n / 64 * k / 64  # of a CTA and tile
     a_bytes, mma_cycles, issue = (2, 2.0, 160.0) if p.act == "bf16" else (1, 1.0, 150 + 0.25 * c.tile_m)
-    mma, chain = mma_cycles * c.tile_m, (430 + 0.33 * c.tile_m) / (c.groups * resident)  # cycles a unit
+    mma = mma_cycles * c.tile_m * rows / c.tile_n  # cycles a unit, as the next
+    chain = (430 + 0.33 * c.tile_m) / (c.groups * resident)
     compute = units * resident * _norm(mma, chain, issue) / clock
     ingest = (units * 64 * 64 * NVFP4_BYTES + k * tokens * a_bytes / c.share) * resident / 150e3
     if c.reduces:
         through = c.groups_k * tokens * c.tile_n / 1e4
         leave = 0.6 + 0.8 * through if c.split > 1 else 1.5 * through  # split: fitted to 1,600 timings
     else:
-        leave = 1.75 + 0.3 * tokens * c.tile_n / 1e4
+        leave = 1.75 + 0.3 * tokens * rows / 1e4
     if c.tail > 1 and 0 < ctas % (sms * c.blocks) <= sms * c.blocks // 2:
         rounds -= 0.5  # what two CTAs swap is about what each does not store
     dram = p.bytes / (0.965 * machine.dram * 1e3)

@@ -13,7 +13,7 @@ from typing import Any
 from fp4suite import arch as archs, registry
 from fp4suite.problem import Problem, of_m
 
-MAX_CANDIDATES = 50_000  # a larger SPACE is sampled down to this, with a fixed seed
+MAX_CANDIDATES = 100_000  # a larger SPACE is sampled down to this, with a fixed seed
 
 Knob = int | str | bool
 

@@ -171,10 +171,11 @@ def _winners(problem: Problem, path: Path) -> list[Candidate]:
     if not path.exists():
         return []
     rest = {k: v for k, v in problem.dims().items() if k != "m"}
+    known = {row.name for row in registry.kernels(problem.op)}
     found = [
         e
         for e in table.read(path).entries
-        if e.op == problem.op and {k: v for k, v in e.problem.items() if k != "m"} == rest
+        if e.kernel in known and {k: v for k, v in e.problem.items() if k != "m"} == rest
     ]
     m = int(problem.dims().get("m", 1))
     found.sort(key=lambda e: abs(math.log2(max(int(e.problem.get("m", 1)), 1) / max(m, 1))))
@@ -422,7 +423,9 @@ def _entry(task: Task, best: Candidate, search: Search, *, measured: bool, predi
 
 
 def _as_candidate(entry: Entry) -> Candidate:
-    return Candidate(entry.kernel, tuple(entry.config.items()))
+    """Knobs that it does not have, being older than they are, are at their defaults."""
+    default = space.candidate(entry.kernel, registry.load(entry.kernel).Config())
+    return Candidate(entry.kernel, tuple((dict(default.knobs) | entry.config).items()))
 
 
 def _keep(path: Path, target: Target, new: list[Entry]) -> None:

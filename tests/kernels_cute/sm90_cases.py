@@ -77,13 +77,18 @@ def check_runs_or_refuses(kernel: ModuleType, problem: GemmProblem, config: Any,
 
 
 def check_alpha_acts_on_the_sum(
-    kernel: ModuleType, config: Any, k: int, device: torch.device, act: str = "bf16"
+    kernel: ModuleType,
+    config: Any,
+    k: int,
+    device: torch.device,
+    act: str = "bf16",
+    powers: tuple[int, int] = (40, -40),
 ) -> None:
     """2^40 and 2^-40 overflow or vanish if folded into scales; as powers of two they must leave all bits in place."""
     problem = GemmProblem(m=9, n=192, k=k, act=act, out="fp32")
     a, b, _ = testing.case(problem, device, seed=3).operands
     one = gemm(kernel, a, replace(b, alpha=torch.ones((), device=device)), config)
-    alphas = torch.tensor([2.0**40, 2.0**-40, -1.0], device=device)
+    alphas = torch.tensor([2.0 ** powers[0], 2.0 ** powers[1], -1.0], device=device)
     segments = (8, 72, 112)
     got = gemm(kernel, a, replace(b, alpha=alphas), config, segments)
     want = one * alphas.repeat_interleave(torch.tensor(segments, device=device))

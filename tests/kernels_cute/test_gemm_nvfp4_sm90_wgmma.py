@@ -41,7 +41,11 @@ CONFIGS = [
     replace(WIDE, stages=3, share=2),
     replace(WIDE, stages=3, share=2, tail=2),
     Config(tile_m=128, groups_n=3, tile_k=64, stages=3, share=2, tail=2),
+    Config(tile_m=128, groups_n=4, tile_k=64, stages=3, overlap=True),
+    Config(tile_m=128, groups_n=2, stages=2, share=2, overlap=True),
+    replace(WIDE, stages=4, overlap=True),
 ]
+OVERLAPPING = Config(tile_m=128, groups_n=4, tile_k=64, overlap=True)
 
 # --- anywhere ---------------------------------------------------------------------------------------------------------
 
@@ -75,6 +79,13 @@ CONFIGS = [
         (BIG, Config(share=2, tail=2), "tail=2 is for one strip of 128 or 256 tokens, share=2 and split=1"),
         (BIG, replace(WIDE, tail=2), "tail=2 is for one strip of 128 or 256 tokens, share=2 and split=1"),
         (replace(BIG, k=128), replace(WIDE, share=2, tail=2), "k=128 is too little for 2 CTAs"),
+        (BIG, replace(OVERLAPPING, tile_m=64), "overlap is for two groups or more with one strip of 128 or 256 tokens"),
+        (BIG, replace(OVERLAPPING, groups_n=1), "overlap is for two groups or more"),
+        (BIG, replace(OVERLAPPING, split=2), "and split and tail of 1"),
+        (BIG, replace(OVERLAPPING, share=2, tail=2), "and split and tail of 1"),
+        (replace(BIG, n=8192), OVERLAPPING, "n=8192 is not a multiple of 448, the rows of two tiles that overlap"),
+        (BIG, replace(OVERLAPPING, tile_m=256), "4 warpgroups with sums of 256 x 1"),
+        (replace(BIG, segments=8), OVERLAPPING, "segments=8 and four groups that overlap: the loading warp"),
     ],
 )
 def test_refusals(problem, config, message):
@@ -101,7 +112,7 @@ def test_builds_for_its_own_architecture_only():
 
 @pytest.mark.parametrize(("config", "out"), zip(CONFIGS, itertools.cycle(("bf16", "fp32"))), ids=str)
 def test_compiles_without_spills(config, out):
-    problem = Problem(m=256, n=7168, k=3072, segments=2, out=out)
+    problem = Problem(m=256, n=2 * config.rows if config.overlap else 7168, k=3072, segments=2, out=out)
     built = kernel.build(problem, config)
     assert built.shared_bytes == kernel.shared_bytes(config, out)
     assert resources(built).spill_bytes == 0
@@ -116,6 +127,15 @@ def test_main_loop_waits_for_one_mma_at_most(config):
     assert len(re.findall(r"\bHGMMA\.", code)) == 4 * units
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code)
     assert sorted(waits) == ["0"] + ["1"] * units
+
+
+@pytest.mark.parametrize("tile_k", [64, 128])
+def test_half_of_a_unit_is_decoded_while_the_other_is_multiplied(tile_k):
+    """The same, by two MMAs at a time, for the warpgroups with all tokens and for the one with half of them."""
+    code = sass(kernel.build(BIG, replace(OVERLAPPING, tile_k=tile_k)))
+    assert re.findall(r"\bHGMMA\.64x(\d+)x16", code) == ["128"] * (tile_k // 16) + ["64"] * (tile_k // 16)
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code)
+    assert waits == (["1"] * (tile_k // 32) + ["0"]) * 2
 
 
 @pytest.mark.parametrize("config", [SMALL, replace(WIDE, split=2)], ids=str)
@@ -190,13 +210,22 @@ def test_in_the_emulator(config, schedule, monkeypatch):
     rounds = max(2, -(-config.stages * config.tile_k // step))
     k = rounds * step if config.split == 1 else 2 * step - config.tile_k * config.paired
     tiles = 1 if config.split > 1 else 2
-    n = -(-config.tile_n * tiles // 64) * 64 + 64
-    problem = Problem(m=tiles * config.tile_m - 3, n=n, k=k, out="fp32", segments=2)
+    n = 2 * config.rows if config.overlap else -(-config.tile_n * tiles // 64) * 64 + 64
+    out = "bf16" if config.tail > 1 else "fp32"
+    problem = Problem(m=tiles * config.tile_m - 3, n=n, k=k, out=out, segments=2)
     case = testing.case(problem, "cpu", 1)
     with emulate("sm_90a", schedule=schedule):
         case.run(kernel, config)
     kernel.compiled.cache_clear()
     case.check()
+
+
+def test_alpha_of_any_size_acts_on_the_sum():
+    """The largest power of two that is allowed, where sums may overflow, and the smallest normal one."""
+    with emulate("sm_90a"):
+        sm90_cases.check_alpha_acts_on_the_sum(
+            kernel, Config(tile_m=16, tile_k=64, stages=4), 128, torch.device("cpu"), powers=(119, -126)
+        )
 
 
 @pytest.mark.parametrize(("m_tiles", "clusters", "segments"), [(1, 2, 3), (8, 1, 1), (11, 5, 8)])
@@ -209,6 +238,23 @@ def test_clusters_walk_over_all_tiles(m_tiles, clusters, segments, monkeypatch):
         case.run(kernel, Config(tile_m=8, groups_n=1, tile_k=64, stages=2))
     kernel.compiled.cache_clear()
     case.check()
+
+
+@pytest.mark.parametrize("config", [replace(WIDE, stages=3), replace(OVERLAPPING, stages=3)], ids=str)
+def test_tiles_of_any_shape_give_equal_bits(config, monkeypatch):
+    """A last tile that leaves through the stages, and tiles that overlap; of the last tokens one half has none."""
+    monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 2)
+    problem = Problem(m=config.tile_m + 3, n=2 * config.rows, k=128, segments=2)
+    found = []
+    for each in (config, Config(tile_k=64, stages=4)):
+        kernel.compiled.cache_clear()
+        case = testing.case(problem, "cpu", 5)
+        with emulate("sm_90a", schedule="eager"):
+            case.run(kernel, each)
+        case.check()
+        found.append(case.out)
+    kernel.compiled.cache_clear()
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(("turn", "stages"), [(2, 4), (1, 3)])
@@ -256,6 +302,7 @@ def test_configs(config, device):
         Problem(m=13, n=576, k=6144, out="fp32", segments=2),
         Problem(m=1, n=192, k=3072),
         Problem(m=300, n=192, k=1536, segments=2),
+        Problem(m=300, n=448, k=1536, segments=2),
     ):
         sm90_cases.check_runs_or_refuses(kernel, problem, config, device)
 
@@ -292,10 +339,11 @@ def test_alpha_acts_on_the_sum(config, device):
 def test_sums_depend_on_neither_tile_nor_other_rows(device):
     """Without parts of K, a row's bits are the same in any batch and under any tile."""
     gen = torch.Generator(device=device).manual_seed(6)
-    b = testing.random_nvfp4(256, 2048, gen, adversarial=True)
+    b = testing.random_nvfp4(448, 2048, gen, adversarial=True)
     a = testing.random_activations((300, 2048), gen)
     whole = sm90_cases.gemm(kernel, a, b, WIDE)
-    for config in (Config(tile_m=8), Config(tile_m=64, tile_k=256, stages=2), Config(tile_m=128, strips=2, stages=2)):
+    few, strips = Config(tile_m=64, tile_k=256, stages=2), Config(tile_m=128, strips=2, stages=2)
+    for config in (Config(tile_m=8), few, strips, OVERLAPPING, replace(OVERLAPPING, tile_k=128, share=2)):
         assert torch.equal(sm90_cases.gemm(kernel, a, b, config), whole)
         assert torch.equal(sm90_cases.gemm(kernel, a[7:8], b, config), whole[7:8])
 

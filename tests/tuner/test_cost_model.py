@@ -15,6 +15,7 @@ from fp4suite.problem import (
     RmsnormQuantizeProblem,
     SwigluQuantizeProblem,
 )
+from kernels_cute.gemm_nvfp4_sm90_wgmma import Config as Wgmma
 from tuner import cost_model
 from tuner.cost_model import MACHINES, occupancy, predict_us
 from tuner.targets import load_configs
@@ -211,3 +212,11 @@ def test_configs_are_told_apart():
             for tn in (64, 128)
         }
         assert len(times) > 1
+
+
+def test_tiles_that_overlap_win_where_they_fill_a_wave_that_others_do_not():
+    """7168 rows by 512 tokens: 112 tiles of 128 x 256, or 128 of 224 x 128. By 256 tokens 112 of 128 x 128 do."""
+    wide, overlapping = Wgmma(tile_m=256, tile_k=64), Wgmma(tile_m=128, groups_n=4, tile_k=64, overlap=True)
+    for m, configs in ((512, (overlapping, wide)), (256, (Wgmma(tile_m=128), overlapping))):
+        better, worse = (predict_us(GemmProblem(m=m, n=7168, k=16384), c, "sm_90a") for c in configs)
+        assert better < 0.97 * worse

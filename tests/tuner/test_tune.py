@@ -605,3 +605,25 @@ def test_a_prediction_does_not_overrule_a_default_that_was_measured():
     assert len(tune._seeds(whole, budget, [], measured=True)) > 1
     rows = GemmProblem(m=300, n=2624, k=7168)
     assert len(tune._seeds(space.of(rows, "sm_90a"), budget, [], measured=False)) > 1
+
+
+def test_winners_from_before_a_knob_and_of_no_kernel_any_more(tmp_path):
+    """The first are tried again, with the knob's default; the others are passed over."""
+    problem = GemmProblem(m=512, n=7168, k=3072, order="fragments_sm90")
+    path, winner = (
+        tmp_path / "t.json",
+        space.default_of("cute_gemm_nvfp4_sm90_wgmma", dataclasses.replace(problem, m=1)),
+    )
+    old = {name: value for name, value in winner.knobs if name != "overlap"}
+    for m, kernel in ((512, winner.kernel), (2048, "cute_gone")):
+        entry = table.Entry(
+            op=problem.op,
+            problem={**problem.dims(), "m": m},
+            kernel=kernel,
+            source_hash="0",
+            config=old,
+            measured=True,
+            median_us=1.0,
+        )
+        table.merge(path, "some-gpu", "sm_90a", [entry])
+    assert tune._winners(problem, path) == [winner]
