@@ -104,9 +104,11 @@ def _store_words(words, at, mask, cache_ptr, BYTES: tl.constexpr, ROWS: tl.const
         places = at[:, None] // 4 + tl.arange(0, WORDS)[None, :]
         tl.store(cache_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + places, words, mask=mask)
     else:
-        byte = tl.arange(0, 4)[None, None, :]
-        places = (at[:, None] + 4 * tl.arange(0, WORDS)[None, :])[:, :, None] + byte
-        tl.store(cache_ptr + places, (words[:, :, None] >> (8 * byte)).to(tl.uint8), mask=mask[:, :, None])
+        # One byte of each word after the other. As [ROWS, WORDS, 4], Triton (3.6, 3.7) gave a layout with copies in
+        # between lanes of a row to the maxima that the words come from, which then left half of a block out.
+        places = cache_ptr + at[:, None] + 4 * tl.arange(0, WORDS)[None, :]
+        for byte in tl.static_range(4):
+            tl.store(places + byte, (words >> (8 * byte)).to(tl.uint8), mask=mask)
 
 
 @triton.jit

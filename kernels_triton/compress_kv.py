@@ -89,8 +89,14 @@ def _of_sequence(positions_ptr, cu_seqlens_ptr, sequence, EACH, RATIO: tl.conste
 
 
 @triton.jit
+def _larger_of_both(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
 def _of_run(sequence_ids_ptr, positions_ptr, run, TOKENS, RATIO: tl.constexpr, POOLED: tl.constexpr):
-    """The token that completes an entry of tokens of this step alone, among RATIO tokens; -1 where none does."""
+    """The token that completes an entry of tokens of this step alone, among RATIO tokens, and its position; of both
+    -1 where none does. The position comes with it, so that no load in between others waits for this one."""
     i = tl.arange(0, triton.next_power_of_2(RATIO))
     at = run * RATIO + i
     inside = (i < RATIO) & (at < TOKENS)
@@ -98,7 +104,7 @@ def _of_run(sequence_ids_ptr, positions_ptr, run, TOKENS, RATIO: tl.constexpr, P
     oldest = tl.load(sequence_ids_ptr + at - (POOLED - 1), mask=inside & (at >= POOLED - 1), other=-1)
     positions = tl.load(positions_ptr + at, mask=inside, other=0)
     whole = (sequences >= 0) & (sequences == oldest) & ((positions + 1) % RATIO == 0)
-    return tl.max(tl.where(whole, at, -1))
+    return tl.reduce((tl.where(whole, at, -1), tl.where(whole, positions, -1)), 0, _larger_of_both)
 
 
 @triton.jit
@@ -340,9 +346,8 @@ def take_in(
             sequence_ids_ptr, cols, RATIO, OVERLAPS, RING, HEAD_DIM, KEPT_ROWS,
         )  # fmt: skip
     else:
-        token = _of_run(sequence_ids_ptr, positions_ptr, program - 2 * SEQUENCES, TOKENS, RATIO, POOLED)
+        token, position = _of_run(sequence_ids_ptr, positions_ptr, program - 2 * SEQUENCES, TOKENS, RATIO, POOLED)
         if token >= 0:
-            position = tl.load(positions_ptr + token)
             _emit(
                 token, token + tl.num_programs(2), position, 0, state_ptr, program, kv_ptr, stride_kv, gate_ptr,
                 stride_gate, ape_ptr, weight_ptr, table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr,
@@ -420,10 +425,9 @@ def _finish_kv(
         position += token - first
         limit = tl.minimum(end, first + POOLED - 1)
     else:
-        token = _of_run(sequence_ids_ptr, positions_ptr, program - 2 * SEQUENCES, TOKENS, RATIO, POOLED)
+        token, position = _of_run(sequence_ids_ptr, positions_ptr, program - 2 * SEQUENCES, TOKENS, RATIO, POOLED)
         limit = token + 1
         token = tl.where(token >= 0, token, 0)
-        position = tl.load(positions_ptr + token)
     if token < limit:
         weight = _load_weight(weight_ptr, HEAD_DIM, PADDED)
         slot, cos, sin = _of_entry(

@@ -28,16 +28,22 @@ def to_the_end(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "head_dim", "format", "warps", "m", "sequences"),
-    [(4, 512, "fp8_ds_mla", 4, 13, 1), (4, 128, "index_mxfp4", 2, 3, 3), (12, 128, "nvfp4", 2, 5, 1)],
+    ("ratio", "head_dim", "format", "page", "warps", "m", "sequences"),
+    [
+        (4, 512, "fp8_ds_mla", 64, 4, 13, 1),
+        (4, 128, "index_mxfp4", 64, 2, 3, 3),
+        (4, 32, "index_mxfp4", 5, 1, 29, 1),
+        (12, 128, "nvfp4", 64, 2, 5, 1),
+    ],
 )
 @pytest.mark.parametrize("arch", ARCHS)
-def test_compress_kv(arch, ratio, head_dim, format, warps, m, sequences, pool):
-    """A step longer than the ring, which begins in the middle of a window, and single tokens."""
+def test_compress_kv(arch, ratio, head_dim, format, page, warps, m, sequences, pool):
+    """A step longer than the ring, which begins in the middle of a window, and single tokens; keys of one block, whose
+    maximum is that of half of it where Triton loses lanes, in pages that are no multiple of four bytes."""
     lanes = 2 if ratio == 4 else 1
     problem = CompressKvProblem(
-        m=m, ratio=ratio, overlaps=lanes, head_dim=head_dim, rope_dim=64, format=format, sequences=sequences,
-        hadamard=int(format == "index_mxfp4"),
+        m=m, ratio=ratio, overlaps=lanes, head_dim=head_dim, rope_dim=min(64, head_dim), format=format,
+        sequences=sequences, hadamard=int(format == "index_mxfp4"), page_size=page,
     )  # fmt: skip
     config = compress_kv.Config(block_c=head_dim, num_warps=warps)
     case = testing.case(problem, "cpu", 1)
