@@ -29,8 +29,8 @@ from fp4suite.reference import compressor
 
 from . import cache_rows, host
 from .hadamard import hadamard
-from .nvfp4 import CVT, LOG2E, exp2_times, widen
-from .rope import load_angles, pair_angles, rms_normed, turn
+from .nvfp4 import CVT, LOG2E, SUM_CHUNK, exp2_times, row_sum, widen
+from .rope import load_angles, pair_angles, turn
 
 LANES = tl.constexpr(compressor.LANES)
 MOST_BELOW = tl.constexpr(compressor.MOST_BELOW)
@@ -314,6 +314,20 @@ def _load_weight(weight_ptr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
+def _sum_of_row(x, N: tl.constexpr):
+    """`row_sum` of [1, N]. The last four sums, of a warp each where there are four, meet in each thread at once, where
+    two reductions would cross warps one after the other, six barriers in all."""
+    if N <= SUM_CHUNK and N >= 128:
+        for level in tl.static_range(1, 9):
+            if N >> level >= 4:
+                x = tl.sum(x.reshape(1, N >> level, 2), axis=2)
+        a, b = tl.split(x.reshape(1, 2, 2))
+        return tl.sum(a + b, axis=1)
+    else:
+        return row_sum(x, 1, N)
+
+
+@triton.jit
 def _finish(
     entry, weight, cos, sin, slot, eps, cache_ptr, TURNED: tl.constexpr, HADAMARD: tl.constexpr, FORMAT: tl.constexpr,
     HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
@@ -321,7 +335,8 @@ def _finish(
 ):  # fmt: skip
     """Norm, turn and store one entry [1, PADDED]; not where slot < 0."""
     x = tl.where((tl.arange(0, PADDED) < HEAD_DIM)[None, :], entry, 0.0)
-    y = rms_normed(x, eps, HEAD_DIM, 1, PADDED) * weight[None, :]
+    mean = tl.div_rn(_sum_of_row(x * x, PADDED), tl.full([1], HEAD_DIM, tl.float32))
+    y = x * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None] * weight[None, :]
     y = turn(y, cos, sin, pair_angles(PADDED // 2, HEAD_DIM, TURNED), False, TURNED, 1, PADDED // 2)
     if HADAMARD:
         y = hadamard(y, 1, PADDED)
