@@ -29,8 +29,8 @@ from fp4suite.reference import compressor
 
 from . import cache_rows, host
 from .hadamard import hadamard
-from .nvfp4 import CVT, LOG2E, exp2_times, widen
-from .rope import load_angles, pair_angles, rms_normed, turn
+from .nvfp4 import CVT, LOG2E, SUM_CHUNK, exp2_times, row_sum, widen
+from .rope import load_angles, pair_angles, turn
 
 LANES = tl.constexpr(compressor.LANES)
 MOST_BELOW = tl.constexpr(compressor.MOST_BELOW)
@@ -44,7 +44,7 @@ class Config:
     num_warps: int = 4
 
 
-SPACE = {"block_c": (16, 32, 64, 128, 512), "num_warps": (1, 2, 4)}  # eight: 1.7 times as long (H100, 4 tokens)
+SPACE = {"block_c": (16, 32, 64, 128, 512), "num_warps": (1, 2, 4)}
 FINISH_WARPS = 1  # of the second launch: a row a program
 COUNTS = ("TOKENS", "SEQUENCES", "EACH", "POSITIONS")
 MOST_HELD = 64  # channels of rows in a thread, each a value and a score
@@ -132,31 +132,31 @@ def _rows(
     WHOLE: tl.constexpr, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Values, gates, and what is added to these, of rows j (int32 [8]) of the pool that ends with `token`: 0 and
-    -infinity where there is none. WHOLE: all rows are in the step."""
+    """Values, gates, and what is added to these, of rows j of the pool that ends with `token`: 0 and -infinity where
+    there is none; j int32 [rows, 1], cols [1, BLOCK_C]. WHOLE: all rows are in the step."""
     WIDTH: tl.constexpr = OVERLAPS * HEAD_DIM
     POOLED: tl.constexpr = OVERLAPS * RATIO
     FIRST: tl.constexpr = (POOLED - 1) * -1
-    channels = tl.where(j >= POOLED - RATIO, (OVERLAPS - 1) * HEAD_DIM, 0)[:, None] + cols[None, :]
+    channels = tl.where(j >= POOLED - RATIO, (OVERLAPS - 1) * HEAD_DIM, 0) + cols
     # int64 before the multiply, of the first row alone: none is 2**31 elements from it
     first = (token + FIRST).to(tl.int64)
     kv_at = kv_ptr + first * stride_kv
     gate_at = gate_ptr + first * stride_gate
-    kv_rows = (j * stride_kv)[:, None]
-    gate_rows = (j * stride_gate)[:, None]
-    ape_at = ape_ptr + (j % RATIO)[:, None] * WIDTH + channels
+    kv_rows = j * stride_kv
+    gate_rows = j * stride_gate
+    ape_at = ape_ptr + (j % RATIO) * WIDTH + channels
     if WHOLE and (POOLED + LANES - 1) // LANES * LANES == POOLED and HEAD_DIM % BLOCK_C == 0:
         kv = widen(tl.load(kv_at + kv_rows + channels))
         gate = widen(tl.load(gate_at + gate_rows + channels))
         ape = tl.load(ape_at)
     else:
-        inside = (j < POOLED)[:, None] & (cols < HEAD_DIM)[None, :]
+        inside = (j < POOLED) & (cols < HEAD_DIM)
         if WHOLE:
             new = inside
         else:
-            new = (token + FIRST + j >= begin)[:, None]
-            inside &= (position + FIRST + j >= 0)[:, None]
-        kept = ((position + FIRST + j).to(tl.uint32) % RING).to(tl.int32)[:, None] * (2 * WIDTH)
+            new = token + FIRST + j >= begin
+            inside &= position + FIRST + j >= 0
+        kept = ((position + FIRST + j).to(tl.uint32) % RING).to(tl.int32) * (2 * WIDTH)
         if not WHOLE and kv_ptr.dtype.element_ty == tl.float32:  # one load from wherever it lies
             kv_at = tl.where(new, kv_at, ring_ptr) + tl.where(new, kv_rows, kept) + channels
             gate_at = tl.where(new, gate_at, ring_ptr + WIDTH) + tl.where(new, gate_rows, kept) + channels
@@ -184,14 +184,19 @@ def _all_rows(
     WHOLE: tl.constexpr, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """`_rows` of all chunks: values, gates, what is added to these."""
+    """`_rows` of the whole pool: values, gates, what is added to these.
+
+    Of a short pool each row is a tensor of its own: so however many warps there are, a thread has all rows of its
+    channels, and adds them without a word to another. Long pools are read in chunks of eight rows."""
+    ROWS: tl.constexpr = 1 if OVERLAPS * RATIO <= 2 * LANES else LANES
+    CHUNKS: tl.constexpr = (OVERLAPS * RATIO + LANES - 1) // LANES * (LANES // ROWS)
     values = _nothing()
     gates = _nothing()
     added = _nothing()
-    for chunk in tl.static_range((OVERLAPS * RATIO + LANES - 1) // LANES):
-        j = tl.arange(0, LANES) + chunk * LANES
+    for chunk in tl.static_range(CHUNKS):
+        j = (tl.arange(0, ROWS) + chunk * ROWS)[:, None]
         kv, gate, ape = _rows(
-            j, token, position, begin, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols,
+            j, token, position, begin, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols[None, :],
             WHOLE, RATIO, OVERLAPS, RING, HEAD_DIM, BLOCK_C,
         )  # fmt: skip
         values += (kv,)
@@ -202,21 +207,46 @@ def _all_rows(
 
 @triton.jit
 def _pool(values, gates, added, BLOCK_C: tl.constexpr):
-    """The entry [BLOCK_C] of these rows."""
+    """The entry [1, BLOCK_C] of these rows, or chunks of eight."""
     scores = _nothing()
     for i in tl.static_range(len(gates)):
         scores += (gates[i] + added[i],)
-    highest = scores[0]
+    top = scores[0]
     for i in tl.static_range(1, len(scores)):
-        highest = tl.maximum(highest, scores[i])
-    top = tl.max(highest, axis=0)[None, :]
-    share = _weights(top - scores[0])
-    total = share * values[0] + 0.0  # -0 + 0 = 0, as in a sum that begins with 0
-    for i in tl.static_range(1, len(scores)):
+        top = tl.maximum(top, scores[i])
+    if top.shape[0] == LANES:
+        top = tl.max(top, axis=0)[None, :]
+        total, share = _sum_of_every(0, 1, top, scores, values)
+        total, share = _sums_of_lanes(total, share, BLOCK_C)
+        total = total[None, :]
+        share = share[None, :]
+    else:
+        totals = _nothing()
+        shares = _nothing()
+        for lane in tl.static_range(LANES):
+            total, share = _sum_of_every(lane, LANES, top, scores, values)
+            totals += (total,)
+            shares += (share,)
+        total = _tree_of_eight(totals)
+        share = _tree_of_eight(shares)
+    return tl.div_rn(total, share)
+
+
+@triton.jit
+def _sum_of_every(first: tl.constexpr, step: tl.constexpr, top, scores, values):
+    """What every step-th of these rows or chunks, from the first on, gives to the sums of its lanes."""
+    share = _weights(top - scores[first])
+    total = share * values[first] + 0.0  # -0 + 0 = 0, as in a sum that begins with 0
+    for i in tl.static_range(first + step, len(scores), step):
         more = _weights(top - scores[i])
         total += more * values[i]
         share += more
-    return tl.div_rn(*_sums_of_lanes(total, share, BLOCK_C))
+    return total, share
+
+
+@triton.jit
+def _tree_of_eight(x):
+    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))
 
 
 @triton.jit
@@ -242,16 +272,23 @@ def _keep(
         inside = (row < end)[:, None] & (cols < HEAD_DIM)[None, :]
         row = row.to(tl.int64)[:, None]
         kept = ring_ptr + (at % RING)[:, None] * (2 * WIDTH)
-        for lane in tl.static_range(OVERLAPS):
+        owned = _nothing()
+        values = _nothing()
+        gates = _nothing()
+        for lane in tl.static_range(OVERLAPS):  # no compiler would move the second one's loads above a store
             channels = lane * HEAD_DIM + cols[None, :]
             own = (replaced // RATIO + (OVERLAPS - 1 - lane) == window) == (second == 0)
             own = own[:, None] & inside
             kv = widen(tl.load(kv_ptr + row * stride_kv + channels, mask=own, other=0.0))
             gate = widen(tl.load(gate_ptr + row * stride_gate + channels, mask=own, other=0.0))
             gate += tl.load(ape_ptr + (at % RATIO)[:, None] * WIDTH + channels, mask=own, other=0.0)
-            own &= real[:, None]
-            tl.store(kept + channels, kv, mask=own)
-            tl.store(kept + WIDTH + channels, gate, mask=own)
+            owned += (own & real[:, None],)
+            values += (kv,)
+            gates += (gate,)
+        for lane in tl.static_range(OVERLAPS):
+            channels = lane * HEAD_DIM + cols[None, :]
+            tl.store(kept + channels, values[lane], mask=owned[lane])
+            tl.store(kept + WIDTH + channels, gates[lane], mask=owned[lane])
 
 
 @triton.jit
@@ -277,6 +314,20 @@ def _load_weight(weight_ptr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
+def _sum_of_row(x, N: tl.constexpr):
+    """`row_sum` of [1, N]. The last four sums, of a warp each where there are four, meet in each thread at once, where
+    two reductions would cross warps one after the other, six barriers in all."""
+    if N <= SUM_CHUNK and N >= 128:
+        for level in tl.static_range(1, 9):
+            if N >> level >= 4:
+                x = tl.sum(x.reshape(1, N >> level, 2), axis=2)
+        a, b = tl.split(x.reshape(1, 2, 2))
+        return tl.sum(a + b, axis=1)
+    else:
+        return row_sum(x, 1, N)
+
+
+@triton.jit
 def _finish(
     entry, weight, cos, sin, slot, eps, cache_ptr, TURNED: tl.constexpr, HADAMARD: tl.constexpr, FORMAT: tl.constexpr,
     HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
@@ -284,7 +335,8 @@ def _finish(
 ):  # fmt: skip
     """Norm, turn and store one entry [1, PADDED]; not where slot < 0."""
     x = tl.where((tl.arange(0, PADDED) < HEAD_DIM)[None, :], entry, 0.0)
-    y = rms_normed(x, eps, HEAD_DIM, 1, PADDED) * weight[None, :]
+    mean = tl.div_rn(_sum_of_row(x * x, PADDED), tl.full([1], HEAD_DIM, tl.float32))
+    y = x * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None] * weight[None, :]
     y = turn(y, cos, sin, pair_angles(PADDED // 2, HEAD_DIM, TURNED), False, TURNED, 1, PADDED // 2)
     if HADAMARD:
         y = hadamard(y, 1, PADDED)
@@ -387,11 +439,11 @@ def _emit(
             entry = _pool(values, gates, added, BLOCK_C)
             if BLOCK_C == PADDED:
                 _finish(
-                    entry[None, :], weight, cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD, FORMAT, HEAD_DIM,
+                    entry, weight, cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD, FORMAT, HEAD_DIM,
                     ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
                 )  # fmt: skip
             else:
-                tl.store(pooled_ptr + program.to(tl.int64) * PADDED + cols, entry)
+                tl.store(pooled_ptr + program.to(tl.int64) * PADDED + cols[None, :], entry)
             token += RATIO
             position += RATIO
             if AGAIN:  # noqa: SIM102  # known when compiling

@@ -54,6 +54,7 @@ from fp4suite.problem import (
     SwigluProblem,
     SwigluQuantizeProblem,
 )
+from fp4suite.reference.compressor import LANES
 
 SHARPNESS = 6.0
 NVFP4_BYTES = 9 / 16  # an element with its share of the block scale
@@ -74,6 +75,7 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
 }
 POOL_INSTRUCTIONS = 38  # of a row and channel, the norm and encoding of the entry included; from SASS
 POOL_SHARED = 0.25  # more, each time that twice as many threads share a channel; from SASS
+NARROW_US = 1.0  # whole entries of several warps, fewer than four channels a thread: 4.6 us, four 3.6 (H100, m=4)
 COUNT_INSTRUCTIONS = 70  # of a score that is held: fifteen counts, then its place; estimate, as the next two
 COUNT_OVERHEAD = 15 * 30 * 32  # of a warp that counts: sums over warps, the next middle
 BIN_INSTRUCTIONS = 18  # of a score that is counted into bins; from SASS, as the next one
@@ -400,9 +402,10 @@ def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Res
     block_c = min(config.block_c, p.head_dim)
     parts = math.ceil(p.head_dim / block_c)
     cta_bytes = (p.bytes / max(1, p.sequence_count + p.entries)) / parts
-    # threads beyond one for four channels share a channel's rows, whose sums then cross warps
-    shared = 8 / pooled * max(0.0, math.log2(128 * config.num_warps / block_c))
+    # of a long pool, threads beyond one for four channels share a channel's rows, whose sums then cross warps
+    shared = 8 / pooled * max(0.0, math.log2(128 * config.num_warps / block_c)) if pooled > 2 * LANES else 0.0
     instructions = pooled * block_c * POOL_INSTRUCTIONS * (1 + POOL_SHARED * shared)
+    narrow = NARROW_US if parts == 1 and config.num_warps > 1 and block_c < 128 * config.num_warps else 0.0
     return Work(
         ctas=(2 * p.sequence_count + (math.ceil(p.m / p.ratio) if p.m >= pooled else 0)) * parts,
         threads=32 * config.num_warps,
@@ -410,7 +413,7 @@ def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Res
         in_flight=min(cta_bytes, 8.0 * pooled * block_c),
         cta_instructions=instructions,
         ramps=2 if parts == 1 else 3,
-        serial_us=instructions / (32 * config.num_warps) * THREAD_US,
+        serial_us=instructions / (32 * config.num_warps) * THREAD_US + narrow,
     )
 
 
