@@ -1,0 +1,97 @@
+"""Triton's interpreter without work that it repeats: the same results, sooner.
+
+Of a small kernel's time, nine tenths went into objects that say what other objects said: every operation makes block
+types and shapes anew, every call of a device function puts the interpreter's functions into triton.language.
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+from triton import language as tl
+from triton.runtime import interpreter
+
+
+def install() -> None:
+    """For the rest of this process, in which Triton interprets."""
+    _replace_functions_once()
+    _make_block_types_once()
+    _make_shapes_once()
+    _broadcast_what_differs()
+    _look_up_numpy_types()
+
+
+def _replace_functions_once() -> None:
+    """The interpreter's functions stay in triton.language."""
+    replace, replaced = interpreter._patch_lang, set()
+
+    @functools.cache
+    def replace_once(function: Any) -> SimpleNamespace:
+        seen = {x for x in (tl, tl.core) if any(x is found for found in function.__globals__.values())}
+        if not seen <= replaced:
+            replace(function)  # what it returns would put the compiler's functions back
+            replaced.update(seen)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = replace_once
+
+
+def _make_block_types_once() -> None:
+    """They are compared by what they hold, and nobody writes to one."""
+    block, fill, made = tl.core.block_type, tl.core.block_type.__init__, {}
+
+    def find(cls: type, element_ty: Any, shape: Any) -> Any:
+        sizes = [x.value if isinstance(x, tl.constexpr) else x for x in shape]
+        key = (element_ty.name, getattr(element_ty, "address_space", 0), *sizes)
+        found = made.get(key)
+        if found is None:
+            found = object.__new__(cls)
+            fill(found, element_ty, shape)  # raises for what is no shape
+            made[key] = found
+        return found
+
+    block.__new__ = find
+    block.__init__ = lambda self, element_ty, shape: None
+
+
+def _make_shapes_once() -> None:
+    """A tensor's shape and number of elements, as constants, are its type's."""
+    tensor, fill = tl.core.tensor, tl.core.tensor.__init__
+    shapes: dict[Any, tuple[Any, Any]] = {}
+
+    def init(self: Any, handle: Any, type: Any) -> None:
+        sizes = tuple(type.shape) if type.is_block() else ()
+        found = shapes.get(sizes)
+        if found is None:
+            fill(self, handle, type)
+            shapes[sizes] = self.shape, self.numel
+        else:
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+            self.shape, self.numel = found
+
+    tensor.__init__ = init
+
+
+def _broadcast_what_differs() -> None:
+    semantic = type(interpreter.interpreter_semantic)
+    broadcast = semantic.broadcast_impl_value
+
+    def broadcast_others(self: Any, lhs: Any, rhs: Any) -> Any:
+        if lhs.type.is_block() and rhs.type.is_block() and lhs.shape is rhs.shape:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    semantic.broadcast_impl_value = broadcast_others
+
+
+def _look_up_numpy_types() -> None:
+    """The interpreter makes the table of them at each question."""
+    known, of = {}, interpreter._get_np_dtype
+
+    def get(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = of(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = get
