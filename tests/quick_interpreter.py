@@ -19,6 +19,7 @@ def install() -> None:
     _make_shapes_once()
     _broadcast_what_differs()
     _look_up_numpy_types()
+    _compare_names()
 
 
 def _replace_functions_once() -> None:
@@ -73,13 +74,21 @@ def _make_shapes_once() -> None:
 
 
 def _broadcast_what_differs() -> None:
+    """Blocks of one shape stay as they are; a number is spread over the other's shape without asking for its types."""
     semantic = type(interpreter.interpreter_semantic)
     broadcast = semantic.broadcast_impl_value
 
+    def spread(self: Any, number: Any, block: Any) -> Any:
+        kind = block.type.with_element_ty(number.dtype)
+        return self.tensor(self.builder.create_splat(kind, number.handle), kind)
+
     def broadcast_others(self: Any, lhs: Any, rhs: Any) -> Any:
-        if lhs.type.is_block() and rhs.type.is_block() and lhs.shape is rhs.shape:
-            return lhs, rhs
-        return broadcast(self, lhs, rhs)
+        left, right = lhs.type.is_block(), rhs.type.is_block()
+        if left and right and lhs.shape is not rhs.shape:
+            return broadcast(self, lhs, rhs)
+        if left != right:
+            return (lhs, spread(self, rhs, lhs)) if left else (spread(self, lhs, rhs), rhs)
+        return lhs, rhs
 
     semantic.broadcast_impl_value = broadcast_others
 
@@ -95,3 +104,9 @@ def _look_up_numpy_types() -> None:
         return known[name]
 
     interpreter._get_np_dtype = get
+
+
+def _compare_names() -> None:
+    """Of two types of elements, without asking whether one is a constant that holds a type."""
+    dtype, equal = tl.core.dtype, tl.core.dtype.__eq__
+    dtype.__eq__ = lambda self, other: self.name == other.name if type(other) is dtype else equal(self, other)
