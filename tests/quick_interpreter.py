@@ -1,7 +1,7 @@
 """Triton's interpreter without work that it repeats: the same results, sooner.
 
-Of a small kernel's time, nine tenths went into objects that say what other objects said: every operation makes block
-types and shapes anew, every call of a device function puts the interpreter's functions into triton.language.
+Half of its time went into objects that say what others said: every operation makes block types and shapes anew. And
+every call of a device function puts the interpreter's functions into triton.language, which took most of small tests.
 """
 
 import functools
