@@ -1,9 +1,7 @@
 """Where tests run: on the GPU if there is one, else Triton in its interpreter and CuTe DSL compiled only."""
 
-import functools
+import gc
 import os
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,30 +14,10 @@ if not GPU:
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-
-def _interpret_quickly() -> None:
-    """Put the interpreter's functions into triton.language once, to stay.
-
-    Triton does so anew in every call of a device function, which took most of the time of small tests.
-    """
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    replace, replaced = interpreter._patch_lang, set()
-
-    @functools.cache
-    def replace_once(function: Any) -> SimpleNamespace:
-        seen = {x for x in (tl, tl.core) if any(x is found for found in function.__globals__.values())}
-        if not seen <= replaced:
-            replace(function)  # what it returns would put the compiler's functions back
-            replaced.update(seen)
-        return SimpleNamespace(restore=lambda: None)
-
-    interpreter._patch_lang = replace_once
-
-
 if not GPU:
-    _interpret_quickly()
+    from . import quick_interpreter
+
+    quick_interpreter.install()
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +39,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.usefixtures("_needs_gpu"))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay: nothing looks through them for garbage, nor the emulator, at each launch, for tensors."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """gemm_nvfp4_sm90_fp8: its refusals, machine code and numbers anywhere, and its numbers on an sm_90 GPU."""
 
+import functools
 import itertools
 import re
 from dataclasses import replace
@@ -115,16 +116,6 @@ def test_builds_for_its_own_architecture_only():
         kernel.build(BIG, Config(), "sm_100a")
 
 
-@pytest.mark.parametrize(("config", "out"), zip(CONFIGS[::3], itertools.cycle(("bf16", "fp32"))), ids=str)
-def test_compiles_without_spills(config, out):
-    """Some; spills of all there are in `test_no_way_of_the_sums_spills`."""
-    problem = Problem(m=256, n=7168, k=3072, segments=2, out=out)
-    built = kernel.build(problem, config)
-    assert built.shared_bytes == kernel.shared_bytes(config, out)
-    assert resources(built).spill_bytes == 0
-    assert ".ftz" not in built.ptx  # codes pass through subnormal numbers
-
-
 def scarcest() -> list[Config]:
     """Of SPACE, for every number of tokens and way of the sums, what has the fewest registers for them."""
     found: dict[tuple, tuple[tuple, Config]] = {}
@@ -140,11 +131,19 @@ def scarcest() -> list[Config]:
 @pytest.mark.parametrize(("number", "config"), list(enumerate(scarcest())), ids=str)
 def test_no_way_of_the_sums_spills(number, config):
     """All other points of SPACE leave at least as many registers; the outputs take turns."""
-    problem = Problem(m=4096, n=65536, k=8192, segments=2, out=("bf16", "fp32")[number % 2])
-    assert resources(kernel.build(problem, config)).spill_bytes == 0
+    out = ("bf16", "fp32")[number % 2]
+    built = kernel.build(Problem(m=4096, n=65536, k=8192, segments=2, out=out), config)
+    assert resources(built).spill_bytes == 0
+    assert built.shared_bytes == kernel.shared_bytes(config, out)
+    assert ".ftz" not in built.ptx  # codes pass through subnormal numbers
 
 
 MAIN_LOOPS = [SMALL, WIDE, DEEP, Config(tile_m=8, groups_n=4), Config(share=2, tail=2), replace(WIDE, share=2, tail=2)]
+
+
+@functools.cache
+def machine_code(config: Config) -> str:
+    return sass(kernel.build(BIG, config))
 
 
 @pytest.mark.parametrize("config", MAIN_LOOPS, ids=str)
@@ -153,7 +152,7 @@ def test_main_loop_keeps_the_tensor_cores_busy(config):
 
     ptxas serialises MMAs where registers do not suffice, and would say so by waiting more often.
     """
-    code = sass(kernel.build(BIG, config))
+    code = machine_code(config)
     loop = main_loop(code)
     assert count(r"QGMMA\.", code) == count(r"QGMMA\.", loop) == 4 * config.runs
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code)
@@ -177,7 +176,7 @@ def test_main_loop_keeps_the_tensor_cores_busy(config):
 
 def test_a_step_takes_few_instructions():
     """64 x 128 weights by 256 tokens: 128 additions, and fewer than 180 to decode, multiply and go on."""
-    loop = main_loop(sass(kernel.build(BIG, WIDE))).splitlines()
+    loop = main_loop(machine_code(WIDE)).splitlines()
     assert 128 + 100 < len(loop) < 128 + 180
 
 

@@ -39,12 +39,19 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize(("module", "problem"), EXACT, ids=lambda x: str(getattr(x, "format", "")))
-def test_defaults_compile_without_spills(module, problem, pool):
+def archs_of(number: int) -> tuple[str, ...]:
+    """Both for a module's first problem, for the others in turn."""
+    first = [module for module, _ in EXACT].index(EXACT[number][0]) == number
+    return ARCHS if first else (ARCHS[number % 2],)
+
+
+@pytest.mark.parametrize("number", range(len(EXACT)), ids=lambda i: f"{EXACT[i][1].op}-{EXACT[i][1].format}-{i}")
+def test_defaults_compile_without_spills(number, pool):
     """And compute as the reference does: nothing approximate, flushed or contracted; 16-byte loads."""
-    configs = [module.default(problem)]
-    assert module.supports(problem, configs[0]) is None
-    jobs = [(module, problem, c, arch) for c in configs for arch in ARCHS]
+    module, problem = EXACT[number]
+    default = module.default(problem)
+    assert module.supports(problem, default) is None
+    jobs = [(module, problem, default, arch) for arch in archs_of(number)]
     for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
         assert built.resources(b).refusal(arch) is None, (config, arch)
         inexact = re.findall(r"\b(?:fma|ex2|lg2|rcp|rsqrt|div|sqrt)\.(?!rn)\S+|\S+\.ftz\S*", b.ptx)
@@ -58,12 +65,15 @@ def test_defaults_compile_without_spills(module, problem, pool):
         assert "ld.global.v4.b32" in b.ptx, (config, arch)
 
 
-@pytest.mark.parametrize("entries", [8192, 16384, 32768, 262144, 1 << 20])
-def test_index_topk(entries, pool):
+@pytest.mark.parametrize(
+    ("entries", "archs"),
+    [(8192, ARCHS[:1]), (16384, ARCHS[1:]), (32768, ARCHS), (262144, ARCHS[:1]), (1 << 20, ARCHS[1:])],
+)
+def test_index_topk(entries, archs, pool):
     """Rows that a program holds, and rows that have maxima; 16-byte loads, little shared memory."""
     problem = IndexTopkProblem(m=64, entries=entries, topk=1024)
     config = index_topk.default(problem)
-    for arch, b in zip(ARCHS, build(pool, [(index_topk, problem, config, arch) for arch in ARCHS]), strict=True):
+    for arch, b in zip(archs, build(pool, [(index_topk, problem, config, arch) for arch in archs]), strict=True):
         assert built.resources(b).refusal(arch) is None, arch
         assert "ld.global.v4.b32" in b.ptx, arch
         assert b.shared_bytes <= 4096, arch
@@ -71,13 +81,16 @@ def test_index_topk(entries, pool):
 
 @pytest.mark.parametrize(("format", "x"), [("fp8", "fp8"), ("fp8", "bf16"), ("mxfp4", "bf16"), ("bf16", "bf16")])
 def test_index_logits_uses_tensor_cores(format, x, pool):
+    """The default for both architectures, two other tiles for one of them."""
     problem = IndexLogitsProblem(m=4096, entries=8192, format=format, x=x)
     configs = [
         index_logits.Config(block_m=m, block_n=n, num_warps=n // 32, num_stages=2 if m == 16 else 3)
         for m, n in ((1, 128), (8, 128), (32, 256) if x == "fp8" else (16, 128))
     ]
-    assert index_logits.default(problem) in configs
-    jobs = [(index_logits, problem, c, arch) for c in configs for arch in ARCHS]
+    default = index_logits.default(problem)
+    assert default in configs
+    jobs = [(index_logits, problem, c, ARCHS[i % 2]) for i, c in enumerate(configs)]
+    jobs += [(index_logits, problem, default, ARCHS[1 - configs.index(default) % 2])]
     for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
         assert index_logits.supports(problem, config) is None
         assert built.resources(b).refusal(arch) is None, (config, arch)

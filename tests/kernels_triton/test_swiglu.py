@@ -10,7 +10,7 @@ from fp4suite import built, reference, testing
 from fp4suite.problem import SwigluProblem
 from kernels_triton import swiglu as kernel
 
-from .checks import DTYPES, assert_same_numbers, configs, every_bf16
+from .checks import DTYPES, assert_same_numbers, configs, covering, every_bf16
 from .test_rope_emulated import ARCHS, emulate
 
 
@@ -90,11 +90,11 @@ def test_few_rows_spread():
 
 
 def test_configs_compile_without_spills(pool):
-    """A sample of them for the architectures in turn, the default for both: exact, and by 16 bytes at a time."""
+    """Every value of a knob, for the architectures in turn, the default for both: exact, by 16 bytes at a time."""
     problem = SwigluProblem(m=64, k=3072)
-    sample = [c for c in testing.configs(kernel, 12) if kernel.supports(problem, c) is None]
-    assert len(sample) >= 6
-    jobs = [(c, ARCHS[i % 2]) for i, c in enumerate([*sample, kernel.Config()])]
+    default, *others = covering(kernel, problem)
+    jobs = [(default, arch) for arch in ARCHS] + [(c, ARCHS[i % 2]) for i, c in enumerate(others)]
+    assert len(jobs) >= 4
     for (config, arch), future in zip(jobs, [pool.submit(kernel.build, problem, *job) for job in jobs], strict=True):
         b = future.result()
         assert built.resources(b).refusal(arch) is None, (config, arch)
