@@ -300,8 +300,8 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     if config.overlap:
         if config.reduces or config.strips * config.tail > 1 or config.groups_n < 2 or config.tile_m not in (128, 256):
             return "overlap is for two groups or more with one strip of 128 or 256 tokens, and split and tail of 1"
-        if problem.n % (2 * config.rows):
-            return f"n={problem.n} is not a multiple of {2 * config.rows}, the rows of two tiles that overlap"
+        if problem.n % least_rows(config):
+            return f"n={problem.n} is not a multiple of {least_rows(config)}, the rows of two tiles that overlap"
     if problem.segments > MAX_SEGMENTS:
         return f"segments={problem.segments} is not in 1..{MAX_SEGMENTS}"
     if config.by_halves and problem.segments == MAX_SEGMENTS:
@@ -1559,7 +1559,12 @@ def launch(
 
 def warm(problem: GemmProblem, config: Config) -> None:
     """Compile for `problem` and, where there is a GPU, launch once: later launches may be captured in a graph."""
-    _HOST.warm(launch, problem, config, n=TILE, k=problem.k)
+    _HOST.warm(launch, problem, config, n=least_rows(config), k=problem.k)
+
+
+def least_rows(config: Config) -> int:
+    """The fewest weight rows that a config takes."""
+    return 2 * config.rows if config.overlap else TILE
 
 
 def build_key(problem: GemmProblem, config: Config) -> tuple[Any, ...]:

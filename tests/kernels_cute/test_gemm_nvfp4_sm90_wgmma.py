@@ -105,6 +105,15 @@ def test_there_is_a_default_for_every_problem(n, k):
             assert m > 64 or config.tile_m >= m
 
 
+@pytest.mark.parametrize("config", [SMALL, WIDE, *(c for c in CONFIGS if c.overlap)], ids=str)
+def test_least_rows(config):
+    """What `warm` launches with: no config runs with fewer, this many segments or not."""
+    for segments in (1, 3):
+        problem = Problem(m=1, n=segments * kernel.least_rows(config), k=3072, segments=segments)
+        assert kernel.supports(problem, config) is None
+        assert kernel.supports(replace(problem, n=problem.n - 64 if config.overlap else 32), config) is not None
+
+
 def test_builds_for_its_own_architecture_only():
     with pytest.raises(ValueError, match="for sm_90a, got 'sm_100a'"):
         kernel.build(BIG, Config(), "sm_100a")
@@ -112,7 +121,7 @@ def test_builds_for_its_own_architecture_only():
 
 @pytest.mark.parametrize(("config", "out"), zip(CONFIGS, itertools.cycle(("bf16", "fp32"))), ids=str)
 def test_compiles_without_spills(config, out):
-    problem = Problem(m=256, n=2 * config.rows if config.overlap else 7168, k=3072, segments=2, out=out)
+    problem = Problem(m=256, n=7168 if not config.overlap else 2 * config.rows, k=3072, segments=2, out=out)
     built = kernel.build(problem, config)
     assert built.shared_bytes == kernel.shared_bytes(config, out)
     assert resources(built).spill_bytes == 0
