@@ -15,6 +15,7 @@ entry of this arithmetic serves, however it was tuned, or the kernel's default i
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import sys
@@ -466,14 +467,18 @@ def _entries(path: Path, op: str, problem: Problem, target: Target) -> Iterator[
 def _from_table(
     label: str, path: Path, op: str, problem: Problem, target: Target, agreed: tuple[str, str] | None
 ) -> Choice | None:
-    """The entry of this problem, else of the nearest m whose config supports it.
+    """The entry of this problem, else of the nearest m whose config supports it, else such a one that was measured with
+    an output of another type.
 
     A prediction for a kernel that has changed since says nothing: the kernel's default knows better.
 
     agreed: kernel and arithmetic in batch-invariant mode. Entries that were not tuned for it then serve half to twice
     their m alone: far from it the kernel's default in this arithmetic is better.
     """
-    for e, module, config in _entries(path, op, problem, target):
+    for e, module, config in itertools.chain(
+        _entries(path, op, problem, target),
+        *((x for x in _entries(path, op, p, target) if x[0].measured) for p in _other_outputs(problem)),
+    ):
         changed = e.source_hash != registry.source_hash(e.kernel)
         if module.supports(problem, config) is not None or (changed and not e.measured):
             continue
@@ -485,7 +490,14 @@ def _from_table(
         ):
             continue
         near = "" if e.problem.get("m") == problem.dims().get("m", 1) else f", nearest m={e.problem['m']}"
+        near += "" if e.problem.get("out") == problem.dims().get("out") else f", of out={e.problem['out']}"
         how = "measured" if e.measured else "predicted"
         stale = ", kernel changed since" if changed else ""
         return Choice(op, problem, e.kernel, config, f"{label} {path.stem} ({how}{near}{stale})")
     return None
+
+
+def _other_outputs(problem: Problem) -> Iterator[Problem]:
+    """A GEMM with an output that takes another way out of the same loop over k."""
+    if isinstance(problem, GemmProblem):
+        yield from (replace(problem, out=out) for out in ("bf16", "fp32") if out != problem.out)

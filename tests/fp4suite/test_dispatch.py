@@ -106,6 +106,21 @@ def test_unseen_m_takes_the_nearest_bucket_that_supports_it(fakes: Path) -> None
     assert _choose(9000).config == FakeConfig(tile=256)
 
 
+def test_an_output_that_was_not_tuned_takes_what_was_measured_for_another(fakes: Path) -> None:
+    wide = dataclasses.replace(GemmProblem(m=8, n=256, k=512), out="fp32")
+    path = fakes / f"{H100.device}.json"
+    _write(path, _entry(8, 128), _entry(64, 256))
+    assert choose_for("gemm_nvfp4", dataclasses.replace(wide, m=9), H100).config == FakeConfig(tile=128)
+    reason = "device table nvidia-h100-80gb-hbm3 (measured, nearest m=64, of out=bf16)"
+    assert choose_for("gemm_nvfp4", dataclasses.replace(wide, m=60), H100).reason == reason
+    _forget()
+    _write(path, _entry(8, 128), _entry(64, 256, problem=dataclasses.replace(wide, m=64).dims()))
+    assert choose_for("gemm_nvfp4", wide, H100).config == FakeConfig(tile=256)  # its own, however far
+    _forget()
+    _write(path, _entry(8, 128, measured=False, median_us=None, predicted_us=1.0))
+    assert choose_for("gemm_nvfp4", wide, H100).reason == "default: no table entry fits"
+
+
 def test_an_entry_of_an_older_kernel_is_used_and_says_so(fakes: Path) -> None:
     _write(fakes / f"{H100.device}.json", _entry(8, 128, source_hash="then"))
     assert _choose(8).reason == "device table nvidia-h100-80gb-hbm3 (measured, kernel changed since)"
