@@ -386,7 +386,8 @@ def default(problem: GemmProblem) -> Config:
     else:
         large = [c for c in TILE_US if problem.m >= 1024 and c.tile_m * c.rows == 256 * 128]
         whole = [_shared(problem, c) if c in large else c for c in TILE_US]
-        wanted = whole + [replace(c, split=parts) for c in TILE_US if c.tile_m < 256 for parts in (2, 3, 4)]
+        most = {c: 3 if c.groups_n == 3 else 4 for c in TILE_US if c.tile_m < 256}  # four of three groups would spill
+        wanted = whole + [replace(c, split=parts) for c in most for parts in range(2, most[c] + 1)]
         wanted = sorted((c for c in wanted if supports(problem, c) is None), key=lambda c: _rough_us(problem, c))
     return next((c for c in wanted if supports(problem, c) is None), Config())
 
