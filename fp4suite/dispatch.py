@@ -31,7 +31,7 @@ import torch
 from . import arch as archs, env, registry, table
 from .errors import TableError, UnsupportedError
 from .formats import WeightLayout
-from .problem import Act, GemmProblem, Problem, of_m
+from .problem import Act, GemmProblem, Problem
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +310,7 @@ def _choose(
             return Choice(op, problem, registry.REFERENCE, None, why, invariant)
     refusals: list[str] = []
     for asked in _ways(problem):
-        agreed = _agreed(op, of_m(asked, 1), target, user, from_env) if invariant and rows and asked else None
+        agreed = _agreed(op, replace(asked, m=1), target, user, from_env) if invariant and rows and asked else None
         found = agreed if isinstance(agreed, list) else _find(op, asked, target, rows, user, from_env, agreed)
         if isinstance(found, Choice):
             decoded = "" if asked is problem else "activations decoded to bf16, "
@@ -359,7 +359,7 @@ def agreed(problem: Problem, target: Target, path: Path | None = None) -> tuple[
 
     Raises UnsupportedError where no kernel has one for every m.
     """
-    found = _agreed(problem.op, of_m(problem, 1), target, path, env.table_path())
+    found = _agreed(problem.op, replace(problem, m=1), target, path, env.table_path())
     if isinstance(found, list):
         raise UnsupportedError(_unsupported(problem.op, problem, target, found))
     return found
@@ -372,7 +372,7 @@ def _agreed(
     """Kernel and arithmetic that all m of `problem` share in batch-invariant mode, or why there are none."""
     for _, path in _tables(target, user, from_env):
         tuned = {
-            (e.kernel, registry.arithmetic(e.kernel, of_m(problem, int(e.problem["m"])), config))
+            (e.kernel, registry.arithmetic(e.kernel, replace(problem, m=int(e.problem["m"])), config))
             for e, _, config in _entries(path, op, problem, target)
             if e.invariant
         }
@@ -389,10 +389,10 @@ def _agreed(
         if arithmetic is None:
             refusals.append(f"{row.name}: {_NOT_INVARIANT}")
             continue
-        left = [m for m in _TOKENS if registry.config_of(row.name, of_m(problem, m), arithmetic) is None]
+        left = [m for m in _TOKENS if registry.config_of(row.name, replace(problem, m=m), arithmetic) is None]
         if not left:
             return row.name, arithmetic
-        at = of_m(problem, left[0])
+        at = replace(problem, m=left[0])
         why = module.supports(at, registry.default_config(module, at)) or f"no config sums {arithmetic}"
         refusals.append(f"{row.name}: {why}")
     return refusals
@@ -443,7 +443,7 @@ def _entries(path: Path, op: str, problem: Problem, target: Target) -> Iterator[
     if t.arch != target.arch:
         raise TableError(f"{path} is of {t.device} ({t.arch}); this is {target.device} ({target.arch})")
     dims = problem.dims()
-    m = int(dims.get("m", 1))
+    m = problem.m
     entries = by_rest.get(_rest(op, dims), [])
     for e in sorted(
         entries,
@@ -486,10 +486,10 @@ def _from_table(
             if e.invariant:
                 continue
         elif agreed != (e.kernel, registry.arithmetic(e.kernel, problem, config)) or not (
-            e.invariant or 0.5 <= int(e.problem["m"]) / max(1, int(problem.dims().get("m", 1))) <= 2
+            e.invariant or 0.5 <= int(e.problem["m"]) / max(1, problem.m) <= 2
         ):
             continue
-        near = "" if e.problem.get("m") == problem.dims().get("m", 1) else f", nearest m={e.problem['m']}"
+        near = "" if e.problem["m"] == problem.m else f", nearest m={e.problem['m']}"
         near += "" if e.problem.get("out") == problem.dims().get("out") else f", of out={e.problem['out']}"
         how = "measured" if e.measured else "predicted"
         stale = ", kernel changed since" if changed else ""

@@ -4,6 +4,7 @@
 hashable, made of host integers and strings only, and `dims()` is how tables and result rows spell it.
 """
 
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import ClassVar, Literal, cast
 
@@ -21,9 +22,11 @@ ELEMENT_BYTES = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """Base of all problems; `op` names the op in `fp4suite.ops`."""
+    """Base of all problems; `op` names the op in `fp4suite.ops`. m: rows, tokens mostly, of which a weight's layer has
+    any number: tables are asked for the nearest."""
 
     op: ClassVar[str]
+    m: int
 
     @property
     def flops(self) -> int:
@@ -62,7 +65,6 @@ class QuantizeProblem(Problem):
     """[m, k] -> NVFP4, with the global scale given."""
 
     op: ClassVar[str] = "quantize_nvfp4"
-    m: int
     k: int
     x: str = "bf16"
     rule: Rule = "absmax"
@@ -82,7 +84,6 @@ class QuantizeFp8Problem(Problem):
     """[m, k] -> E4M3 with a scale a row."""
 
     op: ClassVar[str] = "quantize_fp8"
-    m: int
     k: int
     x: str = "bf16"
 
@@ -100,7 +101,6 @@ class DequantProblem(Problem):
     """NVFP4 [m, k] -> `out`."""
 
     op: ClassVar[str] = "dequant_nvfp4"
-    m: int
     k: int
     out: str = "bf16"
     sf_layout: SfLayout = "linear"
@@ -119,7 +119,6 @@ class RmsnormQuantizeProblem(Problem):
     """RMSNorm of [m, k] rows with a weight, then NVFP4, with the global scale given."""
 
     op: ClassVar[str] = "rmsnorm_quantize"
-    m: int
     k: int
     x: str = "bf16"
     rule: Rule = "absmax"
@@ -140,7 +139,6 @@ class RmsNormProblem(Problem):
     """RMSNorm of [m, k] rows with a weight, in their own type."""
 
     op: ClassVar[str] = "rms_norm"
-    m: int
     k: int
     x: str = "bf16"
 
@@ -158,7 +156,6 @@ class SwigluQuantizeProblem(Problem):
     """Clamped SwiGLU of [m, 2 k] (gate columns first) -> NVFP4 [m, k], with the global scale given."""
 
     op: ClassVar[str] = "swiglu_quantize"
-    m: int
     k: int
     x: str = "bf16"
     rule: Rule = "absmax"
@@ -178,7 +175,6 @@ class SwigluProblem(Problem):
     """Clamped SwiGLU of [m, 2 k] (gate columns first) -> [m, k]."""
 
     op: ClassVar[str] = "swiglu"
-    m: int
     k: int
     x: str = "fp32"
     out: str = "bf16"
@@ -197,7 +193,6 @@ class EmbedProblem(Problem):
     """Rows [k] of m tokens from a table [vocab, k], each into n streams."""
 
     op: ClassVar[str] = "embed"
-    m: int
     vocab: int
     k: int
     n: int = 1
@@ -222,7 +217,6 @@ class GemmProblem(Problem):
     """
 
     op: ClassVar[str] = "gemm_nvfp4"
-    m: int
     n: int
     k: int
     act: Act = "bf16"
@@ -251,7 +245,6 @@ class CompressKvProblem(Problem):
     """
 
     op: ClassVar[str] = "compress_kv"
-    m: int
     ratio: int
     overlaps: int  # windows that an entry pools
     head_dim: int
@@ -309,7 +302,6 @@ class CompressKvPairProblem(Problem):
     """`compress_kv` of a layer's entries and of its indexer's keys, in one step: as for CompressKvProblem, twice."""
 
     op: ClassVar[str] = "compress_kv_pair"
-    m: int
     ratio: int
     overlaps: int
     head_dim: int
@@ -351,7 +343,6 @@ class IndexQueryProblem(Problem):
     """
 
     op: ClassVar[str] = "index_query"
-    m: int
     format: str
     hadamard: int = 0
     heads: int = 64
@@ -381,7 +372,6 @@ class IndexLogitsProblem(Problem):
     """Scores of all `entries` keys of its sequence for each of m queries, equally many of each of `sequences`."""
 
     op: ClassVar[str] = "index_logits"
-    m: int
     entries: int
     format: IndexFormat
     sequences: int = 1  # 0: as many as tokens, whatever their number
@@ -410,7 +400,6 @@ class IndexTopkProblem(Problem):
     """The topk best of `entries` FP32 scores, all visible, of each of m queries -> slots in pages of page_size."""
 
     op: ClassVar[str] = "index_topk"
-    m: int
     entries: int
     topk: int
     page_size: int = 64
@@ -429,7 +418,6 @@ class RouteProblem(Problem):
     """topk of `experts` for each of m tokens from logits [m, experts]: by score, with a bias, or a table."""
 
     op: ClassVar[str] = "route"
-    m: int
     experts: int
     topk: int
     choice: RouteChoice = "bias"
@@ -453,7 +441,6 @@ class PermuteProblem(Problem):
     """m * topk slots sorted by expert, with the first place of each expert."""
 
     op: ClassVar[str] = "permute"
-    m: int
     topk: int
     experts: int
 
@@ -471,7 +458,6 @@ class CombineProblem(Problem):
     """Weighted sum of topk rows [k] for each of m tokens, plus `shared` (0 or 1) row of its own."""
 
     op: ClassVar[str] = "combine"
-    m: int
     topk: int
     k: int
     shared: int = 1
@@ -492,7 +478,6 @@ class SampleProblem(Problem):
     """A token for each of m rows of logits [m, vocab], greedy or by nucleus sampling."""
 
     op: ClassVar[str] = "sample"
-    m: int
     vocab: int
     x: str = "fp32"
 
@@ -510,7 +495,6 @@ class QnormRopeProblem(Problem):
     """RMSNorm without weight of each head of q [m, heads, head_dim], then RoPE on its last dims."""
 
     op: ClassVar[str] = "qnorm_rope"
-    m: int
     heads: int
     head_dim: int = 512
     rope_dim: int = 64
@@ -538,7 +522,6 @@ class CsaQueriesProblem(Problem):
     """
 
     op: ClassVar[str] = "csa_queries"
-    m: int
     heads: int
     format: str
     hadamard: int = 0
@@ -574,7 +557,6 @@ class KvNormRopeInsertProblem(Problem):
     """RMSNorm with weight and RoPE of rows kv [m, head_dim], stored in a paged cache's format."""
 
     op: ClassVar[str] = "kv_norm_rope_insert"
-    m: int
     head_dim: int = 512
     rope_dim: int = 64
     format: KVFormat = "fp8_ds_mla"
@@ -603,7 +585,6 @@ class QkvNormRopeInsertProblem(Problem):
     """RMSNorm with weight of rows q [m, k]; rows kv [m, head_dim] as in `KvNormRopeInsertProblem`."""
 
     op: ClassVar[str] = "qkv_norm_rope_insert"
-    m: int
     k: int
     head_dim: int = 512
     rope_dim: int = 64
@@ -638,7 +619,6 @@ class RopeInverseProblem(Problem):
     """RoPE undone on the last dims of each head of o [m, heads, head_dim]."""
 
     op: ClassVar[str] = "rope_inverse"
-    m: int
     heads: int
     head_dim: int = 512
     rope_dim: int = 64
@@ -663,7 +643,6 @@ class RopeInverseQuantizeProblem(Problem):
     """RoPE undone, then NVFP4 by group of heads, with the global scale given: `groups` matrices [m, k]."""
 
     op: ClassVar[str] = "rope_inverse_quantize"
-    m: int
     heads: int
     groups: int
     head_dim: int = 512
@@ -694,7 +673,6 @@ class HyperConnectionPreProblem(Problem):
     """
 
     op: ClassVar[str] = "hyper_connection_pre"
-    m: int
     k: int
     n: int = 4
     x: str = "bf16"
@@ -714,7 +692,6 @@ class HyperConnectionHeadProblem(Problem):
     """n streams of k columns of each of m tokens folded into one; normed, with a weight of x's type."""
 
     op: ClassVar[str] = "hyper_connection_head"
-    m: int
     k: int
     n: int = 4
     x: str = "bf16"
@@ -733,7 +710,6 @@ class HyperConnectionPostProblem(Problem):
     """n streams of k columns of each of m tokens, mixed with a site's output."""
 
     op: ClassVar[str] = "hyper_connection_post"
-    m: int
     k: int
     n: int = 4
     x: str = "bf16"
@@ -752,7 +728,6 @@ class HyperConnectionPostPreProblem(Problem):
     """The end of one site and the beginning of the next: the streams are read once and written once."""
 
     op: ClassVar[str] = "hyper_connection_post_pre"
-    m: int
     k: int
     n: int = 4
     x: str = "bf16"
@@ -815,11 +790,6 @@ PROBLEMS: dict[str, type[Problem]] = {
 }
 
 
-def of_m(problem: Problem, m: int) -> Problem:
-    """The same problem at another m; itself where it has none."""
-    return replace(problem, m=m) if "m" in problem.dims() else problem  # type: ignore[call-arg]
-
-
 def complete(op: str, dims: dict[str, int | str]) -> dict[str, int | str]:
     """`dims` with the dimensions that `op` has gained since they were written, at their defaults, in today's order.
 
@@ -836,7 +806,8 @@ def from_dims(op: str, dims: dict[str, int | str]) -> Problem:
     """The problem that `dims()` described. Raises ValueError for an unknown op or dimension."""
     if op not in PROBLEMS:
         raise ValueError(f"op must be one of {', '.join(PROBLEMS)}, got {op!r}")
+    kind: Callable[..., Problem] = PROBLEMS[op]  # whose dimensions are its own
     try:
-        return PROBLEMS[op](**dims)
+        return kind(**dims)
     except TypeError as e:
         raise ValueError(f"dimensions of {op} are {[f.name for f in fields(PROBLEMS[op])]}, got {dims}") from e

@@ -6,12 +6,12 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 from fp4suite import arch as archs, registry
-from fp4suite.problem import Problem, of_m
+from fp4suite.problem import Problem
 
 MAX_CANDIDATES = 100_000  # a larger SPACE is sampled down to this, with a fixed seed
 
@@ -100,7 +100,7 @@ def _of(problem: Problem, arch: str, agreed: tuple[str, str] | None) -> Space:
         choices[row.name] = checked_space(module)
         default = default_of(row.name, problem)
         if row.any_m:
-            mine = _supported_at_any_m(row.name, of_m(problem, 1))
+            mine = _supported_at_any_m(row.name, replace(problem, m=1))
         else:
             mine = _supported(row.name, problem)
         found += mine

@@ -177,8 +177,7 @@ def _winners(problem: Problem, path: Path) -> list[Candidate]:
         for e in table.read(path).entries
         if e.kernel in known and {k: v for k, v in e.problem.items() if k != "m"} == rest
     ]
-    m = int(problem.dims().get("m", 1))
-    found.sort(key=lambda e: abs(math.log2(max(int(e.problem.get("m", 1)), 1) / max(m, 1))))
+    found.sort(key=lambda e: abs(math.log2(max(int(e.problem["m"]), 1) / max(problem.m, 1))))
     return [_as_candidate(e) for e in found[:4]]
 
 

@@ -143,7 +143,7 @@ def test_what_has_no_model_is_refused():
         op = "other"
 
     with pytest.raises(ValueError, match="no cost model of other"):
-        predict_us(Other(), Rows(), "sm_90a")
+        predict_us(Other(m=1), Rows(), "sm_90a")
     with pytest.raises(ValueError, match="arch must be one of"):
         predict_us(QuantizeProblem(m=1, k=64), Rows(), "sm_80")
 
