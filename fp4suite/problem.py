@@ -22,8 +22,8 @@ ELEMENT_BYTES = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """Base of all problems; `op` names the op in `fp4suite.ops`. m: rows, tokens mostly, of which a weight's layer has
-    any number: tables are asked for the nearest."""
+    """Base of all problems; `op` names the op in `fp4suite.ops`. m: rows, mostly tokens; tables give the
+    nearest where an m was not tuned."""
 
     op: ClassVar[str]
     m: int
