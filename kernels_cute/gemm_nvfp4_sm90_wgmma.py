@@ -59,7 +59,7 @@ MOST_STAGES = (BARRIER_BYTES - ALPHA_BYTES) // 16 - 2  # that there are barriers
 REGISTERS = 65536  # of an SM
 WIDE = (24, 232, 240)  # registers of a thread that loads, and of one that keeps many sums: with one warpgroup, with two
 FOUR = (24, 120)  # and with three for 128 tokens beside one for 64, which keeps what it has at launch
-STORE_ROWS = 64  # tokens of one store of d
+STORE_ROWS = 64  # tokens of one store of d, for most tiles
 ALL = 5  # the barrier of all groups: those before are of one each, which may be a tile behind
 WARP_TOKENS = 8  # up to so many are multiplied by warps, without WGMMA
 WARP_ROWS = 16  # weight rows of a warp
@@ -155,7 +155,7 @@ class Config:
 
 
 SPACE = {
-    "tile_m": (8, 16, 32, 64, 128, 192, 256),
+    "tile_m": (8, 16, 32, 64, 128, 176, 192, 256),
     "groups_n": (1, 2, 3, 4),
     "groups_k": (1, 2, 4),
     "warps": (4, 3, 2),
@@ -248,13 +248,20 @@ def parts(config: Tile) -> Parts:
     return Parts(config.split * config.groups_k, strips * config.tile_m // 8, columns // strips)
 
 
+def store_rows(config: Tile) -> int:
+    """Tokens of one store of d: as many for each of a tile."""
+    if config.tile_m % STORE_ROWS:
+        return config.tile_m if config.tile_m < STORE_ROWS else config.tile_m // 2
+    return STORE_ROWS
+
+
 def store_bytes(config: Tile, out: str) -> int:
     """Shared memory through which the sums of a tile leave."""
     if config.split > 1:
         return config.groups_k * config.groups_n * parts(config).room
     if config.groups_k > 1:
         return config.groups_k * config.tile_m * pitch(config.tile_n) * 4
-    return config.groups_n * 2 * min(config.tile_m, STORE_ROWS) * TILE * CUTE_OUT[out].width // 8
+    return config.groups_n * 2 * store_rows(config) * TILE * CUTE_OUT[out].width // 8
 
 
 def stages_of(config: Config, out: str) -> int:
@@ -604,7 +611,7 @@ class GemmNvfp4Sm90Wgmma:
         self.step_bytes = stage_bytes(config)
         self.warps = config.warps  # of a group
         self.blocks_n = config.groups_n * config.strips  # tiles of 64 weight rows
-        self.chunk = min(config.tile_m, STORE_ROWS)  # tokens of one store
+        self.chunk = store_rows(config)  # tokens of one store
         self.columns = 128 * 8 // self.out.width  # and weight rows
         self.halves = TILE // self.columns
         self.chunks = config.strips * config.tile_m // self.chunk  # of a group
@@ -1374,7 +1381,8 @@ class GemmNvfp4Sm90Wgmma:
                     at = start + buffer * buffer_bytes + (8 * (matrix // 2) + row8) * 128
                     at += ((2 * warp + matrix % 2) ^ row8) * 16
                     for j in cutlass.range_constexpr(0, self.chunk // 8, wide):
-                        pairs = self.scaled(acc[strip], alphas, range(first + j, first + j + wide))
+                        eights = range(first + j, first + min(j + wide, self.chunk // 8))
+                        pairs = self.scaled(acc[strip], alphas, eights)
                         store_transposed(at + j * 1024, [pack_bf16(*pair) for pair in pairs])
                 else:
                     half = buffer + warp // 2

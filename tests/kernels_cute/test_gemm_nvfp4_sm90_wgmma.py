@@ -44,6 +44,8 @@ CONFIGS = [
     Config(tile_m=128, groups_n=4, tile_k=64, stages=3, overlap=True),
     Config(tile_m=128, groups_n=2, stages=2, share=2, overlap=True),
     replace(WIDE, stages=4, overlap=True),
+    Config(tile_m=176, groups_n=2, stages=3, split=2),
+    Config(tile_m=176, groups_n=2, tile_k=64, stages=3, share=2),
 ]
 OVERLAPPING = Config(tile_m=128, groups_n=4, tile_k=64, overlap=True)
 
