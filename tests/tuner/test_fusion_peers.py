@@ -320,18 +320,18 @@ def test_hyper_connections_agree_and_a_wrong_one_does_not(libraries, name, kind,
 
 
 def test_a_quantiser_is_judged_by_its_own_scales(monkeypatch):
-    """gemlite's arithmetic: a constant global scale, codes even column first."""
+    """gemlite's arithmetic: the reciprocal of the global scale, codes even column first."""
     quant = ModuleType("gemlite.quant_utils")
-    quant.NVFP4_META_SCALE, quant.wrong = 0.05, 0
+    quant.wrong = 0
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
-    def scale_activations_nvfp4(x):
+    def scale_activations_nvfp4(x, meta_scale):
         blocks = x.float().unflatten(1, (-1, 16))
-        scale = (blocks.abs().amax(-1) / 6 / 0.05).clamp(max=448).to(torch.float8_e4m3fn)
-        y = blocks / (scale.float() * 0.05).clamp_min(1e-6)[..., None]
+        scale = (blocks.abs().amax(-1) * meta_scale / 6).clamp(max=448).to(torch.float8_e4m3fn)
+        y = blocks / (scale.float() / meta_scale).clamp_min(1e-6)[..., None]
         codes = (y.abs()[..., None] - values).abs().argmin(-1) + 8 * (y < 0)
         codes = (codes.flatten(1) + quant.wrong) % 16
-        return (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8), scale
+        return (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8), scale, meta_scale
 
     quant.scale_activations_nvfp4 = scale_activations_nvfp4
     monkeypatch.setitem(sys.modules, "gemlite", ModuleType("gemlite"))
