@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import filelock
 import msgspec
@@ -18,6 +18,7 @@ from .errors import TableError
 from .problem import complete
 
 SCHEMA = 1
+Microseconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,13 +42,13 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     config: dict[str, int | str | bool]
     measured: bool
     invariant: bool = False
-    median_us: float | None = None
-    p20_us: float | None = None
-    p80_us: float | None = None
-    predicted_us: float | None = None
-    default_us: float | None = None
+    median_us: Microseconds | None = None
+    p20_us: Microseconds | None = None
+    p80_us: Microseconds | None = None
+    predicted_us: Microseconds | None = None
+    default_us: Microseconds | None = None
     baseline: str | None = None
-    baseline_us: float | None = None
+    baseline_us: Microseconds | None = None
     regret: float | None = None
     trials: int = 0
     rejected: int = 0

@@ -47,6 +47,7 @@ class Config:
 SPACE = {"block_c": (16, 32, 64, 128, 512), "num_warps": (1, 2, 4)}
 FINISH_WARPS = 1  # of the second launch: a row a program
 COUNTS = ("TOKENS", "SEQUENCES", "EACH", "POSITIONS")
+MANY_PROGRAMS = 1152  # some eight on each SM of an H100
 MOST_HELD = 64  # channels of rows in a thread, each a value and a score
 
 
@@ -69,11 +70,15 @@ def supports(problem: CompressKvProblem, config: Config) -> str | None:
 
 
 def default(problem: CompressKvProblem) -> Config:
-    """Whole entries of short pools, four channels a thread; long ones by blocks of channels, fewer for few tokens."""
+    """Whole entries of short pools, two to four channels a thread; long ones by blocks of channels, as few of them as
+    make a thousand programs.
+    """
     padded = triton.next_power_of_2(problem.head_dim)
     if problem.ratio * problem.overlaps <= 2 * compressor.LANES:
-        return Config(block_c=padded, num_warps=max(1, min(4, padded // 128)))
-    return Config(block_c=min(16 if problem.m <= 128 else 32, padded), num_warps=4)
+        return Config(block_c=padded, num_warps=max(1, min(4, padded // 64)))
+    rows = problem.sequence_count + problem.entries
+    narrow = next((c for c in (16, 32) if rows * -(-padded // c) <= MANY_PROGRAMS), 64)
+    return Config(block_c=min(narrow, padded), num_warps=4)
 
 
 @triton.jit

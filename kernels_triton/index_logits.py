@@ -78,10 +78,10 @@ def effective(config: Config, fp32: bool) -> Config:
 
 
 def default(problem: IndexLogitsProblem) -> Config:
-    """Single queries where each has a sequence of its own; larger blocks in FP8, which L2 would keep waiting for q."""
+    """Single queries where each has a sequence of its own; larger blocks of codes, so that q is read less often."""
     if problem.m <= problem.sequence_count:
         return Config(block_m=1)
-    if problem.x == "fp8" and problem.m >= 512:
+    if problem.m >= 512 and (problem.x == "fp8" or problem.format == "mxfp4"):
         return Config(block_m=32, block_n=256, num_warps=8)
     # of BF16 two stages: three programs share an SM, so that one multiplies while others add up heads
     return Config(block_m=8 if problem.m < 512 else 16, num_stages=3 if problem.x == "fp8" else 2)

@@ -34,18 +34,23 @@ MAX_SETS = 16
 MAX_SET_BYTES = 8 << 30
 GRAPH_US = 400.0  # long enough that half a microsecond of event resolution does not show
 MAX_LAUNCHES = 512
-SPIN_CYCLES = 200_000  # about 110 us: the host queues events and graph meanwhile
+SPIN_CYCLES = 200_000  # about 110 us: the host queues events and graph meanwhile, or is given twice as long
+MAX_SPINS = 10  # that a host may need to queue a graph
 CHECKED_SETS = 2
 ROUGH_BYTES_PER_US, ROUGH_FLOP_PER_US = 3e6, 4e8  # only to choose how many launches a graph gets
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Timed:
-    """`launches` launches, all of one contender, behind one call: a captured graph's replay, or plain host code."""
+    """`launches` launches, all of one contender, behind one call: a captured graph's replay, or plain host code.
+
+    queued: whether all of it has to be queued before it begins. The time of host code is part of what that takes.
+    """
 
     label: str
     replay: Callable[[], object]
     launches: int
+    queued: bool = True
 
 
 class Timer:
@@ -71,6 +76,7 @@ class Timer:
         self._stream = torch.cuda.Stream(self.device)
         self._rng = random.Random(seed)
         self._idle: deque[float] = deque(maxlen=31)
+        self._spin = SPIN_CYCLES
         passes = 1 if once or self._flush is not None else max(1, round(GRAPH_US / launch_us / len(items)))
         self._order = [i for _ in range(passes) for i in range(len(items))][:MAX_LAUNCHES]
         self._empty = self.capture("empty", None)
@@ -109,13 +115,19 @@ class Timer:
                 launch(self.items[i])
 
     def _replay_us(self, timed: Timed) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(SPIN_CYCLES)
-        start.record()
-        timed.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
+        """Raises RuntimeError if the host never gets a graph queued while the spin kernel runs."""
+        for _ in range(MAX_SPINS):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(self._spin)
+            start.record()
+            timed.replay()
+            end.record()
+            late = timed.queued and start.query()  # the time would be that of a busy host
+            end.synchronize()
+            if not late:
+                return start.elapsed_time(end) * 1e3
+            self._spin = min(2 * self._spin, SPIN_CYCLES << 6)
+        raise RuntimeError(f"{timed.label}: the host took longer than a spin of {self._spin} cycles to queue it")
 
 
 class Bench(Timer):
@@ -175,7 +187,7 @@ class Bench(Timer):
         torch.cuda.synchronize(self.device)
         name = baselines.name(self.problem)
         if name == baselines.EAGER:
-            return Timed(name, lambda: self._pass(function), len(self._order))
+            return Timed(name, lambda: self._pass(function), len(self._order), queued=False)
         return self.capture(name, function)
 
     def _check_replay(self, timed: Timed) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from fp4suite import arch as archs, registry
 from fp4suite.problem import Problem
 
-MAX_CANDIDATES = 100_000  # a larger SPACE is sampled down to this, with a fixed seed
+MAX_CANDIDATES = 1 << 17  # a larger SPACE is sampled down to this, with a fixed seed
 
 Knob = int | str | bool
 
@@ -103,12 +103,14 @@ def _of(problem: Problem, arch: str, agreed: tuple[str, str] | None) -> Space:
             mine = _supported_at_any_m(row.name, replace(problem, m=1))
         else:
             mine = _supported(row.name, problem)
-        found += mine
         why = module.supports(problem, default.config)
         if why is None:
             defaults.append(default)
+            if default not in mine:  # a large SPACE may have been sampled about the default of another m
+                mine = (default, *mine)
         elif not mine:
             refusals.append(f"{row.name}: {why}")
+        found += mine
     if not found:
         why = "; ".join(refusals) or f"no kernel of {problem.op} for {arch}"
         raise NoKernel(f"{problem.op} ({problem}): {why}")

@@ -205,6 +205,9 @@ def test_bad_tables(fakes: Path) -> None:
     _write(fakes / "twice.json", _entry(8, 64), _entry(8, 128))
     with pytest.raises(TableError, match="two entries for gemm_nvfp4"):
         use_table(fakes / "twice.json")
+    _write(fakes / "negative.json", _entry(8, 64, median_us=-4.6))
+    with pytest.raises(TableError, match=r"not a tuned table \(Expected `float` > 0"):
+        use_table(fakes / "negative.json")
     _write(fakes / "unmeasured.json", _entry(8, 64, median_us=None))
     with pytest.raises(TableError, match="marked measured but has no median_us"):
         use_table(fakes / "unmeasured.json")

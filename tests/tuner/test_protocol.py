@@ -24,6 +24,12 @@ class Device:
         self.now = 0.0
         self.capturing = None
         self.factor = 1.0  # clocks that drift
+        self.spinning_us = 0.0
+        self.host_us = 20.0  # to queue a graph and its events
+
+    def sleep(self, cycles):
+        self.spinning_us = 100.0 * cycles / measure.SPIN_CYCLES
+        self.spend(self.spinning_us)
 
     def spend(self, us, effect=lambda: None):
         if self.capturing is not None:
@@ -40,7 +46,7 @@ class Device:
                 self.work = []
 
             def replay(self):
-                device.now += START_US
+                device.now += START_US + max(0.0, device.host_us - device.spinning_us)
                 for us, effect in self.work:
                     device.spend(us, effect)
 
@@ -50,6 +56,9 @@ class Device:
 
             def record(self):
                 self.at = device.now
+
+            def query(self):
+                return device.host_us > device.spinning_us
 
             def synchronize(self):
                 pass
@@ -73,7 +82,7 @@ class Device:
             set_device=lambda d: None,
             synchronize=lambda d=None: None,
             get_device_properties=lambda d: SimpleNamespace(L2_cache_size=L2),
-            _sleep=lambda cycles: device.spend(100.0),
+            _sleep=device.sleep,
         )
 
 
@@ -191,6 +200,25 @@ def test_rounds_are_interleaved_in_changing_order(device, monkeypatch):
     rounds = [tuple(seen[i : i + 4]) for i in range(0, 40, 4)]
     assert all(len(set(r)) == 4 for r in rounds)
     assert len(set(rounds)) > 3
+
+
+@pytest.mark.parametrize("host_us", [150.0, 1500.0])
+def test_a_busy_host_is_waited_for(device, host_us):
+    """What it takes to queue a graph is in no time: neither of a contender, nor of the empty graph."""
+    bench = measure.Bench(SMALL, "cuda")
+    timed = [bench.record("k", config(us)) for us in (1.0, 2.0)]
+    device.host_us = host_us
+    first = bench.rounds(timed, 1)
+    device.host_us = 20.0
+    np.testing.assert_allclose(np.median(first, 0), np.median(bench.rounds(timed, 9), 0), rtol=0.2)
+
+
+def test_a_host_that_never_keeps_up_is_an_error(device):
+    bench = measure.Bench(SMALL, "cuda")
+    timed = bench.record("k", config(1.0))
+    device.host_us = 1e6
+    with pytest.raises(RuntimeError, match="the host took longer than a spin of"):
+        bench.rounds([timed], 1)
 
 
 def test_what_is_wrong_only_in_the_graph_is_found(device, monkeypatch):

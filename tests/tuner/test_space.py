@@ -76,6 +76,15 @@ def test_what_is_no_space(choices, message):
         space.checked_space(module)
 
 
+def test_the_default_is_a_candidate_at_every_m_of_a_space_that_is_sampled(monkeypatch):
+    monkeypatch.setattr(space, "MAX_CANDIDATES", 50)
+    space._supported_at_any_m.cache_clear()
+    for m in (1, 40, 256, 512, 8192):
+        s = space.of(GemmProblem(m=m, n=7168, k=16384, act="bf16", order="fragments_sm90"), "sm_90a")
+        assert s.default in s.candidates
+    space._supported_at_any_m.cache_clear()
+
+
 def test_default_is_that_of_the_architecture_that_is_tuned_for():
     """Defaults that depend on it are asked under it, on a machine that has neither."""
     problem = HyperConnectionPreProblem(m=2048, k=4096)
