@@ -470,7 +470,8 @@ def _from_table(
     """The entry of this problem, else of the nearest m whose config supports it, else such a one that was measured with
     an output of another type.
 
-    A prediction for a kernel that has changed since says nothing: the kernel's default knows better.
+    A prediction for a kernel that has changed since says nothing: the kernel's default knows better. So it does of an m
+    that is not `alike` to that of the entry, where the kernel says what is.
 
     agreed: kernel and arithmetic in batch-invariant mode. Entries that were not tuned for it then serve half to twice
     their m alone: far from it the kernel's default in this arithmetic is better.
@@ -483,7 +484,7 @@ def _from_table(
         if module.supports(problem, config) is not None or (changed and not e.measured):
             continue
         if agreed is None:
-            if e.invariant:
+            if e.invariant or not registry.alike(e.kernel, config, problem.m, int(e.problem["m"])):
                 continue
         elif agreed != (e.kernel, registry.arithmetic(e.kernel, problem, config)) or not (
             e.invariant or 0.5 <= int(e.problem["m"]) / max(1, problem.m) <= 2

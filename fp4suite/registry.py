@@ -3,6 +3,9 @@
 A kernel module holds, in this order: Config, SPACE, supports(problem, config) -> str | None, device code,
 launch(operands..., out, config), build(problem, config, arch) -> Built. See CONTRIBUTING.md.
 
+A module whose configs do well at some m and badly at the next says whether two are of one kind,
+`alike(config, m, other) -> bool`: what was tuned for the one then serves the other, and else the default does.
+
 A module may say in which order a config sums, `arithmetic(problem, config) -> str`: configs of one arithmetic give a
 row the same bits, whatever the other rows are. INVARIANT names the one that every m has a config of, and
 `in_arithmetic(problem, wanted)` gives the default among those of one.
@@ -167,6 +170,12 @@ def arithmetic(kernel: str, problem: Any, config: Any) -> str | None:
         return _EXACT
     own = getattr(load(kernel), "arithmetic", None)
     return own(problem, config) if own is not None else None
+
+
+def alike(kernel: str, config: Any, m: int, other: int) -> bool:
+    """Whether what was tuned for `other` tokens serves so many; every m, for a module that does not say."""
+    own = getattr(load(kernel), "alike", None)
+    return m == other or own is None or own(config, m, other)
 
 
 def invariant(kernel: str) -> str | None:

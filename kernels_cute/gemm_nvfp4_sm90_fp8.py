@@ -55,6 +55,7 @@ from .gemm_nvfp4_sm90_wgmma import (
     GemmNvfp4Sm90Wgmma,
     Variant,
     Walk,
+    alike as alike,
     registers_at_launch,
     store_bytes,
 )

@@ -399,6 +399,12 @@ def default(problem: GemmProblem) -> Config:
     return next((c for c in wanted if supports(problem, c) is None), Config())
 
 
+def alike(config: Config, m: int, other: int) -> bool:
+    """Whether so many tokens are as many tiles as others are, and the last of several not much emptier."""
+    tiles = -(-m // config.tile_m)
+    return tiles == -(-other // config.tile_m) and (tiles == 1 or 5 * m >= 4 * other)
+
+
 INVARIANT = "one sum in the order of k"
 
 

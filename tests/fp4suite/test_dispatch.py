@@ -106,6 +106,20 @@ def test_unseen_m_takes_the_nearest_bucket_that_supports_it(fakes: Path) -> None
     assert _choose(9000).config == FakeConfig(tile=256)
 
 
+def test_an_m_unlike_any_bucket_takes_the_default(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = registry.load("fake_any")
+    monkeypatch.setattr(module, "alike", lambda c, m, other: -(-m // c.tile) == -(-other // c.tile), raising=False)
+    _write(fakes / f"{H100.device}.json", _entry(256, 256), _entry(512, 128))
+    assert _choose(200).config == FakeConfig(tile=256)
+    assert _choose(450).config == FakeConfig(tile=128)
+    assert _choose(500).config == FakeConfig(tile=128)
+    assert _choose(300).reason == "default: no table entry fits"  # two tiles of 256, three of 128
+    assert _choose(8192).config == FakeConfig()
+    _forget()
+    _write(fakes / f"{H100.device}.json", _entry(512, 256), _entry(256, 128))
+    assert _choose(300).config == FakeConfig(tile=256)  # 256 is nearer, but 300 are three tiles of its 128
+
+
 def test_an_output_that_was_not_tuned_takes_what_was_measured_for_another(fakes: Path) -> None:
     wide = dataclasses.replace(GemmProblem(m=8, n=256, k=512), out="fp32")
     path = fakes / f"{H100.device}.json"
