@@ -117,9 +117,8 @@ def test_least_rows(config):
 
 
 def test_times_at_one_m_say_something_of_an_m_of_as_many_tiles():
-    like = {
-        t: [m for m in (1, 48, 65, 384, 420, 512, 513) if kernel.alike(Config(tile_m=t), m, 512)] for t in (64, 256)
-    }
+    some = (1, 48, 65, 384, 420, 512, 513)
+    like = {t: [m for m in some if kernel.alike(Config(tile_m=t), m, 512)] for t in (64, 256)}
     assert like == {64: [512], 256: [420, 512]}  # 384 leave a quarter of two tiles empty
     assert [m for m in (1, 48, 64, 65) if kernel.alike(Config(tile_m=64), m, 64)] == [1, 48, 64]
 
