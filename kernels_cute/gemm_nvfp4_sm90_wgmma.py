@@ -155,7 +155,7 @@ class Config:
 
 
 SPACE = {
-    "tile_m": (8, 16, 32, 64, 128, 176, 192, 256),
+    "tile_m": (8, 16, 32, 64, 96, 128, 176, 192, 256),
     "groups_n": (1, 2, 3, 4),
     "groups_k": (1, 2, 4),
     "warps": (4, 3, 2),
@@ -348,9 +348,13 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
 
 # microseconds of a tile for 1000 of k, for more than 64 tokens: fitted to 1,249 timings on an H100, the last to two
 TILE_US = {
+    Config(tile_m=96, groups_n=2): 4.4,  # predicted, as the next: lines through those of 128 and more tokens
+    Config(tile_m=96, groups_n=3): 6.3,
     Config(tile_m=128, groups_n=1): 3.45,
     Config(tile_m=128, groups_n=2): 5.35,
     Config(tile_m=128, groups_n=3): 7.7,
+    Config(tile_m=176, groups_n=2, tile_k=64): 7.0,  # of four timings, as the next
+    Config(tile_m=192, groups_n=2, tile_k=64): 7.5,
     Config(tile_m=256, groups_n=2, tile_k=64): 9.55,
     Config(tile_m=256, groups_n=1, tile_k=64): 5.6,
     Config(tile_m=64, groups_n=1, groups_k=2): 2.4,
@@ -371,10 +375,11 @@ def _rough_us(problem: GemmProblem, config: Config) -> float:
     """What ranks the configs of `TILE_US`, their parts of K and their pairs."""
     tiles = -(-problem.m // config.tile_m) * -(-problem.n // config.rows)
     waves = -(-tiles * config.split // (CLUSTERED_SMS[config.split] // config.split * config.split))
-    sent = 0.9 + config.tile_m * config.tile_n / 1e4 if config.split > 1 else 0.0
+    sent = 1.4 + config.tile_m * config.tile_n / 1e4 if config.split > 1 else 0.0
     tile = TILE_US[replace(config, split=1, share=1, tail=1)] * problem.k / 1e3 / config.split
     start = 2.9 + 0.5 * (config.groups_k > 1) + 0.6 * (waves - 1)
-    return max(start + (waves - 0.5 * (config.tail > 1)) * tile + sent, 2 * problem.m * problem.k / READ_BYTES_PER_US)
+    tiles_us = (waves - 0.5 * (config.tail > 1)) * (tile + sent)
+    return max(start + tiles_us, 2 * problem.m * problem.k / READ_BYTES_PER_US)
 
 
 def default(problem: GemmProblem) -> Config:
@@ -393,7 +398,7 @@ def default(problem: GemmProblem) -> Config:
     else:
         large = [c for c in TILE_US if problem.m >= 1024 and c.tile_m * c.rows == 256 * 128]
         whole = [_shared(problem, c) if c in large else c for c in TILE_US]
-        most = {c: 3 if c.groups_n == 3 else 4 for c in TILE_US if c.tile_m < 256}  # four of three groups would spill
+        most = {c: 3 if c.groups_n == 3 else 4 for c in TILE_US if not c.overlap}  # four of three groups would spill
         wanted = whole + [replace(c, split=parts) for c in most for parts in range(2, most[c] + 1)]
         wanted = sorted((c for c in wanted if supports(problem, c) is None), key=lambda c: _rough_us(problem, c))
     return next((c for c in wanted if supports(problem, c) is None), Config())

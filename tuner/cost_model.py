@@ -673,7 +673,7 @@ def _wgmma_habits(c: Any, one_wave: bool) -> float:
     """
     stage = c.tile_n * c.tile_k * NVFP4_BYTES + c.tile_m * c.tile_k * 2
     in_flight = 230e3 / c.blocks // stage * c.tile_k  # of K
-    factor = {64: 1.16, 128: 1.07, 176: 0.98, 192: 0.96, 256: 1.0}.get(c.tile_m, 1.16)
+    factor = {64: 1.16, 96: 1.12, 128: 1.07, 176: 0.98, 192: 0.96, 256: 1.0}.get(c.tile_m, 1.16)
     factor *= 1.23 if in_flight <= 256 else 1.12 if in_flight <= 384 else 1.0
     factor *= 1.07 if c.paired == 2 and c.tile_m <= 128 else 1.0
     factor *= 0.95 if c.ahead and c.tile_m <= 128 else 1.0  # 210 timings of both

@@ -46,6 +46,7 @@ CONFIGS = [
     replace(WIDE, stages=4, overlap=True),
     Config(tile_m=176, groups_n=2, stages=3, split=2),
     Config(tile_m=176, groups_n=2, tile_k=64, stages=3, share=2),
+    Config(tile_m=96, groups_n=3, stages=2),
 ]
 OVERLAPPING = Config(tile_m=128, groups_n=4, tile_k=64, overlap=True)
 
