@@ -38,19 +38,15 @@ MOST_BELOW = tl.constexpr(compressor.MOST_BELOW)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_c channels of an entry a program; as many as the entry has, or more, need no second launch. registers: of a
-    thread at most, so that more programs share an SM; 0: as many as ptxas takes.
-    """
+    """block_c channels of an entry a program; as many as the entry has, or more, need no second launch."""
 
     block_c: int = 512
     num_warps: int = 4
-    registers: int = 0
 
 
-SPACE = {"block_c": (16, 32, 64, 128, 512), "num_warps": (1, 2, 4), "registers": (0, 128)}
+SPACE = {"block_c": (16, 32, 64, 128, 512), "num_warps": (1, 2, 4)}
 FINISH_WARPS = 1  # of the second launch: a row a program
 COUNTS = ("TOKENS", "SEQUENCES", "EACH", "POSITIONS")
-FEW_PROGRAMS = 396  # of four warps, three on each SM of an H100, as many as ptxas leaves registers for
 MANY_PROGRAMS = 1152  # some eight on each SM of an H100
 MOST_HELD = 64  # channels of rows in a thread, each a value and a score
 
@@ -70,20 +66,17 @@ def supports(problem: CompressKvProblem, config: Config) -> str | None:
     if each < 1 or held > MOST_HELD:
         knobs = f"block_c={config.block_c} num_warps={config.num_warps}"
         return f"{knobs}: {held:g} channels of {pooled} rows a thread, held are 1 of eight rows to {MOST_HELD} of all"
-    if config.registers and (pooled > compressor.LANES or each not in (compressor.LANES, 4 * compressor.LANES)):
-        return f"registers={config.registers} hold 1 or 4 channels of {compressor.LANES} rows, not {held:g} of {pooled}"
     return None
 
 
 def default(problem: CompressKvProblem) -> Config:
-    """Whole entries of short pools, two to four channels a thread, by less registers where there are many; long ones by
-    blocks of channels, as few of them as make a thousand programs.
+    """Whole entries of short pools, two to four channels a thread; long ones by blocks of channels, as few of them as
+    make a thousand programs.
     """
     padded = triton.next_power_of_2(problem.head_dim)
-    rows = problem.sequence_count + problem.entries
     if problem.ratio * problem.overlaps <= 2 * compressor.LANES:
-        crowded = padded >= 512 and rows > FEW_PROGRAMS
-        return Config(block_c=padded, num_warps=max(1, min(4, padded // 64)), registers=128 if crowded else 0)
+        return Config(block_c=padded, num_warps=max(1, min(4, padded // 64)))
+    rows = problem.sequence_count + problem.entries
     narrow = next((c for c in (16, 32) if rows * -(-padded // c) <= MANY_PROGRAMS), 64)
     return Config(block_c=min(narrow, padded), num_warps=4)
 
@@ -218,36 +211,11 @@ def _all_rows(
 
 
 @triton.jit
-def _scores(gates, added):
+def _pool(values, gates, added, BLOCK_C: tl.constexpr):
+    """The entry [1, BLOCK_C] of these rows, or chunks of eight."""
     scores = _nothing()
     for i in tl.static_range(len(gates)):
         scores += (gates[i] + added[i],)
-    return scores
-
-
-@triton.jit
-def _late_scores(
-    gates, token, position, begin, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols,
-    WHOLE: tl.constexpr, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """`_scores` of a short pool with what is added to gates loaded here, half of it at a time: ptxas moves no load over
-    a barrier."""
-    scores = _nothing()
-    for i in tl.static_range(len(gates)):
-        if i % (len(gates) // 2) == 0:
-            tl.debug_barrier()
-        _kv, _gate, ape = _rows(
-            tl.arange(0, 1)[:, None] + i, token, position, begin, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate,
-            ape_ptr, cols[None, :], WHOLE, RATIO, OVERLAPS, RING, HEAD_DIM, BLOCK_C,
-        )  # fmt: skip
-        scores += (gates[i] + ape,)
-    return scores
-
-
-@triton.jit
-def _pool(values, scores, BLOCK_C: tl.constexpr):
-    """The entry [1, BLOCK_C] of these rows, or chunks of eight."""
     top = scores[0]
     for i in tl.static_range(1, len(scores)):
         top = tl.maximum(top, scores[i])
@@ -391,7 +359,6 @@ def _compress_kv(
     HADAMARD: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
     E2M1_CVT: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr, KEPT_ROWS: tl.constexpr,
-    LATE: tl.constexpr,
 ):  # fmt: skip
     if BLOCK_C < PADDED and CVT:
         tl.extra.cuda.gdc_launch_dependents()
@@ -401,7 +368,7 @@ def _compress_kv(
         tl.program_id(0) // BLOCKS, cols, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, weight_ptr, table_ptr,
         eps, state_ptr, cache_ptr, pooled_ptr, positions_ptr, sequence_ids_ptr, cu_seqlens_ptr, state_slots_ptr,
         slots_ptr, TOKENS, SEQUENCES, EACH, POSITIONS, RATIO, OVERLAPS, RING, TURNED, HADAMARD, FORMAT, HEAD_DIM,
-        ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C, KEPT_ROWS, LATE,
+        ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C, KEPT_ROWS,
     )  # fmt: skip
 
 
@@ -412,7 +379,7 @@ def take_in(
     POSITIONS, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, TURNED: tl.constexpr,
     HADAMARD: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
-    E2M1_CVT: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr, KEPT_ROWS: tl.constexpr, LATE: tl.constexpr,
+    E2M1_CVT: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr, KEPT_ROWS: tl.constexpr,
 ):  # fmt: skip
     """What a program of `programs_of` does, in the channels `cols` [BLOCK_C] of an entry."""
     POOLED: tl.constexpr = OVERLAPS * RATIO
@@ -428,7 +395,7 @@ def take_in(
             token, limit, start + token - first, first, ring, program, kv_ptr, stride_kv, gate_ptr, stride_gate,
             ape_ptr, weight_ptr, table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr, slots_ptr, cols,
             POSITIONS, False, RATIO, OVERLAPS, RING, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE,
-            ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C, LATE,
+            ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C,
         )  # fmt: skip
         tl.debug_barrier()  # entries have read what is now overwritten
         _keep(
@@ -442,7 +409,7 @@ def take_in(
                 token, token + tl.num_programs(2), position, 0, state_ptr, program, kv_ptr, stride_kv, gate_ptr,
                 stride_gate, ape_ptr, weight_ptr, table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr,
                 slots_ptr, cols, POSITIONS, True, RATIO, OVERLAPS, RING, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM,
-                PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C, LATE,
+                PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C,
             )  # fmt: skip
 
 
@@ -453,14 +420,14 @@ def _emit(
     RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, TURNED: tl.constexpr, HADAMARD: tl.constexpr,
     FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr,
-    PADDED: tl.constexpr, BLOCK_C: tl.constexpr, LATE: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Pool the entry of `token`, if it is before `limit`, and store it where this program has all of its channels.
 
     All that an entry needs is asked for before the loop, into which ptxas moves no load: it would rather save
     registers and wait for values after gates, and for angles after both. So no compiler may know of a loop that it
     ends after one pass: `limit` counts the grid's third dimension, which is 1. Long pools have more rows than fit,
-    and programs enough to wait in turn. LATE: so do programs that share an SM with many. Only rows come first.
+    and programs enough to wait in turn.
     """
     AGAIN: tl.constexpr = OVERLAPS > 1 or RATIO <= LANES
     if token < limit:
@@ -468,47 +435,33 @@ def _emit(
             token, position, begin, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols, WHOLE, RATIO,
             OVERLAPS, RING, HEAD_DIM, BLOCK_C,
         )  # fmt: skip
-        if LATE:
-            scores = _late_scores(
-                gates, token, position, begin, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols, WHOLE,
-                RATIO, OVERLAPS, RING, HEAD_DIM, BLOCK_C,
-            )  # fmt: skip
-            entry = _pool(values, scores, BLOCK_C)
+        if BLOCK_C == PADDED:
+            weight = _load_weight(weight_ptr, HEAD_DIM, PADDED)
             slot, cos, sin = _of_entry(
                 token, position, slots_ptr, sequence_ids_ptr, table_ptr, POSITIONS, RATIO, TURNED, HEAD_DIM, PADDED
             )
-            _finish(
-                entry, _load_weight(weight_ptr, HEAD_DIM, PADDED), cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD,
-                FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
-            )  # fmt: skip
-        else:
+        while token < limit:
+            entry = _pool(values, gates, added, BLOCK_C)
             if BLOCK_C == PADDED:
-                weight = _load_weight(weight_ptr, HEAD_DIM, PADDED)
-                slot, cos, sin = _of_entry(
-                    token, position, slots_ptr, sequence_ids_ptr, table_ptr, POSITIONS, RATIO, TURNED, HEAD_DIM, PADDED
-                )
-            while token < limit:
-                entry = _pool(values, _scores(gates, added), BLOCK_C)
-                if BLOCK_C == PADDED:
-                    _finish(
-                        entry, weight, cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD, FORMAT, HEAD_DIM,
-                        ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
+                _finish(
+                    entry, weight, cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD, FORMAT, HEAD_DIM,
+                    ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
+                )  # fmt: skip
+            else:
+                tl.store(pooled_ptr + program.to(tl.int64) * PADDED + cols[None, :], entry)
+            token += RATIO
+            position += RATIO
+            if AGAIN:  # noqa: SIM102  # known when compiling
+                if token < limit:
+                    values, gates, added = _all_rows(
+                        token, position, begin, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols, WHOLE,
+                        RATIO, OVERLAPS, RING, HEAD_DIM, BLOCK_C,
                     )  # fmt: skip
-                else:
-                    tl.store(pooled_ptr + program.to(tl.int64) * PADDED + cols[None, :], entry)
-                token += RATIO
-                position += RATIO
-                if AGAIN:  # noqa: SIM102  # known when compiling
-                    if token < limit:
-                        values, gates, added = _all_rows(
-                            token, position, begin, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols,
-                            WHOLE, RATIO, OVERLAPS, RING, HEAD_DIM, BLOCK_C,
+                    if BLOCK_C == PADDED:
+                        slot, cos, sin = _of_entry(
+                            token, position, slots_ptr, sequence_ids_ptr, table_ptr, POSITIONS, RATIO, TURNED,
+                            HEAD_DIM, PADDED,
                         )  # fmt: skip
-                        if BLOCK_C == PADDED:
-                            slot, cos, sin = _of_entry(
-                                token, position, slots_ptr, sequence_ids_ptr, table_ptr, POSITIONS, RATIO, TURNED,
-                                HEAD_DIM, PADDED,
-                            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["TOKENS", "SEQUENCES", "EACH", "POSITIONS"])
@@ -579,10 +532,10 @@ def launch(
         pooled = torch.empty(programs, padded, dtype=torch.float32, device=kv.device)
     rows, counts = (positions, sequence_ids, cu_seqlens), (tokens, sequences, tokens // max(1, sequences), len(table))
     inputs = (kv, host.row_stride(kv), gate, host.row_stride(gate), ape, weight, table, eps, state, cache.data, pooled)
-    own = pool_constants(state.shape[1], block_c, config)
+    own = pool_constants(state.shape[1], block_c, config.num_warps)
     _compress_kv[(programs * blocks,)](
         *inputs, *rows, state_slots, slots, *counts, **constants, **own,
-        num_warps=config.num_warps, maxnreg=config.registers or None, **host.OPTIONS,
+        num_warps=config.num_warps, **host.OPTIONS,
     )  # fmt: skip
     if pooled is not None:
         operands = (pooled, weight, table, eps, cache.data, *rows, slots, *counts)
@@ -626,13 +579,12 @@ def build(problem: CompressKvProblem, config: Config, arch: str) -> Built:
     block_c = min(config.block_c, padded)
     page, cvt = page_of(p, "cpu"), arch == "sm_100a"
     constants = entry_constants(page, p.ratio, p.overlaps, p.rope_dim, bool(p.hadamard), cvt)
-    constants |= pool_constants(p.overlaps * p.ratio, block_c, config)
+    constants |= pool_constants(p.overlaps * p.ratio, block_c, config.num_warps)
     if block_c < padded:
         types["pooled_ptr"] = "*fp32"
     else:
         constants["pooled_ptr"] = None
-    options = {"unaligned": COUNTS, "maxnreg": config.registers or None}
-    return host.build(_compress_kv, types, constants, arch, config.num_warps, **options)
+    return host.build(_compress_kv, types, constants, arch, config.num_warps, unaligned=COUNTS)
 
 
 def build_finish(problem: CompressKvProblem, config: Config, arch: str) -> Built:
@@ -670,7 +622,7 @@ def entry_constants(
     }
 
 
-def pool_constants(ring: int, block_c: int, config: Config) -> dict[str, Any]:
+def pool_constants(ring: int, block_c: int, num_warps: int) -> dict[str, Any]:
     """KEPT_ROWS: as many as make 16 channels a thread, no more than a ring has."""
-    rows = min(max(1, 16 * 32 * config.num_warps // block_c), triton.next_power_of_2(ring))
-    return {"RING": ring, "BLOCK_C": block_c, "KEPT_ROWS": rows, "LATE": config.registers > 0}
+    rows = max(1, 16 * 32 * num_warps // block_c)
+    return {"RING": ring, "BLOCK_C": block_c, "KEPT_ROWS": min(rows, triton.next_power_of_2(ring))}

@@ -35,13 +35,12 @@ OWN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Warps of a program, which has a whole entry or key; registers of a thread at most, 0: as many as ptxas takes."""
+    """Warps of a program, which has a whole entry or key."""
 
     num_warps: int = 4
-    registers: int = 0
 
 
-SPACE = {"num_warps": (1, 2, 4), "registers": (0, 128)}
+SPACE = {"num_warps": (1, 2, 4)}
 
 
 def supports(problem: CompressKvPairProblem, config: Config) -> str | None:
@@ -52,25 +51,16 @@ def supports(problem: CompressKvPairProblem, config: Config) -> str | None:
     for part in problem.parts:
         if why := compress_kv.supports(part, _config_of(part, config)):
             return why
-    if config.registers and problem.key_format == "index_fp8":
-        return f"registers={config.registers}: keys in {problem.key_format} beside entries would spill"
     return None
 
 
 def default(problem: CompressKvPairProblem) -> Config:
     """As many warps as the wider of the two has alone."""
-    wider = max((compress_kv.default(part) for part in problem.parts), key=lambda c: c.num_warps)
-    crowded = Config(num_warps=wider.num_warps, registers=wider.registers)
-    return crowded if supports(problem, crowded) is None else Config(num_warps=wider.num_warps)
+    return Config(num_warps=max(compress_kv.default(part).num_warps for part in problem.parts))
 
 
 def _config_of(part: CompressKvProblem, config: Config) -> compress_kv.Config:
-    padded = triton.next_power_of_2(part.head_dim)
-    return compress_kv.Config(block_c=padded, num_warps=config.num_warps, registers=config.registers)
-
-
-def _registers(arch: str, config: Config) -> int | None:
-    return config.registers or MAX_REGISTERS.get(arch)
+    return compress_kv.Config(block_c=triton.next_power_of_2(part.head_dim), num_warps=config.num_warps)
 
 
 @triton.jit(do_not_specialize=["TOKENS", "SEQUENCES", "EACH", "POSITIONS"])
@@ -79,7 +69,7 @@ def _compress_kv_pair(
     key_kv_ptr, stride_key_kv, key_gate_ptr, stride_key_gate, key_ape_ptr, key_weight_ptr, key_state_ptr, key_cache_ptr,
     table_ptr, eps, positions_ptr, sequence_ids_ptr, cu_seqlens_ptr, state_slots_ptr, slots_ptr,
     TOKENS, SEQUENCES, EACH, POSITIONS, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, TURNED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, E2M1_CVT: tl.constexpr, LATE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, E2M1_CVT: tl.constexpr,
     RING: tl.constexpr, HADAMARD: tl.constexpr, FORMAT: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
     ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, PADDED: tl.constexpr,
     KEPT_ROWS: tl.constexpr,
@@ -93,7 +83,7 @@ def _compress_kv_pair(
             table_ptr, eps, state_ptr, cache_ptr, None, positions_ptr, sequence_ids_ptr, cu_seqlens_ptr,
             state_slots_ptr, slots_ptr, TOKENS, SEQUENCES, EACH, POSITIONS, RATIO, OVERLAPS, RING, TURNED, HADAMARD,
             FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, PADDED,
-            KEPT_ROWS, LATE,
+            KEPT_ROWS,
         )  # fmt: skip
     else:
         take_in(
@@ -101,7 +91,7 @@ def _compress_kv_pair(
             key_ape_ptr, key_weight_ptr, table_ptr, eps, key_state_ptr, key_cache_ptr, None, positions_ptr,
             sequence_ids_ptr, cu_seqlens_ptr, state_slots_ptr, slots_ptr, TOKENS, SEQUENCES, EACH, POSITIONS, RATIO,
             OVERLAPS, KEY_RING, TURNED, KEY_HADAMARD, KEY_FORMAT, KEY_HEAD_DIM, KEY_ROPE_DIM, PAGE_SIZE, KEY_ROW_BYTES,
-            KEY_SCALE_BYTES, KEY_PAGE_BYTES, E2M1_CVT, KEY_PADDED, KEY_PADDED, KEY_KEPT_ROWS, LATE,
+            KEY_SCALE_BYTES, KEY_PAGE_BYTES, E2M1_CVT, KEY_PADDED, KEY_PADDED, KEY_KEPT_ROWS,
         )  # fmt: skip
 
 
@@ -128,7 +118,7 @@ def launch(
     overlaps = entries.kv.shape[1] // entries.cache.head_dim
     constants = _constants(steps, ratio, overlaps, table.shape[1], host.has_e2m1_cvt(table.device), config)
     counts = (tokens, sequences, tokens // max(1, sequences), len(table))
-    grid, registers = (programs_of(tokens, sequences, ratio, overlaps), 2), _registers(archs.of(table.device), config)
+    grid, registers = (programs_of(tokens, sequences, ratio, overlaps), 2), MAX_REGISTERS.get(archs.of(table.device))
     _compress_kv_pair[grid](
         *_operands(entries), *_operands(keys), table, eps, positions, sequence_ids, cu_seqlens, state_slots, slots,
         *counts, **constants, num_warps=config.num_warps, maxnreg=registers, **host.OPTIONS,
@@ -161,8 +151,9 @@ def build(problem: CompressKvPairProblem, config: Config, arch: str) -> Built:
         types |= {f"{own}state_ptr": "*fp32", f"{own}cache_ptr": "*u8"}
     entries, keys = (_one_token(part, "cpu") for part in p.parts)
     constants = _constants((entries, keys), p.ratio, p.overlaps, p.rope_dim, arch == "sm_100a", config)
-    options = {"unaligned": COUNTS, "maxnreg": _registers(arch, config)}
-    return host.build(_compress_kv_pair, types, constants, arch, config.num_warps, **options)
+    return host.build(
+        _compress_kv_pair, types, constants, arch, config.num_warps, unaligned=COUNTS, maxnreg=MAX_REGISTERS.get(arch)
+    )
 
 
 def _operands(step: CompressorStep) -> tuple[Any, ...]:
@@ -183,10 +174,9 @@ def _constants(
     steps: tuple[CompressorStep, CompressorStep], ratio: int, overlaps: int, turned: int, e2m1_cvt: bool, config: Config
 ) -> dict[str, Any]:
     """What both have in common, and what each has for itself."""
-    own = compress_kv.Config(num_warps=config.num_warps, registers=config.registers)
     entries, keys = (
         entry_constants(step.cache, ratio, overlaps, turned, step.hadamard, e2m1_cvt)
-        | pool_constants(step.state.shape[1], triton.next_power_of_2(step.cache.head_dim), own)
+        | pool_constants(step.state.shape[1], triton.next_power_of_2(step.cache.head_dim), config.num_warps)
         for step in steps
     )
     del entries["BLOCK_C"]  # whole entries: PADDED

@@ -16,7 +16,6 @@ from kernels_triton import compress_kv as kernel
 ROPE, EPS = 16, 1e-6
 TABLE = reference.rope_table(reference.rope_frequencies(ROPE, 160000.0), 1024)
 WHOLE = kernel.Config(num_warps=1)
-LATE = kernel.Config(num_warps=1, registers=128)
 PARTS = kernel.Config(block_c=32, num_warps=1)
 
 
@@ -157,8 +156,8 @@ FORMATS += [("index_fp32", 64), ("index_bf16", 64), ("index_fp8", 64), ("index_m
 @pytest.mark.parametrize(("format", "head_dim"), FORMATS)
 def test_every_format(format, head_dim, device):
     """With the Hadamard transform where keys have one; weights in FP32 beside BF16."""
-    configs = (PARTS, LATE) if format in ("fp8_ds_mla", "index_mxfp4") else (LATE, WHOLE)
-    for config, weight_dtype in zip(configs, (torch.bfloat16, torch.float32), strict=True):
+    config = PARTS if format in ("fp8_ds_mla", "index_mxfp4") else WHOLE
+    for weight_dtype in (torch.bfloat16, torch.float32):
         hadamard = format.startswith("index_") and weight_dtype == torch.bfloat16
         layer = Layer(device, 4, 2, head_dim, format, config=config, hadamard=hadamard, weight_dtype=weight_dtype)
         for state in layer.states:
@@ -195,7 +194,7 @@ def test_slots_that_are_not_to_be_stored(device):
     assert (layer.caches[1].data != before).any()
 
 
-@pytest.mark.parametrize("config", [WHOLE, LATE, PARTS], ids=["whole", "late", "parts"])
+@pytest.mark.parametrize("config", [WHOLE, PARTS], ids=["whole", "parts"])
 def test_gates_without_measure(config, device):
     """Apart by more than FP32's exponent range, equal, infinite and NaN, in a window that the ring begins; no window
     but theirs is touched."""
