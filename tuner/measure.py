@@ -35,6 +35,7 @@ MAX_SET_BYTES = 8 << 30
 GRAPH_US = 400.0  # long enough that half a microsecond of event resolution does not show
 MAX_LAUNCHES = 512
 SPIN_CYCLES = 200_000  # about 110 us: the host queues events and graph meanwhile, or is given twice as long
+LONGEST_SPIN = SPIN_CYCLES << 6
 MAX_SPINS = 10  # that a host may need to queue a graph
 CHECKED_SETS = 2
 ROUGH_BYTES_PER_US, ROUGH_FLOP_PER_US = 3e6, 4e8  # only to choose how many launches a graph gets
@@ -125,8 +126,9 @@ class Timer:
             late = timed.queued and start.query()  # the time would be that of a busy host
             end.synchronize()
             if not late:
+                self._spin -= (self._spin - SPIN_CYCLES) // 8  # a host is seldom busy for long
                 return start.elapsed_time(end) * 1e3
-            self._spin = min(2 * self._spin, SPIN_CYCLES << 6)
+            self._spin = min(2 * self._spin, LONGEST_SPIN)
         raise RuntimeError(f"{timed.label}: the host took longer than a spin of {self._spin} cycles to queue it")
 
 

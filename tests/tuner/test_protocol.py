@@ -211,6 +211,7 @@ def test_a_busy_host_is_waited_for(device, host_us):
     first = bench.rounds(timed, 1)
     device.host_us = 20.0
     np.testing.assert_allclose(np.median(first, 0), np.median(bench.rounds(timed, 9), 0), rtol=0.2)
+    assert device.spinning_us < 200  # which it does not go on paying for
 
 
 def test_a_host_that_never_keeps_up_is_an_error(device):
