@@ -21,7 +21,7 @@ from ..memory import (
 )
 from ..numbers import U32, U64, Array, from_bf16, to_bf16, to_f16
 from ..parser import Address, Instruction, Operand, Reg, Sink, Special, Sym, Vec
-from ..program import DTYPES, Mask, Program, Read, Run, decoder, kind_of, simple, unknown
+from ..program import DTYPES, Mask, Program, Read, Run, decoder, kind_of, side_by_side, simple, unknown
 from .arithmetic import flush
 
 _SPACES = ("param", "param:entry", "shared", "shared:cta", "shared:cluster", "global", "local", "const")
@@ -189,7 +189,7 @@ def _unpack(d: Vec, s: Operand, kind: str, p: Program) -> Run:
     def run(w: Warp, m: Mask) -> str | None:
         pieces = np.ascontiguousarray(read(w)).view(dtype).reshape(LANES, parts)
         for j, write in writes:
-            write(w, np.ascontiguousarray(pieces[:, j]), m)
+            write(w, pieces[:, j].copy(), m)
         return None
 
     return run
@@ -199,9 +199,10 @@ def _pack(d: Operand, s: Vec, kind: str, p: Program) -> Run:
     total = DTYPES[kind].itemsize
     part = f"b{8 * total // len(s.items)}"
     reads, write, dtype = [p.source(x, part) for x in s.items], p.target(d, kind), UINT[total]
+    small = DTYPES[part]
 
     def run(w: Warp, m: Mask) -> str | None:
-        write(w, np.stack([r(w) for r in reads], 1).view(dtype).reshape(LANES), m)
+        write(w, side_by_side(small, *(r(w) for r in reads)).view(dtype).reshape(LANES), m)
         return None
 
     return run

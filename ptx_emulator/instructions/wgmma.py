@@ -226,11 +226,12 @@ def _index(word: int, rows: int, k: int, size: int, major: int) -> Array:
     return k_major(hopper(word), rows, k * size)
 
 
+@functools.cache
 def _places(count: int, per: int) -> tuple[Array, Array]:
-    """Rows [32, count, per] and columns of D in `count` registers of `per` elements."""
-    element = np.arange(count * per).reshape(1, count, per)
-    rows = GROUP[:, None, None] + 8 * (element // 2 % 2)
-    return rows, 8 * (element // 4) + 2 * QUAD[:, None, None] + element % 2
+    """Rows [count, 32, per] and columns of D in `count` registers of `per` elements."""
+    element = np.arange(count * per).reshape(count, 1, per)
+    rows = GROUP[:, None] + 8 * (element // 2 % 2)
+    return rows, 8 * (element // 4) + 2 * QUAD[:, None] + element % 2
 
 
 _RESULTS = {"f16": np.float16, "f32": np.float32, "s32": np.int32}
@@ -238,17 +239,17 @@ _RESULTS = {"f16": np.float16, "f32": np.float32, "s32": np.int32}
 
 def _accumulator(w: Warp, registers: list[Reg], kind: str, n: int) -> Array:
     """A warp's 16 rows of D, FP64 [16, n]."""
-    given = np.stack([w.r[reg.index] for reg in registers], 1).view(_RESULTS[kind]).reshape(LANES, len(registers), -1)
+    given = np.array([w.r[reg.index] for reg in registers]).view(_RESULTS[kind]).reshape(len(registers), LANES, -1)
     out = np.zeros((16, n))
     out[_places(len(registers), given.shape[2])] = given
     return out
 
 
 def _write(w: Warp, registers: list[Reg], total: Array) -> None:
-    new = total[_places(len(registers), 4 // total.itemsize)]  # [32, registers, elements]
-    packed = np.ascontiguousarray(new).view(U32).reshape(LANES, len(registers))
-    for j, reg in enumerate(registers):
-        w.r[reg.index] = np.ascontiguousarray(packed[:, j])
+    new = total[_places(len(registers), 4 // total.itemsize)]  # [registers, 32, elements]
+    packed = np.ascontiguousarray(new).view(U32).reshape(len(registers), LANES)
+    for reg, lanes in zip(registers, packed, strict=True):
+        w.r[reg.index] = lanes
 
 
 def _finish(cta: Cta) -> None:
