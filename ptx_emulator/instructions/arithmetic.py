@@ -14,7 +14,7 @@ import numpy as np
 from .. import numbers
 from ..machine import LANES, Warp
 from ..numbers import U32, U64, Array
-from ..parser import Instruction, Pair
+from ..parser import Imm, Instruction, Pair
 from ..program import DTYPES, Mask, Program, Read, Run, constant, decoder, kind_of, side_by_side, simple, unknown
 
 Exact = Callable[..., Fraction]
@@ -279,6 +279,35 @@ def _high(a: Array, b: Array) -> Array:
     return np.array([h % (1 << 64) for h in high], np.uint64).view(dtype)
 
 
+_UPPER, _HALF_A_UNIT = U32(0xFFFF0000), U32(0x7FFF)
+
+
+def _mul_bf16x2(i: Instruction, p: Program, whole: Run) -> Run:
+    """In FP32, which holds a product of two BF16 numbers unless it is small; `whole` is for those, and for NaN."""
+    a, b = (p.source(x, "b32") for x in i.operands[1:3])
+    write = p.target(i.operands[0], "b32")
+
+    def halves(x: Array) -> Array:
+        """The low one, then the high one: [2, 32] FP32."""
+        out = np.empty((2, LANES), U32)
+        np.left_shift(x, U32(16), out=out[0])
+        np.bitwise_and(x, _UPPER, out=out[1])
+        return out.view(np.float32)
+
+    def run(w: Warp, m: Mask) -> str | None:
+        x, y = halves(a(w)), halves(b(w))
+        product = x * y
+        exact = np.abs(product) >= numbers.TINY["f32"]
+        if not exact.all() and not (exact | ((product == 0) & ((x == 0) | (y == 0)))).all():
+            return whole(w, m)
+        bits = product.view(U32)
+        bits = bits + _HALF_A_UNIT + (bits >> U32(16) & U32(1))
+        write(w, bits[0] >> U32(16) | bits[1] & _UPPER, m)
+        return None
+
+    return run
+
+
 @decoder("mul")
 def _mul(i: Instruction, p: Program) -> Run:
     kind = kind_of(i)
@@ -288,7 +317,8 @@ def _mul(i: Instruction, p: Program) -> Run:
             return simple(read, p.target(i.operands[0], kind), lambda a, b: _nan32(a * b))
         if kind == "f64":
             return _f64(i, p, 2, np.multiply, lambda a, b: a * b)
-        return _float(i, p, kind, 2, np.multiply)
+        whole = _float(i, p, kind, 2, np.multiply)
+        return _mul_bf16x2(i, p, whole) if kind == "bf16x2" and set(i.op) <= {"mul", "rn", "bf16x2"} else whole
     a, b = (p.source(x, kind) for x in i.operands[1:3])
     if "wide" in i.op:
         wide = _WIDER[kind]
@@ -570,11 +600,20 @@ def _lop3(i: Instruction, p: Program) -> Run:
     return simple(read, p.target(i.operands[0], "b32"), compute)
 
 
+def _known_shift(i: Instruction, dtype: Any) -> Any:
+    """The number of bits to shift by, if it is a constant that leaves some."""
+    n = i.operands[2]
+    known = isinstance(n, Imm) and not n.float_bytes and 0 <= n.value < 8 * dtype.itemsize
+    return dtype.type(n.value) if known else None
+
+
 @decoder("shl")
 def _shl(i: Instruction, p: Program) -> Run:
     kind = kind_of(i)
     dtype = DTYPES[kind]
     bits = 8 * dtype.itemsize
+    if (shift := _known_shift(i, dtype)) is not None:
+        return simple([p.source(i.operands[1], kind)], p.target(i.operands[0], kind), lambda x: x << shift)
 
     def compute(x: Array, n: Array) -> Array:
         return np.where(n < bits, x << np.minimum(n, bits - 1).astype(dtype), dtype.type(0))
@@ -589,6 +628,8 @@ def _shr(i: Instruction, p: Program) -> Run:
     kind = kind_of(i)
     dtype = DTYPES[kind]
     bits = 8 * dtype.itemsize
+    if (shift := _known_shift(i, dtype)) is not None:
+        return simple([p.source(i.operands[1], kind)], p.target(i.operands[0], kind), lambda x: x >> shift)
 
     def compute(x: Array, n: Array) -> Array:
         shifted = x >> np.minimum(n, bits - 1).astype(dtype)

@@ -49,12 +49,18 @@ def shared_of(w: Warp, rank: int) -> Cta:
     return ctas[rank]
 
 
+def one_rank(ranks: Array) -> int | None:
+    """The rank, if all lanes have the same one."""
+    data = ranks.tobytes()
+    return ranks.item(0) if data == data[: ranks.itemsize] * len(ranks) else None
+
+
 def load(w: Warp, space: str, address: Array, size: int, count: int) -> list[Array]:
     """[lanes] addresses (already only the active ones) -> `count` unsigned arrays."""
     if space == "shared":
         rank, offset = split_shared(address)
-        if (rank == rank[0]).all():
-            cta = shared_of(w, int(rank[0]))
+        if (first := one_rank(rank)) is not None:
+            cta = shared_of(w, first)
             if cta is not w.cta:
                 count_bytes(w, "distributed shared load", len(offset) * size * count)
             return cta.shared.load(offset, size, count)
@@ -76,8 +82,8 @@ def load(w: Warp, space: str, address: Array, size: int, count: int) -> list[Arr
 def store(w: Warp, space: str, address: Array, size: int, values: Sequence[Array]) -> None:
     if space == "shared":
         rank, offset = split_shared(address)
-        if (rank == rank[0]).all():
-            cta = shared_of(w, int(rank[0]))
+        if (first := one_rank(rank)) is not None:
+            cta = shared_of(w, first)
             if cta is not w.cta:
                 count_bytes(w, "distributed shared store", len(offset) * size * len(values))
             cta.shared.store(offset, size, values)
