@@ -164,12 +164,13 @@ def _mma(i: Instruction, p: Program) -> Run:
     flops, what = 2 * 16 * n * k, f"wgmma{'.sp' if sparse else ''} {shape} {a_kind}"
     stored = k // 2 if sparse else k  # elements of a row of A
 
+    number = np.arange(len(a_reads))[:, None, None]  # of a register; places of elements are [registers, 32, elements]
+    columns = per * QUAD[:, None] + np.arange(per) + 4 * per * (number // 2)
+    a_places = GROUP[:, None] + 8 * (number % 2), columns
+
     def fragment(w: Warp) -> Array:
         left = np.zeros((16, stored))
-        columns = per * QUAD[:, None] + np.arange(per)
-        for j, read in enumerate(a_reads):
-            values = a_value(read(w).view(unsigned)).reshape(LANES, per)
-            left[GROUP[:, None] + 8 * (j % 2), columns + 4 * per * (j // 2)] = values
+        left[a_places] = a_value(np.array([read(w) for read in a_reads]).view(unsigned)).reshape(columns.shape)
         return left
 
     def fetch(w: Warp, word: int, rows: slice, k: int, major: int) -> Array:
