@@ -310,7 +310,7 @@ def _run(count: int, step: int) -> bytes:
 
 
 def _extent(offset: Array, total: int) -> tuple[int, int, bool]:
-    """The least and the largest of these int64, and whether accesses of `total` bytes there lie one behind the other."""
+    """The least and the largest of these int64, and whether accesses of `total` bytes there are one run of bytes."""
     first, last, count = offset.item(0), offset.item(-1), len(offset)
     if last - first == (count - 1) * total and (offset - first).tobytes() == _run(count, total):
         return first, last, True

@@ -603,8 +603,9 @@ def _lop3(i: Instruction, p: Program) -> Run:
 def _known_shift(i: Instruction, dtype: Any) -> Any:
     """The number of bits to shift by, if it is a constant that leaves some."""
     n = i.operands[2]
-    known = isinstance(n, Imm) and not n.float_bytes and 0 <= n.value < 8 * dtype.itemsize
-    return dtype.type(n.value) if known else None
+    if not isinstance(n, Imm) or n.float_bytes or not 0 <= n.value < 8 * dtype.itemsize:
+        return None
+    return dtype.type(n.value)
 
 
 @decoder("shl")
