@@ -161,6 +161,11 @@ def build(function: Callable[..., Any], *operands: Any, arch: str) -> Built:
         compiled = cute.compile(
             function, *operands, options=f"{options(arch)} --keep-ptx --keep-cubin --dump-dir={folder}"
         )
+    return built(compiled, arch)
+
+
+def built(compiled: Any, arch: str) -> Built:
+    """The same of a function that was compiled for `arch` with its PTX and cubin kept, as for an emulator."""
     ptx, cubin = cast(str, compiled.__ptx__), cast(bytes, compiled.__cubin__)
     return Built(
         arch=arch,

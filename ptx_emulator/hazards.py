@@ -24,6 +24,7 @@ The lanes of a warp count as ordered among themselves, so exchanges within a war
 Clusters run one after another, and races between them are not looked for, but in a cooperative launch.
 """
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,7 +78,8 @@ class Clock:
         np.maximum(mine, other.seen[EXECUTED], out=mine)
 
     def covers(self, row: int, actor: int, time: int) -> bool:
-        return actor < self.seen.shape[1] and bool(self.seen[row, actor] >= time)
+        seen = self.seen
+        return actor < seen.shape[1] and seen.item(row, actor) >= time
 
 
 class Actor:
@@ -115,7 +117,7 @@ class Actor:
 
     @property
     def time(self) -> int:
-        return int(self.clock.seen[CAUSAL, self.index])
+        return self.clock.seen.item(CAUSAL, self.index)
 
     def tick(self) -> None:
         self.clock.seen[CAUSAL, self.index] += 1
@@ -513,7 +515,9 @@ class Shadow:
 
 
 def _distinct(values: Array) -> list[int]:
-    first = values.flat[0]
-    if (values == first).all():
-        return [int(first)]
+    """The different ones of some int32."""
+    data = values.tobytes()
+    first = data[:4]
+    if data == first * values.size:
+        return [int.from_bytes(first, sys.byteorder, signed=True)]
     return [int(x) for x in np.unique(values)]

@@ -46,6 +46,7 @@ PATIENCE = 8  # times that all warps may stand at the same places, their time li
 SCHEDULES = ("eager", "round", "late")
 
 PLAIN, BRANCH, EXIT = range(3)
+_NO_LANE, _ALL_LANES = bytes(LANES), b"\1" * LANES  # of predicates, which are compared sooner as bytes than as arrays
 
 
 @dataclass(slots=True)
@@ -83,7 +84,7 @@ class Warp:
 
     def everyone(self, mask: Array | None) -> bool:
         """Whether the lanes that are still alive are all in `mask`."""
-        return mask is None or bool((mask == self.alive).all())
+        return mask is None or mask.tobytes() == self.alive.tobytes()
 
     def run(self, budget: int) -> bool:
         """Up to about `budget` instructions; whether any was carried out."""
@@ -124,13 +125,14 @@ class Warp:
                     p = ~r[guard] if negated else r[guard]
                     if mask is not None:
                         p = p & mask
-                    if not p.any():
+                    lanes = p.tobytes()
+                    if lanes == _NO_LANE:
                         pc += 1
                         done += 1
                         if pc in stops:
                             break
                         continue
-                    if mask is not None or not p.all():
+                    if mask is not None or lanes != _ALL_LANES:
                         m = p
                 if kind == PLAIN:
                     actor.pc = pc
@@ -142,7 +144,7 @@ class Warp:
                     pc += 1
                 elif kind == BRANCH:
                     counts[pc] += 1
-                    if m is mask or (m is not None and mask is not None and bool((m == mask).all())):
+                    if m is mask or (m is not None and mask is not None and m.tobytes() == mask.tobytes()):
                         pc = target
                     else:
                         assert m is not None

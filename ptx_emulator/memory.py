@@ -7,6 +7,7 @@ having been written.
 """
 
 import bisect
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +188,7 @@ class GlobalMemory:
         """values: what is written."""
         write, total = values is not None, size * count
         check_aligned(address, total, "global")
-        low, high = int(address.min()), int(address.max())
+        low, high, run = _extent(address.view(np.int64), total)
         block = self._find(low, high + total - low)
         if block is None or block.base % size:
             # lanes in several arrays, each looked up for itself
@@ -198,8 +199,8 @@ class GlobalMemory:
             raise Fault(f"global address {low:#x}: {block.name} is read-only")
         offset = (address - U64(block.base)).astype(np.int64)
         if self.hazards is not None or self.marks is not None:
-            index = _spread(offset, total)
-            self.note(block, index, write, unchanged=lambda: block.data[index] == _as_bytes(values, size))
+            index = slice(low - block.base, high + total - block.base) if run else _spread(offset, total)
+            self.note(block, index, write, unchanged=lambda: _holds(block.data[index], values, size))
         return block, offset // size
 
 
@@ -261,16 +262,14 @@ class SharedMemory:
         self.data[index] = values
 
     def load(self, offset: Array, size: int, count: int) -> list[Array]:
-        self._check_lanes(offset, size * count)
-        self._reading(_spread(offset, size * count))
+        self._reading(self._places(offset, size * count))
         first = offset // size
         self.loaded += len(offset) * size * count
         return [self.views[size][first + j] for j in range(count)]
 
     def store(self, offset: Array, size: int, values: Sequence[Array]) -> None:
-        self._check_lanes(offset, size * len(values))
-        index = _spread(offset, size * len(values))
-        self._writing(index, lambda: self.data[index] == _as_bytes(values, size))
+        index = self._places(offset, size * len(values))
+        self._writing(index, lambda: _holds(self.data[index], values, size))
         self.stored += len(offset) * size * len(values)
         first = offset // size
         for j, value in enumerate(values):
@@ -297,10 +296,25 @@ class SharedMemory:
         if actor.what or actor.warp.cta is not cta:
             hazards.foreign(cta, event)
 
-    def _check_lanes(self, offset: Array, total: int) -> None:
+    def _places(self, offset: Array, total: int) -> Any:
+        """Index of all bytes of accesses of `total` bytes, which are checked."""
         check_aligned(offset, total, "shared")
-        low, high = int(offset.min()), int(offset.max())
+        low, high, run = _extent(offset, total)
         self.check(low, high + total - low)
+        return slice(low, high + total) if run else _spread(offset, total)
+
+
+@functools.cache
+def _run(count: int, step: int) -> bytes:
+    return (np.arange(count, dtype=np.int64) * step).tobytes()
+
+
+def _extent(offset: Array, total: int) -> tuple[int, int, bool]:
+    """The least and the largest of these int64, and whether accesses of `total` bytes there are one run of bytes."""
+    first, last, count = offset.item(0), offset.item(-1), len(offset)
+    if last - first == (count - 1) * total and (offset - first).tobytes() == _run(count, total):
+        return first, last, True
+    return int(offset.min()), int(offset.max()), False
 
 
 def _spread(offset: Array, total: int) -> Array:
@@ -308,16 +322,17 @@ def _spread(offset: Array, total: int) -> Array:
     return offset[:, None] + np.arange(total)
 
 
-def _as_bytes(values: Sequence[Array] | None, size: int) -> Array:
-    """Vectors of elements, one a lane, as [lanes, bytes]."""
+def _holds(data: Array, values: Sequence[Array] | None, size: int) -> Array:
+    """Which bytes are those of vectors of elements already, one vector a lane; [lanes, bytes], or as a run of bytes."""
     assert values is not None
-    return np.stack([np.asarray(v, UINT[size]) for v in values], 1).view(np.uint8)
+    same: Array = data == np.stack([np.asarray(v, UINT[size]) for v in values], 1).view(np.uint8).reshape(data.shape)
+    return same
 
 
 def check_aligned(address: Array, total: int, space: str) -> None:
     """Raises Fault unless every address is a multiple of the whole access."""
-    bad = address % address.dtype.type(total) != 0
-    if bad.any():
+    bad = address & address.dtype.type(total - 1) != 0  # an access has a power of two of bytes
+    if b"\1" in bad.tobytes():
         raise Fault(f"{space} address {int(address[bad][0]):#x} is not a multiple of the access's {total} bytes")
 
 

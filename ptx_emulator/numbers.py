@@ -60,6 +60,12 @@ class SmallFloat:
         both = np.concatenate([half, -half]) if self.signed else half
         return both.astype(np.float32)
 
+    @cached_property
+    def _next_codes(self) -> Array:
+        """Above these, of which the first belongs to code 0, a number is rounded to the next code: ties to even."""
+        ties = (self.magnitudes[1:] + self.magnitudes[:-1]) / 2
+        return np.where(np.arange(len(ties)) % 2 == 1, np.nextafter(ties, 0.0), ties)
+
     def decode(self, codes: Array) -> Array:
         """codes -> FP32 of the same shape."""
         return self.values[codes]
@@ -68,30 +74,27 @@ class SmallFloat:
         """FP32 or FP64 -> codes (uint8). NaN becomes the format's NaN, or its largest value if it has none."""
         x = np.asarray(x, np.float64)
         mags, a = self.magnitudes, np.abs(x)
-        sign = np.signbit(x) & self.signed
         if mode == "rn":
-            code = np.searchsorted((mags[1:] + mags[:-1]) / 2, a, side="left")
-            tie = (code < len(mags) - 1) & (a == np.append((mags[1:] + mags[:-1]) / 2, np.inf)[code])
-            code = code + (tie & (code & 1 == 1))
+            code = np.searchsorted(self._next_codes, a, side="left")
         elif mode == "rz":
-            code = np.searchsorted(mags, a, side="right") - 1
+            code = np.maximum(np.searchsorted(mags, a, side="right") - 1, 0)
         elif mode == "rp":
             code = np.searchsorted(mags, a, side="left")
         else:
             raise ValueError(f"rounding {mode!r} to {self.name}")
-        code = np.clip(code, 0, len(mags) - 1)
+        code = np.minimum(code, len(mags) - 1)
         if not self.signed:
             code = np.where(x < 0, 0, code)
         if not saturate:
             step = mags[-1] - mags[-2]
             over = a >= mags[-1] + step / 2 if mode == "rn" else np.isinf(a)
             code = np.where(over, len(mags), code)  # infinity, or NaN where there is none
-        if self.specials != "none":
-            code = np.where(np.isnan(x), (1 << (self.exponent + self.mantissa)) - 1, code)
-            sign &= ~np.isnan(x)
-        else:
-            code, sign = np.where(np.isnan(x), len(mags) - 1, code), sign & ~np.isnan(x)
-        return (code | (sign.astype(np.int64) << (self.exponent + self.mantissa))).astype(np.uint8)
+        if self.signed:
+            code = code | np.signbit(x) * (1 << self.exponent + self.mantissa)
+        nan = np.isnan(x)
+        if nan.any():
+            code = np.where(nan, (1 << self.exponent + self.mantissa) - 1, code)
+        return code.astype(np.uint8)
 
 
 E2M1 = SmallFloat("e2m1", 2, 1, 1, "none")
@@ -190,19 +193,22 @@ def to_bf16(x: Array, mode: str = "rn") -> Array:
     """FP32 or FP64 -> BF16 (uint16 bits). NaN becomes 0x7FFF, as cvt gives it."""
     if x.dtype == np.float64:
         nearest = x.astype(np.float32)
-        away = np.abs(nearest.astype(np.float64)) > np.abs(x)
-        low = np.where(away & np.isfinite(x), np.nextafter(nearest, np.float32(0)), nearest)  # towards zero
-        inexact = (low.astype(np.float64) != x) & np.isfinite(low)
-        bits = low.view(U32) | inexact  # rounded to odd
+        if (nearest == x).all():
+            bits = nearest.view(U32)
+        else:
+            away = np.abs(nearest.astype(np.float64)) > np.abs(x)
+            low = np.where(away & np.isfinite(x), np.nextafter(nearest, np.float32(0)), nearest)  # towards zero
+            inexact = (low.astype(np.float64) != x) & np.isfinite(low)
+            bits = low.view(U32) | inexact  # rounded to odd
     else:
         bits = x.view(U32)
     upper = bits >> U32(16)
-    more = ((bits & U32(0xFFFF)) != 0) & ~np.isinf(x)
     if mode == "rn":
         out = (bits + U32(0x7FFF) + (upper & U32(1))) >> U32(16)
     elif mode == "rz":
         out = upper
     elif mode in ("rp", "rm"):
+        more = ((bits & U32(0xFFFF)) != 0) & ~np.isinf(x)
         out = upper + (more & ((bits >> U32(31)) == (mode == "rm")))
     else:
         raise ValueError(f"rounding {mode!r}")

@@ -227,10 +227,11 @@ class Program:
 
             return put_pred
         want = UINT[operand.size]
+        same = np.dtype(want)
         if have.itemsize == operand.size:
 
             def put(w: Warp, v: Array, m: Mask) -> None:
-                bits = v.view(want)
+                bits = v if v.dtype is same else v.view(want)
                 w.r[index] = bits if m is None else np.where(m, bits, w.r[index])
 
             return put
@@ -392,6 +393,14 @@ def _raises(message: str) -> Run:
         raise UnknownInstructionError(message)
 
     return run
+
+
+def side_by_side(dtype: Any, *columns: Array) -> Array:
+    """[32] arrays as the columns of one, of this type."""
+    out = np.empty((LANES, len(columns)), dtype)
+    for j, column in enumerate(columns):
+        out[:, j] = column
+    return out
 
 
 def simple(read: Sequence[Read], write: Write, compute: Callable[..., Array]) -> Run:

@@ -174,11 +174,19 @@ def _walk(default: Candidate, space: dict[str, tuple[Knob, ...]]) -> Sequence[Ca
     kernel = default.kernel
     if math.prod(len(values) for values in space.values()) <= MAX_CANDIDATES:
         return _all(kernel, tuple(space.items()))
+    drawn = _drawn(kernel, tuple(space.items()), MAX_CANDIDATES)
+    return list(itertools.islice(dict.fromkeys((default, *drawn)), MAX_CANDIDATES))
+
+
+@functools.lru_cache(4)
+def _drawn(kernel: str, space: tuple[tuple[str, tuple[Knob, ...]], ...], count: int) -> tuple[Candidate, ...]:
+    """As many different ones, the same at every call: to draw them takes seconds, and every problem has them."""
     rng = random.Random(0)
-    drawn: dict[Candidate, None] = {default: None}
-    while len(drawn) < MAX_CANDIDATES:
-        drawn[Candidate(kernel, tuple((name, rng.choice(values)) for name, values in space.items()))] = None
-    return list(drawn)
+    knobs = [[(name, value) for value in values] for name, values in space]
+    drawn: dict[Candidate, None] = {}
+    while len(drawn) < count:
+        drawn[Candidate(kernel, tuple(rng.choice(of_name) for of_name in knobs))] = None
+    return tuple(drawn)
 
 
 @functools.lru_cache(4)

@@ -14,8 +14,8 @@ import numpy as np
 from .. import numbers
 from ..machine import LANES, Warp
 from ..numbers import U32, U64, Array
-from ..parser import Instruction, Pair
-from ..program import DTYPES, Mask, Program, Read, Run, constant, decoder, kind_of, simple, unknown
+from ..parser import Imm, Instruction, Pair
+from ..program import DTYPES, Mask, Program, Read, Run, constant, decoder, kind_of, side_by_side, simple, unknown
 
 Exact = Callable[..., Fraction]
 FLOATS = ("f32", "f64", "f32x2", "f16", "f16x2", "bf16", "bf16x2")
@@ -44,8 +44,9 @@ def float_reader(i: Instruction, p: Program, operand: Any, kind: str) -> Read:
     if kind == "f32x2":
         return lambda w: read(w).view(np.float32).reshape(LANES, 2).astype(np.float64)
     if kind in ("f16", "f16x2"):
-        tiny = numbers.TINY["f16"] if "ftz" in i.op else 0.0
-        return lambda w: flush(_halves(read(w)).view(np.float16).astype(np.float64), tiny)
+        if "ftz" in i.op:
+            return lambda w: flush(_halves(read(w)).view(np.float16).astype(np.float64), numbers.TINY["f16"])
+        return lambda w: _halves(read(w)).view(np.float16).astype(np.float64)
     if kind in ("bf16", "bf16x2"):
         return lambda w: numbers.from_bf16(_halves(read(w))).astype(np.float64)
     raise unknown(i)
@@ -68,12 +69,13 @@ def float_writer(i: Instruction, p: Program, operand: Any, kind: str) -> Callabl
         if kind == "f64":
             write(w, v, m)
         elif kind in ("f32", "f32x2"):
-            out = numbers.to_f32(v, mode)
-            out = np.where(np.isnan(out), np.uint32(0x7FFFFFFF).view(np.float32), out)
+            out = _nan32(numbers.to_f32(v, mode))
             write(w, out if kind == "f32" else np.ascontiguousarray(out).view(np.uint64).reshape(LANES), m)
         else:
-            bits = numbers.to_f16(v, mode) if kind.startswith("f16") else numbers.to_bf16(v, mode)
-            bits = np.where(np.isnan(v), np.uint16(0x7FFF), bits)
+            if kind.startswith("f16"):
+                bits = np.where(np.isnan(v), np.uint16(0x7FFF), numbers.to_f16(v, mode))
+            else:
+                bits = numbers.to_bf16(v, mode)
             if kind.endswith("x2"):
                 write(w, np.ascontiguousarray(bits).view(np.uint32).reshape(LANES), m)
             else:
@@ -209,8 +211,12 @@ def _pairs(i: Instruction, p: Program, compute: Callable[[Array, Array], Array])
     return simple(read, p.target(i.operands[0], "b32"), both)
 
 
+_NAN32 = np.uint32(0x7FFFFFFF).view(np.float32)
+
+
 def _nan32(x: Array) -> Array:
-    return np.where(np.isnan(x), np.uint32(0x7FFFFFFF).view(np.float32), x)
+    nan = np.isnan(x)
+    return np.where(nan, _NAN32, x) if nan.any() else x
 
 
 def _carry(i: Instruction, p: Program, name: str, use: bool) -> Run:
@@ -273,6 +279,35 @@ def _high(a: Array, b: Array) -> Array:
     return np.array([h % (1 << 64) for h in high], np.uint64).view(dtype)
 
 
+_UPPER, _HALF_A_UNIT = U32(0xFFFF0000), U32(0x7FFF)
+
+
+def _mul_bf16x2(i: Instruction, p: Program, whole: Run) -> Run:
+    """In FP32, which holds a product of two BF16 numbers unless it is small; `whole` is for those, and for NaN."""
+    a, b = (p.source(x, "b32") for x in i.operands[1:3])
+    write = p.target(i.operands[0], "b32")
+
+    def halves(x: Array) -> Array:
+        """The low one, then the high one: [2, 32] FP32."""
+        out = np.empty((2, LANES), U32)
+        np.left_shift(x, U32(16), out=out[0])
+        np.bitwise_and(x, _UPPER, out=out[1])
+        return out.view(np.float32)
+
+    def run(w: Warp, m: Mask) -> str | None:
+        x, y = halves(a(w)), halves(b(w))
+        product = x * y
+        exact = np.abs(product) >= numbers.TINY["f32"]
+        if not exact.all() and not (exact | ((product == 0) & ((x == 0) | (y == 0)))).all():
+            return whole(w, m)
+        bits = product.view(U32)
+        bits = bits + _HALF_A_UNIT + (bits >> U32(16) & U32(1))
+        write(w, bits[0] >> U32(16) | bits[1] & _UPPER, m)
+        return None
+
+    return run
+
+
 @decoder("mul")
 def _mul(i: Instruction, p: Program) -> Run:
     kind = kind_of(i)
@@ -282,7 +317,8 @@ def _mul(i: Instruction, p: Program) -> Run:
             return simple(read, p.target(i.operands[0], kind), lambda a, b: _nan32(a * b))
         if kind == "f64":
             return _f64(i, p, 2, np.multiply, lambda a, b: a * b)
-        return _float(i, p, kind, 2, np.multiply)
+        whole = _float(i, p, kind, 2, np.multiply)
+        return _mul_bf16x2(i, p, whole) if kind == "bf16x2" and set(i.op) <= {"mul", "rn", "bf16x2"} else whole
     a, b = (p.source(x, kind) for x in i.operands[1:3])
     if "wide" in i.op:
         wide = _WIDER[kind]
@@ -564,11 +600,21 @@ def _lop3(i: Instruction, p: Program) -> Run:
     return simple(read, p.target(i.operands[0], "b32"), compute)
 
 
+def _known_shift(i: Instruction, dtype: Any) -> Any:
+    """The number of bits to shift by, if it is a constant that leaves some."""
+    n = i.operands[2]
+    if not isinstance(n, Imm) or n.float_bytes or not 0 <= n.value < 8 * dtype.itemsize:
+        return None
+    return dtype.type(n.value)
+
+
 @decoder("shl")
 def _shl(i: Instruction, p: Program) -> Run:
     kind = kind_of(i)
     dtype = DTYPES[kind]
     bits = 8 * dtype.itemsize
+    if (shift := _known_shift(i, dtype)) is not None:
+        return simple([p.source(i.operands[1], kind)], p.target(i.operands[0], kind), lambda x: x << shift)
 
     def compute(x: Array, n: Array) -> Array:
         return np.where(n < bits, x << np.minimum(n, bits - 1).astype(dtype), dtype.type(0))
@@ -583,6 +629,8 @@ def _shr(i: Instruction, p: Program) -> Run:
     kind = kind_of(i)
     dtype = DTYPES[kind]
     bits = 8 * dtype.itemsize
+    if (shift := _known_shift(i, dtype)) is not None:
+        return simple([p.source(i.operands[1], kind)], p.target(i.operands[0], kind), lambda x: x >> shift)
 
     def compute(x: Array, n: Array) -> Array:
         shifted = x >> np.minimum(n, bits - 1).astype(dtype)
@@ -618,6 +666,9 @@ _PRMT_MODES = {
 }
 
 
+_PRMT_SHIFTS, _PRMT_ROWS = U32(4) * np.arange(4, dtype=U32), 8 * np.arange(LANES, dtype=U32)[:, None]
+
+
 @decoder("prmt")
 def _prmt(i: Instruction, p: Program) -> Run:
     if i.op[-1] != "b32" and i.op[-1] not in _PRMT_MODES:
@@ -628,13 +679,12 @@ def _prmt(i: Instruction, p: Program) -> Run:
     def compute(a: Array, b: Array, c: Array) -> Array:
         if table is not None:
             c = table[(c & U32(3)).astype(np.int64)]
-        both = np.stack([a, b], 1).view(np.uint8)  # [32, 8]
-        out = np.empty((LANES, 4), np.uint8)
-        rows = np.arange(LANES)
-        for byte in range(4):
-            pick = (c >> U32(4 * byte)) & U32(15)
-            value = both[rows, (pick & U32(7)).astype(np.int64)]
-            out[:, byte] = np.where(pick & U32(8), (value >> 7) * np.uint8(255), value)
+        both = side_by_side(a.dtype, a, b).view(np.uint8).reshape(-1)  # [32 * 8]
+        pick = c[:, None] >> _PRMT_SHIFTS
+        out = both[(pick & U32(7)) + _PRMT_ROWS]  # [32, 4]
+        sign = pick & U32(8)
+        if sign.any():
+            out = np.where(sign, (out >> 7) * np.uint8(255), out)
         return out.view(U32).reshape(LANES)
 
     return simple(read, p.target(i.operands[0], "b32"), compute)

@@ -10,7 +10,7 @@ from .. import numbers
 from ..machine import LANES, Warp
 from ..numbers import SMALL, U32, U64, Array
 from ..parser import Instruction, Operand
-from ..program import DTYPES, Mask, Program, Read, Run, decoder, simple, unknown
+from ..program import DTYPES, Mask, Program, Read, Run, decoder, side_by_side, simple, unknown
 from .arithmetic import flush
 
 _INTEGERS = {f"{k}{n}" for k in "su" for n in (8, 16, 32, 64)}
@@ -188,20 +188,18 @@ def _small(i: Instruction, p: Program, to: str, frm: str, mode: str) -> Run:
         rounding = {"": "rn", "rn": "rn", "rz": "rz", "rp": "rp"}[mode]
 
         def encode(x: Array) -> Array:
+            """[32, 2], the low one first, in one number."""
             if relu:
                 x = np.where(x > 0, x, np.where(np.isnan(x), x, 0.0))
-            return small.encode(x, rounding, saturate).astype(np.uint16)
+            codes = small.encode(x, rounding, saturate)
+            return codes[:, 1] << np.uint8(4) | codes[:, 0] if small.bits == 4 else codes.view(np.uint16).reshape(LANES)
 
-        shift = np.uint16(4 if small.bits == 4 else 8)
-        kind = "u8" if small.bits == 4 else "u16"
-        out = DTYPES[kind]
-        write = p.target(i.operands[0], kind)
+        write = p.target(i.operands[0], "u8" if small.bits == 4 else "u16")
         if frm == "f32":
             a, b = (p.source(x, "f32") for x in i.operands[1:3])
-            return simple([a, b], write, lambda x, y: (encode(x) << shift | encode(y)).astype(out))
+            return simple([a, b], write, lambda x, y: encode(side_by_side(np.dtype(np.float64), y, x)))
         if frm in ("f16x2", "bf16x2"):
-            pair = _pair_values(p, i.operands[1], frm)
-            return simple([pair], write, lambda v: (encode(v[:, 1]) << shift | encode(v[:, 0])).astype(out))
+            return simple([_pair_values(p, i.operands[1], frm)], write, encode)
         raise unknown(i)
     small = SMALL[_PACKED[frm]]
     if to not in ("f16x2", "bf16x2"):
@@ -212,7 +210,7 @@ def _small(i: Instruction, p: Program, to: str, frm: str, mode: str) -> Run:
 
     def compute(x: Array) -> Array:
         low, high = x & x.dtype.type(mask), x >> x.dtype.type(4 if four else 8) & x.dtype.type(mask)
-        v = small.decode(np.stack([low, high], 1)).astype(np.float64)
+        v = small.decode(side_by_side(x.dtype, low, high)).astype(np.float64)
         if relu:
             v = np.where(v > 0, v, np.where(np.isnan(v), v, 0.0))
         bits = numbers.to_f16(v) if half else numbers.to_bf16(v)

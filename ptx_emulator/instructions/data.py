@@ -21,7 +21,7 @@ from ..memory import (
 )
 from ..numbers import U32, U64, Array, from_bf16, to_bf16, to_f16
 from ..parser import Address, Instruction, Operand, Reg, Sink, Special, Sym, Vec
-from ..program import DTYPES, Mask, Program, Read, Run, decoder, kind_of, simple, unknown
+from ..program import DTYPES, Mask, Program, Read, Run, decoder, kind_of, side_by_side, simple, unknown
 from .arithmetic import flush
 
 _SPACES = ("param", "param:entry", "shared", "shared:cta", "shared:cluster", "global", "local", "const")
@@ -49,12 +49,18 @@ def shared_of(w: Warp, rank: int) -> Cta:
     return ctas[rank]
 
 
+def one_rank(ranks: Array) -> int | None:
+    """The rank, if all lanes have the same one."""
+    data = ranks.tobytes()
+    return ranks.item(0) if data == data[: ranks.itemsize] * len(ranks) else None
+
+
 def load(w: Warp, space: str, address: Array, size: int, count: int) -> list[Array]:
     """[lanes] addresses (already only the active ones) -> `count` unsigned arrays."""
     if space == "shared":
         rank, offset = split_shared(address)
-        if (rank == rank[0]).all():
-            cta = shared_of(w, int(rank[0]))
+        if (first := one_rank(rank)) is not None:
+            cta = shared_of(w, first)
             if cta is not w.cta:
                 count_bytes(w, "distributed shared load", len(offset) * size * count)
             return cta.shared.load(offset, size, count)
@@ -76,8 +82,8 @@ def load(w: Warp, space: str, address: Array, size: int, count: int) -> list[Arr
 def store(w: Warp, space: str, address: Array, size: int, values: Sequence[Array]) -> None:
     if space == "shared":
         rank, offset = split_shared(address)
-        if (rank == rank[0]).all():
-            cta = shared_of(w, int(rank[0]))
+        if (first := one_rank(rank)) is not None:
+            cta = shared_of(w, first)
             if cta is not w.cta:
                 count_bytes(w, "distributed shared store", len(offset) * size * len(values))
             cta.shared.store(offset, size, values)
@@ -189,7 +195,7 @@ def _unpack(d: Vec, s: Operand, kind: str, p: Program) -> Run:
     def run(w: Warp, m: Mask) -> str | None:
         pieces = np.ascontiguousarray(read(w)).view(dtype).reshape(LANES, parts)
         for j, write in writes:
-            write(w, np.ascontiguousarray(pieces[:, j]), m)
+            write(w, pieces[:, j].copy(), m)
         return None
 
     return run
@@ -199,9 +205,10 @@ def _pack(d: Operand, s: Vec, kind: str, p: Program) -> Run:
     total = DTYPES[kind].itemsize
     part = f"b{8 * total // len(s.items)}"
     reads, write, dtype = [p.source(x, part) for x in s.items], p.target(d, kind), UINT[total]
+    small = DTYPES[part]
 
     def run(w: Warp, m: Mask) -> str | None:
-        write(w, np.stack([r(w) for r in reads], 1).view(dtype).reshape(LANES), m)
+        write(w, side_by_side(small, *(r(w) for r in reads)).view(dtype).reshape(LANES), m)
         return None
 
     return run

@@ -236,32 +236,30 @@ def _mma(i: Instruction, p: Program) -> Run:
     selector = constant(i.operands[5]) if sparse else 0
     if sparse and selector not in range(selectors(per_row(k, size))):
         raise unknown(i, f"sparsity selector {selector}")
-    pair = 2 * QUAD[:, None] + np.arange(2)
+    # where elements of registers stand, [registers, 32, elements]
+    columns, of_b = per * QUAD[:, None] + np.arange(per), np.arange(pieces)[:, None, None]
+    of_a = np.arange(halves * stored)[:, None, None]
+    a_places = GROUP[:, None] + 8 * (of_a % halves), columns + 4 * per * (of_a // halves)
+    b_places = GROUP[:, None], columns + 4 * per * of_b
+    element = np.arange(2 * halves).reshape(len(c), 1, -1)
+    d_places = GROUP[:, None] + 8 * (element // 2), 2 * QUAD[:, None] + element % 2
     what = f"mma.{'sp.' if sparse else ''}sync {shape} {a_kind}"
 
     def run(w: Warp, m: Mask) -> str | None:
         if not w.everyone(m):
             return "mma.sync is executed by a divergent warp"
         left, right, old = np.zeros((rows, 4 * per * stored)), np.zeros((8, k)), np.zeros((rows, 8))
-        columns = per * QUAD[:, None] + np.arange(per)
-        for piece in range(stored):
-            for half in range(halves):
-                values = a_value(a[halves * piece + half](w).view(unsigned)).reshape(LANES, per)
-                left[GROUP[:, None] + 8 * half, columns + 4 * per * piece] = values
-        for piece in range(pieces):
-            right[GROUP[:, None], columns + 4 * per * piece] = b_value(b[piece](w).view(unsigned)).reshape(LANES, per)
+        left[a_places] = a_value(np.array([read(w) for read in a]).view(unsigned)).reshape(-1, LANES, per)
+        right[b_places] = b_value(np.array([read(w) for read in b]).view(unsigned)).reshape(-1, LANES, per)
         if metadata is not None:
             indices = of_warp(metadata(w), per_row(k, size), selector, size)
             right = chosen(right, places(indices, size == 4, _METADATA[i.op[1]]))
-        given = np.stack([read(w) for read in c], 1).view(result).reshape(LANES, halves, 2)
-        for half in range(halves):
-            old[GROUP[:, None] + 8 * half, pair] = given[:, half]
+        old[d_places] = np.array([read(w) for read in c]).view(result).reshape(len(c), LANES, -1)
         total = multiply(left, right, old, (a_kind, b_kind), d_kind, saturate)
         w.cta.cluster.launch.statistics.count_mma(what, 2 * rows * 8 * k)
-        new = np.stack([total[GROUP[:, None] + 8 * half, pair] for half in range(halves)], 1)
-        packed = np.ascontiguousarray(new).view(DTYPES[register]).reshape(LANES, -1)
-        for j, write in enumerate(writes):
-            write(w, packed[:, j], m)
+        packed = np.ascontiguousarray(total[d_places]).view(DTYPES[register]).reshape(-1, LANES)
+        for write, lanes in zip(writes, packed, strict=True):
+            write(w, lanes, m)
         return None
 
     return run

@@ -86,9 +86,11 @@ def _bar(i: Instruction, p: Program) -> Run:
         barrier = w.cta.barriers.setdefault(number, NamedBarrier())
         here = w.alive if m is None else m
         # by lane: the generation that it waits for the end of, or -1; fragments that wait may become one
-        waited = w.state.setdefault(("bar", number), np.full(LANES, -1))
+        if ("bar", number) not in w.state:
+            w.state["bar", number] = np.full(LANES, -1)
+        waited = w.state["bar", number]
         come = here & (waited < 0)
-        if come.any():
+        if b"\1" in come.tobytes():
             expected = int(count(w)[int(np.argmax(here))]) if count else 0
             if expected % LANES:
                 raise Fault(f"barrier {number} for {expected} threads, which is not a multiple of {LANES}")
@@ -112,7 +114,7 @@ def _bar(i: Instruction, p: Program) -> Run:
         _complete(w.cta, number, barrier)
         if action == "arrive":
             return None
-        if (waited[here] == barrier.generation).any():
+        if b"\1" in (here & (waited == barrier.generation)).tobytes():
             wanted = barrier.expected or "all"
             return f"waits at barrier {number}, {barrier.arrived} of {wanted} threads are there"
         waited[here] = -1
@@ -298,6 +300,11 @@ _QUALIFIERS = (
 )
 
 
+def _one_number(lanes: Array) -> bool:
+    data = lanes.tobytes()
+    return data == data[: lanes.itemsize] * LANES
+
+
 def _lanes(m: Mask) -> Array:
     return np.flatnonzero(_ALL if m is None else m)
 
@@ -400,10 +407,8 @@ def _wait(i: Instruction, p: Program) -> Run:
     which = p.source(i.operands[2], "u32" if parity else "b64")
 
     def run(w: Warp, m: Mask) -> str | None:
-        a, phase, done = address(w), which(w), np.zeros(LANES, bool)
-        lanes, waiting = _lanes(m), ""
-        if (a == a[lanes[0]]).all() and (phase == phase[lanes[0]]).all():
-            lanes = lanes[:1]
+        a, phase, done, waiting = address(w), which(w), np.zeros(LANES, bool), ""
+        lanes = (0 if m is None else int(m.argmax()),) if _one_number(a) and _one_number(phase) else _lanes(m)
         for lane in lanes:
             offset, wanted = _own(w, int(a[lane])), int(phase[lane]) >> (0 if parity else _COUNT_BITS)
             barrier = mbarrier_of(w.cta, offset)
@@ -419,7 +424,7 @@ def _wait(i: Instruction, p: Program) -> Run:
                 )
             else:
                 barrier.used().acquire(barrier.released, relaxed="relaxed" in i.op)
-        if blocking and not done.any():
+        if blocking and waiting and not done.any():
             if w.actor.pc not in w.expired:
                 return waiting
             w.expired.remove(w.actor.pc)

@@ -164,12 +164,13 @@ def _mma(i: Instruction, p: Program) -> Run:
     flops, what = 2 * 16 * n * k, f"wgmma{'.sp' if sparse else ''} {shape} {a_kind}"
     stored = k // 2 if sparse else k  # elements of a row of A
 
+    number = np.arange(len(a_reads))[:, None, None]  # of a register; places of elements are [registers, 32, elements]
+    columns = per * QUAD[:, None] + np.arange(per) + 4 * per * (number // 2)
+    a_places = GROUP[:, None] + 8 * (number % 2), columns
+
     def fragment(w: Warp) -> Array:
         left = np.zeros((16, stored))
-        columns = per * QUAD[:, None] + np.arange(per)
-        for j, read in enumerate(a_reads):
-            values = a_value(read(w).view(unsigned)).reshape(LANES, per)
-            left[GROUP[:, None] + 8 * (j % 2), columns + 4 * per * (j // 2)] = values
+        left[a_places] = a_value(np.array([read(w) for read in a_reads]).view(unsigned)).reshape(columns.shape)
         return left
 
     def fetch(w: Warp, word: int, rows: slice, k: int, major: int) -> Array:
@@ -226,11 +227,12 @@ def _index(word: int, rows: int, k: int, size: int, major: int) -> Array:
     return k_major(hopper(word), rows, k * size)
 
 
+@functools.cache
 def _places(count: int, per: int) -> tuple[Array, Array]:
-    """Rows [32, count, per] and columns of D in `count` registers of `per` elements."""
-    element = np.arange(count * per).reshape(1, count, per)
-    rows = GROUP[:, None, None] + 8 * (element // 2 % 2)
-    return rows, 8 * (element // 4) + 2 * QUAD[:, None, None] + element % 2
+    """Rows [count, 32, per] and columns of D in `count` registers of `per` elements."""
+    element = np.arange(count * per).reshape(count, 1, per)
+    rows = GROUP[:, None] + 8 * (element // 2 % 2)
+    return rows, 8 * (element // 4) + 2 * QUAD[:, None] + element % 2
 
 
 _RESULTS = {"f16": np.float16, "f32": np.float32, "s32": np.int32}
@@ -238,17 +240,17 @@ _RESULTS = {"f16": np.float16, "f32": np.float32, "s32": np.int32}
 
 def _accumulator(w: Warp, registers: list[Reg], kind: str, n: int) -> Array:
     """A warp's 16 rows of D, FP64 [16, n]."""
-    given = np.stack([w.r[reg.index] for reg in registers], 1).view(_RESULTS[kind]).reshape(LANES, len(registers), -1)
+    given = np.array([w.r[reg.index] for reg in registers]).view(_RESULTS[kind]).reshape(len(registers), LANES, -1)
     out = np.zeros((16, n))
     out[_places(len(registers), given.shape[2])] = given
     return out
 
 
 def _write(w: Warp, registers: list[Reg], total: Array) -> None:
-    new = total[_places(len(registers), 4 // total.itemsize)]  # [32, registers, elements]
-    packed = np.ascontiguousarray(new).view(U32).reshape(LANES, len(registers))
-    for j, reg in enumerate(registers):
-        w.r[reg.index] = np.ascontiguousarray(packed[:, j])
+    new = total[_places(len(registers), 4 // total.itemsize)]  # [registers, 32, elements]
+    packed = np.ascontiguousarray(new).view(U32).reshape(len(registers), LANES)
+    for reg, lanes in zip(registers, packed, strict=True):
+        w.r[reg.index] = lanes
 
 
 def _finish(cta: Cta) -> None:

@@ -1,5 +1,7 @@
 """index_topk: its refusals and machine code anywhere, the reference's slots in the emulator and on a GPU."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,16 +29,21 @@ def check(x: dict[str, Tensor], topk: int, config: Config, page: int = 8, ratio:
     return out
 
 
+for_emulator = functools.cache(kernel.compiled.__wrapped__)  # with PTX, apart from what tests on a GPU compile
+
+
 @pytest.fixture
-def emulated(request):
-    """Emulating sm_90a, or what the test names, with nothing compiled outside."""
-    kernel.compiled.cache_clear()
+def emulated(request, monkeypatch):
+    """Emulating sm_90a, or what the test names."""
+    monkeypatch.setattr(kernel, "compiled", for_emulator)
     with emulate(getattr(request, "param", "sm_90a"), schedule="late") as device:
         yield device
-    kernel.compiled.cache_clear()
 
 
 # --- anywhere ---------------------------------------------------------------------------------------------------------
+
+
+build = functools.cache(kernel.build)
 
 
 @pytest.mark.parametrize(
@@ -45,12 +52,12 @@ def emulated(request):
 )
 def test_compiles_without_spills(m, entries, arch):
     problem = IndexTopkProblem(m=m, entries=entries, topk=1024)
-    assert resources(kernel.build(problem, kernel.default(problem), arch)).spill_bytes == 0
+    assert resources(build(problem, kernel.default(problem), arch)).spill_bytes == 0
 
 
 def test_no_score_is_read_twice():
     """In straight code, a load, a bin and a ballot for each score of a thread; the sample's and -inf's loads beside."""
-    code = sass(kernel.build(IndexTopkProblem(m=4096, entries=8192, topk=1024), Config(), "sm_90a"))
+    code = sass(build(IndexTopkProblem(m=4096, entries=8192, topk=1024), Config(), "sm_90a"))
     each, sampled = Config().each, kernel.SAMPLES // 32
     assert code.count("LDG.E.CONSTANT") == 2 * each + sampled  # whole runs, and ragged ones
     assert code.count("ATOMS.POPC.INC") == each

@@ -77,12 +77,21 @@ def by_turns(module: ModuleType, problem: Problem) -> list[Job]:
 
 @pytest.mark.parametrize(("module", "kind"), [*QUANTISERS, (dequant_nvfp4, DequantProblem)])
 def test_configs_compile_without_spills(module, kind, pool):
-    jobs = by_turns(module, kind(m=64, k=7168))
+    jobs = [(module, _shorter(problem, c), c, arch) for _, problem, c, arch in by_turns(module, kind(m=64, k=7168))]
     assert len(jobs) >= 4
-    for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
+    for (_, problem, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
+        assert module.supports(problem, config) is None
         assert b.arch == arch
         assert built.resources(b).refusal(arch) is None, (config, arch)
         assert f".target {arch}" in b.ptx
+
+
+def _shorter(problem: Problem, config: Any) -> Problem:
+    """Rows that are read again take the same registers at any length, and Triton, with every tile written out, the
+    longer the more: for other configs than the default as many columns as the smaller model has.
+    """
+    read_again = getattr(config, "held", None) is False and config != type(config)()
+    return dataclasses.replace(problem, k=4096) if read_again else problem
 
 
 @pytest.mark.parametrize(("module", "problem"), ROPE, ids=lambda x: getattr(x, "op", ""))

@@ -147,6 +147,10 @@ def test_binaries_of_one_key_are_equal(row, child):
     assert len(alike) < len(several)
     knobs = dataclasses.asdict(config)
     groups = [group for group in alike.values() if len(group) > 1]
+    if row.op == "compress_kv_pair":
+        # its keys are compress_kv's of both parts, and Triton takes a minute for one: what other tests compile, too
+        groups = [group for group in groups if (group[0].format, group[0].key_format) == ("nvfp4", "index_fp8")]
+        assert groups
     for same in groups[:: -(-len(groups) // 3)]:
         few, *_, many = sorted(same, key=lambda p: p.m)
         one, other = (child.call(ptx_of, row.name, p.op, p.dims(), knobs, arch, timeout=120) for p in (few, many))

@@ -551,6 +551,7 @@ def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path):
     """The real command with real kernels, interrupted as a terminal does it: the whole process group."""
     cache = tmp_path / "cache"
     environment = {**os.environ, "FP4SUITE_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")  # to be interrupted while it compiles
     command = [
         sys.executable,
         "-m",
