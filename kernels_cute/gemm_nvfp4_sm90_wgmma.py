@@ -348,8 +348,6 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
 
 # microseconds of a tile for 1000 of k, for more than 64 tokens: fitted to 1,249 timings on an H100, the last to two
 TILE_US = {
-    Config(tile_m=96, groups_n=2): 4.4,  # predicted, as the next: lines through those of 128 and more tokens
-    Config(tile_m=96, groups_n=3): 6.3,
     Config(tile_m=128, groups_n=1): 3.45,
     Config(tile_m=128, groups_n=2): 5.35,
     Config(tile_m=128, groups_n=3): 7.7,
@@ -359,6 +357,8 @@ TILE_US = {
     Config(tile_m=256, groups_n=1, tile_k=64): 5.6,
     Config(tile_m=64, groups_n=1, groups_k=2): 2.4,
     Config(tile_m=128, groups_n=4, tile_k=64, overlap=True): 9.5,  # of two timings beside 256 tokens
+    Config(tile_m=96, groups_n=2): 4.4,  # predicted, as the next: lines through those of 128 and more tokens
+    Config(tile_m=96, groups_n=3): 6.3,
 }
 # that clusters of so many CTAs reach; of three 126 on some H100s, but on one 41 took 1.6 times as long as 40 should
 CLUSTERED_SMS = {1: SM_COUNT, 2: SM_COUNT, 3: 120, 4: 120}
