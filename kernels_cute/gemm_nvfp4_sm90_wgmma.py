@@ -296,8 +296,8 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         if getattr(config, knob) not in values:
             return f"{knob}={getattr(config, knob)} is none of {', '.join(map(str, values))}"
     if config.warps < 4:
-        if config.tile_m > 2 * WARP_TOKENS or config.groups_n * config.strips * config.share * config.tail > 1:
-            return f"warps={config.warps} is for {2 * WARP_TOKENS} tokens, and groups_n, strips, share and tail of 1"
+        if config.tile_m > 2 * WARP_TOKENS or config.groups_n * config.strips * config.tail > 1:
+            return f"warps={config.warps} is for {2 * WARP_TOKENS} tokens, and groups_n, strips and tail of 1"
         if not config.reduces or config.tile_k == TILE:
             return f"warps={config.warps} is for sums that are reduced, and tile_k of {2 * TILE} or more"
     if config.tail > 1 and (

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 IN_HAND = 8  # candidates of a problem that are compiled or timed at once: the sampler proposes more without results
 STARTUP_S = 20.0  # what the first problem may take longer
+OWN_WINNERS, NEAR_WINNERS = 3, 2  # of a problem at several m, and of the nearest others, that are tried again
 PREDICTED_MARGIN = 0.05  # a model's opinion has to promise this much before it moves a default
 
 
@@ -167,18 +168,28 @@ def _tasks(target: Target, options: Options, path: Path, report: Report) -> list
 
 
 def _winners(problem: Problem, path: Path) -> list[Candidate]:
-    """What the table already says of this problem, then of the nearest other m."""
+    """What the table already says of this problem and of the nearest other m, then of the nearest other shapes."""
     if not path.exists():
         return []
-    rest = {k: v for k, v in problem.dims().items() if k != "m"}
     known = {row.name for row in registry.kernels(problem.op)}
-    found = [
-        e
-        for e in table.read(path).entries
-        if e.kernel in known and {k: v for k, v in e.problem.items() if k != "m"} == rest
-    ]
-    found.sort(key=lambda e: abs(math.log2(max(int(e.problem["m"]), 1) / max(problem.m, 1))))
-    return [_as_candidate(e) for e in found[:4]]
+    dims = problem.dims()
+    rest = {k: v for k, v in dims.items() if k != "m"}
+    names = {k: v for k, v in dims.items() if isinstance(v, str)}
+    own, near = [], []
+    for e in table.read(path).entries:
+        if e.op != problem.op or e.kernel not in known:
+            continue
+        if {k: v for k, v in e.problem.items() if k != "m"} == rest:
+            own.append(e)
+        elif {k: v for k, v in e.problem.items() if isinstance(v, str)} == names:
+            near.append(e)
+
+    def distance(e: Entry) -> float:
+        """In factors of two of all sizes."""
+        return sum(abs(math.log2((int(e.problem[k]) + 1) / (int(v) + 1))) for k, v in dims.items() if k not in names)
+
+    found = sorted(own, key=distance)[:OWN_WINNERS] + sorted(near, key=distance)[:NEAR_WINNERS]
+    return list(dict.fromkeys(_as_candidate(e) for e in found))
 
 
 def _seeds(whole: Space, budget: Budget, winners: Sequence[Candidate], *, measured: bool) -> tuple[Candidate, ...]:

@@ -628,3 +628,29 @@ def test_winners_from_before_a_knob_and_of_no_kernel_any_more(tmp_path):
         )
         table.merge(path, "some-gpu", "sm_90a", [entry])
     assert tune._winners(problem, path) == [winner]
+
+
+def test_winners_of_the_nearest_shapes_come_after_those_of_other_m(tmp_path):
+    kernel, path = "cute_gemm_nvfp4_sm90_wgmma", tmp_path / "t.json"
+    problem = GemmProblem(m=64, n=73728, k=1536, segments=2, order="fragments_sm90")
+
+    def store(tile_k, **changes):
+        config = space.candidate(kernel, registry.load(kernel).Config(tile_m=64, groups_n=2, tile_k=tile_k)).knobs
+        entry = table.Entry(
+            op=problem.op,
+            problem=dataclasses.replace(problem, **changes).dims(),
+            kernel=kernel,
+            source_hash="0",
+            config=dict(config),
+            measured=True,
+            median_us=1.0,
+        )
+        table.merge(path, "some-gpu", "sm_90a", [entry])
+
+    store(256, n=512, k=4096)  # far
+    store(128, n=65536, segments=1)
+    store(64, m=128)
+    store(128, m=128, n=65536, segments=1)  # the same once more
+    store(64, out="fp32")  # of another kind
+    found = [dict(c.knobs)["tile_k"] for c in tune._winners(problem, path)]
+    assert found == [64, 128]
