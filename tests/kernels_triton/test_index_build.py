@@ -85,7 +85,7 @@ def test_index_logits_uses_tensor_cores(format, x, pool):
     problem = IndexLogitsProblem(m=4096, entries=8192, format=format, x=x)
     configs = [
         index_logits.Config(block_m=m, block_n=n, num_warps=n // 32, num_stages=2 if m == 16 else 3)
-        for m, n in ((1, 128), (8, 128), (32, 256) if x == "fp8" else (16, 128))
+        for m, n in ((1, 128), (8, 128), (32, 256) if x == "fp8" or format == "mxfp4" else (16, 128))
     ]
     default = index_logits.default(problem)
     assert default in configs
