@@ -12,7 +12,8 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | None = None
     """Compile and launch once what each problem would run, on random operands of its size; the choices, in order.
 
     device: the current CUDA device, or the CPU where there is none (where nothing is compiled). Afterwards the ops are
-    safe to capture in a CUDA graph for these problems. Raises UnsupportedError for a problem that no kernel supports.
+    safe to capture in a CUDA graph for these problems; another m may be given another config, which is then compiled
+    when it is first met. Raises UnsupportedError for a problem that no kernel supports.
     """
     device = torch.device(device) if device is not None else support.gpu() or torch.device("cpu")
     choices = []

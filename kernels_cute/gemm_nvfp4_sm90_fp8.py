@@ -47,7 +47,6 @@ from .gemm_nvfp4_sm90_wgmma import (
     REGISTERS,
     SCALE_BYTES,
     SM_COUNT,
-    STORE_ROWS,
     TILE,
     UNBIAS,
     WARPGROUP,
@@ -58,6 +57,7 @@ from .gemm_nvfp4_sm90_wgmma import (
     alike as alike,
     registers_at_launch,
     store_bytes,
+    store_rows,
 )
 from .nvfp4 import Host, asked, check_packed, check_stored_rows, e4m3x2_to_f16x2
 
@@ -356,7 +356,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
         self.step_bytes = stage_bytes(config)
         self.warps = WARPGROUP // 32  # of a group
         self.blocks_n = config.groups_n  # tiles of 64 weight rows
-        self.chunk = min(config.tile_m, STORE_ROWS)  # tokens of one store
+        self.chunk = store_rows(config)  # tokens of one store
         self.columns = 128 * 8 // self.out.width  # and weight rows
         self.halves = TILE // self.columns
         self.run = config.tile_m // config.runs  # tokens of an MMA

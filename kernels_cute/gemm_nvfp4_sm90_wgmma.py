@@ -59,7 +59,7 @@ MOST_STAGES = (BARRIER_BYTES - ALPHA_BYTES) // 16 - 2  # that there are barriers
 REGISTERS = 65536  # of an SM
 WIDE = (24, 232, 240)  # registers of a thread that loads, and of one that keeps many sums: with one warpgroup, with two
 FOUR = (24, 120)  # and with three for 128 tokens beside one for 64, which keeps what it has at launch
-STORE_ROWS = 64  # tokens of one store of d, for most tiles
+STORE_ROWS = 64  # tokens of one store of d, where a tile is made of so many
 ALL = 5  # the barrier of all groups: those before are of one each, which may be a tile behind
 WARP_TOKENS = 8  # up to so many are multiplied by warps, without WGMMA
 WARP_ROWS = 16  # weight rows of a warp
@@ -249,10 +249,10 @@ def parts(config: Tile) -> Parts:
 
 
 def store_rows(config: Tile) -> int:
-    """Tokens of one store of d: as many for each of a tile."""
-    if config.tile_m % STORE_ROWS:
-        return config.tile_m if config.tile_m < STORE_ROWS else config.tile_m // 2
-    return STORE_ROWS
+    """Tokens of one store of d, of which a tile has one or more: two where it is not whole ones of the usual size."""
+    if config.tile_m <= STORE_ROWS:
+        return config.tile_m
+    return STORE_ROWS if config.tile_m % STORE_ROWS == 0 else config.tile_m // 2
 
 
 def store_bytes(config: Tile, out: str) -> int:
@@ -346,13 +346,13 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     return None
 
 
-# microseconds of a tile for 1000 of k, for more than 64 tokens: fitted to 1,249 timings on an H100, the last to two
+# microseconds of a tile for 1000 of k, for more than 64 tokens: fitted to 1,249 timings on an H100, or as they say
 TILE_US = {
     Config(tile_m=128, groups_n=1): 3.45,
     Config(tile_m=128, groups_n=2): 5.35,
     Config(tile_m=128, groups_n=3): 7.7,
-    Config(tile_m=176, groups_n=2, tile_k=64): 7.0,  # of four timings, as the next
-    Config(tile_m=192, groups_n=2, tile_k=64): 7.5,
+    Config(tile_m=176, groups_n=2, tile_k=64): 7.0,  # of four timings
+    Config(tile_m=192, groups_n=2, tile_k=64): 7.5,  # of two
     Config(tile_m=256, groups_n=2, tile_k=64): 9.55,
     Config(tile_m=256, groups_n=1, tile_k=64): 5.6,
     Config(tile_m=64, groups_n=1, groups_k=2): 2.4,

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -100,7 +100,7 @@ def _of(problem: Problem, arch: str, agreed: tuple[str, str] | None) -> Space:
         choices[row.name] = checked_space(module)
         default = default_of(row.name, problem)
         if row.any_m:
-            mine = _supported_at_any_m(row.name, replace(problem, m=1))
+            mine = _supported_at_any_m(row.name, dataclasses.replace(problem, m=1))
         else:
             mine = _supported(row.name, problem)
         why = module.supports(problem, default.config)
