@@ -57,7 +57,7 @@ CTA_BYTES = 1024  # of shared memory that the hardware keeps for each CTA
 MAX_STAGES = 16  # where as many are asked for as fit
 MOST_STAGES = (BARRIER_BYTES - ALPHA_BYTES) // 16 - 2  # that there are barriers for, beside those of parts of sums
 REGISTERS = 65536  # of an SM
-WIDE = (24, 232, 240)  # registers of a thread that loads, and of one that keeps many sums: with one warpgroup, with two
+WIDE = (24, 232, 240, 160)  # registers of a thread that loads, and of one that keeps many sums: of one to three groups
 FOUR = (24, 120)  # and with three for 128 tokens beside one for 64, which keeps what it has at launch
 STORE_ROWS = 64  # tokens of one store of d, where a tile is made of so many
 ALL = 5  # the barrier of all groups: those before are of one each, which may be a tile behind
@@ -316,10 +316,13 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
     step = config.tile_k * config.paired
     if problem.n % TILE or problem.k % step:
         return f"n={problem.n}, k={problem.k}: n must be a multiple of {TILE}, k of {step}"
-    if config.tile_m * config.strips > 256:
+    sums = config.tile_m * config.strips
+    if sums > 256:
         return f"{config.tile_m} tokens by {config.strips} strips: sums do not fit the registers"
-    if config.groups > (2 if config.tile_m * config.strips > 128 else 4):
+    if config.groups > (4 if sums <= 128 else 3 if sums <= 192 else 2):
         return f"{config.groups} warpgroups with sums of {config.tile_m} x {config.strips}: too many threads"
+    if config.groups == 3 and sums > 128 and (config.strips > 1 or config.split > 2):
+        return f"{config.strips} strips, split={config.split}: three groups with {sums} sums a row would spill"
     stages = stages_of(config, problem.out)
     if stages <= config.groups_k * config.paired:
         return f"{stages} stages: {config.groups_k} warpgroups hold {config.paired} each while they wait for the next"
@@ -334,10 +337,11 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         return f"k={problem.k} is too little for {config.tail} CTAs"
     at_launch = registers_at_launch(config.blocks * config.threads)
     if config.wide:
-        fits = config.by_halves or config.groups * WIDE[1] + WIDE[0] <= REGISTERS // WARPGROUP // config.blocks
+        at_work = WIDE[0] + config.groups * WIDE[config.groups] if not config.by_halves else 0
+        fits = at_work * WARPGROUP * config.blocks <= REGISTERS
         fits = fits and at_launch >= config.tile_m // 2 + 30  # ptxas wants to see room for one MMA
     else:
-        fits = at_launch >= (48 if config.by_warp else 64) + config.tile_m * config.strips // 2
+        fits = at_launch >= (48 if config.by_warp else 64) + sums // 2
     if not fits:
         return f"blocks={config.blocks}: the registers do not hold the sums of so many CTAs"
     need = shared_bytes(config, problem.out)
@@ -357,8 +361,10 @@ TILE_US = {
     Config(tile_m=256, groups_n=1, tile_k=64): 5.6,
     Config(tile_m=64, groups_n=1, groups_k=2): 2.4,
     Config(tile_m=128, groups_n=4, tile_k=64, overlap=True): 9.5,  # of two timings beside 256 tokens
-    Config(tile_m=96, groups_n=2): 4.4,  # predicted, as the next: lines through those of 128 and more tokens
-    Config(tile_m=96, groups_n=3): 6.3,
+    Config(tile_m=96, groups_n=2): 4.4,  # predicted: a line through those of 128 and more tokens
+    Config(tile_m=96, groups_n=3): 6.5,  # of two timings
+    Config(tile_m=176, groups_n=3, tile_k=64): 10.2,  # predicted, as the next: as fast as the MMAs of two groups
+    Config(tile_m=192, groups_n=3, tile_k=64): 11.0,
 }
 # that clusters of so many CTAs reach; of three 126 on some H100s, but on one 41 took 1.6 times as long as 40 should
 CLUSTERED_SMS = {1: SM_COUNT, 2: SM_COUNT, 3: 120, 4: 120}

@@ -272,14 +272,13 @@ def warm_own(dims: dict[str, int | str], kernel: str, knobs: dict[str, Any]) -> 
         module.warm(problems.from_dims(GemmProblem.op, dims), registry.make_config(module, knobs))
 
 
-def warm_peer(name: str, n: int, k: int, m: list[int], device: str) -> None:
-    """Have a peer that compiles while running do so for all m, into the cache that it keeps on disk."""
+def warm_peer(name: str, n: int, k: int, m: int, device: str) -> None:
+    """Have a peer that compiles while running do so, into the cache that it keeps on disk."""
     where = measure.cuda_device(device)
     gen = torch.Generator(device=where).manual_seed(0)
     weight = testing.random_nvfp4(n, k, gen, alpha=torch.tensor(ALPHA, device=where))
     layer = peers.PEERS[name].prepare(weight, ALPHA)
-    for rows in m:
-        layer(torch.zeros(rows, k, dtype=torch.bfloat16, device=where))().sum().item()
+    layer(torch.zeros(m, k, dtype=torch.bfloat16, device=where))().sum().item()
 
 
 def roofs(device: str) -> dict[str, float]:

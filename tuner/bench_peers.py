@@ -201,18 +201,19 @@ def _compile_ahead(
 
     What fails here fails in its cell too, which is where it counts.
     """
-    ms: dict[tuple[int, int], set[int]] = {}
-    for c in todo:
-        ms.setdefault((c.problem.n, c.problem.k), set()).add(c.problem.m)
+    sizes = dict.fromkeys((c.problem.n, c.problem.k, c.problem.m) for c in todo)
     compiling = [PEERS[name] for name in present if PEERS[name].compiles]
-    calls = [(backend.warm_peer, (p.name, n, k, sorted(m), device)) for (n, k), m in ms.items() for p in compiling]
+    calls = [(backend.warm_peer, (p.name, n, k, m, device)) for n, k, m in sizes for p in compiling]
     environment = {k: v for p in compiling for k, v in p.environment.items()}
 
     def warm_peers() -> None:
+        said = set()  # what a peer refuses of a weight it mostly refuses for all m
         for index, found in worker.run_all(calls, min(options.jobs, len(calls)), RECORD_S, environment):
-            if isinstance(found, Exception):
-                name, n, k, *_ = calls[index][1]
-                say(f"compiling {name} for {n} x {k}: {line(found)}")
+            name, n, k, *_ = calls[index][1]
+            why = f"compiling {name} for {n} x {k}: {line(found)}" if isinstance(found, Exception) else None
+            if why is not None and why not in said:
+                said.add(why)
+                say(why)
 
     with ThreadPoolExecutor(1) as pool:
         warming = pool.submit(warm_peers) if calls else None

@@ -47,6 +47,8 @@ CONFIGS = [
     Config(tile_m=176, groups_n=2, stages=3, split=2),
     Config(tile_m=176, groups_n=2, tile_k=64, stages=3, share=2),
     Config(tile_m=96, groups_n=3, stages=2),
+    Config(tile_m=192, groups_n=3, tile_k=64, stages=3),
+    Config(tile_m=176, groups_n=3, tile_k=64, stages=3, share=2),
     Config(tile_m=16, groups_n=1, groups_k=2, warps=3, stages=4, share=2),
 ]
 OVERLAPPING = Config(tile_m=128, groups_n=4, tile_k=64, overlap=True)
