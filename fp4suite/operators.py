@@ -37,6 +37,7 @@ from .problem import (
     QuantizeProblem,
     RmsNormProblem,
     RmsnormQuantizeProblem,
+    RopeInverseInPlaceProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
     RouteChoice,
@@ -750,6 +751,16 @@ def _rope_inverse(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     return out
 
 
+def _rope_inverse_in_place(o: Tensor, positions: Tensor, table: Tensor) -> None:
+    problem = RopeInverseInPlaceProblem(**_heads_of(o, table))
+    choice = dispatch.choose("rope_inverse_", problem, o.device)
+    if choice.is_reference:
+        reference.rope_inverse_(o, positions, table)
+        return
+    with _on(o.device):
+        choice.module.launch(positions.contiguous(), table, o, choice.config)
+
+
 def _rope_inverse_alpha(o: Tensor, positions: Tensor, table: Tensor, groups: int) -> Tensor:
     _refuse_alpha_of_all_rows()
     problem = RopeInverseQuantizeProblem(**_heads_of(o, table), groups=groups)
@@ -1108,6 +1119,7 @@ _register(
     _same,
 )
 _register("rope_inverse(Tensor o, Tensor positions, Tensor table) -> Tensor", _rope_inverse, _same)
+_register("rope_inverse_(Tensor(a!) o, Tensor positions, Tensor table) -> ()", _rope_inverse_in_place, _nothing)
 _register(
     "rope_inverse_alpha(Tensor o, Tensor positions, Tensor table, int groups) -> Tensor",
     _rope_inverse_alpha,

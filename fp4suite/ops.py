@@ -746,6 +746,20 @@ def rope_inverse(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     return _ops.rope_inverse(o, positions, table)
 
 
+def rope_inverse_(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+    """`rope_inverse` in place: the last dims of o's heads are changed, the others not even read. Returns o.
+
+    o: of any strides whose last is 1, no two elements in one place. ValueError for any other.
+    """
+    _check_heads(o, "o")
+    _check_rope(o, positions, table)
+    shared = any(n > 1 and not stride for n, stride in zip(o.shape, o.stride(), strict=True))
+    if shared or (o.shape[2] > 1 and o.stride(2) != 1):
+        raise ValueError(f"o is changed in place: its dims must be adjacent, its heads apart, got strides {o.stride()}")
+    _ops.rope_inverse_(o, positions, table)
+    return o
+
+
 def rope_inverse_quantize(
     o: Tensor,
     positions: Tensor,

@@ -639,6 +639,30 @@ class RopeInverseProblem(Problem):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RopeInverseInPlaceProblem(Problem):
+    """RoPE undone on the last dims of each head of o [m, heads, head_dim], in place; the others are left alone."""
+
+    op: ClassVar[str] = "rope_inverse_"
+    heads: int
+    head_dim: int = 512
+    rope_dim: int = 64
+    x: str = "bf16"
+
+    @property
+    def k(self) -> int:
+        """Elements of a token that are turned."""
+        return self.heads * self.rope_dim
+
+    @property
+    def flops(self) -> int:
+        return 3 * self.m * self.heads * self.rope_dim
+
+    @property
+    def bytes(self) -> int:
+        return 2 * ELEMENT_BYTES[self.x] * self.m * self.heads * self.rope_dim + rope_bytes(self.m, self.rope_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RopeInverseQuantizeProblem(Problem):
     """RoPE undone, then NVFP4 by group of heads, with the global scale given: `groups` matrices [m, k]."""
 
@@ -770,6 +794,7 @@ PROBLEMS: dict[str, type[Problem]] = {
         KvNormRopeInsertProblem,
         QkvNormRopeInsertProblem,
         RopeInverseProblem,
+        RopeInverseInPlaceProblem,
         RopeInverseQuantizeProblem,
         RouteProblem,
         PermuteProblem,

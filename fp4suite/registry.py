@@ -77,6 +77,7 @@ KERNELS: list[Kernel] = [
         exact=True,
     ),
     Kernel("rope_inverse", "triton_rope_inverse", "kernels_triton.rope_inverse", _BOTH, exact=True),
+    Kernel("rope_inverse_", "triton_rope_inverse_in_place", "kernels_triton.rope_inverse_in_place", _BOTH, exact=True),
     Kernel(
         "rope_inverse_quantize",
         "triton_rope_inverse_quantize",

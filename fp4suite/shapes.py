@@ -43,6 +43,7 @@ from .problem import (
     QuantizeProblem,
     RmsNormProblem,
     RmsnormQuantizeProblem,
+    RopeInverseInPlaceProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
     RouteProblem,
@@ -278,13 +279,20 @@ def _walk(
             yield "shared_expert", depth, SwigluProblem(m=rows, k=config["moe_intermediate_size"])
         elif op == EmbedProblem.op:
             yield "embedding", 1, EmbedProblem(m=rows, vocab=config["vocab_size"], k=d, n=config["hc_mult"])
-        elif op in (QnormRopeProblem.op, RopeInverseProblem.op, RopeInverseQuantizeProblem.op):
+        elif op in (
+            QnormRopeProblem.op,
+            RopeInverseProblem.op,
+            RopeInverseInPlaceProblem.op,
+            RopeInverseQuantizeProblem.op,
+        ):
             heads = {"heads": config["num_attention_heads"] // tp, "head_dim": config["head_dim"]}
             heads["rope_dim"] = config["qk_rope_head_dim"]
             if op == QnormRopeProblem.op:
                 yield "queries", depth, QnormRopeProblem(m=rows, **heads)
             elif op == RopeInverseProblem.op:
                 yield "attention_output", depth, RopeInverseProblem(m=rows, **heads)
+            elif op == RopeInverseInPlaceProblem.op:
+                yield "attention_output", depth, RopeInverseInPlaceProblem(m=rows, **heads)
             else:
                 groups = config["o_groups"] // tp
                 problem = RopeInverseQuantizeProblem(m=rows, **heads, groups=groups, sf_layout=sf_layout)

@@ -58,6 +58,7 @@ from .problem import (
     QuantizeProblem,
     RmsNormProblem,
     RmsnormQuantizeProblem,
+    RopeInverseInPlaceProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
     RouteProblem,
@@ -163,6 +164,8 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _sample_case(problem, gen)
     if isinstance(problem, QnormRopeProblem | RopeInverseProblem | RopeInverseQuantizeProblem):
         return _heads_case(problem, gen)
+    if isinstance(problem, RopeInverseInPlaceProblem):
+        return _rope_inverse_in_place_case(problem, gen)
     if isinstance(problem, KvNormRopeInsertProblem):
         return _kv_norm_rope_insert_case(problem, gen)
     if isinstance(problem, QkvNormRopeInsertProblem):
@@ -895,6 +898,20 @@ def _heads_case(p: QnormRopeProblem | RopeInverseProblem | RopeInverseQuantizePr
             assert_same_bytes(out[some], op(x[some], positions[some], table, *eps), f"tokens from {some.start} on")
 
     return Case(p, (x, positions, table, *eps), out, (), partial(out.fill_, torch.nan), verify)
+
+
+def _rope_inverse_in_place_case(p: RopeInverseInPlaceProblem, gen: torch.Generator) -> Case:
+    before = random_activations((p.m, p.heads, p.head_dim), gen, TORCH_DTYPES[p.x])
+    positions, table = _positions(p.m, p.rope_dim, gen)
+    o = before.clone()
+
+    def verify() -> None:
+        for tokens in torch.arange(p.m).split(VERIFIED_TOKENS):
+            some = slice(int(tokens[0]), int(tokens[-1]) + 1)
+            want = reference.rope_inverse(before[some], positions[some], table)
+            assert_same_bytes(o[some], want, f"tokens from {some.start} on")
+
+    return Case(p, (positions, table), o, (), partial(o.copy_, before), verify, stateful=True)
 
 
 def _rope_inverse_quantize_case(p: RopeInverseQuantizeProblem, o: Tensor, positions: Tensor, table: Tensor) -> Case:

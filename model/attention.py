@@ -67,7 +67,7 @@ class Attention(nn.Module):
             caches.append(cache.compressed)
             rows.append(chosen)
         o = ops.sparse_attention(q, caches, rows, self.attn_sink, self.config.head_dim**-0.5)
-        o = ops.rope_inverse(o, batch.positions, cache.table)  # [tokens, heads, head_dim]
+        o = ops.rope_inverse_(o, batch.positions, cache.table)  # [tokens, heads, head_dim]
         return self.wo_b(self._grouped(o.flatten(1)))
 
     def _heads(self, q: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fp4suite.problem import (
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
+    RopeInverseInPlaceProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
     SwigluQuantizeProblem,
@@ -80,6 +81,8 @@ def _eager(case: Case) -> Callable[[], object]:
         return lambda: reference.qnorm_rope(*x)
     if isinstance(p, RopeInverseProblem):
         return lambda: reference.rope_inverse(*x)
+    if isinstance(p, RopeInverseInPlaceProblem):
+        return lambda: reference.rope_inverse_(case.out, *x)
     if isinstance(p, KvNormRopeInsertProblem):
         kv, weight, at, table, eps, slots = x
         return lambda: reference.kv_norm_rope_insert(kv, weight, at, table, eps, case.out, slots)

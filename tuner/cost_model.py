@@ -47,6 +47,7 @@ from fp4suite.problem import (
     QuantizeProblem,
     RmsNormProblem,
     RmsnormQuantizeProblem,
+    RopeInverseInPlaceProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
     RouteProblem,
@@ -70,6 +71,7 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     QnormRopeProblem.op: 22,
     KvNormRopeInsertProblem.op: 34,
     RopeInverseProblem.op: 7,
+    RopeInverseInPlaceProblem.op: 10,
     RopeInverseQuantizeProblem.op: 32,
     IndexQueryProblem.op: 24,
 }
@@ -242,7 +244,10 @@ def _rows(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
     block_h: heads of a token in place of columns. groups: so many matrices.
     """
     block_m, groups = getattr(config, "block_m", 1), getattr(problem, "groups", 1)
-    block_k = config.block_h * problem.head_dim if hasattr(config, "block_h") else getattr(config, "block_k", None)
+    if hasattr(config, "block_h"):
+        block_k = config.block_h * (problem.k // problem.heads)
+    else:
+        block_k = getattr(config, "block_k", None)
     block_k = min(block_k or problem.k, problem.k)
     ctas = math.ceil(problem.m / block_m) * math.ceil(problem.k / block_k) * groups
     threads = 32 * config.num_warps
@@ -728,5 +733,6 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     KvNormRopeInsertProblem: _rows,
     QkvNormRopeInsertProblem: _norm_and_insert,
     RopeInverseProblem: _rows,
+    RopeInverseInPlaceProblem: _rows,
     RopeInverseQuantizeProblem: _rows,
 }

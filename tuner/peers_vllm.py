@@ -23,6 +23,7 @@ from fp4suite.problem import (
     QuantizeFp8Problem,
     RmsNormProblem,
     RmsnormQuantizeProblem,
+    RopeInverseInPlaceProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
     RouteProblem,
@@ -140,8 +141,10 @@ def _norms_insert_refuses(problem: Problem) -> str | None:
 def rotary(case: Case) -> Call:
     """In place: what is not rotated is neither read nor written."""
     op = vllm_ops("_C", "rotary_embedding")
-    o, positions, table = case.operands[:3]
-    turned, at = o.clone(), positions.long()
+    in_place = isinstance(case.problem, RopeInverseInPlaceProblem)
+    o, positions, table = (case.out, *case.operands) if in_place else case.operands[:3]
+    o, at = o.clone(), positions.long()
+    turned = o.clone()
     head_dim, rope_dim = o.shape[-1], table.shape[1]
     rows = spread(len(o), o.device)
 
@@ -492,8 +495,8 @@ PEERS = (
         "two BF16 steps, one E4M3 step where the cache is FP8", "three launches", refuses=_norms_insert_refuses,
     ),
     _peer(
-        "vllm_rotary", (RopeInverseProblem.op, RopeInverseQuantizeProblem.op), rotary, STEP,
-        "in place, leaves dims without RoPE alone; quantises nothing",
+        "vllm_rotary", (RopeInverseProblem.op, RopeInverseInPlaceProblem.op, RopeInverseQuantizeProblem.op), rotary,
+        STEP, "in place, leaves dims without RoPE alone; quantises nothing",
     ),
     _peer(
         "vllm_rotary_quantize", IndexQueryProblem.op, rotary_quantize, "half an E4M3 step of the rotated query",

@@ -54,6 +54,7 @@ from .rope import (
     qnorm_rope as qnorm_rope,
     rope_frequencies as rope_frequencies,
     rope_inverse as rope_inverse,
+    rope_inverse_ as rope_inverse_,
     rope_table as rope_table,
 )
 from .router import route as route

@@ -71,3 +71,10 @@ def qnorm_rope(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tenso
 def rope_inverse(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     """Undo the rotation that values carry (K = V) at the query's position: o [tokens, heads, head_dim] -> the same."""
     return rotate(o, positions, table, inverse=True)
+
+
+def rope_inverse_(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+    """`rope_inverse` in place; returns o."""
+    last = o[..., o.shape[-1] - table.shape[1] :]
+    last.copy_(rope_inverse(last, positions, table))
+    return o

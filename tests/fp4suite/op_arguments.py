@@ -95,7 +95,7 @@ def arguments(name: str) -> tuple[tuple, dict]:
             return (h, g(n, n * hidden, seed=1), g(n), g(1), None), {"norm_eps": 1e-6, "eps": 1e-6}
         case "qnorm_rope":
             return (g(tokens, 3, HEAD), positions, table, 1e-6), {}
-        case "rope_inverse":
+        case "rope_inverse" | "rope_inverse_":
             return (g(tokens, 3, HEAD), positions, table), {}
         case "rope_inverse_quantize":
             return (g(tokens, 4, HEAD), positions, table), {"groups": 2}

@@ -20,6 +20,7 @@ from fp4suite.problem import (
     QuantizeProblem,
     RmsNormProblem,
     RmsnormQuantizeProblem,
+    RopeInverseInPlaceProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
     SwigluQuantizeProblem,
@@ -33,6 +34,7 @@ from kernels_triton import (
     rms_norm,
     rmsnorm_quantize,
     rope_inverse,
+    rope_inverse_in_place,
     rope_inverse_quantize,
     swiglu_quantize,
 )
@@ -51,6 +53,7 @@ ROPE: list[tuple[ModuleType, Problem]] = [
     (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="nvfp4")),
     (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="bf16")),
     (rope_inverse, RopeInverseProblem(m=64, heads=128)),
+    (rope_inverse_in_place, RopeInverseInPlaceProblem(m=64, heads=128)),
     (rope_inverse_quantize, RopeInverseQuantizeProblem(m=64, heads=128, groups=16)),
 ]
 NORMS: list[tuple[ModuleType, Problem]] = [

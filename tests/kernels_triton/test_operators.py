@@ -40,6 +40,7 @@ LAUNCHES = {
     "qnorm_rope": 1,
     "kv_norm_rope_insert": 1,
     "rope_inverse": 1,
+    "rope_inverse_": 1,
     "rope_inverse_quantize": 1 + 2,
     "swiglu": 1,
     "embed": 1,

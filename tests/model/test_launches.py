@@ -20,7 +20,7 @@ ONE_KERNEL = {
     "compress_kv_pair",
     "qnorm_rope",
     "csa_queries",
-    "rope_inverse",
+    "rope_inverse_",
     "route",
     "swiglu",
 }
@@ -39,7 +39,7 @@ def test_operators_without_a_gpu() -> None:
     for calls in found.values():
         assert split(calls)[1] == PYTORCH
     ours = {kind: split(calls)[0] for kind, calls in found.items()}
-    of_each = {"gemm_w4a16": 5, "qkv_norm_rope_insert": 1, "sparse_attention": 1, "rope_inverse": 1, "route": 1}
+    of_each = {"gemm_w4a16": 5, "qkv_norm_rope_insert": 1, "sparse_attention": 1, "rope_inverse_": 1, "route": 1}
     of_each |= {
         "moe_nvfp4": 1,
         "swiglu": 1,

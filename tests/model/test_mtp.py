@@ -218,7 +218,7 @@ def test_a_wrong_weight_is_caught(name: str, model: Transformer) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("rope_inverse", lambda o, positions, table: o),
+        ("rope_inverse_", lambda o, positions, table: o),
         ("hyper_connection_head", lambda h, *rest, **how: h.mean(1)),
         ("hyper_connection_post", lambda y, h, post, comb: post[:, :, None] * y[:, None] + h),
     ],

@@ -204,7 +204,7 @@ def _patched(name: str) -> tuple[str, Callable[..., object]]:
         return real["compress_kv"](kv, gate, 0 * ape, *operands, positions=positions, ratio=ratio, **how)
 
     return {
-        "no inverse RoPE": ("rope_inverse", lambda o, positions, table: o),
+        "no inverse RoPE": ("rope_inverse_", lambda o, positions, table: o),
         "no sink": (
             "sparse_attention",
             lambda q, c, i, sink, s: real["sparse_attention"](q, c, i, 0 * sink - 1e30, s),
