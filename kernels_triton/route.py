@@ -62,7 +62,7 @@ class Config:
 
 SPACE = {
     "block_m": (1, 2, 4, 16),
-    "num_warps": (1, 2, 4),
+    "num_warps": (1, 2, 4, 8, 16),
     "presort": (False, True),
     "ahead": (False, True),
 }
@@ -94,8 +94,6 @@ def supports(problem: RouteProblem, config: Config) -> str | None:
         return f"presort=True takes {_candidates(problem.topk)} candidates and needs more experts"
     if config.ahead and problem.choice != "table":
         return "ahead=True is for a table's choice"
-    if config.ahead and config.block_m > 1:
-        return f"ahead=True takes one token a program, not block_m={config.block_m}"
     if problem.choice != "table" and config.num_warps > config.block_m:
         return f"num_warps={config.num_warps}: block_m={config.block_m} tokens are chosen for by a warp each at most"
     wide = CHUNK * _chunks(problem.experts) if problem.choice != "table" or config.ahead else 1
@@ -296,9 +294,10 @@ def _route(
     inside = in_rows[:, None] & (choice < TOPK)[None, :]
     if CHOICE == "table":
         if AHEAD:
-            row = tl.program_id(0).to(tl.int64)
-            cols = tl.arange(0, WIDE)
-            x = tl.load(logits_ptr + row * stride_m + cols, mask=cols < E, other=0.0)
+            # flat, as tokens by experts would cross shared memory nine times in place of one
+            at = tl.arange(0, BLOCK_M * WIDE)
+            row, col = tl.program_id(0).to(tl.int64) * BLOCK_M + at // WIDE, at % WIDE
+            x = tl.load(logits_ptr + row * stride_m + col, mask=(row < M) & (col < E), other=0.0)
         token = tl.load(token_ptr + rows, mask=in_rows, other=-1).to(tl.int64)[:, None]
         known = inside & (token >= 0) & (token < V)
         ids = tl.load(table_ptr + token * TOPK + choice[None, :], mask=known, other=-1).to(tl.int32)
@@ -324,7 +323,8 @@ def _route(
         )  # fmt: skip
     chosen = inside & (ids >= 0) & (ids < E)
     if AHEAD:
-        s = tl.gather(_affinity(widen(x)), tl.where(chosen, ids, 0).reshape(CHOICES), axis=0)[None, :]
+        at = tl.arange(0, BLOCK_M)[:, None] * WIDE + tl.where(chosen, ids, 0)
+        s = tl.gather(_affinity(widen(x)), at.reshape(BLOCK_M * CHOICES), axis=0).reshape(BLOCK_M, CHOICES)
     elif not PRESORT:
         s = _scores(logits_ptr, stride_m, rows, ids, chosen)
     s = tl.where(chosen, s, 0.0)

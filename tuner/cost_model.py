@@ -354,7 +354,8 @@ def _route(problem: RouteProblem, config: Any, arch: str, resources: Resources |
         each = 30 + 5 * p.topk if config.presort else 90 + 7 * p.topk  # SASS of sm_90a, by experts
         return _moved(programs, read, config.num_warps, block_m * p.experts * each, ramps=2)
     if config.ahead:
-        return _moved(programs, read + 4.0 * p.experts, config.num_warps, p.experts * SCORE_INSTRUCTIONS, ramps=3)
+        scores = block_m * p.experts
+        return _moved(programs, read + 4.0 * scores, config.num_warps, scores * SCORE_INSTRUCTIONS, ramps=3)
     return _moved(programs, read, config.num_warps, block_m * (p.topk * SCORE_INSTRUCTIONS + 32 * 200), ramps=4)
 
 

@@ -186,7 +186,8 @@ def test_which_rows_rough_scores_decide(device):
 def test_tables(types, device):
     tokens = torch.tensor([0, 19, 7, 7, 3, 18]).to(device, types[0])
     table = torch.randint(40, (20, 6), generator=torch.Generator().manual_seed(5)).to(device, types[1])
-    for config in (kernel.Config(block_m=4), kernel.Config(num_warps=4, ahead=True), kernel.Config(ahead=True)):
+    ahead = kernel.Config(num_warps=4, ahead=True), kernel.Config(block_m=4, num_warps=8, ahead=True)
+    for config in (kernel.Config(block_m=4), *ahead):
         check(2 * draw(6, 40).to(device), 6, None, tokens, table, config)
 
 
@@ -198,7 +199,7 @@ def test_scores_ahead_of_a_table(device):
     logits = 3 * draw(64, 2 * experts, seed=7)
     logits[1], logits[2, :140], logits[3, ::2] = -200.0, INF, NAN
     tokens = torch.arange(64, device=device)
-    for config in (kernel.Config(ahead=True), kernel.Config(num_warps=4, ahead=True)):
+    for config in (kernel.Config(ahead=True), kernel.Config(block_m=4, num_warps=16, ahead=True)):
         for rows in (logits[:, :experts], logits[:, 5 : 5 + experts], logits.view(128, experts)[:64]):
             check(rows.to(device), 3, None, tokens, table, config)
 
@@ -209,7 +210,7 @@ def test_tokens_and_experts_that_do_not_exist(device):
     tokens = torch.tensor([2, -1, 0, 1, 2**40], device=device)
     ids = torch.full((5, 2), -7, dtype=torch.int32, device=device)
     weights = torch.full((5, 2), NAN, device=device)
-    for config in (kernel.Config(block_m=2), kernel.Config(num_warps=2, ahead=True)):
+    for config in (kernel.Config(block_m=2), kernel.Config(block_m=2, num_warps=2, ahead=True)):
         kernel.launch(torch.zeros(5, 8, device=device), None, tokens, table, 1.0, (ids, weights), config)
         assert ids.tolist() == [[-1, -1], [-1, -1], [0, 5], [8, -1], [-1, -1]]
         assert weights.tolist() == [[0, 0], [0, 0], [0.5, 0.5], [0, 0], [0, 0]]
@@ -236,7 +237,11 @@ def test_no_tokens(device):
         (RouteProblem(m=1, experts=64, topk=6), {"num_warps": 2}, "block_m=1 tokens are chosen for by a warp each"),
         (RouteProblem(m=1, experts=64, topk=6), {"ahead": True}, "ahead=True is for a table's choice"),
         (RouteProblem(m=1, experts=64, topk=6, choice="table"), {"presort": True}, "for a choice by scores"),
-        (RouteProblem(m=1, experts=64, topk=6, choice="table"), {"ahead": True, "block_m": 2}, "takes one token"),
+        (
+            RouteProblem(m=1, experts=384, topk=6, choice="table"),
+            {"ahead": True, "block_m": 16},
+            "keys a thread spill",
+        ),
     ],
 )
 def test_refusals(problem, config, message):

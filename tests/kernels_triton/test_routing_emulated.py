@@ -43,15 +43,15 @@ def test_route(config, pool):
 
 
 def test_route_by_a_table(pool):
-    """Scores that are made ahead, and found in shared memory."""
-    p, config = RouteProblem(m=9, experts=200, topk=6, choice="table"), route.Config(num_warps=4, ahead=True)
+    """Scores that are made ahead, of two tokens a program, and found in shared memory."""
+    p, config = RouteProblem(m=9, experts=200, topk=6, choice="table"), route.Config(block_m=2, num_warps=8, ahead=True)
     c = testing.case(p)
     logits, _, tokens, table, scale = c.operands
     ids, weights = np.full((p.m, 6), -7, np.int32), np.full((p.m, 6), np.nan, np.float32)
     b = pool.submit(route.build, p, config, "sm_90a").result()
     sizes = np.int32(p.m), np.int32(len(table)), np.int32(p.experts), np.float32(scale)
     operands = logits.numpy(), np.int32(p.experts), tokens.numpy(), table.numpy(), ids, weights
-    launch(b, p.m, config.num_warps, *operands, *sizes)
+    launch(b, -(-p.m // config.block_m), config.num_warps, *operands, *sizes)
     want = c.eager()
     assert torch.equal(torch.from_numpy(ids), want[0])
     testing.assert_same_bytes(torch.from_numpy(weights), want[1], "weights")

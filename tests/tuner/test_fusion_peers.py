@@ -360,7 +360,6 @@ def test_a_composition_gives_the_reference(monkeypatch):
         "quantize_fp8": problems.QuantizeFp8Problem(m=3, k=64),
         "qnorm_rope": problems.QnormRopeProblem(m=3, heads=2, head_dim=64, rope_dim=32),
         "rope_inverse": problems.RopeInverseProblem(m=3, heads=2, head_dim=64, rope_dim=32),
-        "rope_inverse_": problems.RopeInverseInPlaceProblem(m=3, heads=2, head_dim=64, rope_dim=32),
     }.items():
         call, result = called("torch_compile", problem)
         assert call.check(result) == 0, op
