@@ -197,11 +197,12 @@ def _compile_ahead(
     options: Options,
     say: Callable[[str], None],
 ) -> None:
-    """Peers into their caches on disk, many processes at once; ours in the measuring process meanwhile.
+    """Peers into their caches on disk, many processes at once, m by m, as calls for one weight wait for each other's
+    locks; ours in the measuring process meanwhile.
 
     What fails here fails in its cell too, which is where it counts.
     """
-    sizes = dict.fromkeys((c.problem.n, c.problem.k, c.problem.m) for c in todo)
+    sizes = sorted({(c.problem.n, c.problem.k, c.problem.m) for c in todo}, key=lambda nkm: nkm[2])
     compiling = [PEERS[name] for name in present if PEERS[name].compiles]
     calls = [(backend.warm_peer, (p.name, n, k, m, device)) for n, k, m in sizes for p in compiling]
     environment = {k: v for p in compiling for k, v in p.environment.items()}

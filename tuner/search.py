@@ -129,26 +129,30 @@ class Search:
         judge: Evaluator,
         *,
         deadline: float = math.inf,
+        latest: float | None = None,
         after: Callable[[], None] = lambda: None,
         begin: Callable[[Candidate], "Future[Rejected | None]"] = lambda candidate: prepared(),
         depth: int = 1,
     ) -> None:
         """Evaluate until the budget is spent or `deadline` (time.monotonic) has passed. `after` follows each trial.
 
+        latest: how long to wait for a first candidate, should that be later than `deadline`.
         begin: starts to prepare a candidate; when that has ended, the candidate is evaluated, or rejected for what the
         future says. depth: candidates in hand at a time, of which the first that is prepared is evaluated.
         """
         hand: list[_InHand] = []
         try:
-            while time.monotonic() < deadline:
-                while len(hand) < depth and time.monotonic() < deadline and (claimed := self._claim()) is not None:
+            until = deadline if latest is None or self.evaluated() else max(deadline, latest)
+            while time.monotonic() < until:
+                while len(hand) < depth and time.monotonic() < until and (claimed := self._claim()) is not None:
                     hand.append(_InHand(*claimed, begin(claimed[1])))
-                ready = _first_ready(hand, deadline)
+                ready = _first_ready(hand, until)
                 if ready is None:
                     return
                 self._evaluate(ready, judge)
                 hand.remove(ready)
                 after()
+                until = deadline
         finally:
             for left in hand:
                 self._put_back(left.trial.number, left.candidate.params)

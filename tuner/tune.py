@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 IN_HAND = 8  # candidates of a problem that are compiled or timed at once: the sampler proposes more without results
 STARTUP_S = 20.0  # what the first problem may take longer
+PATIENCE_S = 30.0  # with a problem that nothing is compiled of yet, should that be more than its share
 OWN_WINNERS, NEAR_WINNERS = 3, 2  # of a problem at several m, and of the nearest others, that are tried again
 PREDICTED_MARGIN = 0.05  # a model's opinion has to promise this much before it moves a default
 
@@ -292,7 +293,8 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
                 if attempt == 0:
                     ahead.leave_behind(index)
                 bar.set_postfix_str(f"{task.problem.op} {task.problem}", refresh=True)
-                share = (options.deadline - time.monotonic()) / (len(todo) - index)
+                remaining = options.deadline - time.monotonic()
+                share = remaining / (len(todo) - index)
                 if attempt + index == 0:
                     share += STARTUP_S  # of the child: imports, the device, the first compilation
                 judge = Measured(task, target.cuda, options.budget.rounds, child, seed=options.seed)
@@ -301,6 +303,7 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
                     search.run(
                         judge,
                         deadline=time.monotonic() + share,
+                        latest=time.monotonic() + min(PATIENCE_S, remaining / 2),
                         after=lambda: _tick(bar),
                         begin=functools.partial(_begin, ahead, builds.NOW, task),
                         depth=min(options.jobs + 1, IN_HAND),

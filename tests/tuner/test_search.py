@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future
 
@@ -183,6 +184,19 @@ def test_deadline_ends_the_wait_for_a_compiler_and_nothing_is_lost(fake, problem
     Search(task_of(problem, seeds), storage, 10).run(judge, depth=3)
     assert len(judge.asked) == len(set(judge.asked)) == 10
     assert {whole.default, *seeds} <= set(judge.asked)
+
+
+def test_a_first_result_is_waited_for_beyond_the_deadline_and_no_second(fake, problem):
+    search, judge, compiler = search_of(problem, trials=10), Judge(rounds=1), Compiler()
+    began = time.monotonic()
+    later = threading.Timer(0.5, lambda: [f.set_result(None) for f in compiler.begun.values()])
+    later.start()
+    search.run(judge, deadline=began + 0.1, latest=began + 60, begin=compiler.begin, depth=3)
+    later.join()
+    assert 0.4 < time.monotonic() - began < 5
+    assert len(judge.asked) == search.evaluated() == 1
+    search.run(judge, deadline=began + 0.1, latest=began + 60, begin=compiler.begin, depth=3)
+    assert search.evaluated() == 1
 
 
 def test_an_error_loses_nothing_that_was_in_hand(fake, problem):
