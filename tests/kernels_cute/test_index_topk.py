@@ -101,7 +101,7 @@ def test_entries_that_cannot_be_seen_do_not_count(emulated):
 
 def test_the_op_in_the_emulator(emulated):
     """Through dispatch, with operands that are not contiguous."""
-    x = rows(64, torch.device("cpu"))
+    x = {name: x if name == "block_table" else x[-4:] for name, x in rows(64, torch.device("cpu")).items()}
     x["logits"], x["block_table"] = x["logits"].T.contiguous().T, x["block_table"].T.contiguous().T
     x["positions"] = torch.stack((x["positions"], x["positions"]), dim=1)[:, 0]
     call = {"positions": x["positions"], "sequence_ids": x["sequence_ids"], "ratio": 4, "topk": 16, "page_size": 8}
