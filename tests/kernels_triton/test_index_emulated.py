@@ -32,8 +32,7 @@ def to_the_end(x: torch.Tensor) -> torch.Tensor:
     ("arch", "ratio", "head_dim", "format", "page", "warps", "m", "sequences"),
     [
         ("sm_90a", 4, 512, "fp8_ds_mla", 64, 4, 13, 1),
-        ("sm_100a", 4, 512, "fp8_ds_mla", 64, 4, 13, 1),
-        ("sm_90a", 4, 128, "index_mxfp4", 64, 2, 3, 3),
+        ("sm_100a", 4, 512, "fp8_ds_mla", 64, 4, 3, 3),
         ("sm_100a", 4, 32, "index_mxfp4", 5, 1, 29, 1),
         ("sm_90a", 12, 128, "nvfp4", 64, 2, 5, 1),
     ],
@@ -54,7 +53,8 @@ def test_compress_kv(arch, ratio, head_dim, format, page, warps, m, sequences, p
     args += (positions, ids, cu, state_slots, slots, m, sequences, m // sequences, len(table))
     b = emulate(pool, compress_kv, problem, config, arch, (2 * sequences + triton.cdiv(m, ratio),), args)
     case.check()
-    if config == compress_kv.default(problem) and ratio == 4 and page == 64:  # as in the models
+    if head_dim == 512:  # the default for the models' entries
+        assert config == compress_kv.default(problem)
         check_exact(b)
 
 
