@@ -104,7 +104,7 @@ def test_configs_compile_without_spills(module, kind, pool):
 
 def _shorter(problem: Problem, config: Any) -> Problem:
     """Rows that are read again take the same registers at any length, and Triton, with every tile written out, the
-    longer the more: two tiles or four.
+    longer the more: here as few columns as make several tiles, whole or of parts.
     """
     read_again = getattr(config, "held", None) is False
     return dataclasses.replace(problem, k=2048 if config.parts == 1 else 4096) if read_again else problem
@@ -116,7 +116,7 @@ def test_rope_kernels_compile_without_spills(module, problem, pool):
     jobs = by_turns(module, problem)
     assert len(jobs) >= 4
     if shown_before(module, problem, ROPE):
-        jobs = jobs[:3]
+        jobs = jobs[:3]  # the default for both, and the largest tile
     for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
         assert built.resources(b).refusal(arch) is None, (config, arch)
         inexact = re.findall(r"\b(?:fma|ex2|lg2|rcp|rsqrt|div|sqrt)\.(?!rn)\S+|\S+\.ftz\S*", b.ptx)
