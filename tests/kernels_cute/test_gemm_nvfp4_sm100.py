@@ -55,10 +55,14 @@ def built(config: Config, out: str = "bf16", segments: int = 1) -> Built:
 VARIANTS = [("bf16", 1), ("fp32", 3), ("nvfp4", 3), ("bf16", 3), ("nvfp4", 1)]
 
 
+def by_turns(config: Config) -> Built:
+    return built(config, *VARIANTS[CONFIGS.index(config) % len(VARIANTS)])
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_configs_fit(config):
     """Outputs and segments by turns."""
-    made = built(config, *VARIANTS[CONFIGS.index(config) % len(VARIANTS)])
+    made = by_turns(config)
     found, want = resources(made), kernel.budget(config)
     assert found.spill_bytes == 0
     assert made.shared_bytes == want.shared_bytes <= MAX_SHARED_BYTES["sm_100a"]
@@ -148,7 +152,7 @@ def test_instruction_descriptor(config):
     """
     e2m1, m = 1, 128 * config.mma_ctas
     want = e2m1 << 7 | e2m1 << 10 | config.tile_n // 8 << 17 | m // 128 << 27
-    ptx = built(config).ptx
+    ptx = by_turns(config).ptx
     constants = {int(c) for c in re.findall(r"or\.b32\s+%r\d+, %r\d+, (\d+);", ptx)}
     assert want in constants
     assert not {c for c in constants if c >> 7 & 7 == e2m1 and c >> 10 & 7 == e2m1} - {want}
@@ -164,7 +168,7 @@ def test_shared_memory_descriptors(config):
     codes = 2 << 61 | version | 1024 // 16 << 32
     few = 2 << 61 | version if config.tile_n == 8 * config.mma_ctas else codes  # there are no next eight rows
     scales = version | 128 // 16 << 32
-    ptx = built(config).ptx
+    ptx = by_turns(config).ptx
     found = [int(c) for c in re.findall(r"or\.b64\s+%rd\d+, %rd\d+, (\d+);", ptx)]
     assert sorted(c & ~(0x3FFF << 16) for c in found) == sorted([scales, scales, codes, few])
     assert {c >> 16 & 0x3FFF for c in found} == {1}  # of no meaning for one atom along k

@@ -17,6 +17,7 @@ from fp4suite.problem import (
     Problem,
     QkvNormRopeInsertProblem,
     QnormRopeProblem,
+    QuantizeFp8Problem,
     QuantizeProblem,
     RmsNormProblem,
     RmsnormQuantizeProblem,
@@ -30,6 +31,7 @@ from kernels_triton import (
     kv_norm_rope_insert,
     qkv_norm_rope_insert,
     qnorm_rope,
+    quantize_fp8,
     quantize_nvfp4,
     rms_norm,
     rmsnorm_quantize,
@@ -49,18 +51,18 @@ QUANTISERS: list[tuple[ModuleType, type[Problem]]] = [
 ]
 ROPE: list[tuple[ModuleType, Problem]] = [
     (qnorm_rope, QnormRopeProblem(m=64, heads=128)),
-    (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="fp8_ds_mla")),
     (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="nvfp4")),
+    (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="fp8_ds_mla")),
     (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="bf16")),
     (rope_inverse, RopeInverseProblem(m=64, heads=128)),
     (rope_inverse_in_place, RopeInverseInPlaceProblem(m=64, heads=128)),
     (rope_inverse_quantize, RopeInverseQuantizeProblem(m=64, heads=128, groups=16)),
 ]
 NORMS: list[tuple[ModuleType, Problem]] = [
-    (rms_norm, RmsNormProblem(m=64, k=1536)),
     (rms_norm, RmsNormProblem(m=64, k=7168)),
-    (qkv_norm_rope_insert, QkvNormRopeInsertProblem(m=64, k=1536, format="fp8_ds_mla")),
+    (rms_norm, RmsNormProblem(m=64, k=1536)),
     (qkv_norm_rope_insert, QkvNormRopeInsertProblem(m=64, k=1536, format="nvfp4")),
+    (qkv_norm_rope_insert, QkvNormRopeInsertProblem(m=64, k=1536, format="fp8_ds_mla")),
 ]
 EXACT = re.compile(r"0f40000000, 0f4B000000|0f3F000000, 0f4B000004")  # 2 a + 2^23, a / 2 + 2^23 + 4: exact products
 NEAR = re.compile(r"0f40000000, 0f41080000|0f3F000000, 0f41480000")  # 2 a + 8.5, a / 2 + 12.5: half a code is cut off
@@ -78,23 +80,37 @@ def by_turns(module: ModuleType, problem: Problem) -> list[Job]:
     return jobs + [(module, problem, c, ARCHS[i % 2]) for i, c in enumerate(others)]
 
 
-@pytest.mark.parametrize(("module", "kind"), [*QUANTISERS, (dequant_nvfp4, DequantProblem)])
+def shown_before(module: ModuleType, problem: Problem, among: list[tuple[ModuleType, Problem]]) -> bool:
+    """Whether `among` begins with another problem of the same kernel."""
+    return next(first for kernel, first in among if kernel is module) is not problem
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"), [*QUANTISERS, (dequant_nvfp4, DequantProblem), (quantize_fp8, QuantizeFp8Problem)]
+)
 def test_configs_compile_without_spills(module, kind, pool):
-    jobs = [(module, _shorter(problem, c), c, arch) for _, problem, c, arch in by_turns(module, kind(m=64, k=7168))]
+    """And what the models' few and many rows have by default."""
+    problem = kind(m=64, k=7168)
+    few, many = (module.default(dataclasses.replace(problem, m=m)) for m in (1, 4096))
+    jobs = [(module, _shorter(problem, c), c, arch) for _, problem, c, arch in by_turns(module, problem)]
+    jobs += [(module, problem, few, arch) for arch in ARCHS] + [(module, problem, many, ARCHS[0])]
+    jobs = list(dict.fromkeys(jobs))
     assert len(jobs) >= 4
     for (_, problem, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
         assert module.supports(problem, config) is None
         assert b.arch == arch
         assert built.resources(b).refusal(arch) is None, (config, arch)
         assert f".target {arch}" in b.ptx
+        if (module, kind) in QUANTISERS and config == module.Config():
+            check_instructions(module, "absmax", b)
 
 
 def _shorter(problem: Problem, config: Any) -> Problem:
     """Rows that are read again take the same registers at any length, and Triton, with every tile written out, the
-    longer the more: for other configs than the default as many columns as the smaller model has.
+    longer the more: here as few columns as make several tiles, whole or of parts.
     """
-    read_again = getattr(config, "held", None) is False and config != type(config)()
-    return dataclasses.replace(problem, k=4096) if read_again else problem
+    read_again = getattr(config, "held", None) is False
+    return dataclasses.replace(problem, k=2048 if config.parts == 1 else 4096) if read_again else problem
 
 
 @pytest.mark.parametrize(("module", "problem"), ROPE, ids=lambda x: getattr(x, "op", ""))
@@ -102,6 +118,8 @@ def test_rope_kernels_compile_without_spills(module, problem, pool):
     """And what bytes and speed depend on: nothing approximate, 16-byte accesses, hardware conversions."""
     jobs = by_turns(module, problem)
     assert len(jobs) >= 4
+    if shown_before(module, problem, ROPE):
+        jobs = jobs[:3]  # the default for both, and the largest tile
     for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
         assert built.resources(b).refusal(arch) is None, (config, arch)
         inexact = re.findall(r"\b(?:fma|ex2|lg2|rcp|rsqrt|div|sqrt)\.(?!rn)\S+|\S+\.ftz\S*", b.ptx)
@@ -123,6 +141,8 @@ def test_norms_compile_without_spills(module, problem, pool):
     """The defaults of few and of many rows, and one other config; nothing approximate, 16-byte accesses."""
     defaults = [module.default(dataclasses.replace(problem, m=m)) for m in (1, 4096)]
     jobs = [(module, problem, config, arch) for config in defaults for arch in ARCHS]
+    if shown_before(module, problem, NORMS):
+        jobs = jobs[::3]  # by turns
     jobs += [(module, problem, next(c for c in covering(module, problem)[1:] if c not in defaults), "sm_90a")]
     for (_, _, config, arch), b in zip(jobs, build(pool, jobs), strict=True):
         assert built.resources(b).refusal(arch) is None, (config, arch)
@@ -136,57 +156,52 @@ def test_norms_compile_without_spills(module, problem, pool):
 
 
 @pytest.mark.parametrize(("module", "kind"), QUANTISERS)
-def test_rule_mse_does_not_spill(module, kind, pool):
-    """The config that holds most: `supports` draws the line by registers."""
-    problem = kind(m=64, k=7168, rule="mse")
+def test_other_rules(module, kind, pool):
+    """mse with the config that holds most: `supports` draws the line by registers."""
+    problem = kind(m=64, k=2048, rule="mse")
     held = lambda c: c.block_m * getattr(c, "block_k", 8192) / c.num_warps  # noqa: E731
     most = max(every(module, problem), key=held)
-    (b,) = build(pool, [(module, problem, most, "sm_90a")])
-    assert built.resources(b).refusal("sm_90a") is None, most
+    weights = kind(m=64, k=1536, rule="modelopt_weight")
+    mse, of_weights = build(pool, [(module, problem, most, "sm_90a"), (module, weights, module.Config(), "sm_100a")])
+    assert built.resources(mse).refusal("sm_90a") is None, most
+    check_instructions(module, "mse", mse)
+    check_instructions(module, "modelopt_weight", of_weights)
 
 
-def test_instructions(pool):
+def check_instructions(module: ModuleType, rule: str, b: built.Built) -> None:
     """What the bytes and the speed depend on, read from the PTX."""
-    jobs: list[Job] = [
-        (module, kind(m=64, k=7168 if rule == "absmax" else 1536, rule=rule), module.Config(), arch)
-        for module, kind in QUANTISERS
-        for rule, arch in (
-            ("absmax", "sm_90a"),
-            ("absmax", "sm_100a"),
-            ("mse", "sm_90a"),
-            ("modelopt_weight", "sm_100a"),
-        )
-    ]
-    for (module, problem, _, arch), b in zip(jobs, build(pool, jobs), strict=True):
-        where = f"{module.__name__} {problem} {arch}"
-        # the arithmetic is IEEE: nothing approximate, flushed or contracted but for SwiGLU's quotients, by five
-        # multiply-adds from an approximate reciprocal each, and, by rule absmax, what `near` answers for
-        inexact = re.findall(r"\b(?:fma|ex2|lg2|rcp|rsqrt|div|sqrt)\.(?!rn)\S+|\S+\.ftz\S*", b.ptx)
-        near, swiglu = inexact.count("ex2.approx.ftz.f32"), module is swiglu_quantize
-        assert set(inexact) - {"ex2.approx.ftz.f32"} == ({"rcp.approx.ftz.f32"} if swiglu else set()), (where, inexact)
-        assert near == (16 if swiglu and problem.rule == "absmax" else 0), (where, inexact)
-        fused = [f for f in re.findall(r"fma\.rn\.f32\S* .*", b.ptx) if not EXACT.search(f)]  # f32x2 is two
-        lines = [f for f in fused if NEAR.search(f)]
-        assert len(lines) == 2 * near, (where, lines)
-        exact = sum(1 + f.startswith("fma.rn.f32x2") for f in fused) - len(lines)
-        assert exact == 5 * (len(inexact) - 2 * near), (where, fused)
-        assert "div.rn.f32" in b.ptx, where
-        # 16-byte loads, and FP4 in hardware where there is an instruction
-        assert "ld.global.v4.b32" in b.ptx, where
-        assert ("cvt.rn.satfinite.e2m1x2.f32" in b.ptx) == (arch == "sm_100a"), where
-        code = built.sass(b)
-        assert ("F2FP" in code and "E2M1" in code) == (arch == "sm_100a"), where
+    where = f"{module.__name__} {rule} {b.arch}"
+    # the arithmetic is IEEE: nothing approximate, flushed or contracted but for SwiGLU's quotients, by five
+    # multiply-adds from an approximate reciprocal each, and, by rule absmax, what `near` answers for
+    inexact = re.findall(r"\b(?:fma|ex2|lg2|rcp|rsqrt|div|sqrt)\.(?!rn)\S+|\S+\.ftz\S*", b.ptx)
+    near, swiglu = inexact.count("ex2.approx.ftz.f32"), module is swiglu_quantize
+    assert set(inexact) - {"ex2.approx.ftz.f32"} == ({"rcp.approx.ftz.f32"} if swiglu else set()), (where, inexact)
+    assert near == (16 if swiglu and rule == "absmax" else 0), (where, inexact)
+    fused = [f for f in re.findall(r"fma\.rn\.f32\S* .*", b.ptx) if not EXACT.search(f)]  # f32x2 is two
+    lines = [f for f in fused if NEAR.search(f)]
+    assert len(lines) == 2 * near, (where, lines)
+    exact = sum(1 + f.startswith("fma.rn.f32x2") for f in fused) - len(lines)
+    assert exact == 5 * (len(inexact) - 2 * near), (where, fused)
+    assert "div.rn.f32" in b.ptx, where
+    # 16-byte loads, and FP4 in hardware where there is an instruction
+    assert "ld.global.v4.b32" in b.ptx, where
+    assert ("cvt.rn.satfinite.e2m1x2.f32" in b.ptx) == (b.arch == "sm_100a"), where
+    code = built.sass(b)
+    assert ("F2FP" in code and "E2M1" in code) == (b.arch == "sm_100a"), where
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_other_types_compile(dtype, pool):
-    jobs: list[Job] = [(module, kind(m=1, k=1104, x=dtype), module.Config(), "sm_90a") for module, kind in QUANTISERS]
-    jobs += [(dequant_nvfp4, DequantProblem(m=1, k=1104, out=dtype), dequant_nvfp4.Config(), "sm_90a")]
-    blocked = [
-        (module, kind(m=1, k=1104, x=dtype, sf_layout="blocked_128x4"), module.Config(), "sm_100a")
-        for module, kind in QUANTISERS
-    ]
-    for b in build(pool, jobs + blocked):
+    """By the defaults of few rows, ragged ones; the other layout too."""
+    jobs: list[Job] = []
+    for module, kind in QUANTISERS:
+        problem = kind(m=1, k=1104, x=dtype, sf_layout="blocked_128x4")
+        jobs.append((module, problem, module.default(problem), "sm_100a"))
+        if dtype != "bf16":
+            jobs.append((module, dataclasses.replace(problem, sf_layout="linear"), module.default(problem), "sm_90a"))
+    if dtype != "bf16":
+        jobs.append((dequant_nvfp4, DequantProblem(m=1, k=1104, out=dtype), dequant_nvfp4.Config(), "sm_90a"))
+    for b in build(pool, jobs):
         assert built.resources(b).refusal(b.arch) is None
 
 

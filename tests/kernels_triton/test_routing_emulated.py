@@ -14,6 +14,8 @@ from fp4suite import built, reference, testing
 from fp4suite.problem import CombineProblem, PermuteProblem, RouteProblem, SampleProblem
 from kernels_triton import combine, permute, permute_small, route, sample
 
+from .test_routing_build import check_parts_of_sample, parts_of_sample
+
 
 def launch(b: built.Built, programs: int, num_warps: int, *args: object, chunks: int = 1) -> None:
     """The kernel's own arguments; behind them Triton's two scratch pointers, which nothing here uses.
@@ -114,11 +116,6 @@ def test_permute(kernel, tokens, pool):
     assert torch.equal(torch.from_numpy(offsets), want[1])
 
 
-def parts_of_sample(p: SampleProblem, config: sample.Config) -> list[built.Built]:
-    kernels = (sample._survey, sample._bound, sample._weigh, sample._finish)
-    return [sample.build_part(kernel, p, config, "sm_90a") for kernel in kernels]
-
-
 def test_sample(pool):
     """Divisions by multiply-adds, at temperatures near FP32's ends too; a crowd of two different logits."""
     m, p, config = 6, SampleProblem(m=6, vocab=1500), sample.Config(chunk=1024)
@@ -140,7 +137,9 @@ def test_sample(pool):
     listed, places = np.full(m, -7, np.int32), np.full((m, sample.LISTED), -7, np.int64)
     heat, *asked = (t.numpy() for t in (temperature, top_p, uniform))
     rows, vocab = (logits.numpy(), np.int32(p.vocab)), np.int32(p.vocab)
-    survey, bound, weigh, finish = pool.submit(parts_of_sample, p, config).result()
+    parts = pool.submit(parts_of_sample, p, config, "sm_90a").result()
+    check_parts_of_sample(parts, config)
+    survey, bound, weigh, finish = (parts[name] for name in ("_survey", "_bound", "_weigh", "_finish"))
     launch(survey, m, config.num_warps, *rows, heat, most, where, rough, vocab, chunks=chunks)
     launch(bound, m, sample.BOUND_WARPS, heat, *asked, most, where, rough, bounds, listed, out, np.int32(chunks))
     launch(weigh, m, config.num_warps, *rows, heat, bounds, mass, listed, places, vocab, chunks=chunks)

@@ -1,5 +1,6 @@
 """The demo's chain, shortened, and its model's shapes: all have kernels, and all are among those that get tuned."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -22,16 +23,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@functools.cache
+def asked_of(checkpoint: Path, act: ActFormat, tokens: int) -> set[Problem]:
+    model = load(None, checkpoint, act_format=act, progress=False)
+    with dispatch.recording() as choices:
+        _logits(model, list(range(tokens + 1)), torch.device("cpu"), "bf16")
+    return {choice.problem for choice in choices if choice.problem is not None}
+
+
 @pytest.mark.parametrize(("arch", "act"), [("sm_90a", "float"), ("sm_90a", "nvfp4"), ("sm_100a", "nvfp4")])
 @pytest.mark.parametrize("tokens", [150, 1])
 def test_every_problem_of_the_model_has_a_kernel_and_is_tuned(
     arch: str, act: ActFormat, tokens: int, checkpoint: Path
 ) -> None:
     """What the model asks on a CPU, at lengths where every kind of layer works, put to the registry for GPUs."""
-    model = load(None, checkpoint, act_format=act, progress=False)
-    with dispatch.recording() as choices:
-        _logits(model, list(range(tokens + 1)), torch.device("cpu"), "bf16")
-    asked = {choice.problem for choice in choices if choice.problem is not None}
+    asked = asked_of(checkpoint, act, tokens)
     assert len({(p.n, p.k, p.out) for p in asked if isinstance(p, GemmProblem)}) >= 6
     for problem in asked:
         choice = dispatch.choose_for(problem.op, problem, dispatch.Target(arch, arch))

@@ -1,5 +1,7 @@
 """Generation: continuous batches give each prompt what it would get alone; ends, seeds and shortages behave."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ from model.generate import Sampling, generate
 from model.transformer import Transformer
 from tests.model.oracle import SMALL, cache_for, random_model
 
+Alone = Callable[[Sampling], list[list[int]]]
 PROMPTS = [[5, 6, 7], list(range(2, 40)), [9], [11, 12, 13, 14, 15, 16, 17, 18], [80, 70]]
 
 
@@ -17,20 +20,29 @@ def model() -> Transformer:
     return random_model(SMALL, seed=2)
 
 
+@pytest.fixture(scope="module")
+def alone(model: Transformer) -> Alone:
+    """What each prompt gets by itself."""
+
+    @functools.cache
+    def of(sampling: Sampling) -> list[list[int]]:
+        seeds = range(sampling.seed, sampling.seed + len(PROMPTS))
+        each = (replace(sampling, seed=seed) for seed in seeds)
+        return [generate(model, cache_for(SMALL), [p], one)[0] for p, one in zip(PROMPTS, each, strict=True)]
+
+    return of
+
+
 @pytest.mark.parametrize(
     "sampling", [Sampling(max_new_tokens=8), Sampling(max_new_tokens=8, temperature=0.9, top_p=0.8)]
 )
 @pytest.mark.parametrize(("slots", "chunk"), [(1, 512), (2, 3), (5, 16)])
-def test_neighbours_do_not_matter(model: Transformer, sampling: Sampling, slots: int, chunk: int) -> None:
-    alone = []
-    for i, prompt in enumerate(PROMPTS):
-        one = replace(sampling, seed=sampling.seed + i)
-        alone += generate(model, cache_for(SMALL), [prompt], one)
+def test_neighbours_do_not_matter(model: Transformer, alone: Alone, sampling: Sampling, slots: int, chunk: int) -> None:
     cache = cache_for(SMALL, slots=slots, max_tokens=64, page_tokens=8, window_page=4)
     free = cache.free_pages()
     seen: list[tuple[int, int]] = []
     got = generate(model, cache, PROMPTS, sampling, chunk=chunk, on_token=lambda *event: seen.append(event))
-    assert got == alone
+    assert got == alone(sampling)
     assert cache.free_pages() == free
     assert [[token for i, token in seen if i == prompt] for prompt in range(5)] == got
 

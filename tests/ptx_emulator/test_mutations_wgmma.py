@@ -16,7 +16,7 @@ from ptx_emulator.machine import SCHEDULES
 from .test_mutations import ADDRESS, NO_WAIT, REG, WAIT, assert_caught, mutated
 
 CASES = {
-    "many": (GemmProblem(m=200, n=320, k=128 * 6, segments=2, order=kernel.WEIGHT_ORDER),
+    "many": (GemmProblem(m=100, n=320, k=128 * 6, segments=2, order=kernel.WEIGHT_ORDER),
              Config(tile_m=128, groups_n=1, tile_k=64, stages=3, share=2, tail=2)),
     "few": (GemmProblem(m=13, n=128, k=128 * 14, segments=2, order=kernel.WEIGHT_ORDER),
             Config(tile_m=16, groups_n=1, groups_k=2, warps=3, tile_k=128, stages=4, split=2)),
@@ -82,7 +82,7 @@ def run(name: str, schedule: str, rewrite=None) -> None:
 @pytest.fixture(autouse=True)
 def _few_clusters(monkeypatch):
     """A round of whole tiles, and a tail."""
-    monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 5)
+    monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 2)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
