@@ -361,10 +361,10 @@ TILE_US = {
     Config(tile_m=256, groups_n=1, tile_k=64): 5.6,
     Config(tile_m=64, groups_n=1, groups_k=2): 2.4,
     Config(tile_m=128, groups_n=4, tile_k=64, overlap=True): 9.5,  # of two timings beside 256 tokens
-    Config(tile_m=96, groups_n=2): 4.4,  # predicted: a line through those of 128 and more tokens
-    Config(tile_m=96, groups_n=3): 6.5,  # of two timings
-    Config(tile_m=176, groups_n=3, tile_k=64): 10.2,  # predicted, as the next: as fast as the MMAs of two groups
-    Config(tile_m=192, groups_n=3, tile_k=64): 11.0,
+    Config(tile_m=96, groups_n=2): 4.5,  # of two
+    Config(tile_m=96, groups_n=3): 6.5,  # of two
+    Config(tile_m=192, groups_n=3, tile_k=64): 11.3,  # of three
+    Config(tile_m=176, groups_n=3, tile_k=64): 10.4,  # predicted from the last
 }
 # that clusters of so many CTAs reach; of three 126 on some H100s, but on one 41 took 1.6 times as long as 40 should
 CLUSTERED_SMS = {1: SM_COUNT, 2: SM_COUNT, 3: 120, 4: 120}
