@@ -284,14 +284,8 @@ def registers_at_launch(threads: int) -> int:
     return REGISTERS // 4 // (32 * warps) // 8 * 8
 
 
-def supports(problem: GemmProblem, config: Config) -> str | None:
-    """Why this problem cannot run with this config, or None if it can."""
-    if problem.act != "bf16":
-        return f"activations in {problem.act}: this kernel takes bf16"
-    if problem.out not in CUTE_OUT:
-        return f"output in {problem.out}: this kernel writes bf16 or fp32"
-    if problem.order != WEIGHT_ORDER:
-        return f"weights in the order {problem.order}: this kernel reads {WEIGHT_ORDER}"
+def refused(config: Config) -> str | None:
+    """Why no problem can run with this config, or None if one may."""
     for knob, values in SPACE.items():
         if getattr(config, knob) not in values:
             return f"{knob}={getattr(config, knob)} is none of {', '.join(map(str, values))}"
@@ -304,18 +298,10 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         config.reduces or config.strips > 1 or config.tile_m not in (128, 256) or config.share != config.tail
     ):
         return f"tail={config.tail} is for one strip of 128 or 256 tokens, share={config.tail} and split=1"
-    if config.overlap:
-        if config.reduces or config.strips * config.tail > 1 or config.groups_n < 2 or config.tile_m not in (128, 256):
-            return "overlap is for two groups or more with one strip of 128 or 256 tokens, and split and tail of 1"
-        if problem.n % least_rows(config):
-            return f"n={problem.n} is not a multiple of {least_rows(config)}, the rows of two tiles that overlap"
-    if problem.segments > MAX_SEGMENTS:
-        return f"segments={problem.segments} is not in 1..{MAX_SEGMENTS}"
-    if config.by_halves and problem.segments == MAX_SEGMENTS:
-        return f"segments={problem.segments} and four groups that overlap: the loading warp would spill"
-    step = config.tile_k * config.paired
-    if problem.n % TILE or problem.k % step:
-        return f"n={problem.n}, k={problem.k}: n must be a multiple of {TILE}, k of {step}"
+    if config.overlap and (
+        config.reduces or config.strips * config.tail > 1 or config.groups_n < 2 or config.tile_m not in (128, 256)
+    ):
+        return "overlap is for two groups or more with one strip of 128 or 256 tokens, and split and tail of 1"
     sums = config.tile_m * config.strips
     if sums > 256:
         return f"{config.tile_m} tokens by {config.strips} strips: sums do not fit the registers"
@@ -323,18 +309,8 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         return f"{config.groups} warpgroups with sums of {config.tile_m} x {config.strips}: too many threads"
     if config.groups == 3 and sums > 128 and (config.strips > 1 or config.split > 2):
         return f"{config.strips} strips, split={config.split}: three groups with {sums} sums a row would spill"
-    stages = stages_of(config, problem.out)
-    if stages <= config.groups_k * config.paired:
-        return f"{stages} stages: {config.groups_k} warpgroups hold {config.paired} each while they wait for the next"
-    if stages % config.turn:
-        return f"stages={stages} is not a multiple of {config.turn}: each belongs to the same warpgroups always"
     if config.share > 1 and config.tile_m % (8 * config.share):
         return f"tile_m={config.tile_m} is not shared by {config.share} CTAs in parts of 8 tokens"
-    steps = problem.k // step
-    if steps - (config.split - 1) * -(-steps // config.split) < config.groups_k:
-        return f"k={problem.k} leaves too little for the last of {config.split} parts of {config.groups_k} warpgroups"
-    if steps < config.tail:
-        return f"k={problem.k} is too little for {config.tail} CTAs"
     at_launch = registers_at_launch(config.blocks * config.threads)
     if config.wide:
         at_work = WIDE[0] + config.groups * WIDE[config.groups] if not config.by_halves else 0
@@ -344,6 +320,39 @@ def supports(problem: GemmProblem, config: Config) -> str | None:
         fits = at_launch >= (48 if config.by_warp else 64) + sums // 2
     if not fits:
         return f"blocks={config.blocks}: the registers do not hold the sums of so many CTAs"
+    return None
+
+
+def supports(problem: GemmProblem, config: Config) -> str | None:
+    """Why this problem cannot run with this config, or None if it can."""
+    if problem.act != "bf16":
+        return f"activations in {problem.act}: this kernel takes bf16"
+    if problem.out not in CUTE_OUT:
+        return f"output in {problem.out}: this kernel writes bf16 or fp32"
+    if problem.order != WEIGHT_ORDER:
+        return f"weights in the order {problem.order}: this kernel reads {WEIGHT_ORDER}"
+    why = refused(config)
+    if why is not None:
+        return why
+    if config.overlap and problem.n % least_rows(config):
+        return f"n={problem.n} is not a multiple of {least_rows(config)}, the rows of two tiles that overlap"
+    if problem.segments > MAX_SEGMENTS:
+        return f"segments={problem.segments} is not in 1..{MAX_SEGMENTS}"
+    if config.by_halves and problem.segments == MAX_SEGMENTS:
+        return f"segments={problem.segments} and four groups that overlap: the loading warp would spill"
+    step = config.tile_k * config.paired
+    if problem.n % TILE or problem.k % step:
+        return f"n={problem.n}, k={problem.k}: n must be a multiple of {TILE}, k of {step}"
+    stages = stages_of(config, problem.out)
+    if stages <= config.groups_k * config.paired:
+        return f"{stages} stages: {config.groups_k} warpgroups hold {config.paired} each while they wait for the next"
+    if stages % config.turn:
+        return f"stages={stages} is not a multiple of {config.turn}: each belongs to the same warpgroups always"
+    steps = problem.k // step
+    if steps - (config.split - 1) * -(-steps // config.split) < config.groups_k:
+        return f"k={problem.k} leaves too little for the last of {config.split} parts of {config.groups_k} warpgroups"
+    if steps < config.tail:
+        return f"k={problem.k} is too little for {config.tail} CTAs"
     need = shared_bytes(config, problem.out)
     if stages > MOST_STAGES or config.blocks * (need + CTA_BYTES) > MAX_SHARED_BYTES[ARCH] + CTA_BYTES:
         return f"{config.blocks} CTAs need {need} bytes of shared memory each, {ARCH} has {MAX_SHARED_BYTES[ARCH]}"

@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -191,6 +191,9 @@ def _drawn(kernel: str, space: tuple[tuple[str, tuple[Knob, ...]], ...], count: 
 
 @functools.lru_cache(4)
 def _all(kernel: str, space: tuple[tuple[str, tuple[Knob, ...]], ...]) -> tuple[Candidate, ...]:
-    names = [name for name, _ in space]
-    values = itertools.product(*(values for _, values in space))
-    return tuple(Candidate(kernel, tuple(zip(names, v, strict=True))) for v in values)
+    """But for those that the kernel says no problem can have, by `refused(config)`: asked once, not once a problem."""
+    module, names = registry.load(kernel), [name for name, _ in space]
+    every: Iterable[tuple[Knob, ...]] = itertools.product(*(values for _, values in space))
+    if hasattr(module, "refused"):
+        every = (v for v in every if module.refused(module.Config(**dict(zip(names, v, strict=True)))) is None)
+    return tuple(Candidate(kernel, tuple(zip(names, v, strict=True))) for v in every)
