@@ -221,7 +221,7 @@ def sources(own: Path) -> list[Path]:
     """A module's file, then those of its package that it imports, directly or not, by name."""
     found, waiting = {own}, [own]
     while waiting:
-        for name in _siblings(waiting.pop()):
+        for name in _siblings(waiting.pop().read_text(encoding="utf-8")):
             path = own.with_name(f"{name}.py")
             if path.exists() and path not in found:
                 found.add(path)
@@ -229,13 +229,14 @@ def sources(own: Path) -> list[Path]:
     return [own, *sorted(found - {own})]
 
 
-def _siblings(path: Path) -> set[str]:
-    """Modules of its own package that a file imports: `from .x import y`, `from . import x`."""
+@functools.cache
+def _siblings(source: str) -> frozenset[str]:
+    """Modules of its own package that a source imports: `from .x import y`, `from . import x`."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             names |= {node.module.partition(".")[0]} if node.module else {alias.name for alias in node.names}
-    return names
+    return frozenset(names)
 
 
 def make_config(module: ModuleType, knobs: dict[str, Any]) -> Any:

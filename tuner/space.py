@@ -189,7 +189,7 @@ def _drawn(kernel: str, space: tuple[tuple[str, tuple[Knob, ...]], ...], count: 
     return tuple(drawn)
 
 
-@functools.lru_cache(4)
+@functools.lru_cache(64)
 def _all(kernel: str, space: tuple[tuple[str, tuple[Knob, ...]], ...]) -> tuple[Candidate, ...]:
     """But for those that the kernel says no problem can have, by `refused(config)`: asked once, not once a problem."""
     module, names = registry.load(kernel), [name for name, _ in space]

@@ -51,7 +51,7 @@ def test_every_problem_of_the_model_has_a_kernel_and_is_tuned(
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no GPU: the tuning that it starts sees none either."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    options = ["--max-new-tokens", "3", "--prompt", "Once", "--tune-seconds", "20", "--dir", str(tmp_path)]
+    options = ["--max-new-tokens", "3", "--prompt", "Once", "--tune-seconds", "5", "--dir", str(tmp_path)]
     code = main(["demo", *options, "--device", "cpu", "--quiet", "--json"])
     out, err = capsys.readouterr()
     assert code == 0, err
