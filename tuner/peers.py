@@ -157,8 +157,13 @@ def vllm_ops(namespace: str, *needed: str) -> Any:
 
 
 def humming(weight: NVFP4Tensor, alpha: float) -> Layer:
-    """Humming's layer, loaded as from a ModelOpt checkpoint. Sums split along K may lose a little: 3.5e-3 was seen."""
+    """Humming's layer, loaded as from a ModelOpt checkpoint. Sums split along K may lose a little: 3.5e-3 was seen.
+
+    Left to itself it compiles what its heuristics have for any number of rows, 33 kernels a weight, before the first
+    product: it is told to take the one for these rows.
+    """
     from humming.layer import HummingLayer
+    from humming.tune import get_heuristics_config
 
     n, k = weight.shape
     layer = HummingLayer(
@@ -170,7 +175,13 @@ def humming(weight: NVFP4Tensor, alpha: float) -> Layer:
     scale = torch.tensor([alpha], device=weight.device)
     layer.load_from_tensors({"weight": weight.data, "weight_scale": weight.sf, "weight_scale_2": scale})
     layer.transform()
-    return lambda x: lambda: layer(x)
+    by_rows = get_heuristics_config(layer.humming_config, device=weight.device)
+
+    def prepared(x: Tensor) -> Launch:
+        (config,) = (config for least, most, config in by_rows if least < len(x) <= most)
+        return lambda: layer(x, tuning_config=config)
+
+    return prepared
 
 
 def quack(weight: NVFP4Tensor, alpha: float) -> Layer:

@@ -325,6 +325,42 @@ def test_a_vllm_without_its_library_is_named(tmp_path, monkeypatch):
         peers.vllm_ops("_C", "marlin_gemm")
 
 
+def test_humming_is_told_to_compile_for_the_rows_at_hand(monkeypatch):
+    """A stand-in of its interface: intervals of rows are open below and closed above, as its launcher takes them."""
+    asked = []
+
+    class HummingLayer:
+        humming_config = "config"
+
+        def __init__(self, **shape):
+            self.shape = shape
+
+        def to(self, device):
+            return self
+
+        def load_from_tensors(self, tensors):
+            assert set(tensors) == {"weight", "weight_scale", "weight_scale_2"}
+
+        def transform(self):
+            pass
+
+        def __call__(self, x, tuning_config):
+            asked.append((len(x), tuning_config))
+            return x
+
+    def get_heuristics_config(config, device):
+        assert config == "config"
+        return [(0, 8, {"warps": 1}), (8, 64, {"warps": 2}), (64, 1 << 30, {"warps": 4})]
+
+    monkeypatch.setitem(sys.modules, "humming", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "humming.layer", SimpleNamespace(HummingLayer=HummingLayer))
+    monkeypatch.setitem(sys.modules, "humming.tune", SimpleNamespace(get_heuristics_config=get_heuristics_config))
+    layer = peers.humming(testing.random_nvfp4(64, 64, torch.Generator().manual_seed(0)), 0.5)
+    for rows in (1, 8, 9, 64, 65):
+        layer(torch.zeros(rows, 64))()
+    assert asked == [(1, {"warps": 1}), (8, {"warps": 1}), (9, {"warps": 2}), (64, {"warps": 2}), (65, {"warps": 4})]
+
+
 def test_marlin_scales_against_their_definition(monkeypatch):
     """Bytes of the scales as the kernel reads them: FP16 without sign, in the order of its columns."""
     taken = {}
