@@ -94,6 +94,8 @@ def supports(problem: RouteProblem, config: Config) -> str | None:
         return f"presort=True takes {_candidates(problem.topk)} candidates and needs more experts"
     if config.ahead and problem.choice != "table":
         return "ahead=True is for a table's choice"
+    if config.num_warps > 4 * config.block_m or (config.num_warps > 4 and not config.ahead):
+        return f"num_warps={config.num_warps}: at most four make the scores of a token ahead, and without them four do"
     if problem.choice != "table" and config.num_warps > config.block_m:
         return f"num_warps={config.num_warps}: block_m={config.block_m} tokens are chosen for by a warp each at most"
     wide = CHUNK * _chunks(problem.experts) if problem.choice != "table" or config.ahead else 1

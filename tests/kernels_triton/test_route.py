@@ -235,6 +235,8 @@ def test_no_tokens(device):
         (RouteProblem(m=1, experts=64, topk=33), {}, "topk=33 is not in"),
         (RouteProblem(m=1, experts=8, topk=2, x="fp64"), {}, "logits in fp64"),
         (RouteProblem(m=1, experts=64, topk=6), {"num_warps": 2}, "block_m=1 tokens are chosen for by a warp each"),
+        (RouteProblem(m=1, experts=64, topk=6), {"block_m": 16, "num_warps": 8}, "and without them four do"),
+        (RouteProblem(m=1, experts=64, topk=6, choice="table"), {"ahead": True, "num_warps": 8}, "at most four make"),
         (RouteProblem(m=1, experts=64, topk=6), {"ahead": True}, "ahead=True is for a table's choice"),
         (RouteProblem(m=1, experts=64, topk=6, choice="table"), {"presort": True}, "for a choice by scores"),
         (

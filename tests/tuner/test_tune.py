@@ -378,8 +378,8 @@ def test_time_is_shared_among_problems_however_long_compiling_takes(gpu, config,
 
     monkeypatch.setattr(tune, "_begin", begin)
     began = time.monotonic()
-    code, document = measured(capsys, config, tmp_path, "--m", "1", "--trials", 6, "--seconds", 20)
-    assert time.monotonic() - began < 40
+    code, document = measured(capsys, config, tmp_path, "--m", "1", "--trials", 6, "--seconds", 10)
+    assert time.monotonic() - began < 30
     assert (code, document["left"]) == (0, 1)
     (entry,) = table.read(tmp_path / "some-gpu.json").entries
     assert (entry.problem["n"], entry.trials) == (1024, 6)
@@ -402,7 +402,7 @@ def test_a_problem_that_had_to_wait_gets_the_time_that_others_left(gpu, config, 
         return late if task.problem.n == 512 else builds.prepared()
 
     monkeypatch.setattr(tune, "_begin", begin)
-    code, document = measured(capsys, config, tmp_path, "--m", "1", "--trials", 6, "--seconds", 30)
+    code, document = measured(capsys, config, tmp_path, "--m", "1", "--trials", 6, "--seconds", 12)
     assert (code, document["left"]) == (0, 0)
     found = {e.problem["n"]: e.trials for e in table.read(tmp_path / "some-gpu.json").entries}
     assert found[1024] == 6
@@ -564,7 +564,7 @@ def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path):
         "--m",
         "1",
         "--trials",
-        "8",
+        "3",
         "--quiet",
         "--jobs",
         "1",
@@ -572,7 +572,7 @@ def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path):
         str(tmp_path),
     ]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while len(list(cache.rglob("*.json"))) < 3:
+    while len(list(cache.rglob("*.json"))) < 1:
         assert child.poll() is None, child.stderr.read()
         time.sleep(0.1)
     os.killpg(child.pid, signal.SIGINT)
@@ -581,7 +581,7 @@ def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path):
     assert err.splitlines()[-1] == "interrupted; the same command goes on from here"
     assert "Traceback" not in err
     kept = {p: p.stat().st_mtime_ns for p in cache.rglob("*.json")}
-    assert len(kept) >= 3
+    assert kept
     assert gone(child.pid)
 
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
