@@ -625,9 +625,14 @@ class RopeInverseProblem(Problem):
     x: str = "bf16"
 
     @property
+    def moved(self) -> int:
+        """Dims of a head that are read and written."""
+        return self.head_dim
+
+    @property
     def k(self) -> int:
-        """Elements of a token."""
-        return self.heads * self.head_dim
+        """Elements of a token that are read and written."""
+        return self.heads * self.moved
 
     @property
     def flops(self) -> int:
@@ -635,31 +640,18 @@ class RopeInverseProblem(Problem):
 
     @property
     def bytes(self) -> int:
-        return 2 * ELEMENT_BYTES[self.x] * self.m * self.heads * self.head_dim + rope_bytes(self.m, self.rope_dim)
+        return 2 * ELEMENT_BYTES[self.x] * self.m * self.k + rope_bytes(self.m, self.rope_dim)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeInverseInPlaceProblem(Problem):
-    """RoPE undone on the last dims of each head of o [m, heads, head_dim], in place; the others are left alone."""
+class RopeInverseInPlaceProblem(RopeInverseProblem):
+    """The same in place: dims that are not turned are left alone."""
 
     op: ClassVar[str] = "rope_inverse_"
-    heads: int
-    head_dim: int = 512
-    rope_dim: int = 64
-    x: str = "bf16"
 
     @property
-    def k(self) -> int:
-        """Elements of a token that are turned."""
-        return self.heads * self.rope_dim
-
-    @property
-    def flops(self) -> int:
-        return 3 * self.m * self.heads * self.rope_dim
-
-    @property
-    def bytes(self) -> int:
-        return 2 * ELEMENT_BYTES[self.x] * self.m * self.heads * self.rope_dim + rope_bytes(self.m, self.rope_dim)
+    def moved(self) -> int:
+        return self.rope_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

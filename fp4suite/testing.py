@@ -162,10 +162,10 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _combine_case(problem, gen)
     if isinstance(problem, SampleProblem):
         return _sample_case(problem, gen)
-    if isinstance(problem, QnormRopeProblem | RopeInverseProblem | RopeInverseQuantizeProblem):
-        return _heads_case(problem, gen)
     if isinstance(problem, RopeInverseInPlaceProblem):
         return _rope_inverse_in_place_case(problem, gen)
+    if isinstance(problem, QnormRopeProblem | RopeInverseProblem | RopeInverseQuantizeProblem):
+        return _heads_case(problem, gen)
     if isinstance(problem, KvNormRopeInsertProblem):
         return _kv_norm_rope_insert_case(problem, gen)
     if isinstance(problem, QkvNormRopeInsertProblem):

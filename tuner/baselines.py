@@ -79,10 +79,10 @@ def _eager(case: Case) -> Callable[[], object]:
         return lambda: reference.swiglu_quantize(x[0], limit=x[1], alpha=x[2], sf_layout=p.sf_layout, rule=p.rule)
     if isinstance(p, QnormRopeProblem):
         return lambda: reference.qnorm_rope(*x)
-    if isinstance(p, RopeInverseProblem):
-        return lambda: reference.rope_inverse(*x)
     if isinstance(p, RopeInverseInPlaceProblem):
         return lambda: reference.rope_inverse_(case.out, *x)
+    if isinstance(p, RopeInverseProblem):
+        return lambda: reference.rope_inverse(*x)
     if isinstance(p, KvNormRopeInsertProblem):
         kv, weight, at, table, eps, slots = x
         return lambda: reference.kv_norm_rope_insert(kv, weight, at, table, eps, case.out, slots)

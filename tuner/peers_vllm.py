@@ -142,9 +142,8 @@ def rotary(case: Case) -> Call:
     """In place: what is not rotated is neither read nor written."""
     op = vllm_ops("_C", "rotary_embedding")
     in_place = isinstance(case.problem, RopeInverseInPlaceProblem)
-    o, positions, table = (case.out, *case.operands) if in_place else case.operands[:3]
-    o, at = o.clone(), positions.long()
-    turned = o.clone()
+    o, positions, table = (case.out.clone(), *case.operands) if in_place else case.operands[:3]
+    turned, at = o.clone(), positions.long()
     head_dim, rope_dim = o.shape[-1], table.shape[1]
     rows = spread(len(o), o.device)
 

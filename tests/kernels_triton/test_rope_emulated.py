@@ -3,6 +3,7 @@ shuffles and vector accesses, which Triton's interpreter does not have, give the
 """
 
 import concurrent.futures
+import re
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from fp4suite.problem import (
     QkvNormRopeInsertProblem,
     QnormRopeProblem,
     RmsNormProblem,
+    RopeInverseInPlaceProblem,
     RopeInverseProblem,
     RopeInverseQuantizeProblem,
 )
@@ -30,6 +32,7 @@ from kernels_triton import (
     qnorm_rope,
     rms_norm,
     rope_inverse,
+    rope_inverse_in_place,
     rope_inverse_quantize,
 )
 
@@ -147,6 +150,23 @@ def test_heads(i, config, j, module, kind, pool):
     args = (x, x.stride(0), x.stride(1), positions, table, *eps, case.out, problem.heads)
     emulate(pool, module, problem, own, arch, (problem.m, triton.cdiv(problem.heads, own.block_h)), args)
     case.check()
+
+
+@pytest.mark.parametrize(("arch", "config"), [("sm_90a", (8, 1)), ("sm_100a", (32, 4)), ("sm_90a", (4, 8))], ids=str)
+def test_rope_inverse_in_place(arch, config, pool):
+    """Nobody reads what another has written: with fewer numbers than threads, too, several of which have the same."""
+    problem = RopeInverseInPlaceProblem(m=2, heads=16)
+    own = rope_inverse_in_place.Config(block_h=config[0], num_warps=config[1])
+    case = testing.case(problem, "cpu", 1)
+    case.poison()
+    (positions, table), o = case.operands, case.out
+    first = o.view(-1)[problem.head_dim - problem.rope_dim :]
+    args = (first, o.stride(0), o.stride(1), positions, table, problem.heads)
+    b = emulate(pool, rope_inverse_in_place, problem, own, arch, (2, triton.cdiv(problem.heads, own.block_h)), args)
+    case.check()
+    stores, loads = (re.findall(rf"{which}\.global", b.ptx) for which in ("st", "ld"))
+    assert b.ptx.rindex("ld.global") < b.ptx.index("st.global")
+    assert len(loads) == len(stores) + 3  # o once; position, cosines and sines
 
 
 @pytest.mark.parametrize(("arch", "sf_layout"), [("sm_90a", "linear"), ("sm_100a", "blocked_128x4")])
