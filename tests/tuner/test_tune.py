@@ -572,7 +572,7 @@ def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path):
         str(tmp_path),
     ]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while len(list(cache.rglob("*.json"))) < 1:
+    while len(list(cache.rglob("*.json"))) < 3:
         assert child.poll() is None, child.stderr.read()
         time.sleep(0.1)
     os.killpg(child.pid, signal.SIGINT)
@@ -581,7 +581,7 @@ def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path):
     assert err.splitlines()[-1] == "interrupted; the same command goes on from here"
     assert "Traceback" not in err
     kept = {p: p.stat().st_mtime_ns for p in cache.rglob("*.json")}
-    assert kept
+    assert len(kept) >= 3
     assert gone(child.pid)
 
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
