@@ -6,12 +6,11 @@ is read from L2 once a step.
 A cluster takes block_m tokens a step, and each of its CTAs a share of the columns of all four streams, which stay in
 shared memory until they are folded. Columns come in groups of 64 of each stream.
 
-    load      one warp: TMA, a group at a time, into whatever slot is free: some of the next step's are on their way
-              while this step's coefficients are
     mix       eight threads a token, 8 columns of each stream each: make the streams that a site leaves, in place, and
-              store them; sum squares; later fold the streams
+              store them; sum squares; later fold the streams. One warp sends for groups by TMA as soon as there is room:
+              some of the next step's are on their way while this step's coefficients are
     multiply  four warps, one a stream: rows of the MMA are outputs, of which fn comes from L2 to registers in FP32 and
-              is split there into three BF16 terms, exactly; columns are tokens, from shared memory. Sums of 32 columns
+              is split there into three BF16 terms, exactly; columns are tokens, from shared memory. Sums of 16 columns
               leave the tensor core, which truncates, for FP32 sums
     own       the sums of a token meet in one CTA of the cluster, in the order of the CTAs, as does what its coefficients
               come of; pre goes back to all. A warp of `multiply` has a token, whose Sinkhorn nobody waits for
@@ -51,7 +50,8 @@ GROUP = 64  # columns of a group: rows of 128 bytes of shared memory
 WARPGROUP = 128
 TOKENS = 16  # that a warpgroup mixes
 BARRIER_BYTES = 1024
-LOADER_REGISTERS, MULTIPLIER_REGISTERS = 24, 168
+REGISTERS = 65536  # of an SM
+MIXER_REGISTERS, MULTIPLIER_REGISTERS = 112, 176
 LOG2_E = 1.4426950408889634
 
 FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem
@@ -66,7 +66,7 @@ class Config:
 
     @property
     def threads(self) -> int:
-        return WARPGROUP * (self.block_m // TOKENS + 2)
+        return WARPGROUP * (self.block_m // TOKENS + 1)
 
     @property
     def slot_bytes(self) -> int:
@@ -385,15 +385,15 @@ class HyperConnectionSm90:
         cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive()  # nobody may signal a barrier that is not there yet
         cute.arch.cluster_wait()
+        spread = REGISTERS // c.threads < MULTIPLIER_REGISTERS
         if warp < STREAMS:
-            cute.arch.setmaxregister_increase(MULTIPLIER_REGISTERS)
+            if cutlass.const_expr(spread):
+                cute.arch.setmaxregister_increase(MULTIPLIER_REGISTERS)
             self.multiply(streams, room, bars, addresses, sizes, numbers, rank, warp)
-        elif warp < STREAMS + self.mixers:
-            self.mix(streams, room, bars, addresses, sizes, numbers, rank, tidx - WARPGROUP)
         else:
-            cute.arch.setmaxregister_decrease(LOADER_REGISTERS)
-            if warp == STREAMS + self.mixers:
-                self.load(tma, streams, full, empty, sizes, rank)
+            if cutlass.const_expr(spread):
+                cute.arch.setmaxregister_decrease(MIXER_REGISTERS)
+            self.mix(tma, streams, room, bars, addresses, sizes, numbers, rank, tidx - WARPGROUP)
         cute.arch.cluster_arrive()  # a CTA stays until its peers have what they wait for
         cute.arch.cluster_wait()
 
@@ -412,43 +412,46 @@ class HyperConnectionSm90:
         blocks, _, _ = cute.arch.grid_dim()
         return block // self.config.cluster, blocks // self.config.cluster
 
-    # --- the loading warp ---------------------------------------------------------------------------------------------
+    # --- the mixing warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def load(self, tma, streams, full, empty, sizes, rank):
-        c, (_, steps, _, _) = self.config, sizes
-        first, clusters = self.clusters()
-        gH = cute.flat_divide(tma.tma_tensor, (c.block_m, GROUP, STREAMS))
-        to, source = cpasync.tma_partition(
-            tma.atom, 0, cute.make_layout(1), cute.group_modes(streams, 0, 3), cute.group_modes(gH, 0, 3)
-        )
-        policy = create_policy(Boolean(True))  # nobody reads them again
-        slot, phase, turns = Int32(0), Int32(1), Int32(0)
-        for step in cutlass.range(first, steps, clusters, unroll=1):
-            for group in cutlass.range(self.groups, unroll=1):
-                cute.arch.mbarrier_wait(empty + slot, phase)
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + slot, c.slot_bytes)
-                place = rank * self.groups + group
-                cute.copy(
-                    tma.atom, source[None, step, place, 0], to[None, slot], tma_bar_ptr=full + slot, cache_policy=policy
-                )
-                slot, phase = self.next(slot, phase)
+    def load(self, copy, full, steps, rank, step, group, slot):
+        """Send for a group of a step, if there is that step. Which comes then: step, group and slot."""
+        c, (atom, source, to) = self.config, copy
+        _, clusters = self.clusters()
+        if step < steps:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full + slot, c.slot_bytes)
+            policy = create_policy(Boolean(True))  # nobody reads them again
+            at = source[None, step, rank * self.groups + group, 0]
+            cute.copy(atom, at, to[None, slot], tma_bar_ptr=full + slot, cache_policy=policy)
+        last = group == self.groups - 1
+        step = cutlass.select_(last, step + clusters, step)
+        group = cutlass.select_(last, Int32(0), group + 1)
+        return step, group, cutlass.select_(slot == self.slots - 1, Int32(0), slot + 1)
 
     def next(self, slot, phase):
         """The slot after this one, and its barriers' phase."""
         last = slot == self.slots - 1
         return cutlass.select_(last, Int32(0), slot + 1), cutlass.select_(last, phase ^ 1, phase)
 
-    # --- the mixing warps ---------------------------------------------------------------------------------------------
-
     @cute.jit
-    def mix(self, streams, room, bars, addresses, sizes, numbers, rank, thread):
-        """A thread has 16 bytes of a row of each stream in each group."""
+    def mix(self, tma, streams, room, bars, addresses, sizes, numbers, rank, thread):
+        """A thread has 16 bytes of a row of each stream in each group. The first warp sends for streams."""
         c, (m, steps, _, _) = self.config, sizes
         full, empty, made, received = bars
         first, clusters = self.clusters()
-        lane = cute.arch.lane_idx()
+        warp = cute.arch.make_warp_uniform(thread // 32)
+        gH = cute.flat_divide(tma.tma_tensor, (c.block_m, GROUP, STREAMS))
+        into, source = cpasync.tma_partition(
+            tma.atom, 0, cute.make_layout(1), cute.group_modes(streams, 0, 3), cute.group_modes(gH, 0, 3)
+        )
+        copy, load_step, load_group, load_slot = (tma.atom, source, into), first, Int32(0), Int32(0)
+        if warp == 0:
+            for _ in cutlass.range(self.slots, unroll=1):
+                load_step, load_group, load_slot = self.load(
+                    copy, full, steps, rank, load_step, load_group, load_slot
+                )
         row, unit = thread // 8, thread % 8
         start = Int32(streams.iterator.toint()) + row * (GROUP * 2) + ((unit ^ (row % 8)) * 16)
         column = rank * self.columns + 8 * unit
@@ -506,6 +509,11 @@ class HyperConnectionSm90:
                     held[i, group] = y[i]
                 if cutlass.const_expr(self.variant.norm):
                     squares = self.add_squares(squares, y)
+                if warp == 0:
+                    cute.arch.mbarrier_wait(empty + slot, phase)
+                    load_step, load_group, load_slot = self.load(
+                        copy, full, steps, rank, load_step, load_group, load_slot
+                    )
                 slot, phase = self.next(slot, phase)
             if cutlass.const_expr(self.variant.norm):
                 squares = self.over_row(squares)
@@ -614,11 +622,12 @@ class HyperConnectionSm90:
         first, clusters = self.clusters()
         lane = cute.arch.lane_idx()
         source = addresses[1][0] + (Int64(lane // 4) * (STREAMS * d) + warp * d + rank * self.columns + lane % 4 * 2) * 4
-        start = Int32(streams.iterator.toint()) + warp * self.stream_bytes + lane % 8 * (GROUP * 2)
-        fn = [cute.make_rmem_tensor(24, Uint32) for _ in range(2)]
+        # of ldmatrix: lanes 0 to 7 have rows of 8 columns of a tile, 8 to 15 of the next ones, 16 to 31 of the next tile
+        start = Int32(streams.iterator.toint()) + warp * self.stream_bytes + (lane // 16 * 8 + lane % 8) * (GROUP * 2)
+        fn = [cute.make_rmem_tensor(12, Uint32) for _ in range(GROUP // 16)]
         totals = cute.make_rmem_tensor((6, self.tiles), Float32)
-        for half in cutlass.range_constexpr(2):
-            self.fetch_fn(fn[half], source + 128 * half)
+        for part in cutlass.range_constexpr(GROUP // 16):
+            self.fetch_fn(fn[part], source + 64 * part)
         slot, phase, turn = Int32(0), Int32(0), Int32(0)
         for step in cutlass.range(first, steps, clusters, unroll=1):
             for tile in cutlass.range_constexpr(self.tiles):
@@ -630,11 +639,10 @@ class HyperConnectionSm90:
                     later = Int32(0)
                 cute.arch.mbarrier_wait(ready + slot, phase)
                 at = start + slot * c.slot_bytes
-                for half in cutlass.range_constexpr(2):
-                    terms = self.terms(fn[half])
-                    self.fetch_fn(fn[half], source + Int64(later * (GROUP * 4)) + 128 * half)
-                    unit = ((4 * half + lane // 8) ^ (lane % 8)) * 16
-                    self.products(totals, terms, at + unit)
+                for part in cutlass.range_constexpr(GROUP // 16):
+                    factors = self.factors(fn[part])
+                    self.fetch_fn(fn[part], source + Int64(later * (GROUP * 4)) + 64 * part)
+                    self.products(totals, factors, at + ((2 * part + lane // 8 % 2) ^ (lane % 8)) * 16)
                 slot, phase = self.next(slot, phase)
             self.send(totals, room, Int32(received.toint()), rank, warp, lane, turn)
             cute.arch.mbarrier_wait(received + turn % 2, turn // 2 % 2)
@@ -646,45 +654,38 @@ class HyperConnectionSm90:
             turn += 1
 
     def fetch_fn(self, fn, source):
-        """Of 32 columns, what this lane has in the MMA's operand: pairs of columns of rows lane // 4 + 0, 8 and 16."""
+        """Of 16 columns, what this lane has in the MMA's operand: pairs of columns of rows lane // 4 + 0, 8 and 16."""
         for row in range(3):
-            for i in range(4):
+            for i in range(2):
                 pair = fetch2(source + (8 * row * STREAMS * self.variant.d + 8 * i) * 4)
                 for e in range(2):
-                    fn[8 * row + 2 * i + e] = pair[e]
+                    fn[4 * row + 2 * i + e] = pair[e]
 
-    def terms(self, fn):
-        """Operands of the MMA for each 16 of 32 columns. Outputs 0 to 15 take three, smallest terms first. 16 to 23
-        take two: the first has their smallest terms, the second the others, one in rows 0 to 7, one in rows 8 to 15.
+    def factors(self, fn):
+        """Operands of the MMA for outputs 0 to 15 and 16 to 23. The former take three, the smallest terms first; the
+        latter two: their smallest terms, then the others, one in rows 0 to 7, one in rows 8 to 15.
         """
-        words = [[split(fn[8 * row + 2 * i], fn[8 * row + 2 * i + 1]) for i in range(4)] for row in range(3)]
-        operands = []
-        for i in (0, 2):
-            first = [[words[row][j][t] for j in (i, i + 1) for row in (0, 1)] for t in range(3)]
-            last = [words[2][j] for j in (i, i + 1)]
-            small = [last[0][0], Uint32(0), last[1][0], Uint32(0)]
-            large = [last[0][2], last[0][1], last[1][2], last[1][1]]
-            operands.append((first, [small, large]))
-        return operands
+        words = [[split(fn[4 * row + 2 * i], fn[4 * row + 2 * i + 1]) for i in range(2)] for row in range(3)]
+        first = [[words[row][i][t] for i in range(2) for row in range(2)] for t in range(3)]
+        (low0, middle0, high0), (low1, middle1, high1) = words[2]
+        return first, [[low0, Uint32(0), low1, Uint32(0)], [high0, middle0, high1, middle1]]
 
-    def products(self, totals, terms, at):
-        """Of 32 columns of this warp's stream, added to the sums of each token."""
+    def products(self, totals, factors, at):
+        """Of 16 columns of this warp's stream, added to the sums of each token."""
         zeros = [Float32(0.0)] * 4
-        for tile0 in range(0, self.tiles, 3):
-            tiles = range(tile0, min(tile0 + 3, self.tiles))
-            operands = [load_matrices(at + tile * (8 * GROUP * 2)) for tile in tiles]
-            sums = [[zeros, zeros] for _ in tiles]
-            for s, operations in enumerate(terms):
-                for part, factors in enumerate(operations):
-                    for factor in factors:
-                        for i, b in enumerate(operands):
-                            sums[i][part] = mma_16816(factor, b[2 * s : 2 * s + 2], sums[i][part])
-            for i, tile in enumerate(tiles):
-                low, high = sums[i]
+        for tile in range(0, self.tiles, 2):
+            got = load_matrices(at + tile * (8 * GROUP * 2))
+            sums = [[zeros, zeros] for _ in range(2)]
+            for kind in range(2):
+                for factor in factors[kind]:
+                    for i in range(2):
+                        sums[i][kind] = mma_16816(factor, got[2 * i : 2 * i + 2], sums[i][kind])
+            for i in range(2):
+                first, last = sums[i]
                 for e in range(4):
-                    totals[e, tile] = totals[e, tile] + low[e]
+                    totals[e, tile + i] = totals[e, tile + i] + first[e]
                 for e in range(2):
-                    totals[4 + e, tile] = totals[4 + e, tile] + (high[e] + high[2 + e])
+                    totals[4 + e, tile + i] = totals[4 + e, tile + i] + (last[e] + last[2 + e])
 
     @cute.jit
     def send(self, totals, room, received, rank, warp, lane, turn):
