@@ -1,19 +1,19 @@
 """Hyper-connections on Hopper that read the streams once: `hyper_connection_pre` and `hyper_connection_post_pre`.
 
-Memory bound: reads 8 bytes a column of four BF16 streams and writes 2; with a site to close 10 and 10. fn, FP32 [24, 4 d],
-is read from L2 once a step.
+Memory bound: reads 8 bytes a column of four BF16 streams and writes 2; with a site to close 10 and 10. fn, FP32
+[24, 4 d], is read from L2 once a step.
 
 A cluster takes block_m tokens a step, and each of its CTAs a share of the columns of all four streams, which stay in
 shared memory until they are folded. Columns come in groups of 64 of each stream.
 
     mix       eight threads a token, 8 columns of each stream each: make the streams that a site leaves, in place, and
-              store them; sum squares; later fold the streams. One warp sends for groups by TMA as soon as there is room:
-              some of the next step's are on their way while this step's coefficients are
+              store them; sum squares; later fold the streams. One warp sends for groups by TMA as soon as there is
+              room: some of the next step's are on their way while this step's coefficients are
     multiply  four warps, one a stream: rows of the MMA are outputs, of which fn comes from L2 to registers in FP32 and
               is split there into three BF16 terms, exactly; columns are tokens, from shared memory. Sums of 16 columns
               leave the tensor core, which truncates, for FP32 sums
-    own       the sums of a token meet in one CTA of the cluster, in the order of the CTAs, as does what its coefficients
-              come of; pre goes back to all. A warp of `multiply` has a token, whose Sinkhorn nobody waits for
+    own       the sums of a token meet in one CTA of the cluster, which adds them in the order of the CTAs; pre goes
+              back to all. A warp of `multiply` has a token, whose Sinkhorn nobody waits for
     norm      sums of squares of y go from each CTA to all others, who add them in one order
 
 What CTAs send each other is counted by mbarriers of the receiver (st.async). No bit depends on m, on other tokens or on
@@ -21,7 +21,7 @@ when anything arrives.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cuda.bindings.driver as cuda
@@ -40,7 +40,7 @@ from fp4suite.built import MAX_SHARED_BYTES, Built
 from fp4suite.problem import HyperConnectionPostPreProblem, HyperConnectionPreProblem
 
 from . import build as cross
-from .gemm_nvfp4_sm90_wgmma import SM_COUNT, create_policy, load4, load_matrices, pack_bf16, push4, store4
+from .gemm_nvfp4_sm90_wgmma import SM_COUNT, create_policy, load4, load_matrices, pack_bf16, push4
 from .nvfp4 import mma_16816
 
 ARCH = "sm_90a"
@@ -118,6 +118,25 @@ def supports(problem: FoldProblem, config: Config) -> str | None:
     if slots(p.k, c) < groups:
         return f"shared memory holds {slots(p.k, c)} of {groups} groups of columns of {c.block_m} tokens"
     return None
+
+
+def default(problem: FoldProblem) -> Config:
+    """The most tokens that shared memory holds, with clusters of 16."""
+    return Config()
+
+
+def arithmetic(problem: FoldProblem, config: Config) -> str:
+    """In which order a config sums: columns are shared by CTAs."""
+    return f"columns of {config.cluster} CTAs"
+
+
+INVARIANT = f"columns of {Config().cluster} CTAs"
+
+
+def in_arithmetic(problem: FoldProblem, wanted: str) -> Config | None:
+    """The config that sums so; None if there is none."""
+    configs = (replace(default(problem), cluster=c) for c in SPACE["cluster"])
+    return next((c for c in configs if arithmetic(problem, c) == wanted and supports(problem, c) is None), None)
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
@@ -449,9 +468,7 @@ class HyperConnectionSm90:
         copy, load_step, load_group, load_slot = (tma.atom, source, into), first, Int32(0), Int32(0)
         if warp == 0:
             for _ in cutlass.range(self.slots, unroll=1):
-                load_step, load_group, load_slot = self.load(
-                    copy, full, steps, rank, load_step, load_group, load_slot
-                )
+                load_step, load_group, load_slot = self.load(copy, full, steps, rank, load_step, load_group, load_slot)
         row, unit = thread // 8, thread % 8
         start = Int32(streams.iterator.toint()) + row * (GROUP * 2) + ((unit ^ (row % 8)) * 16)
         column = rank * self.columns + 8 * unit
@@ -473,7 +490,8 @@ class HyperConnectionSm90:
                 if cutlass.const_expr(self.variant.post):
                     x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
                     y = [ahead[i, 0] for i in range(4)]
-                    later = self.fetch_output(addresses, sizes, step, row, column, cutlass.min(group + 2, self.groups - 1))
+                    beyond = cutlass.min(group + 2, self.groups - 1)
+                    later = self.fetch_output(addresses, sizes, step, row, column, beyond)
                     for i in cutlass.range_constexpr(4):
                         ahead[i, 0] = ahead[i, 1]
                         ahead[i, 1] = later[i]
@@ -563,7 +581,7 @@ class HyperConnectionSm90:
 
     def close(self, x, y, coefficients):
         """Streams after a site: post_k y + sum of comb_jk x_j, each operation rounded by itself."""
-        made = [[] for _ in range(STREAMS)]
+        made: list[list[Uint32]] = [[] for _ in range(STREAMS)]
         for i in range(4):
             wide = [widen(word[i]) for word in x]
             output = widen(y[i])
@@ -621,8 +639,9 @@ class HyperConnectionSm90:
         ready = made if cutlass.const_expr(self.variant.post) else full
         first, clusters = self.clusters()
         lane = cute.arch.lane_idx()
-        source = addresses[1][0] + (Int64(lane // 4) * (STREAMS * d) + warp * d + rank * self.columns + lane % 4 * 2) * 4
-        # of ldmatrix: lanes 0 to 7 have rows of 8 columns of a tile, 8 to 15 of the next ones, 16 to 31 of the next tile
+        column = warp * d + rank * self.columns + lane % 4 * 2  # of fn
+        source = addresses[1][0] + (Int64(lane // 4) * (STREAMS * d) + column) * 4
+        # of ldmatrix: lanes 0 to 7 have a tile's rows of 8 columns, 8 to 15 of the 8 beside, 16 to 31 those of the next
         start = Int32(streams.iterator.toint()) + warp * self.stream_bytes + (lane // 16 * 8 + lane % 8) * (GROUP * 2)
         fn = [cute.make_rmem_tensor(12, Uint32) for _ in range(GROUP // 16)]
         totals = cute.make_rmem_tensor((6, self.tiles), Float32)
@@ -805,6 +824,19 @@ def build(problem: FoldProblem, config: Config, arch: str | None = None) -> Buil
     post = isinstance(problem, HyperConnectionPostPreProblem)
     kernel = HyperConnectionSm90(config, Variant(d=problem.k, post=post, norm=True))
     return cross.build(kernel, *_fake_arguments(), arch=ARCH)
+
+
+def build_key(problem: FoldProblem, config: Config) -> tuple[Any, ...]:
+    """What of a problem `build` depends on."""
+    return (problem.k,)
+
+
+def precompile(problem: FoldProblem, config: Config) -> None:
+    """Compile for `problem` into the cache, without a GPU. Raises ValueError for what `supports` refuses."""
+    if reason := supports(problem, config):
+        raise ValueError(reason)
+    for norm in (True, False):
+        compiled(config, Variant(d=problem.k, post=isinstance(problem, HyperConnectionPostPreProblem), norm=norm))
 
 
 @functools.cache
