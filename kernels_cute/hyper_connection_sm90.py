@@ -1,19 +1,19 @@
 """Hyper-connections on Hopper that read the streams once: `hyper_connection_pre` and `hyper_connection_post_pre`.
 
 Memory bound: reads 8 bytes a column of four BF16 streams and writes 2; with a site to close 10 and 10. fn, FP32
-[24, 4 d], is read from L2 once a step.
+[24, 4 d], is split into three BF16 terms by a launch before, exactly; they are read from L2 once a step.
 
 A cluster takes block_m tokens a step, and each of its CTAs a share of the columns of all four streams, which stay in
 shared memory until they are folded. Columns come in groups of 64 of each stream.
 
-    mix       eight threads a token, 8 columns of each stream each: make the streams that a site leaves, in place, and
-              store them; sum squares; later fold the streams. One warp sends for groups by TMA as soon as there is
-              room: some of the next step's are on their way while this step's coefficients are
-    multiply  four warps, one a stream: rows of the MMA are outputs, of which fn comes from L2 to registers in FP32 and
-              is split there into three BF16 terms, exactly; columns are tokens, from shared memory. Sums of 16 columns
-              leave the tensor core, which truncates, for FP32 sums
-    own       the sums of a token meet in one CTA of the cluster, which adds them in the order of the CTAs; pre goes
-              back to all. A warp of `multiply` has a token, whose Sinkhorn nobody waits for
+    load      two warps: one sends for streams by TMA as soon as there is room, also for the next step's; one for the
+              terms of fn, of 64 columns of a stream at a time, which lie in memory as WGMMA reads them
+    mix       eight threads a token, 8 columns of each stream each: make the streams that a site leaves, in place; sum
+              squares; later fold the streams
+    multiply  a warpgroup: rows of the MMA are tokens, from registers; columns are fn's terms. Sums of 64 columns leave
+              the tensor core, which truncates, for FP32 sums. It sends the new streams to memory, by TMA
+    own       two warps: the sums of a token meet in one CTA of the cluster, which adds them in the order of the CTAs;
+              pre goes back to all, then comes Sinkhorn, whose results nobody waits for
     norm      sums of squares of y go from each CTA to all others, who add them in one order
 
 What CTAs send each other is counted by mbarriers of the receiver (st.async). No bit depends on m, on other tokens or on
@@ -29,29 +29,33 @@ import cutlass
 import torch
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint32, cute
 from cutlass._mlir.dialects import llvm
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cute.runtime import make_fake_stream, make_ptr
 from cutlass.cutlass_dsl import T, dsl_user_op
 from cutlass.memory import SmemAllocator
-from cutlass.utils import HardwareInfo
+from cutlass.utils import HardwareInfo, hopper_helpers
 from torch import Tensor
 
 from fp4suite.built import MAX_SHARED_BYTES, Built
 from fp4suite.problem import HyperConnectionPostPreProblem, HyperConnectionPreProblem
 
 from . import build as cross
-from .gemm_nvfp4_sm90_wgmma import SM_COUNT, create_policy, load4, load_matrices, pack_bf16, push4
-from .nvfp4 import mma_16816
+from .gemm_nvfp4_sm90_wgmma import SM_COUNT, bulk_load, create_policy, load4, load_matrices, pack_bf16, push4
 
 ARCH = "sm_90a"
 STREAMS = 4
 OUTPUTS = STREAMS * (STREAMS + 2)
+TERMS = 3  # BF16 numbers whose sum is one of FP32
 GROUP = 64  # columns of a group: rows of 128 bytes of shared memory
+TERM_BYTES = TERMS * OUTPUTS * GROUP * 2  # fn's terms in a group of a stream
+ROWS = 64  # of WGMMA, of which block_m count
+K_STEPS = GROUP // 16  # of WGMMA
 WARPGROUP = 128
 TOKENS = 16  # that a warpgroup mixes
 BARRIER_BYTES = 1024
-REGISTERS = 65536  # of an SM
-MIXER_REGISTERS, MULTIPLIER_REGISTERS = 112, 176
+OWNERS = 2  # warps
+# of threads that mix, that multiply and that load or own, by warpgroups that mix; launched with as many, where not here
+THREAD_REGISTERS = {3: (104, 120, 48)}
 LOG2_E = 1.4426950408889634
 
 FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem
@@ -59,14 +63,23 @@ FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_m: tokens of a step; cluster: CTAs that share their columns."""
+    """block_m: tokens of a step; cluster: CTAs that share their columns; stages: room for fn's terms in a group of
+    columns of a stream.
+    """
 
     block_m: int = 48
     cluster: int = 16
+    stages: int = 2
+
+    @property
+    def mixing(self) -> int:
+        """Warpgroups that mix."""
+        return self.block_m // TOKENS
 
     @property
     def threads(self) -> int:
-        return WARPGROUP * (self.block_m // TOKENS + 1)
+        """First those that mix, then those that multiply, then those that load or own."""
+        return WARPGROUP * (self.mixing + 2)
 
     @property
     def slot_bytes(self) -> int:
@@ -75,11 +88,11 @@ class Config:
 
     @property
     def owned(self) -> int:
-        """Tokens whose sums meet in a CTA, at most."""
-        return -(-self.block_m // self.cluster)
+        """Tokens whose sums meet in a CTA."""
+        return self.block_m // self.cluster
 
 
-SPACE = {"block_m": (16, 32, 48), "cluster": (8, 16)}
+SPACE = {"block_m": (16, 32, 48), "cluster": (8, 16), "stages": (2, 3, 4)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,15 +107,15 @@ class Variant:
 def other_bytes(d: int, config: Config) -> int:
     """Shared memory beside the streams."""
     c = config
-    parts = STREAMS * c.block_m * OUTPUTS * 4
-    inbox = 2 * c.cluster * c.owned * (OUTPUTS + 1) * 4
-    return BARRIER_BYTES + parts + inbox + c.block_m * 16 + c.cluster * c.block_m * 4 + d // c.cluster * 2 + 128
+    inbox = c.block_m * (OUTPUTS + 1) * 4
+    small = c.block_m * 16 + c.cluster * c.block_m * 4 + d // c.cluster * 2 + 64
+    return BARRIER_BYTES + c.stages * TERM_BYTES + inbox + small
 
 
 def slots(d: int, config: Config) -> int:
-    """Groups of columns that shared memory holds: those of two steps at most."""
+    """Groups of columns that shared memory holds: fewer than those of two steps, so that nobody is two steps ahead."""
     room = MAX_SHARED_BYTES[ARCH] - other_bytes(d, config)
-    return min(room // config.slot_bytes, 2 * (d // config.cluster // GROUP))
+    return min(room // config.slot_bytes, 2 * (d // config.cluster // GROUP) - 1)
 
 
 def supports(problem: FoldProblem, config: Config) -> str | None:
@@ -112,8 +125,8 @@ def supports(problem: FoldProblem, config: Config) -> str | None:
         return f"{p.n} streams in {p.x}: this kernel takes {STREAMS} in bf16"
     if p.k % (GROUP * c.cluster):
         return f"k={p.k} is not a multiple of {GROUP} columns for each of {c.cluster} CTAs"
-    if c.owned > STREAMS:
-        return f"{c.block_m} tokens are more than {STREAMS} for each of {c.cluster} CTAs"
+    if c.owned > 2 * OWNERS:
+        return f"{c.block_m} tokens are more than {2 * OWNERS} for each of {c.cluster} CTAs"
     groups = p.k // c.cluster // GROUP
     if slots(p.k, c) < groups:
         return f"shared memory holds {slots(p.k, c)} of {groups} groups of columns of {c.block_m} tokens"
@@ -196,16 +209,6 @@ def fetch4(address: Int64, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def fetch2(address: Int64, *, loc=None, ip=None):
-    """Two numbers of global memory, as words; L1 does not keep them."""
-    kind = llvm.StructType.get_literal([T.i32()] * 2)
-    asm = "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];"
-    args = [address.ir_value(loc=loc, ip=ip)]
-    got = llvm.inline_asm(kind, args, asm, "=r,=r,l", has_side_effects=True, loc=loc, ip=ip)
-    return [Uint32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(2)]
-
-
-@dsl_user_op
 def fetch(address: Int64, *, loc=None, ip=None) -> Float32:
     """One number of global memory that nobody writes meanwhile."""
     asm = "ld.global.nc.f32 $0, [$1];"
@@ -238,6 +241,17 @@ def push(address: Int32, barrier: Int32, rank: Int32, x: Float32, *, loc=None, i
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], $3, [bar]; }"
     )
     llvm.inline_asm(None, args, asm, "r,r,r,f", has_side_effects=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def push2(address: Int32, barrier: Int32, rank: Int32, numbers, *, loc=None, ip=None):
+    """Two numbers to a CTA of the cluster, to shared memory that a barrier counts; addresses are as in this CTA."""
+    args = [v.ir_value(loc=loc, ip=ip) for v in (address, barrier, rank, *numbers)]
+    asm = (
+        "{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, $0, $2; mapa.shared::cluster.u32 bar, $1, $2; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {$3, $4}, [bar]; }"
+    )
+    llvm.inline_asm(None, args, asm, "r,r,r,f,f", has_side_effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -304,6 +318,35 @@ def split(x, y):
     return upper_halves(x, y), middle, high
 
 
+# --- fn's terms -------------------------------------------------------------------------------------------------------
+
+
+class SplitFn:
+    """A CTA has the terms of 64 columns of a stream: rows of 128 bytes in the 128-byte swizzle, the smallest first."""
+
+    def __init__(self, d: int):
+        self.d = d
+
+    @cute.jit
+    def __call__(self, fn: cute.Pointer, terms: cute.Pointer, stream: cuda.CUstream):
+        self.kernel(fn.toint(), terms.toint()).launch(
+            grid=(STREAMS * self.d // GROUP, 1, 1), block=(OUTPUTS * GROUP // 8, 1, 1), stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, fn: Int64, terms: Int64):
+        tidx, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        cute.arch.griddepcontrol_launch_dependents()
+        output, unit = tidx // 8, tidx % 8
+        at = fn + (Int64(output) * (STREAMS * self.d) + block * GROUP + 8 * unit) * 4
+        x = [*fetch_words(at), *fetch_words(at + 16)]
+        pairs = [split(x[i], x[i + 1]) for i in range(0, 8, 2)]
+        to = terms + Int64(block) * TERM_BYTES + output * (GROUP * 2) + (unit ^ (output % 8)) * 16
+        for t in cutlass.range_constexpr(TERMS):
+            put_words(to + t * (OUTPUTS * GROUP * 2), [pair[t] for pair in pairs], Boolean(True))
+
+
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
@@ -315,8 +358,7 @@ class HyperConnectionSm90:
         self.columns = variant.d // config.cluster  # of a stream, a CTA's
         self.groups = self.columns // GROUP
         self.slots = slots(variant.d, config)
-        self.tiles = config.block_m // 8  # of the MMA
-        self.mixers = config.block_m // 4  # warps
+        self.mixers = 4 * config.mixing  # warps
         self.stream_bytes = config.block_m * GROUP * 2  # of a slot
 
     @cute.jit
@@ -336,33 +378,38 @@ class HyperConnectionSm90:
         eps: Float32,
         stream: cuda.CUstream,
     ):
-        """Strides count elements. site: y, post, comb and where the streams go; weights: fn, base, scale and the
-        norm's; out: y, post, comb.
+        """Strides count elements. site: y, post, comb and where the streams go; weights: fn's terms, base, scale and
+        the norm's; out: y, post, comb.
         """
         c = self.config
         strides = (cute.assume(stride_m, divby=8), 1, cute.assume(stride_n, divby=8))
         mH = cute.make_tensor(h, cute.make_layout((m, self.variant.d, STREAMS), stride=strides))
         box = (c.block_m, GROUP, STREAMS)
-        tma = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), mH, self.layout(1), box)
+        tmas = [cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), mH, self.layout(), box)]
+        if cutlass.const_expr(self.variant.post):
+            strides = (STREAMS * self.variant.d, 1, self.variant.d)
+            mO = cute.make_tensor(site[3], cute.make_layout((m, self.variant.d, STREAMS), stride=strides))
+            tmas.append(cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileS2GOp(), mO, self.layout(), box))
         steps = cute.ceil_div(m, c.block_m)
         addresses = tuple(tuple(p.toint() for p in pointers) for pointers in (site, weights, out))
-        self.kernel(tma, addresses, (m, steps, iterations, stride_y), (norm_eps, eps)).launch(
+        self.kernel(tuple(tmas), addresses, (m, steps, iterations, stride_y), (norm_eps, eps)).launch(
             grid=(cutlass.min(steps, max_clusters) * c.cluster, 1, 1),
             block=(c.threads, 1, 1),
             cluster=(c.cluster, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
             preferred_smem_carveout=100,  # percent
+            use_pdl=True,
         )
 
-    def layout(self, slots: int):
-        """Shared [tokens, columns, streams, slots]: rows of 128 bytes, in the 128-byte swizzle."""
+    def layout(self, slots: int = 0):
+        """Shared [tokens, columns, streams, slots], or that of a slot: rows of 128 bytes, in the 128-byte swizzle."""
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        shape = (self.config.block_m, GROUP, STREAMS, slots)[: 3 if slots == 1 else 4]
+        shape = (self.config.block_m, GROUP, STREAMS, *((slots,) if slots else ()))
         return cute.tile_to_shape(atom, shape, order=tuple(range(len(shape))))
 
     @cute.kernel
-    def kernel(self, tma: Any, addresses: Any, sizes: Any, numbers: Any):
+    def kernel(self, tmas: Any, addresses: Any, sizes: Any, numbers: Any):
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
@@ -372,10 +419,12 @@ class HyperConnectionSm90:
         barriers = smem.allocate_tensor(Int64, cute.make_layout(BARRIER_BYTES // 8), byte_alignment=1024).iterator
         layout = self.layout(self.slots)
         streams = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
+        layout = cute.tile_to_shape(atom, (TERMS * OUTPUTS, GROUP, c.stages), order=(0, 1, 2))
+        terms = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         sizes_of = {
-            "parts": STREAMS * c.block_m * OUTPUTS,
-            "sums": 2 * c.cluster * c.owned * OUTPUTS,
-            "squares": 2 * c.cluster * c.owned,
+            "sums": c.block_m * OUTPUTS,
+            "squares": c.block_m,
             "pre": c.block_m * STREAMS,
             "norms": c.cluster * c.block_m,
             "weight": self.columns // 2,
@@ -385,18 +434,22 @@ class HyperConnectionSm90:
             for name, n in sizes_of.items()
         }
         full, empty, made = barriers, barriers + self.slots, barriers + 2 * self.slots
-        received = barriers + 3 * self.slots  # sums, in turn in two places; pre; sums of squares of y
-        bars = (full, empty, made, received)
+        term_full = barriers + 3 * self.slots
+        term_empty = term_full + c.stages
+        received = term_empty + c.stages  # sums; pre; sums of squares of y
+        bars = (full, empty, made, term_full, term_empty, received)
         if warp == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.slots):
                     cute.arch.mbarrier_init(full + i, 1)
-                    cute.arch.mbarrier_init(empty + i, self.mixers)
+                    cute.arch.mbarrier_init(empty + i, self.mixers + int(self.variant.post))
                     cute.arch.mbarrier_init(made + i, self.mixers)
-                for i in cutlass.range_constexpr(4):
+                for i in cutlass.range_constexpr(c.stages):
+                    cute.arch.mbarrier_init(term_full + i, 1)
+                    cute.arch.mbarrier_init(term_empty + i, 4)
+                for i in cutlass.range_constexpr(3):
                     cute.arch.mbarrier_init(received + i, 1)
-                for i in cutlass.range_constexpr(4):
-                    cute.arch.mbarrier_arrive_and_expect_tx(received + i, self.expected(min(i, 2) + i // 3, rank))
+                    cute.arch.mbarrier_arrive_and_expect_tx(received + i, self.expected(i))
         if cutlass.const_expr(self.variant.norm):  # noqa: SIM102
             if tidx < self.columns // 8:
                 at = addresses[1][3] + Int64(rank * self.columns + 8 * tidx) * 2
@@ -404,26 +457,32 @@ class HyperConnectionSm90:
         cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive()  # nobody may signal a barrier that is not there yet
         cute.arch.cluster_wait()
-        spread = REGISTERS // c.threads < MULTIPLIER_REGISTERS
-        if warp < STREAMS:
-            if cutlass.const_expr(spread):
-                cute.arch.setmaxregister_increase(MULTIPLIER_REGISTERS)
-            self.multiply(streams, room, bars, addresses, sizes, numbers, rank, warp)
+        registers = THREAD_REGISTERS.get(c.mixing)
+        if warp < self.mixers:
+            if cutlass.const_expr(registers is not None):
+                cute.arch.setmaxregister_increase(registers[0])
+            self.mix(streams, room, bars, addresses, sizes, numbers, rank, tidx)
+        elif warp < self.mixers + 4:
+            if cutlass.const_expr(registers is not None):
+                cute.arch.setmaxregister_increase(registers[1])
+            self.multiply(tmas, streams, terms, room, bars, sizes, rank, tidx - WARPGROUP * c.mixing)
         else:
-            if cutlass.const_expr(spread):
-                cute.arch.setmaxregister_decrease(MIXER_REGISTERS)
-            self.mix(tma, streams, room, bars, addresses, sizes, numbers, rank, tidx - WARPGROUP)
+            if cutlass.const_expr(registers is not None):
+                cute.arch.setmaxregister_decrease(registers[2])
+            if warp == self.mixers + 4:
+                self.load_streams(tmas[0], streams, bars, sizes, rank)
+            elif warp == self.mixers + 5:
+                cute.arch.griddepcontrol_wait()
+                self.load_terms(terms, bars, addresses, sizes, rank)
+            else:
+                self.own(room, bars, addresses, sizes, numbers, rank, warp - (self.mixers + 6))
         cute.arch.cluster_arrive()  # a CTA stays until its peers have what they wait for
         cute.arch.cluster_wait()
 
-    def expected(self, kind: int, rank):
-        """Bytes of a step that a barrier waits for. kind: 0 and 1 sums, 2 pre, 3 sums of squares of y."""
+    def expected(self, kind: int) -> int:
+        """Bytes of a step that a barrier waits for. kind: 0 sums, 1 pre, 2 sums of squares of y."""
         c = self.config
-        if kind == 2:
-            return c.block_m * 16
-        if kind == 3:
-            return c.cluster * c.block_m * 4
-        return (c.block_m - rank + c.cluster - 1) // c.cluster * (c.cluster * (OUTPUTS + 1) * 4)
+        return (c.block_m * (OUTPUTS + 1) * 4, c.block_m * 16, c.cluster * c.block_m * 4)[kind]
 
     def clusters(self):
         """The number of this cluster, and how many there are."""
@@ -431,44 +490,65 @@ class HyperConnectionSm90:
         blocks, _, _ = cute.arch.grid_dim()
         return block // self.config.cluster, blocks // self.config.cluster
 
+    def next(self, slot, phase, slots: int):
+        """The slot after this one, and its barriers' phase."""
+        last = slot == slots - 1
+        return cutlass.select_(last, Int32(0), slot + 1), cutlass.select_(last, phase ^ 1, phase)
+
+    def partition(self, tma, streams):
+        """Slots, and the tiles of global memory [step, group of columns, 0]."""
+        gH = cute.flat_divide(tma.tma_tensor, (self.config.block_m, GROUP, STREAMS))
+        streams, gH = cute.group_modes(streams, 0, 3), cute.group_modes(gH, 0, 3)
+        return cpasync.tma_partition(tma.atom, 0, cute.make_layout(1), streams, gH)
+
+    # --- the loading warps --------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def load_streams(self, tma, streams, bars, sizes, rank):
+        """Send for each group as soon as its slot has been folded, and stored."""
+        c, (_, steps, _, _) = self.config, sizes
+        full, empty = bars[:2]
+        first, clusters = self.clusters()
+        into, source = self.partition(tma, streams)
+        policy = create_policy(Boolean(True))  # nobody reads them again
+        slot, phase = Int32(0), Int32(0)
+        for step in cutlass.range(first, steps, clusters, unroll=1):
+            for group in cutlass.range(self.groups, unroll=1):
+                cute.arch.mbarrier_wait(empty + slot, phase ^ 1)
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + slot, c.slot_bytes)
+                at = source[None, step, rank * self.groups + group, 0]
+                cute.copy(tma.atom, at, into[None, slot], tma_bar_ptr=full + slot, cache_policy=policy)
+                slot, phase = self.next(slot, phase, self.slots)
+
+    @cute.jit
+    def load_terms(self, terms, bars, addresses, sizes, rank):
+        """Send for fn's terms, group after group, stream after stream."""
+        c, (_, steps, _, _) = self.config, sizes
+        term_full, term_empty = bars[3:5]
+        first, clusters = self.clusters()
+        into = Int32(terms.iterator.toint())
+        policy = create_policy(Boolean(False))
+        stage, phase = Int32(0), Int32(0)
+        for _ in cutlass.range(first, steps, clusters, unroll=1):
+            for item in cutlass.range(self.groups * STREAMS, unroll=1):
+                block = item % STREAMS * (self.variant.d // GROUP) + rank * self.groups + item // STREAMS
+                cute.arch.mbarrier_wait(term_empty + stage, phase ^ 1)
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(term_full + stage, TERM_BYTES)
+                    source = addresses[1][0] + Int64(block) * TERM_BYTES
+                    bar = Int32((term_full + stage).toint())
+                    bulk_load(into + stage * TERM_BYTES, source, Int32(TERM_BYTES), bar, policy)
+                stage, phase = self.next(stage, phase, c.stages)
+
     # --- the mixing warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def load(self, copy, full, steps, rank, step, group, slot):
-        """Send for a group of a step, if there is that step. Which comes then: step, group and slot."""
-        c, (atom, source, to) = self.config, copy
-        _, clusters = self.clusters()
-        if step < steps:
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(full + slot, c.slot_bytes)
-            policy = create_policy(Boolean(True))  # nobody reads them again
-            at = source[None, step, rank * self.groups + group, 0]
-            cute.copy(atom, at, to[None, slot], tma_bar_ptr=full + slot, cache_policy=policy)
-        last = group == self.groups - 1
-        step = cutlass.select_(last, step + clusters, step)
-        group = cutlass.select_(last, Int32(0), group + 1)
-        return step, group, cutlass.select_(slot == self.slots - 1, Int32(0), slot + 1)
-
-    def next(self, slot, phase):
-        """The slot after this one, and its barriers' phase."""
-        last = slot == self.slots - 1
-        return cutlass.select_(last, Int32(0), slot + 1), cutlass.select_(last, phase ^ 1, phase)
-
-    @cute.jit
-    def mix(self, tma, streams, room, bars, addresses, sizes, numbers, rank, thread):
-        """A thread has 16 bytes of a row of each stream in each group. The first warp sends for streams."""
+    def mix(self, streams, room, bars, addresses, sizes, numbers, rank, thread):
+        """A thread has 16 bytes of a row of each stream in each group."""
         c, (m, steps, _, _) = self.config, sizes
-        full, empty, made, received = bars
+        full, empty, made, _, _, received = bars
         first, clusters = self.clusters()
-        warp = cute.arch.make_warp_uniform(thread // 32)
-        gH = cute.flat_divide(tma.tma_tensor, (c.block_m, GROUP, STREAMS))
-        into, source = cpasync.tma_partition(
-            tma.atom, 0, cute.make_layout(1), cute.group_modes(streams, 0, 3), cute.group_modes(gH, 0, 3)
-        )
-        copy, load_step, load_group, load_slot = (tma.atom, source, into), first, Int32(0), Int32(0)
-        if warp == 0:
-            for _ in cutlass.range(self.slots, unroll=1):
-                load_step, load_group, load_slot = self.load(copy, full, steps, rank, load_step, load_group, load_slot)
         row, unit = thread // 8, thread % 8
         start = Int32(streams.iterator.toint()) + row * (GROUP * 2) + ((unit ^ (row % 8)) * 16)
         column = rank * self.columns + 8 * unit
@@ -496,55 +576,47 @@ class HyperConnectionSm90:
                         ahead[i, 0] = ahead[i, 1]
                         ahead[i, 1] = later[i]
                     x = self.close(x, y, coefficients)
-                    to = addresses[0][3] + (Int64(token) * (STREAMS * self.variant.d) + column + group * GROUP) * 2
                     for k in cutlass.range_constexpr(STREAMS):
                         store_words(at + k * self.stream_bytes, x[k])
-                        put_words(to + k * (self.variant.d * 2), x[k], there)
+                    cute.arch.fence_proxy("async.shared", space="cta")  # before TMA reads what threads have written
                     self.arrive(made + at_slot)
                 else:
                     x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
                 for k in cutlass.range_constexpr(STREAMS):
                     squares = self.add_squares(squares, x[k])
-                at_slot, at_phase = self.next(at_slot, at_phase)
+                at_slot, at_phase = self.next(at_slot, at_phase, self.slots)
             squares = self.over_row(squares)
             if unit == 0:
-                place = (turn % 2 * c.cluster + rank) * c.owned + row // c.cluster
-                push(room["squares"] + 4 * place, received_at + 8 * (turn % 2), row % c.cluster, squares)
+                place = rank * c.owned + row // c.cluster
+                push(room["squares"] + 4 * place, received_at, row % c.cluster, squares)
 
-            cute.arch.mbarrier_wait(received + 2, turn % 2)
+            cute.arch.mbarrier_wait(received + 1, turn % 2)
             if thread == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(received + 2, self.expected(2, rank))
+                cute.arch.mbarrier_arrive_and_expect_tx(received + 1, self.expected(1))
             pre = load4(room["pre"] + 16 * row)
             squares = Float32(0.0)
             for group in cutlass.range_constexpr(self.groups):
                 at = start + slot * c.slot_bytes
                 x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
-                if cutlass.const_expr(self.variant.post):
-                    cute.arch.fence_proxy("async.shared", space="cta")  # before TMA writes where threads have written
                 self.arrive(empty + slot)
                 y = self.fold(x, pre)
                 for i in cutlass.range_constexpr(4):
                     held[i, group] = y[i]
                 if cutlass.const_expr(self.variant.norm):
                     squares = self.add_squares(squares, y)
-                if warp == 0:
-                    cute.arch.mbarrier_wait(empty + slot, phase)
-                    load_step, load_group, load_slot = self.load(
-                        copy, full, steps, rank, load_step, load_group, load_slot
-                    )
-                slot, phase = self.next(slot, phase)
+                slot, phase = self.next(slot, phase, self.slots)
             if cutlass.const_expr(self.variant.norm):
                 squares = self.over_row(squares)
                 for i in cutlass.range_constexpr(c.cluster // 8):
                     to = room["norms"] + 4 * (rank * c.block_m + row)
-                    push(to, received_at + 24, 8 * i + unit, squares)
+                    push(to, received_at + 16, 8 * i + unit, squares)
             if cutlass.const_expr(self.variant.post):
                 self.fetch_site(coefficients, ahead, addresses, sizes, step + clusters, row, column)
             factor = Float32(1.0)
             if cutlass.const_expr(self.variant.norm):
-                cute.arch.mbarrier_wait(received + 3, turn % 2)
+                cute.arch.mbarrier_wait(received + 2, turn % 2)
                 if thread == 0:
-                    cute.arch.mbarrier_arrive_and_expect_tx(received + 3, self.expected(3, rank))
+                    cute.arch.mbarrier_arrive_and_expect_tx(received + 2, self.expected(2))
                 total = Float32(0.0)
                 for i in cutlass.range_constexpr(c.cluster):
                     total = total + load_number(room["norms"] + 4 * (i * c.block_m + row))
@@ -630,133 +702,178 @@ class HyperConnectionSm90:
 
     # --- the multiplying warps ----------------------------------------------------------------------------------------
 
+    def mma(self, accumulate: bool):
+        """Rows of tokens by fn's terms, added to what was there or not."""
+        mma = hopper_helpers.make_trivial_tiled_mma(
+            BFloat16,
+            BFloat16,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+            Float32,
+            (1, 1, 1),
+            (ROWS, TERMS * OUTPUTS),
+            a_source=warpgroup.OperandSource.RMEM,
+        )
+        mma.set(warpgroup.Field.ACCUMULATE, accumulate)
+        return mma
+
     @cute.jit
-    def multiply(self, streams, room, bars, addresses, sizes, numbers, rank, warp):
-        """The warp of a stream: its product with fn; then what the CTA's tokens become of the cluster's sums."""
-        c, d = self.config, self.variant.d
-        _, steps, _, _ = sizes
-        full, _, made, received = bars
+    def multiply(self, tmas, streams, terms, room, bars, sizes, rank, thread):
+        """The product of the streams with fn, and its way to who owns the tokens. One warp stores new streams."""
+        c, (_, steps, _, _) = self.config, sizes
+        full, empty, made, term_full, term_empty, received = bars
         ready = made if cutlass.const_expr(self.variant.post) else full
         first, clusters = self.clusters()
-        lane = cute.arch.lane_idx()
-        column = warp * d + rank * self.columns + lane % 4 * 2  # of fn
-        source = addresses[1][0] + (Int64(lane // 4) * (STREAMS * d) + column) * 4
-        # of ldmatrix: lanes 0 to 7 have a tile's rows of 8 columns, 8 to 15 of the 8 beside, 16 to 31 those of the next
-        start = Int32(streams.iterator.toint()) + warp * self.stream_bytes + (lane // 16 * 8 + lane % 8) * (GROUP * 2)
-        fn = [cute.make_rmem_tensor(12, Uint32) for _ in range(GROUP // 16)]
-        totals = cute.make_rmem_tensor((6, self.tiles), Float32)
-        for part in cutlass.range_constexpr(GROUP // 16):
-            self.fetch_fn(fn[part], source + 64 * part)
-        slot, phase, turn = Int32(0), Int32(0), Int32(0)
+        warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
+        mma = self.mma(True)
+        operand = mma.make_fragment_B(mma.get_slice(0).partition_B(terms))
+        frag = [cute.make_rmem_tensor(mma.partition_shape_A((ROWS, GROUP)), BFloat16) for _ in range(2)]
+        acc = [cute.make_rmem_tensor(mma.partition_shape_C((ROWS, TERMS * OUTPUTS)), Float32) for _ in range(2)]
+        totals = cute.make_rmem_tensor(OUTPUTS // 2, Float32)
+        # of ldmatrix; rows beyond the tokens are those of the last ones again
+        row = 16 * cutlass.min(warp, c.mixing - 1) + lane % 16
+        start = Int32(streams.iterator.toint()) + row * (GROUP * 2)
+        slot, phase, stage, stage_phase = Int32(0), Int32(0), Int32(0), Int32(0)
         for step in cutlass.range(first, steps, clusters, unroll=1):
-            for tile in cutlass.range_constexpr(self.tiles):
-                for i in cutlass.range_constexpr(6):
-                    totals[i, tile] = Float32(0.0)
+            first_slot = slot
+            for i in cutlass.range_constexpr(OUTPUTS // 2):
+                totals[i] = Float32(0.0)
             for group in cutlass.range(self.groups, unroll=1):
-                later = group + 1
-                if later == self.groups:
-                    later = Int32(0)
                 cute.arch.mbarrier_wait(ready + slot, phase)
-                at = start + slot * c.slot_bytes
-                for part in cutlass.range_constexpr(GROUP // 16):
-                    factors = self.factors(fn[part])
-                    self.fetch_fn(fn[part], source + Int64(later * (GROUP * 4)) + 64 * part)
-                    self.products(totals, factors, at + ((2 * part + lane // 8 % 2) ^ (lane % 8)) * 16)
-                slot, phase = self.next(slot, phase)
-            self.send(totals, room, Int32(received.toint()), rank, warp, lane, turn)
-            cute.arch.mbarrier_wait(received + turn % 2, turn // 2 % 2)
+                if cutlass.const_expr(self.variant.post):  # noqa: SIM102
+                    if warp == 0:
+                        into, target = self.partition(tmas[1], streams)
+                        at = target[None, step, rank * self.groups + group, 0]
+                        cute.copy(tmas[1].atom, into[None, slot], at)
+                        cute.arch.cp_async_bulk_commit_group()
+                before = stage
+                for k in cutlass.range_constexpr(STREAMS):
+                    self.take_tokens(frag[k % 2], start + slot * c.slot_bytes + k * self.stream_bytes, lane)
+                    cute.arch.mbarrier_wait(term_full + stage, stage_phase)
+                    self.issue(acc[k % 2], frag[k % 2], operand, stage)
+                    if cutlass.const_expr(k > 0):
+                        warpgroup.wait_group(1)
+                        self.arrive(term_empty + before)
+                        self.add_terms(totals, acc[(k - 1) % 2])
+                    before = stage
+                    stage, stage_phase = self.next(stage, stage_phase, c.stages)
+                warpgroup.wait_group(0)
+                self.arrive(term_empty + before)
+                self.add_terms(totals, acc[(STREAMS - 1) % 2])
+                slot, phase = self.next(slot, phase, self.slots)
+            if warp < c.mixing:
+                self.send(totals, room["sums"], Int32(received.toint()), rank, 16 * warp + lane // 4, lane % 4)
+            if cutlass.const_expr(self.variant.post):  # noqa: SIM102
+                if warp == 0:
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+                    cute.arch.sync_warp()
+                    with cute.arch.elect_one():
+                        for i in cutlass.range_constexpr(self.groups):
+                            stored = first_slot + i
+                            stored = cutlass.select_(stored < self.slots, stored, stored - self.slots)
+                            cute.arch.mbarrier_arrive(empty + stored)
+
+    def take_tokens(self, frag, at, lane):
+        """A warp's 16 rows of 64 columns of a stream to registers."""
+        words = cute.recast_tensor(frag, Uint32)
+        for s in range(K_STEPS):
+            got = load_matrices(at + ((2 * s + lane // 16) ^ (lane % 8)) * 16)
+            for i in range(4):
+                words[4 * s + i] = got[i]
+
+    @cute.jit
+    def issue(self, acc, frag, operand, stage):
+        """Products of 64 columns, on their way."""
+        new, more = self.mma(False), self.mma(True)
+        warpgroup.fence()
+        for s in cutlass.range_constexpr(K_STEPS):
+            cute.gemm(new if s == 0 else more, acc, frag[None, None, s], operand[None, None, s, stage], acc)
+        warpgroup.commit_group()
+
+    def add_terms(self, totals, acc):
+        """Columns of the product are 24 outputs of each term."""
+        for i in range(OUTPUTS // 2):
+            low, middle, high = (acc[i + t * (OUTPUTS // 2)] for t in range(TERMS))
+            totals[i] = totals[i] + ((low + middle) + high)
+
+    def send(self, totals, sums, received, rank, row, quad):
+        """A thread has pairs of outputs of two tokens, which go to the CTAs that own these."""
+        c = self.config
+        for half in range(2):
+            token = row + 8 * half
+            place = (rank * c.owned + token // c.cluster) * OUTPUTS + 2 * quad
+            for j in range(OUTPUTS // 8):
+                pair = [totals[4 * j + 2 * half + e] for e in range(2)]
+                push2(sums + (place + 8 * j) * 4, received, token % c.cluster, pair)
+
+    # --- the owning warps ---------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def own(self, room, bars, addresses, sizes, numbers, rank, warp):
+        """Coefficients of the tokens that this CTA owns: those of pre to all CTAs, the others to memory. A warp has
+        every other token.
+        """
+        c, (m, steps, iterations, _), (norm_eps, eps) = self.config, sizes, numbers
+        _, (_, base, scale, _), (_, post, comb) = addresses
+        received = bars[5]
+        received_at = Int32(received.toint())
+        first, clusters = self.clusters()
+        lane = cute.arch.lane_idx()
+        output = cutlass.min(lane, OUTPUTS - 1)
+        factor = fetch(scale + Int64(cutlass.min(output // STREAMS, 2)) * 4)
+        offset = fetch(base + Int64(output) * 4)
+        turn = Int32(0)
+        for step in cutlass.range(first, steps, clusters, unroll=1):
+            cute.arch.mbarrier_wait(received, turn % 2)
             if warp == 0:
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(received + turn % 2, self.expected(0, rank))
-            if warp * c.cluster + rank < c.block_m:
-                self.own(room, Int32(received.toint()), addresses, sizes, numbers, rank, warp, lane, step, turn)
+                    cute.arch.mbarrier_arrive_and_expect_tx(received, self.expected(0))
+            logits, afters = [], []
+            for i in cutlass.range_constexpr(0, c.owned, OWNERS):
+                mine = i + warp < c.owned
+                total, squares = Float32(0.0), Float32(0.0)
+                if mine:
+                    for cta in cutlass.range_constexpr(c.cluster):
+                        place = cta * c.owned + i + warp
+                        total = total + load_number(room["sums"] + (place * OUTPUTS + output) * 4)
+                        squares = squares + load_number(room["squares"] + place * 4)
+                norm = approximately("rsqrt", fma(squares, Float32(1.0 / (STREAMS * self.variant.d)), norm_eps))
+                logit = total * norm * factor + offset
+                near = sigmoid(logit)
+                pre = [cute.arch.shuffle_sync(near, k) + eps for k in range(STREAMS)]
+                if mine and lane < c.cluster:
+                    push4(room["pre"] + 16 * ((i + warp) * c.cluster + rank), received_at + 8, lane, pre)
+                logits.append(logit)
+                afters.append([Float32(2.0) * cute.arch.shuffle_sync(near, STREAMS + k) for k in range(STREAMS)])
+            # four lanes a token now, one a row of comb
+            which = lane // STREAMS
+            row, after = self.rows_of(logits[0], lane), afters[0]
+            if cutlass.const_expr(len(logits) > 1):
+                rows, second = (row, self.rows_of(logits[1], lane)), which == 1
+                row = [cutlass.select_(second, rows[1][j], rows[0][j]) for j in range(STREAMS)]
+                after = [cutlass.select_(second, afters[1][j], afters[0][j]) for j in range(STREAMS)]
+            a, b, c2, e = self.sinkhorn(row, iterations, eps)
+            owned = OWNERS * which + warp
+            token = step * c.block_m + owned * c.cluster + rank
+            there = owned < c.owned and token < m
+            put4(post + Int64(token) * 16, after, there and lane % STREAMS == 0)
+            put4(comb + Int64(token) * 64 + Int64(lane % STREAMS) * 16, [a, b, c2, e], there)
             turn += 1
 
-    def fetch_fn(self, fn, source):
-        """Of 16 columns, what this lane has in the MMA's operand: pairs of columns of rows lane // 4 + 0, 8 and 16."""
-        for row in range(3):
-            for i in range(2):
-                pair = fetch2(source + (8 * row * STREAMS * self.variant.d + 8 * i) * 4)
-                for e in range(2):
-                    fn[4 * row + 2 * i + e] = pair[e]
-
-    def factors(self, fn):
-        """Operands of the MMA for outputs 0 to 15 and 16 to 23. The former take three, the smallest terms first; the
-        latter two: their smallest terms, then the others, one in rows 0 to 7, one in rows 8 to 15.
-        """
-        words = [[split(fn[4 * row + 2 * i], fn[4 * row + 2 * i + 1]) for i in range(2)] for row in range(3)]
-        first = [[words[row][i][t] for i in range(2) for row in range(2)] for t in range(3)]
-        (low0, middle0, high0), (low1, middle1, high1) = words[2]
-        return first, [[low0, Uint32(0), low1, Uint32(0)], [high0, middle0, high1, middle1]]
-
-    def products(self, totals, factors, at):
-        """Of 16 columns of this warp's stream, added to the sums of each token."""
-        zeros = [Float32(0.0)] * 4
-        for tile in range(0, self.tiles, 2):
-            got = load_matrices(at + tile * (8 * GROUP * 2))
-            sums = [[zeros, zeros] for _ in range(2)]
-            for kind in range(2):
-                for factor in factors[kind]:
-                    for i in range(2):
-                        sums[i][kind] = mma_16816(factor, got[2 * i : 2 * i + 2], sums[i][kind])
-            for i in range(2):
-                first, last = sums[i]
-                for e in range(4):
-                    totals[e, tile + i] = totals[e, tile + i] + first[e]
-                for e in range(2):
-                    totals[4 + e, tile + i] = totals[4 + e, tile + i] + (last[e] + last[2 + e])
+    def rows_of(self, logit, lane):
+        """Of comb, whose logits are in lanes 8 to 23: row lane % 4."""
+        return [cute.arch.shuffle_sync(logit, 2 * STREAMS + lane % STREAMS * STREAMS + j) for j in range(STREAMS)]
 
     @cute.jit
-    def send(self, totals, room, received, rank, warp, lane, turn):
-        """Add up the streams' sums, and send each token's to the CTA that owns it."""
-        c = self.config
-        thread = warp * 32 + lane
-        cute.arch.barrier(barrier_id=1, number_of_threads=WARPGROUP)  # the step before has been sent
-        at = room["parts"] + ((warp * c.block_m + lane % 4 * 2) * OUTPUTS + lane // 4) * 4
-        for tile in cutlass.range_constexpr(self.tiles):
-            for i in cutlass.range_constexpr(6):
-                store_number(at + ((8 * tile + i % 2) * OUTPUTS + i // 2 * 8) * 4, totals[i, tile])
-        cute.arch.barrier(barrier_id=1, number_of_threads=WARPGROUP)
-        pieces = OUTPUTS // 4  # of four outputs, a token's
-        for item in cutlass.range(thread, c.block_m * pieces, WARPGROUP, unroll=1):
-            token, piece = item // pieces, item % pieces
-            parts = [load4(room["parts"] + (w * c.block_m * pieces + item) * 16) for w in range(STREAMS)]
-            sums = [(parts[0][e] + parts[1][e]) + (parts[2][e] + parts[3][e]) for e in range(4)]
-            place = (turn % 2 * c.cluster + rank) * c.owned + token // c.cluster
-            push4(room["sums"] + (place * pieces + piece) * 16, received + 8 * (turn % 2), token % c.cluster, sums)
-
-    @cute.jit
-    def own(self, room, received, addresses, sizes, numbers, rank, warp, lane, step, turn):
-        """Coefficients of a token that this CTA owns: those of pre to all CTAs, the others to memory."""
-        c, (m, _, iterations, _), (norm_eps, eps) = self.config, sizes, numbers
-        _, (_, base, scale, _), (_, post, comb) = addresses
-        output = cutlass.min(lane, OUTPUTS - 1)
-        total, squares = Float32(0.0), Float32(0.0)
-        for cta in cutlass.range_constexpr(c.cluster):
-            place = (turn % 2 * c.cluster + cta) * c.owned + warp
-            total = total + load_number(room["sums"] + (place * OUTPUTS + output) * 4)
-            squares = squares + load_number(room["squares"] + place * 4)
-        norm = approximately("rsqrt", fma(squares, Float32(1.0 / (STREAMS * self.variant.d)), norm_eps))
-        kind = cutlass.min(output // STREAMS, 2)
-        logit = total * norm * fetch(scale + Int64(kind) * 4) + fetch(base + Int64(output) * 4)
-        near = sigmoid(logit)
-        pre = [cute.arch.shuffle_sync(near, i) + eps for i in range(STREAMS)]
-        after = [Float32(2.0) * cute.arch.shuffle_sync(near, STREAMS + i) for i in range(STREAMS)]
-        at = warp * c.cluster + rank
-        if lane < c.cluster:
-            push4(room["pre"] + 16 * at, received + 16, lane, pre)
-        token = step * c.block_m + at
-        row = [cute.arch.shuffle_sync(logit, 2 * STREAMS + lane % 4 * 4 + j) for j in range(STREAMS)]
+    def sinkhorn(self, row, iterations, eps):
         top = cutlass.max(cutlass.max(row[0], row[1]), cutlass.max(row[2], row[3]))
         row = [approximately("ex2", (x - top) * Float32(LOG2_E)) for x in row]
         row = self.row_normed(row, Float32(0.0))
         row = self.columns_normed([x + eps for x in row], eps)
-        a, b, c2, e = row
+        a, b, c, e = row
         for _ in cutlass.range(iterations - 1, unroll=1):
-            a, b, c2, e = self.columns_normed(self.row_normed([a, b, c2, e], eps), eps)
-        there = token < m
-        put4(post + Int64(token) * 16, after, there and lane == 0)
-        put4(comb + Int64(token) * 64 + Int64(lane % 4) * 16, [a, b, c2, e], there and lane < STREAMS)
+            a, b, c, e = self.columns_normed(self.row_normed([a, b, c, e], eps), eps)
+        return a, b, c, e
 
     def row_normed(self, row, eps):
         share = approximately("rcp", ((row[0] + row[1]) + (row[2] + row[3])) + eps)
@@ -796,7 +913,7 @@ def _arguments(
     return (
         *_pointers((BFloat16,), (h,)),
         _pointers((BFloat16, Float32, Float32, BFloat16), site),
-        _pointers((Float32, Float32, Float32, BFloat16), weights),
+        _pointers((BFloat16, Float32, Float32, BFloat16), weights),
         _pointers((BFloat16, Float32, Float32), out),
         *(Int32(x) for x in counts),
         *(Int64(x) for x in strides),
@@ -806,6 +923,13 @@ def _arguments(
 
 def _fake_arguments() -> tuple[Any, ...]:
     return (*_arguments(16, (16,) * 4, (16,) * 4, (16,) * 3, (1, 1, 1), (8, 8, 8), (1.0, 1.0)), make_fake_stream())
+
+
+@functools.cache
+def compiled_split(d: int) -> Any:
+    """The compiled host function that makes fn's terms."""
+    pointers = _pointers((Float32, BFloat16), (16, 16))
+    return cross.compiled(SplitFn(d), *pointers, make_fake_stream(), arch=ARCH, module=__name__, made_for=("fn", d))
 
 
 @functools.cache
@@ -835,6 +959,7 @@ def precompile(problem: FoldProblem, config: Config) -> None:
     """Compile for `problem` into the cache, without a GPU. Raises ValueError for what `supports` refuses."""
     if reason := supports(problem, config):
         raise ValueError(reason)
+    compiled_split(problem.k)
     for norm in (True, False):
         compiled(config, Variant(d=problem.k, post=isinstance(problem, HyperConnectionPostPreProblem), norm=norm))
 
@@ -884,7 +1009,9 @@ def launch(
     h = _aligned(h)
     if site is not None:
         site = (_aligned(site[0]), *site[1:])
-    weights = (fn, base, scale, base if weight is None else _aligned(weight))
+    fn = fn.contiguous()
+    terms = torch.empty(TERMS * fn.numel(), dtype=torch.bfloat16, device=h.device)
+    weights = (terms, base, scale, base if weight is None else _aligned(weight))
     strides = (
         h.stride(0) if tokens > 1 else STREAMS * d,
         h.stride(1),
@@ -901,8 +1028,12 @@ def launch(
         (norm_eps, eps),
     )
     function = compiled(config, Variant(d=d, post=site is not None, norm=weight is not None))
+    split_fn, operands = compiled_split(d), _pointers((Float32, BFloat16), (fn.data_ptr(), terms.data_ptr()))
     if h.is_cuda:
         with torch.cuda.device(h.device):
-            function(*arguments, cuda.CUstream(torch.cuda.current_stream().cuda_stream))
+            stream = cuda.CUstream(torch.cuda.current_stream().cuda_stream)
+            split_fn(*operands, stream)
+            function(*arguments, stream)
     else:  # CPU tensors, where an emulator stands in for the CUDA runtime
+        split_fn(*operands, cuda.CUstream(0))
         function(*arguments, cuda.CUstream(0))
