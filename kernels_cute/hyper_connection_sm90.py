@@ -55,7 +55,7 @@ TOKENS = 16  # that a warpgroup mixes
 BARRIER_BYTES = 1024
 OWNERS = 2  # warps
 # of threads that mix, that multiply and that load or own, by warpgroups that mix; launched with as many, where not here
-THREAD_REGISTERS = {3: (104, 120, 48)}
+THREAD_REGISTERS: dict[int, tuple[int, ...]] = {2: (128, 144, 112), 3: (104, 136, 32)}
 LOG2_E = 1.4426950408889634
 
 FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem
@@ -134,8 +134,9 @@ def supports(problem: FoldProblem, config: Config) -> str | None:
 
 
 def default(problem: FoldProblem) -> Config:
-    """The most tokens that shared memory holds, with clusters of 16."""
-    return Config()
+    """The most tokens that shared memory holds, with clusters of 16; of fn's terms what then leaves most slots."""
+    configs = (Config(stages=stages) for stages in SPACE["stages"])
+    return max(configs, key=lambda c: (slots(problem.k, c), c.stages))
 
 
 def arithmetic(problem: FoldProblem, config: Config) -> str:
@@ -190,9 +191,9 @@ def store_number(address: Int32, x: Float32, *, loc=None, ip=None):
 
 @dsl_user_op
 def fetch_words(address: Int64, *, loc=None, ip=None):
-    """Four words of global memory that nobody writes meanwhile."""
+    """Four words of global memory that are read once, and not before a fence that stands above."""
     kind = llvm.StructType.get_literal([T.i32()] * 4)
-    asm = "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];"
+    asm = "ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];"
     args = [address.ir_value(loc=loc, ip=ip)]
     got = llvm.inline_asm(kind, args, asm, "=r,=r,=r,=r,l", has_side_effects=True, loc=loc, ip=ip)
     return [Uint32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
@@ -457,17 +458,17 @@ class HyperConnectionSm90:
         cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive()  # nobody may signal a barrier that is not there yet
         cute.arch.cluster_wait()
-        registers = THREAD_REGISTERS.get(c.mixing)
+        registers = THREAD_REGISTERS.get(c.mixing, ())
         if warp < self.mixers:
-            if cutlass.const_expr(registers is not None):
+            if cutlass.const_expr(registers):
                 cute.arch.setmaxregister_increase(registers[0])
             self.mix(streams, room, bars, addresses, sizes, numbers, rank, tidx)
         elif warp < self.mixers + 4:
-            if cutlass.const_expr(registers is not None):
+            if cutlass.const_expr(registers):
                 cute.arch.setmaxregister_increase(registers[1])
             self.multiply(tmas, streams, terms, room, bars, sizes, rank, tidx - WARPGROUP * c.mixing)
         else:
-            if cutlass.const_expr(registers is not None):
+            if cutlass.const_expr(registers):
                 cute.arch.setmaxregister_decrease(registers[2])
             if warp == self.mixers + 4:
                 self.load_streams(tmas[0], streams, bars, sizes, rank)
@@ -562,7 +563,8 @@ class HyperConnectionSm90:
         for step in cutlass.range(first, steps, clusters, unroll=1):
             token = step * c.block_m + row
             there = token < m
-            squares = Float32(0.0)
+            of_stream = cute.make_rmem_tensor(STREAMS, Float32)  # sums of squares: one would wait for itself
+            of_stream.fill(0.0)
             at_slot, at_phase = slot, phase
             for group in cutlass.range(self.groups, unroll=1):
                 cute.arch.mbarrier_wait(full + at_slot, at_phase)
@@ -570,22 +572,22 @@ class HyperConnectionSm90:
                 if cutlass.const_expr(self.variant.post):
                     x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
                     y = [ahead[i, 0] for i in range(4)]
-                    beyond = cutlass.min(group + 2, self.groups - 1)
-                    later = self.fetch_output(addresses, sizes, step, row, column, beyond)
-                    for i in cutlass.range_constexpr(4):
-                        ahead[i, 0] = ahead[i, 1]
-                        ahead[i, 1] = later[i]
                     x = self.close(x, y, coefficients)
                     for k in cutlass.range_constexpr(STREAMS):
                         store_words(at + k * self.stream_bytes, x[k])
                     cute.arch.fence_proxy("async.shared", space="cta")  # before TMA reads what threads have written
                     self.arrive(made + at_slot)
+                    beyond = cutlass.min(group + 2, self.groups - 1)  # not before the fence, which might wait for it
+                    later = self.fetch_output(addresses, sizes, step, row, column, beyond)
+                    for i in cutlass.range_constexpr(4):
+                        ahead[i, 0] = ahead[i, 1]
+                        ahead[i, 1] = later[i]
                 else:
                     x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
                 for k in cutlass.range_constexpr(STREAMS):
-                    squares = self.add_squares(squares, x[k])
+                    of_stream[k] = self.add_squares(of_stream[k], x[k])
                 at_slot, at_phase = self.next(at_slot, at_phase, self.slots)
-            squares = self.over_row(squares)
+            squares = self.over_row((of_stream[0] + of_stream[1]) + (of_stream[2] + of_stream[3]))
             if unit == 0:
                 place = rank * c.owned + row // c.cluster
                 push(room["squares"] + 4 * place, received_at, row % c.cluster, squares)
