@@ -55,7 +55,7 @@ TOKENS = 16  # that a warpgroup mixes
 BARRIER_BYTES = 1024
 OWNERS = 2  # warps
 # of threads that mix, that multiply and that load or own, by warpgroups that mix; launched with as many, where not here
-THREAD_REGISTERS: dict[int, tuple[int, ...]] = {2: (128, 144, 112), 3: (104, 136, 32)}
+THREAD_REGISTERS: dict[int, tuple[int, ...]] = {2: (136, 144, 96), 3: (104, 136, 32)}
 LOG2_E = 1.4426950408889634
 
 FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem
