@@ -1011,7 +1011,7 @@ def launch(
     h = _aligned(h)
     if site is not None:
         site = (_aligned(site[0]), *site[1:])
-    fn = fn.contiguous()
+    fn = _aligned(fn.contiguous())
     terms = torch.empty(TERMS * fn.numel(), dtype=torch.bfloat16, device=h.device)
     weights = (terms, base, scale, base if weight is None else _aligned(weight))
     strides = (

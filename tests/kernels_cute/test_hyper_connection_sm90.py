@@ -1,0 +1,167 @@
+"""hyper_connection_sm90: its refusals, machine code and numbers anywhere, and its numbers on an sm_90 GPU."""
+
+import re
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fp4suite import reference, testing
+from fp4suite.built import resources, sass
+from fp4suite.problem import HyperConnectionPostPreProblem, HyperConnectionPreProblem
+from kernels_cute import hyper_connection_post_pre_sm90, hyper_connection_pre_sm90, hyper_connection_sm90 as kernel
+from kernels_cute.hyper_connection_sm90 import GROUP, OUTPUTS, STREAMS, TERMS, Config
+from ptx_emulator import emulate
+
+PRE = HyperConnectionPreProblem(m=4096, k=7168)
+POST_PRE = HyperConnectionPostPreProblem(m=4096, k=7168)
+OPS: list[tuple[ModuleType, Any]] = [
+    (hyper_connection_pre_sm90, HyperConnectionPreProblem),
+    (hyper_connection_post_pre_sm90, HyperConnectionPostPreProblem),
+]
+
+
+@pytest.fixture
+def one_cluster(monkeypatch):
+    """Which takes all steps, and whatever is compiled keeps its PTX."""
+    for function in (kernel.compiled, kernel.compiled_split):
+        function.cache_clear()
+    monkeypatch.setattr(kernel, "_max_clusters", lambda device, cluster: 1)
+    yield
+    for function in (kernel.compiled, kernel.compiled_split):
+        function.cache_clear()
+
+
+# --- anywhere ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("problem", "config", "message"),
+    [
+        (HyperConnectionPreProblem(m=1, k=7168, x="fp32"), Config(), "4 streams in fp32: this kernel takes 4 in bf16"),
+        (HyperConnectionPreProblem(m=1, k=7168, n=2), Config(), "2 streams in bf16"),
+        (
+            HyperConnectionPreProblem(m=1, k=7232),
+            Config(),
+            "k=7232 is not a multiple of 64 columns",
+        ),
+        (PRE, Config(cluster=8), "48 tokens are more than 4 for each of 8 CTAs"),
+        (POST_PRE, Config(block_m=32, cluster=8), "of 14 groups of columns of 32 tokens"),
+    ],
+)
+def test_refusals(problem, config, message):
+    assert message in kernel.supports(problem, config)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kernel.build(problem, config)
+
+
+def test_builds_for_its_own_architecture_only():
+    with pytest.raises(ValueError, match="for sm_90a, got 'sm_100a'"):
+        kernel.build(PRE, Config(), "sm_100a")
+
+
+@pytest.mark.parametrize(("problem", "config"), [(PRE, Config()), (POST_PRE, Config(block_m=32))], ids=str)
+def test_products_stay_on_their_way(problem, config):
+    """One is waited for while the next one is made, which ptxas gives up where registers are few; nothing spills; and
+    there are as many registers as warps ask for."""
+    built = kernel.build(problem, config)
+    room = kernel.other_bytes(problem.k, config) + kernel.slots(problem.k, config) * config.slot_bytes
+    assert built.shared_bytes <= room
+    found = resources(built)
+    assert found.spill_bytes == 0
+    mix, multiply, other = kernel.THREAD_REGISTERS[config.mixing]
+    assert config.mixing * mix + multiply + other <= (config.mixing + 2) * found.registers
+    code = sass(built)
+    assert len(re.findall(r"\bHGMMA\.", code)) == STREAMS * GROUP // 16
+    assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code) == ["1"] * (STREAMS - 1) + ["0"]
+
+
+def test_terms_of_fn(one_cluster):
+    """Their sum is fn to the bit, also of what BF16 has no room for; where CTAs look for them."""
+    fn = testing.case(HyperConnectionPreProblem(m=1, k=2 * GROUP)).operands[1]
+    fn[0, :4] = torch.tensor([0.0, -(2.0**-100), 1 + 2.0**-23, 3e38])
+    terms = torch.empty(TERMS * fn.numel(), dtype=torch.bfloat16)
+    with emulate("sm_90a"):
+        kernel.compiled_split(2 * GROUP)(
+            *kernel._pointers((kernel.Float32, kernel.BFloat16), (fn.data_ptr(), terms.data_ptr())), 0
+        )
+    blocks = terms.view(-1, TERMS, OUTPUTS, GROUP // 8, 8)
+    rows, units = torch.arange(OUTPUTS)[:, None], torch.arange(GROUP // 8)
+    plain = blocks[:, :, rows, units ^ rows % 8].flatten(3)  # [block, term, output, column]
+    total = plain.double().sum(1).transpose(0, 1).flatten(1)
+    assert torch.equal(total, fn.double())
+
+
+def test_pre_in_the_emulator(one_cluster):
+    """Two steps, the last one ragged, in three slots for two groups of columns each."""
+    case = testing.case(HyperConnectionPreProblem(m=19, k=1024), "cpu", 1)
+    with emulate("sm_90a", schedule="late") as gpu:
+        case.run(hyper_connection_pre_sm90, Config(block_m=16, cluster=8))
+    case.check()
+    assert [launch.bank_conflicts for launch in gpu.launches] == [0, 0]
+
+
+def test_post_pre_in_the_emulator(one_cluster):
+    """The same, of streams and a site's output that are read where they lie, beside NaN; y is not normed."""
+    case = testing.case(HyperConnectionPostPreProblem(m=19, k=1024), "cpu", 3)
+    _, h, post, comb, fn, base, scale, _, *numbers = case.operands
+    apart = torch.full((38, STREAMS, 1024 + 24), float("nan"), dtype=h.dtype)[::2, :, 8:-16]
+    apart.copy_(h)
+    operands = (apart[:, 0], apart, post, comb, fn, base, scale, None, *numbers)
+    out = tuple(torch.full_like(x, float("nan")) for x in case.out)
+    with emulate("sm_90a", schedule="eager") as gpu:
+        hyper_connection_post_pre_sm90.launch(*operands, out, Config(block_m=16, cluster=8))
+    assert same_bits(out[0], reference.hyper_connection_post(h[:, 0], h, post, comb))
+    testing.assert_folded(out[1:], out[0], fn, base, scale, None)
+    assert [launch.bank_conflicts for launch in gpu.launches] == [0, 0]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_nothing_to_do():
+    for module, kind in OPS:
+        case = testing.case(kind(m=0, k=1024), "cpu")
+        case.run(module, Config())
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("module", "kind"), OPS)
+@pytest.mark.parametrize("config", testing.configs(kernel), ids=str)
+def test_configs(module, kind, config, device):
+    """Sums by as many CTAs are the same to the bit."""
+    case = testing.case(kind(m=700, k=7168), device, 1)
+    if kernel.supports(case.problem, config) is None:
+        case.run(module, config)
+        case.check()
+        got = [x.clone() for x in case.out]
+        case.run(module, kernel.in_arithmetic(case.problem, kernel.arithmetic(case.problem, config)) or config)
+        assert all(same_bits(a, b) for a, b in zip(got, case.out, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("module", "kind"), OPS)
+@pytest.mark.parametrize("k", [4096, 7168])
+@pytest.mark.parametrize("m", [1, 48, 49, 4096])
+def test_real_sizes(module, kind, k, m, device):
+    case = testing.case(kind(m=m, k=k), device, 2)
+    case.run(module, module.default(case.problem))
+    case.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("module", "kind"), OPS)
+def test_a_token_is_the_same_in_any_batch(module, kind, device):
+    case = testing.case(kind(m=2000, k=7168), device, 3)
+    config, tokens = module.default(case.problem), 1 if kind is HyperConnectionPreProblem else 4
+    case.run(module, config)
+    few = [x[900:977] if i < tokens else x for i, x in enumerate(case.operands)]
+    out = tuple(torch.full_like(x[900:977], float("nan")) for x in case.out)
+    module.launch(*few, out, config)
+    assert all(same_bits(a[900:977], b) for a, b in zip(case.out, out, strict=True))
