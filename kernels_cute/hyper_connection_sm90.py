@@ -12,8 +12,8 @@ shared memory until they are folded. Columns come in groups of 64 of each stream
               squares; later fold the streams
     multiply  a warpgroup: rows of the MMA are tokens, from registers; columns are fn's terms. Sums of 64 columns leave
               the tensor core, which truncates, for FP32 sums. It sends the new streams to memory, by TMA
-    own       two warps: the sums of a token meet in one CTA of the cluster, which adds them in the order of the CTAs;
-              pre goes back to all, then comes Sinkhorn, whose results nobody waits for
+    own       two warps, in turn: the sums of a token meet in one CTA of the cluster, which adds them in the order of
+              the CTAs; pre goes back to all, then comes Sinkhorn, for which there is time until the step after the next
     norm      sums of squares of y go from each CTA to all others, who add them in one order
 
 What CTAs send each other is counted by mbarriers of the receiver (st.async). No bit depends on m, on other tokens or on
@@ -107,7 +107,7 @@ class Variant:
 def other_bytes(d: int, config: Config) -> int:
     """Shared memory beside the streams."""
     c = config
-    inbox = c.block_m * (OUTPUTS + 1) * 4
+    inbox = OWNERS * c.block_m * (OUTPUTS + 1) * 4
     small = c.block_m * 16 + c.cluster * c.block_m * 4 + d // c.cluster * 2 + 64
     return BARRIER_BYTES + c.stages * TERM_BYTES + inbox + small
 
@@ -125,8 +125,8 @@ def supports(problem: FoldProblem, config: Config) -> str | None:
         return f"{p.n} streams in {p.x}: this kernel takes {STREAMS} in bf16"
     if p.k % (GROUP * c.cluster):
         return f"k={p.k} is not a multiple of {GROUP} columns for each of {c.cluster} CTAs"
-    if c.owned > 2 * OWNERS:
-        return f"{c.block_m} tokens are more than {2 * OWNERS} for each of {c.cluster} CTAs"
+    if c.owned > 4:
+        return f"{c.block_m} tokens are more than 4 for each of {c.cluster} CTAs"
     groups = p.k // c.cluster // GROUP
     if slots(p.k, c) < groups:
         return f"shared memory holds {slots(p.k, c)} of {groups} groups of columns of {c.block_m} tokens"
@@ -424,8 +424,8 @@ class HyperConnectionSm90:
         layout = cute.tile_to_shape(atom, (TERMS * OUTPUTS, GROUP, c.stages), order=(0, 1, 2))
         terms = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         sizes_of = {
-            "sums": c.block_m * OUTPUTS,
-            "squares": c.block_m,
+            "sums": OWNERS * c.block_m * OUTPUTS,
+            "squares": OWNERS * c.block_m,
             "pre": c.block_m * STREAMS,
             "norms": c.cluster * c.block_m,
             "weight": self.columns // 2,
@@ -437,7 +437,7 @@ class HyperConnectionSm90:
         full, empty, made = barriers, barriers + self.slots, barriers + 2 * self.slots
         term_full = barriers + 3 * self.slots
         term_empty = term_full + c.stages
-        received = term_empty + c.stages  # sums; pre; sums of squares of y
+        received = term_empty + c.stages  # sums, of each owning warp; pre; sums of squares of y
         bars = (full, empty, made, term_full, term_empty, received)
         if warp == 0:
             with cute.arch.elect_one():
@@ -448,7 +448,7 @@ class HyperConnectionSm90:
                 for i in cutlass.range_constexpr(c.stages):
                     cute.arch.mbarrier_init(term_full + i, 1)
                     cute.arch.mbarrier_init(term_empty + i, 4)
-                for i in cutlass.range_constexpr(3):
+                for i in cutlass.range_constexpr(OWNERS + 2):
                     cute.arch.mbarrier_init(received + i, 1)
                     cute.arch.mbarrier_arrive_and_expect_tx(received + i, self.expected(i))
         if cutlass.const_expr(self.variant.norm):  # noqa: SIM102
@@ -481,9 +481,9 @@ class HyperConnectionSm90:
         cute.arch.cluster_wait()
 
     def expected(self, kind: int) -> int:
-        """Bytes of a step that a barrier waits for. kind: 0 sums, 1 pre, 2 sums of squares of y."""
+        """Bytes of a step that a barrier waits for: see `received`."""
         c = self.config
-        return (c.block_m * (OUTPUTS + 1) * 4, c.block_m * 16, c.cluster * c.block_m * 4)[kind]
+        return (*[c.block_m * (OUTPUTS + 1) * 4] * OWNERS, c.block_m * 16, c.cluster * c.block_m * 4)[kind]
 
     def clusters(self):
         """The number of this cluster, and how many there are."""
@@ -589,12 +589,13 @@ class HyperConnectionSm90:
                 at_slot, at_phase = self.next(at_slot, at_phase, self.slots)
             squares = self.over_row((of_stream[0] + of_stream[1]) + (of_stream[2] + of_stream[3]))
             if unit == 0:
-                place = rank * c.owned + row // c.cluster
-                push(room["squares"] + 4 * place, received_at, row % c.cluster, squares)
+                owner = turn % OWNERS
+                place = owner * c.block_m + rank * c.owned + row // c.cluster
+                push(room["squares"] + 4 * place, received_at + 8 * owner, row % c.cluster, squares)
 
-            cute.arch.mbarrier_wait(received + 1, turn % 2)
+            cute.arch.mbarrier_wait(received + OWNERS, turn % 2)
             if thread == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(received + 1, self.expected(1))
+                cute.arch.mbarrier_arrive_and_expect_tx(received + OWNERS, self.expected(OWNERS))
             pre = load4(room["pre"] + 16 * row)
             squares = Float32(0.0)
             for group in cutlass.range_constexpr(self.groups):
@@ -611,14 +612,12 @@ class HyperConnectionSm90:
                 squares = self.over_row(squares)
                 for i in cutlass.range_constexpr(c.cluster // 8):
                     to = room["norms"] + 4 * (rank * c.block_m + row)
-                    push(to, received_at + 16, 8 * i + unit, squares)
-            if cutlass.const_expr(self.variant.post):
-                self.fetch_site(coefficients, ahead, addresses, sizes, step + clusters, row, column)
+                    push(to, received_at + 8 * (OWNERS + 1), 8 * i + unit, squares)
             factor = Float32(1.0)
             if cutlass.const_expr(self.variant.norm):
-                cute.arch.mbarrier_wait(received + 2, turn % 2)
+                cute.arch.mbarrier_wait(received + OWNERS + 1, turn % 2)
                 if thread == 0:
-                    cute.arch.mbarrier_arrive_and_expect_tx(received + 2, self.expected(2))
+                    cute.arch.mbarrier_arrive_and_expect_tx(received + OWNERS + 1, self.expected(OWNERS + 1))
                 total = Float32(0.0)
                 for i in cutlass.range_constexpr(c.cluster):
                     total = total + load_number(room["norms"] + 4 * (i * c.block_m + row))
@@ -628,6 +627,8 @@ class HyperConnectionSm90:
                 if cutlass.const_expr(self.variant.norm):
                     y = self.scale(y, factor, load_words(room["weight"] + 16 * (8 * group + unit)))
                 put_words(addresses[2][0] + (Int64(token) * self.variant.d + column + group * GROUP) * 2, y, there)
+                if cutlass.const_expr(self.variant.post and group == 0):  # not before: registers
+                    self.fetch_site(coefficients, ahead, addresses, sizes, step + clusters, row, column)
             turn += 1
 
     @cute.jit
@@ -735,7 +736,7 @@ class HyperConnectionSm90:
         # of ldmatrix; rows beyond the tokens are those of the last ones again
         row = 16 * cutlass.min(warp, c.mixing - 1) + lane % 16
         start = Int32(streams.iterator.toint()) + row * (GROUP * 2)
-        slot, phase, stage, stage_phase = Int32(0), Int32(0), Int32(0), Int32(0)
+        slot, phase, stage, stage_phase, turn = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
         for step in cutlass.range(first, steps, clusters, unroll=1):
             first_slot = slot
             for i in cutlass.range_constexpr(OUTPUTS // 2):
@@ -764,7 +765,9 @@ class HyperConnectionSm90:
                 self.add_terms(totals, acc[(STREAMS - 1) % 2])
                 slot, phase = self.next(slot, phase, self.slots)
             if warp < c.mixing:
-                self.send(totals, room["sums"], Int32(received.toint()), rank, 16 * warp + lane // 4, lane % 4)
+                owner = turn % OWNERS
+                at = room["sums"] + owner * (c.block_m * OUTPUTS * 4)
+                self.send(totals, at, Int32(received.toint()) + 8 * owner, rank, 16 * warp + lane // 4, lane % 4)
             if cutlass.const_expr(self.variant.post):  # noqa: SIM102
                 if warp == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -774,6 +777,7 @@ class HyperConnectionSm90:
                             stored = first_slot + i
                             stored = cutlass.select_(stored < self.slots, stored, stored - self.slots)
                             cute.arch.mbarrier_arrive(empty + stored)
+            turn += 1
 
     def take_tokens(self, frag, at, lane):
         """A warp's 16 rows of 64 columns of a stream to registers."""
@@ -813,58 +817,60 @@ class HyperConnectionSm90:
     @cute.jit
     def own(self, room, bars, addresses, sizes, numbers, rank, warp):
         """Coefficients of the tokens that this CTA owns: those of pre to all CTAs, the others to memory. A warp has
-        every other token.
+        every other step.
         """
         c, (m, steps, iterations, _), (norm_eps, eps) = self.config, sizes, numbers
         _, (_, base, scale, _), (_, post, comb) = addresses
         received = bars[5]
-        received_at = Int32(received.toint())
         first, clusters = self.clusters()
         lane = cute.arch.lane_idx()
-        output = cutlass.min(lane, OUTPUTS - 1)
-        factor = fetch(scale + Int64(cutlass.min(output // STREAMS, 2)) * 4)
-        offset = fetch(base + Int64(output) * 4)
-        turn = Int32(0)
-        for step in cutlass.range(first, steps, clusters, unroll=1):
-            cute.arch.mbarrier_wait(received, turn % 2)
-            if warp == 0:
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(received, self.expected(0))
-            logits, afters = [], []
-            for i in cutlass.range_constexpr(0, c.owned, OWNERS):
-                mine = i + warp < c.owned
-                total, squares = Float32(0.0), Float32(0.0)
-                if mine:
-                    for cta in cutlass.range_constexpr(c.cluster):
-                        place = cta * c.owned + i + warp
-                        total = total + load_number(room["sums"] + (place * OUTPUTS + output) * 4)
-                        squares = squares + load_number(room["squares"] + place * 4)
-                norm = approximately("rsqrt", fma(squares, Float32(1.0 / (STREAMS * self.variant.d)), norm_eps))
-                logit = total * norm * factor + offset
-                near = sigmoid(logit)
-                pre = [cute.arch.shuffle_sync(near, k) + eps for k in range(STREAMS)]
-                if mine and lane < c.cluster:
-                    push4(room["pre"] + 16 * ((i + warp) * c.cluster + rank), received_at + 8, lane, pre)
-                logits.append(logit)
-                afters.append([Float32(2.0) * cute.arch.shuffle_sync(near, STREAMS + k) for k in range(STREAMS)])
-            # four lanes a token now, one a row of comb
-            which = lane // STREAMS
-            row, after = self.rows_of(logits[0], lane), afters[0]
-            if cutlass.const_expr(len(logits) > 1):
-                rows, second = (row, self.rows_of(logits[1], lane)), which == 1
-                row = [cutlass.select_(second, rows[1][j], rows[0][j]) for j in range(STREAMS)]
-                after = [cutlass.select_(second, afters[1][j], afters[0][j]) for j in range(STREAMS)]
+        sums = room["sums"] + warp * (c.block_m * OUTPUTS * 4)
+        squares = room["squares"] + warp * (c.block_m * 4)
+        # of a token eight lanes have what pre and post are made of, 16 comb, then four a row of it each
+        near_token, row_token = (cutlass.min(lane // n, c.owned - 1) for n in (8, STREAMS))
+        factors = [fetch(scale + Int64(i) * 4) for i in (lane % 8 // STREAMS, 2)]
+        offsets = [fetch(base + Int64(i) * 4) for i in (lane % 8, 8 + lane % 16)]
+        phase = Int32(0)
+        for step in cutlass.range(first + warp * clusters, steps, OWNERS * clusters, unroll=1):
+            cute.arch.mbarrier_wait(received + warp, phase)
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(received + warp, self.expected(0))
+            total = self.over_cluster(sums + (near_token * OUTPUTS + lane % 8) * 4, OUTPUTS)
+            norm = self.over_cluster(squares + near_token * 4, 1)
+            norm = approximately("rsqrt", fma(norm, Float32(1.0 / (STREAMS * self.variant.d)), norm_eps))
+            near = sigmoid(total * norm * factors[0] + offsets[0])
+            # peers may send the sums of the step after the next as soon as they have pre of this and the next one
+            mixed = []
+            for i in cutlass.range_constexpr(0, c.owned, 2):
+                token = cutlass.min(i + lane // 16, c.owned - 1)
+                total = self.over_cluster(sums + (token * OUTPUTS + 8 + lane % 16) * 4, OUTPUTS)
+                mixed.append(total * cute.arch.shuffle_sync(norm, 8 * token) * factors[1] + offsets[1])
+            for i in cutlass.range_constexpr(0, c.owned, 32 // c.cluster):
+                token = i + lane // c.cluster
+                source = 8 * cutlass.min(token, c.owned - 1)
+                pre = [cute.arch.shuffle_sync(near, source + k) + eps for k in range(STREAMS)]
+                if token < c.owned:
+                    to = room["pre"] + 16 * (token * c.cluster + rank)
+                    push4(to, Int32(received.toint()) + 8 * OWNERS, lane % c.cluster, pre)
+            after = [Float32(2.0) * cute.arch.shuffle_sync(near, 8 * row_token + STREAMS + k) for k in range(STREAMS)]
+            source = row_token % 2 * 16 + lane % STREAMS * STREAMS
+            row = [cute.arch.shuffle_sync(mixed[0], source + j) for j in range(STREAMS)]
+            if cutlass.const_expr(len(mixed) > 1):
+                other = [cute.arch.shuffle_sync(mixed[1], source + j) for j in range(STREAMS)]
+                row = [cutlass.select_(row_token > 1, other[j], row[j]) for j in range(STREAMS)]
             a, b, c2, e = self.sinkhorn(row, iterations, eps)
-            owned = OWNERS * which + warp
-            token = step * c.block_m + owned * c.cluster + rank
-            there = owned < c.owned and token < m
+            token = step * c.block_m + row_token * c.cluster + rank
+            there = lane < STREAMS * c.owned and token < m
             put4(post + Int64(token) * 16, after, there and lane % STREAMS == 0)
             put4(comb + Int64(token) * 64 + Int64(lane % STREAMS) * 16, [a, b, c2, e], there)
-            turn += 1
+            phase ^= 1
 
-    def rows_of(self, logit, lane):
-        """Of comb, whose logits are in lanes 8 to 23: row lane % 4."""
-        return [cute.arch.shuffle_sync(logit, 2 * STREAMS + lane % STREAMS * STREAMS + j) for j in range(STREAMS)]
+    def over_cluster(self, at, outputs: int):
+        """The sum of what the CTAs have sent for a token."""
+        total = Float32(0.0)
+        for cta in range(self.config.cluster):
+            total = total + load_number(at + cta * (self.config.owned * outputs * 4))
+        return total
 
     @cute.jit
     def sinkhorn(self, row, iterations, eps):
