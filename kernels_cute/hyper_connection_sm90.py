@@ -21,6 +21,7 @@ when anything arrives.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,8 +149,9 @@ INVARIANT = f"columns of {Config().cluster} CTAs"
 
 
 def in_arithmetic(problem: FoldProblem, wanted: str) -> Config | None:
-    """The config that sums so; None if there is none."""
-    configs = (replace(default(problem), cluster=c) for c in SPACE["cluster"])
+    """The config of most tokens that sums so; None if there is none."""
+    sizes = itertools.product(SPACE["cluster"], reversed(SPACE["block_m"]))
+    configs = (replace(default(problem), cluster=cluster, block_m=block_m) for cluster, block_m in sizes)
     return next((c for c in configs if arithmetic(problem, c) == wanted and supports(problem, c) is None), None)
 
 
@@ -839,7 +841,7 @@ class HyperConnectionSm90:
             norm = self.over_cluster(squares + near_token * 4, 1)
             norm = approximately("rsqrt", fma(norm, Float32(1.0 / (STREAMS * self.variant.d)), norm_eps))
             near = sigmoid(total * norm * factors[0] + offsets[0])
-            # peers may send the sums of the step after the next as soon as they have pre of this and the next one
+            # read before pre leaves: with it peers go on, in the end to sums that come to the same place
             mixed = []
             for i in cutlass.range_constexpr(0, c.owned, 2):
                 token = cutlass.min(i + lane // 16, c.owned - 1)

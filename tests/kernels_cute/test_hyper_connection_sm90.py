@@ -58,6 +58,15 @@ def test_refusals(problem, config, message):
         kernel.build(problem, config)
 
 
+def test_every_arithmetic_has_a_config():
+    for k, tokens in ((7168, 16), (4096, 32)):
+        problem = HyperConnectionPreProblem(m=1, k=k)
+        assert kernel.in_arithmetic(problem, kernel.INVARIANT) == kernel.default(problem)
+        found = kernel.in_arithmetic(problem, kernel.arithmetic(problem, Config(cluster=8)))
+        assert (found.cluster, found.block_m) == (8, tokens)
+    assert kernel.in_arithmetic(problem, "columns of 2 CTAs") is None
+
+
 def test_builds_for_its_own_architecture_only():
     with pytest.raises(ValueError, match="for sm_90a, got 'sm_100a'"):
         kernel.build(PRE, Config(), "sm_100a")
@@ -142,7 +151,7 @@ def test_configs(module, kind, config, device):
         case.run(module, config)
         case.check()
         got = [x.clone() for x in case.out]
-        case.run(module, kernel.in_arithmetic(case.problem, kernel.arithmetic(case.problem, config)) or config)
+        case.run(module, kernel.in_arithmetic(case.problem, kernel.arithmetic(case.problem, config)))
         assert all(same_bits(a, b) for a, b in zip(got, case.out, strict=True))
 
 
