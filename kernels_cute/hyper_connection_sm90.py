@@ -258,6 +258,13 @@ def push2(address: Int32, barrier: Int32, rank: Int32, numbers, *, loc=None, ip=
 
 
 @dsl_user_op
+def create_keeping_policy(*, loc=None, ip=None) -> Int64:
+    """A cache policy of L2: evict last."""
+    asm = "createpolicy.fractional.L2::evict_last.b64 $0, 1.0;"
+    return Int64(llvm.inline_asm(T.i64(), [], asm, "=l", loc=loc, ip=ip))
+
+
+@dsl_user_op
 def mul(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
     """Rounded by itself, whatever is done with it."""
     args = [v.ir_value(loc=loc, ip=ip) for v in (x, y)]
@@ -531,7 +538,7 @@ class HyperConnectionSm90:
         term_full, term_empty = bars[3:5]
         first, clusters = self.clusters()
         into = Int32(terms.iterator.toint())
-        policy = create_policy(Boolean(False))
+        policy = create_keeping_policy()  # each step reads all of them, with more than L2 holds in between
         stage, phase = Int32(0), Int32(0)
         for _ in cutlass.range(first, steps, clusters, unroll=1):
             for item in cutlass.range(self.groups * STREAMS, unroll=1):
