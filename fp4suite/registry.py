@@ -93,6 +93,13 @@ KERNELS: list[Kernel] = [
     Kernel("csa_queries", "triton_csa_queries", "kernels_triton.csa_queries", _BOTH, exact=True),
     Kernel("index_topk", "cute_index_topk", "kernels_cute.index_topk", _BOTH, exact=True),
     Kernel("index_topk", "triton_index_topk", "kernels_triton.index_topk", _BOTH, exact=True),
+    Kernel(
+        "hyper_connection_pre",
+        "cute_hyper_connection_pre_sm90",
+        "kernels_cute.hyper_connection_pre_sm90",
+        ("sm_90a",),
+        fitted=True,
+    ),
     Kernel("hyper_connection_pre", "triton_hyper_connection_pre", "kernels_triton.hyper_connection_pre", _BOTH),
     Kernel(
         "hyper_connection_post",
@@ -102,6 +109,13 @@ KERNELS: list[Kernel] = [
         exact=True,
     ),
     Kernel("hyper_connection_head", "triton_hyper_connection_head", "kernels_triton.hyper_connection_head", _BOTH),
+    Kernel(
+        "hyper_connection_post_pre",
+        "cute_hyper_connection_post_pre_sm90",
+        "kernels_cute.hyper_connection_post_pre_sm90",
+        ("sm_90a",),
+        fitted=True,
+    ),
     Kernel(
         "hyper_connection_post_pre",
         "triton_hyper_connection_post_pre",

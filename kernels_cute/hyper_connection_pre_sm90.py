@@ -10,15 +10,11 @@ from fp4suite.problem import HyperConnectionPreProblem
 
 from . import hyper_connection_sm90
 from .hyper_connection_sm90 import (
-    INVARIANT as INVARIANT,
     OUTPUTS,
     SPACE as SPACE,
     Config as Config,
-    arithmetic as arithmetic,
     build as build,
     build_key as build_key,
-    default as default,
-    in_arithmetic as in_arithmetic,
     precompile as precompile,
     supports as supports,
 )

@@ -43,7 +43,7 @@ SINKHORN_TOKENS = tl.constexpr(16)  # a program's, as many as four warps have th
 UPPER_HALF = tl.constexpr(-65536)
 SHARED_BYTES = 227 * 1024
 SMS = 132  # of an H100; a larger GPU has room for more of the fold
-FEW = 256  # tokens, whose Sinkhorn runs beside their fold
+FEW = 256  # tokens, whose Sinkhorn runs beside their fold; sm_90a has a kernel in CuTe DSL for as many and more
 TOKENS_A_PAIR = 16384  # of launches: their parts take 235 MB (d = 7168, block_d = 64)
 
 
@@ -84,6 +84,11 @@ def default(problem: FoldProblem) -> Config:
     if sm_100a:  # tcgen05 takes copies of its operands, for which larger steps, and more of them, leave no room
         return Config(num_stages=2)
     return Config() if post or problem.x != "bf16" else Config(block_d=64, programs=SMS)
+
+
+def alike(config: Config, m: int, other: int) -> bool:
+    """Whether what was tuned for `other` tokens serves m: few say nothing about many."""
+    return (m < FEW) == (other < FEW)
 
 
 def arithmetic(problem: FoldProblem, config: Config) -> str:

@@ -1,6 +1,7 @@
 """hyper_connection_sm90: its refusals, machine code and numbers anywhere, and its numbers on an sm_90 GPU."""
 
 import re
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4suite import reference, testing
+from fp4suite import dispatch, ops, override, recording, reference, table, testing
 from fp4suite.built import resources, sass
 from fp4suite.problem import HyperConnectionPostPreProblem, HyperConnectionPreProblem
 from kernels_cute import hyper_connection_post_pre_sm90, hyper_connection_pre_sm90, hyper_connection_sm90 as kernel
@@ -17,7 +18,7 @@ from ptx_emulator import emulate
 
 PRE = HyperConnectionPreProblem(m=4096, k=7168)
 POST_PRE = HyperConnectionPostPreProblem(m=4096, k=7168)
-CONFLICTS = 2 * 8 * 8  # of two steps: owners read sums of comb of two tokens, from each CTA
+CONFLICTS = 8 * 8  # of a step: owners read sums of comb of two tokens, from each CTA
 OPS: list[tuple[ModuleType, Any]] = [
     (hyper_connection_pre_sm90, HyperConnectionPreProblem),
     (hyper_connection_post_pre_sm90, HyperConnectionPostPreProblem),
@@ -41,15 +42,12 @@ def one_cluster(monkeypatch):
 @pytest.mark.parametrize(
     ("problem", "config", "message"),
     [
-        (HyperConnectionPreProblem(m=1, k=7168, x="fp32"), Config(), "4 streams in fp32: this kernel takes 4 in bf16"),
-        (HyperConnectionPreProblem(m=1, k=7168, n=2), Config(), "2 streams in bf16"),
-        (
-            HyperConnectionPreProblem(m=1, k=7232),
-            Config(),
-            "k=7232 is not a multiple of 64 columns",
-        ),
+        (replace(PRE, x="fp32"), Config(), "4 streams in fp32: this kernel takes 4 in bf16"),
+        (replace(PRE, n=2), Config(), "2 streams in bf16"),
+        (replace(POST_PRE, k=7232), Config(), "k=7232 is not a multiple of 64 columns"),
         (PRE, Config(cluster=8), "48 tokens are more than 4 for each of 8 CTAs"),
         (POST_PRE, Config(block_m=32, cluster=8), "of 14 groups of columns of 32 tokens"),
+        (PRE, Config(stages=5), "6 of 7 groups of columns of 48 tokens"),
     ],
 )
 def test_refusals(problem, config, message):
@@ -58,13 +56,25 @@ def test_refusals(problem, config, message):
         kernel.build(problem, config)
 
 
-def test_every_arithmetic_has_a_config():
-    for k, tokens in ((7168, 16), (4096, 32)):
-        problem = HyperConnectionPreProblem(m=1, k=k)
-        assert kernel.in_arithmetic(problem, kernel.INVARIANT) == kernel.default(problem)
-        found = kernel.in_arithmetic(problem, kernel.arithmetic(problem, Config(cluster=8)))
-        assert (found.cluster, found.block_m) == (8, tokens)
-    assert kernel.in_arithmetic(problem, "columns of 2 CTAs") is None
+def test_dispatch(monkeypatch, tmp_path):
+    """Few tokens, and in batch-invariant mode all, have the Triton kernel; so has what this one cannot run."""
+    monkeypatch.setattr(table, "shipped_dir", lambda: tmp_path)
+    dispatch.reread_tables()
+
+    def chosen(problem: Any, arch: str = "sm_90a") -> str:
+        return dispatch.choose_for(problem.op, problem, dispatch.Target(arch, arch)).kernel
+
+    for _, kind in OPS:
+        cute, triton = f"cute_{kind.op}_sm90", f"triton_{kind.op}"
+        for k in (4096, 7168):
+            few, many = kind(m=255, k=k), kind(m=256, k=k)
+            assert kernel.supports(few, Config()) == "m=255: below 256 tokens the Triton kernel is faster"
+            assert [chosen(p) for p in (few, many, replace(many, m=131072))] == [triton, cute, cute]
+            assert [chosen(many, "sm_100a"), chosen(replace(many, x="fp16"))] == [triton, triton]
+            with dispatch.batch_invariant():
+                assert {chosen(replace(many, m=m)) for m in (0, 1, 255, 256, 4096)} == {triton}
+        assert chosen(kind(m=256, k=512)) == triton
+    dispatch.reread_tables()
 
 
 def test_builds_for_its_own_architecture_only():
@@ -105,27 +115,34 @@ def test_terms_of_fn(one_cluster):
 
 
 def test_pre_in_the_emulator(one_cluster):
-    """Two steps, the last one ragged, in three slots for two groups of columns each."""
-    case = testing.case(HyperConnectionPreProblem(m=19, k=1024), "cpu", 1)
+    """Rows that no token has; what is not finite stays in its token; y is not normed."""
+    case = testing.case(HyperConnectionPreProblem(m=13, k=1024), "cpu", 1)
+    h, fn, base, scale, _, *numbers = case.operands
+    h[4, 3, 1023], h[9, 0, 0], h[12, 1, 77] = torch.inf, torch.nan, -torch.inf
+    case.poison()
     with emulate("sm_90a", schedule="late") as gpu:
-        case.run(hyper_connection_pre_sm90, Config(block_m=16, cluster=8))
-    case.check()
+        hyper_connection_pre_sm90.launch(h, fn, base, scale, None, *numbers, case.out, Config(block_m=16, cluster=8))
+    bad = torch.zeros(13, dtype=torch.bool)
+    bad[[4, 9, 12]] = True
+    assert all(x[bad].isnan().all() for x in case.out)
+    testing.assert_folded(tuple(x[~bad] for x in case.out), h[~bad], fn, base, scale, None)
     assert [launch.bank_conflicts for launch in gpu.launches] == [0, CONFLICTS]
 
 
 def test_post_pre_in_the_emulator(one_cluster):
-    """The same, of streams and a site's output that are read where they lie, beside NaN; y is not normed."""
+    """Two steps, the last one ragged, in three slots for two groups of columns each; streams and a site's output are
+    read where they lie, beside NaN."""
     case = testing.case(HyperConnectionPostPreProblem(m=19, k=1024), "cpu", 3)
-    _, h, post, comb, fn, base, scale, _, *numbers = case.operands
+    _, h, post, comb, fn, base, scale, weight, *numbers = case.operands
     apart = torch.full((38, STREAMS, 1024 + 24), float("nan"), dtype=h.dtype)[::2, :, 8:-16]
     apart.copy_(h)
-    operands = (apart[:, 0], apart, post, comb, fn, base, scale, None, *numbers)
-    out = tuple(torch.full_like(x, float("nan")) for x in case.out)
+    operands = (apart[:, 0], apart, post, comb, fn, base, scale, weight, *numbers)
+    case.poison()
     with emulate("sm_90a", schedule="eager") as gpu:
-        hyper_connection_post_pre_sm90.launch(*operands, out, Config(block_m=16, cluster=8))
-    assert same_bits(out[0], reference.hyper_connection_post(h[:, 0], h, post, comb))
-    testing.assert_folded(out[1:], out[0], fn, base, scale, None)
-    assert [launch.bank_conflicts for launch in gpu.launches] == [0, CONFLICTS]
+        hyper_connection_post_pre_sm90.launch(*operands, case.out, Config(block_m=16, cluster=8))
+    assert same_bits(case.out[0], reference.hyper_connection_post(h[:, 0], h, post, comb))
+    testing.assert_folded(case.out[1:], case.out[0], fn, base, scale, weight)
+    assert [launch.bank_conflicts for launch in gpu.launches] == [0, 2 * CONFLICTS]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -151,7 +168,7 @@ def test_configs(module, kind, config, device):
         case.run(module, config)
         case.check()
         got = [x.clone() for x in case.out]
-        case.run(module, kernel.in_arithmetic(case.problem, kernel.arithmetic(case.problem, config)))
+        case.run(module, Config(block_m=16, cluster=config.cluster))
         assert all(same_bits(a, b) for a, b in zip(got, case.out, strict=True))
 
 
@@ -161,7 +178,7 @@ def test_configs(module, kind, config, device):
 @pytest.mark.parametrize("m", [1, 48, 49, 4096])
 def test_real_sizes(module, kind, k, m, device):
     case = testing.case(kind(m=m, k=k), device, 2)
-    case.run(module, module.default(case.problem))
+    case.run(module, Config())
     case.check()
 
 
@@ -169,9 +186,56 @@ def test_real_sizes(module, kind, k, m, device):
 @pytest.mark.parametrize(("module", "kind"), OPS)
 def test_a_token_is_the_same_in_any_batch(module, kind, device):
     case = testing.case(kind(m=2000, k=7168), device, 3)
-    config, tokens = module.default(case.problem), 1 if kind is HyperConnectionPreProblem else 4
-    case.run(module, config)
+    tokens = 1 if kind is HyperConnectionPreProblem else 4
+    case.run(module, Config())
     few = [x[900:977] if i < tokens else x for i, x in enumerate(case.operands)]
     out = tuple(torch.full_like(x[900:977], float("nan")) for x in case.out)
-    module.launch(*few, out, config)
+    module.launch(*few, out, Config())
     assert all(same_bits(a[900:977], b) for a, b in zip(case.out, out, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("module", "kind"), OPS)
+def test_the_op_runs_it_compiled_and_in_a_graph(module, kind, device):
+    case, name = testing.case(kind(m=300, k=4096), device, 4), f"cute_{kind.op}_sm90"
+    tensors = [x for x in case.operands if isinstance(x, Tensor)]
+
+    def call() -> tuple[Tensor, ...]:
+        return getattr(ops, kind.op)(*tensors, norm_eps=testing.EPS, eps=testing.EPS)
+
+    module.warm(case.problem, Config())
+    graph = torch.cuda.CUDAGraph()
+    with override(kernel=name), recording() as choices:
+        with torch.cuda.graph(graph):
+            out = call()
+        compiled = torch.compile(call, fullgraph=True)()
+    torch._dynamo.reset()
+    assert {c.kernel for c in choices} == {name}
+    for want, got in zip(case.out, compiled, strict=True):
+        want.copy_(got)
+    case.check()
+    for _ in range(20):
+        for x in out:
+            x.fill_(torch.nan)
+        graph.replay()
+        assert all(same_bits(a, b) for a, b in zip(out, compiled, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("module", "kind"), OPS)
+def test_two_streams_at_once(module, kind, device):
+    cases = [testing.case(kind(m=600, k=7168), device, seed) for seed in (5, 6)]
+    wanted = []
+    for case in cases:
+        case.run(module, Config())
+        wanted.append([x.clone() for x in case.out])
+        case.poison()
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    for _ in range(20):
+        for case, stream in zip(cases, streams, strict=True):
+            with torch.cuda.stream(stream):
+                case.launch(module, Config())
+    torch.cuda.synchronize()
+    for case, want in zip(cases, wanted, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(want, case.out, strict=True))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4suite import UnsupportedError, dispatch, ops, reference, testing
+from fp4suite import UnsupportedError, dispatch, ops, reference, registry, testing
 from fp4suite.problem import (
     PROBLEMS,
     HyperConnectionHeadProblem,
@@ -328,6 +328,12 @@ def test_defaults_are_supported_and_one_arithmetic_serves_any_m(module, kind):
                 assert module.supports(problem, same) is None
                 assert module.arithmetic(problem, same) == module.INVARIANT
     assert module.in_arithmetic(problem, "in some other way") is None
+
+
+def test_what_was_tuned_for_few_tokens_says_nothing_about_many():
+    for name in ("triton_hyper_connection_pre", "triton_hyper_connection_post_pre"):
+        for m, other, alike in ((4, 64, True), (255, 256, False), (4096, 64, False), (4096, 256, True)):
+            assert registry.alike(name, SMALL, m, other) is registry.alike(name, SMALL, other, m) is alike
 
 
 def test_refusals():

@@ -10,12 +10,15 @@ from fp4suite.built import Resources
 from fp4suite.problem import (
     DequantProblem,
     GemmProblem,
+    HyperConnectionPostPreProblem,
+    HyperConnectionPreProblem,
     Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
     SwigluQuantizeProblem,
 )
 from kernels_cute.gemm_nvfp4_sm90_wgmma import Config as Wgmma
+from kernels_cute.hyper_connection_sm90 import Config as Clusters
 from tuner import cost_model
 from tuner.cost_model import MACHINES, occupancy, predict_us
 from tuner.targets import load_configs
@@ -136,6 +139,20 @@ def test_every_op_with_a_kernel_has_a_model(op):
     few, many = (shapes.problems(config, op, arch="sm_90a", m=(m,))[0].problem for m in (64, 4096))
     times = [predict_us(p, registry.default_config(module, p), "sm_90a") for p in (few, many)]
     assert 0 < times[0] <= times[1]
+
+
+def test_clusters_that_fold_take_about_what_they_took_on_an_h100():
+    for kind, d, m, config, us in (
+        (HyperConnectionPreProblem, 7168, 256, Clusters(), 21.5),
+        (HyperConnectionPreProblem, 7168, 4096, Clusters(), 156.1),
+        (HyperConnectionPreProblem, 7168, 4096, Clusters(stages=2), 189.4),
+        (HyperConnectionPreProblem, 7168, 8192, Clusters(block_m=32), 305.6),
+        (HyperConnectionPreProblem, 4096, 4096, Clusters(), 86.1),
+        (HyperConnectionPostPreProblem, 7168, 256, Clusters(block_m=16), 39.9),
+        (HyperConnectionPostPreProblem, 7168, 8192, Clusters(), 533.0),
+        (HyperConnectionPostPreProblem, 4096, 1024, Clusters(), 56.6),
+    ):
+        assert predict_us(kind(m=m, k=d), config, "sm_90a") == pytest.approx(us, rel=0.19), (kind.op, d, m, config)
 
 
 def test_what_has_no_model_is_refused():
