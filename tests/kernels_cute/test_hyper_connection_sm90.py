@@ -56,10 +56,16 @@ def test_refusals(problem, config, message):
         kernel.build(problem, config)
 
 
-def test_dispatch(monkeypatch, tmp_path):
-    """Few tokens, and in batch-invariant mode all, have the Triton kernel; so has what this one cannot run."""
+@pytest.fixture
+def no_tables(monkeypatch, tmp_path):
     monkeypatch.setattr(table, "shipped_dir", lambda: tmp_path)
     dispatch.reread_tables()
+    yield
+    dispatch.reread_tables()
+
+
+def test_dispatch(no_tables):
+    """Few tokens, and in batch-invariant mode all, have the Triton kernel; so has what this one cannot run."""
 
     def chosen(problem: Any, arch: str = "sm_90a") -> str:
         return dispatch.choose_for(problem.op, problem, dispatch.Target(arch, arch)).kernel
@@ -74,7 +80,6 @@ def test_dispatch(monkeypatch, tmp_path):
             with dispatch.batch_invariant():
                 assert {chosen(replace(many, m=m)) for m in (0, 1, 255, 256, 4096)} == {triton}
         assert chosen(kind(m=256, k=512)) == triton
-    dispatch.reread_tables()
 
 
 def test_builds_for_its_own_architecture_only():
