@@ -462,7 +462,7 @@ class GemmNvfp4Sm90Fp8(GemmNvfp4Sm90Wgmma):
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_decrease(WIDE[0])
             if warp == 4 * c.groups:
-                self.load(tma, b, sfb, sA, sCodes, sScales, full, empty, work)
+                self.load(tma, b, sfb, sA, sCodes, sScales, full, empty, work, True, True)
             if cutlass.const_expr(c.split > 1):
                 cute.arch.cluster_wait()
             if work[1] > work[0]:

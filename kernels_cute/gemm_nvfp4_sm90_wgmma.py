@@ -9,7 +9,8 @@ order "fragments_sm90" of `fp4suite.layouts`: what a thread needs of 64 rows x 6
 and one of 8 bytes of scales, and tiles that follow each other along K are neighbours.
 
     load       one warp: bulk copies of codes and scales, TMA for the tokens, `stages` steps of K ahead, into the next
-               tile and, for the weights, before the kernel before this one has ended (see `launch`)
+               tile and, for the weights, before the kernel before this one has ended (see `launch`); or two, of which
+               the second sends for the tokens (`Config.loaders`)
     multiply   warpgroups: decode one step of 64 rows x 64 of K while WGMMA works on the one before
     share      CTAs of a cluster, side by side along n, receive the same tokens by multicast
     sums       of a tile are kept by one warpgroup, which stores them by TMA, or are spread over `groups_k` warpgroups,
@@ -111,7 +112,16 @@ class Config:
 
     @property
     def threads(self) -> int:
-        return 32 * self.warps * self.groups + (WARPGROUP if self.wide else 32)
+        return 32 * self.warps * self.groups + (WARPGROUP if self.wide else 32 * self.loaders)
+
+    @property
+    def loaders(self) -> int:
+        """Warps that load: with a second one the first tokens need not wait until all stages' weights are asked for.
+
+        It pays where those bring fewer bytes than the tokens, and loses with less than four groups or all of the SM.
+        """
+        alone = self.groups_k == 4 and self.share * self.split * self.blocks == 1
+        return 2 if alone and 2 * self.tile_m * TILE > self.tile_n * (CODE_BYTES + SCALE_BYTES) // TILE else 1
 
     @property
     def reduces(self) -> bool:
@@ -786,7 +796,9 @@ class GemmNvfp4Sm90Wgmma:
             if cutlass.const_expr(c.wide):
                 cute.arch.setmaxregister_decrease(WIDE[0])
             if warp == c.warps * c.groups:
-                self.load(tma, b, sfb, sA, sCodes, sScales, full, empty, work)
+                self.load(tma, b, sfb, sA, sCodes, sScales, full, empty, work, True, c.loaders == 1)
+            elif cutlass.const_expr(c.loaders == 2):
+                self.load(tma, b, sfb, sA, sCodes, sScales, full, empty, work, False, True)
             if cutlass.const_expr(c.split > 1):
                 cute.arch.cluster_wait()
             if work[1] > work[0]:
@@ -902,7 +914,10 @@ class GemmNvfp4Sm90Wgmma:
             cute.arch.sync_threads()
 
     @cute.jit
-    def load(self, tma, b, sfb, sA, sCodes, sScales, full, empty, work):
+    def load(
+        self, tma, b, sfb, sA, sCodes, sScales, full, empty, work,
+        with_weights: cutlass.Constexpr, with_tokens: cutlass.Constexpr,
+    ):  # fmt: skip
         """Fill the stages: the tokens of this CTA (or its share of the cluster's), its codes and its scales."""
         c, walk = self.config, work[2]
         gA = cute.flat_divide(tma.tma_tensor, (c.tile_m, c.tile_k))
@@ -918,11 +933,13 @@ class GemmNvfp4Sm90Wgmma:
         m_tile, n_tile, first, count = self.item(Int32(0), work)
         first, count = first * c.paired, count * c.paired  # steps
         early = cutlass.min(count, self.stages) * Int32(work[1] > 0)
-        for i in cutlass.range(early, unroll=1):
-            self.load_weights(weights, into, n_tile, first + i, i, full + i)
-        cute.arch.griddepcontrol_wait()
-        for i in cutlass.range(early, unroll=1):
-            self.load_tokens(tokens, m_tile, first + i, i, full + i, work[0] == 0)
+        if cutlass.const_expr(with_weights):
+            for i in cutlass.range(early, unroll=1):
+                self.load_weights(weights, into, n_tile, first + i, i, full + i)
+        if cutlass.const_expr(with_tokens):
+            cute.arch.griddepcontrol_wait()
+            for i in cutlass.range(early, unroll=1):
+                self.load_tokens(tokens, m_tile, first + i, i, full + i, work[0] == 0)
         index = early
         start = early
         for number in cutlass.range(work[1], unroll=1):
@@ -932,8 +949,10 @@ class GemmNvfp4Sm90Wgmma:
                 stage = index % self.stages
                 if index >= self.stages:
                     cute.arch.mbarrier_wait(empty + stage, (index // self.stages - 1) % 2)
-                self.load_weights(weights, into, n_tile, first + i, stage, full + stage)
-                self.load_tokens(tokens, m_tile, first + i, stage, full + stage, number >= work[0])
+                if cutlass.const_expr(with_weights):
+                    self.load_weights(weights, into, n_tile, first + i, stage, full + stage)
+                if cutlass.const_expr(with_tokens):
+                    self.load_tokens(tokens, m_tile, first + i, stage, full + stage, number >= work[0])
                 index += 1
             start = Int32(0)
 

@@ -50,10 +50,18 @@ CONFIGS = [
     Config(tile_m=192, groups_n=3, tile_k=64, stages=3),
     Config(tile_m=176, groups_n=3, tile_k=64, stages=3, share=2),
     Config(tile_m=16, groups_n=1, groups_k=2, warps=3, stages=4, share=2),
+    Config(tile_m=16, groups_n=1, groups_k=4, warps=3, stages=8),
 ]
 OVERLAPPING = Config(tile_m=128, groups_n=4, tile_k=64, overlap=True)
 
 # --- anywhere ---------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_have_a_loading_warp_of_their_own_where_they_are_more_than_the_weights():
+    loaders = {c: c.loaders for c in CONFIGS}
+    assert [c for c, count in loaders.items() if count == 2] == [CONFIGS[-1]]
+    assert replace(CONFIGS[-1], warps=4).loaders == replace(CONFIGS[-1], groups_k=2).loaders == 1
+    assert CONFIGS[-1].threads == 32 * (3 * 4 + 2)
 
 
 @pytest.mark.parametrize(
