@@ -23,8 +23,9 @@ from .rejection import Rejected
 
 TIMEOUT_S = 180.0
 NOW = -1  # the turn of a build that is waited for
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of a child that only compiles
-NO_GPU = ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ""}
+# Of a child that only compiles. It sees the GPU, if there is one: where there is a driver and no device, CuTe DSL 4.8
+# asks for its architecture, fails, and asks again for the words of the error until the stack ends: a minute a build.
+COMPILES = {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,8 @@ class Ahead:
 
     def __init__(self, jobs: int, device: str | None = None, timeout: float = TIMEOUT_S) -> None:
         self._device = device
-        self._without_gpu, self._with_gpu = (worker.Pool(jobs, timeout, where) for where in (NO_GPU, ONE_THREAD))
-        self._begun: dict[str, tuple[Future[Rejected | None], worker.Pool, worker.Call]] = {}
+        self._pool = worker.Pool(jobs, timeout, COMPILES)
+        self._begun: dict[str, tuple[Future[Rejected | None], worker.Call]] = {}
 
     def begin(self, build: Build, turn: int) -> "Future[Rejected | None]":
         """Ends with None once the build is in the cache, or with why it never will be.
@@ -101,32 +102,30 @@ class Ahead:
         what = build.kernel, build.problem.op, build.problem.dims(), dataclasses.asdict(build.config)
         job: tuple[Any, ...]
         if hasattr(module, "precompile") and env.keeps_kernels():
-            pool, job = self._without_gpu, (precompile_one, *what)
+            job = precompile_one, *what
         elif hasattr(module, "warm") and not hasattr(module, "precompile") and self._device is not None:
-            pool, job = self._with_gpu, (precompile_launches, *what, self._device)
+            job = precompile_launches, *what, self._device
         else:
             return prepared()
         key = build.key
         if key in self._begun:
-            mine, pool, call = self._begun[key]
+            mine, call = self._begun[key]
             if not mine.done():
-                pool.hasten(call, turn)
+                self._pool.hasten(call, turn)
             return mine
         mine = Future()
-        call = pool.submit(turn, *job)
-        self._begun[key] = mine, pool, call
+        call = self._pool.submit(turn, *job)
+        self._begun[key] = mine, call
         call.future.add_done_callback(lambda f: _conclude(mine, f))
         return mine
 
     def leave_behind(self, turn: int) -> None:
         """Builds of turns before this one, from 0 on, are no longer wanted."""
-        for pool in (self._without_gpu, self._with_gpu):
-            pool.leave_behind(turn)
+        self._pool.leave_behind(turn)
 
     def close(self) -> None:
         """End everything that is still being compiled."""
-        for pool in (self._without_gpu, self._with_gpu):
-            pool.close()
+        self._pool.close()
 
 
 def prepared() -> "Future[Rejected | None]":
@@ -170,7 +169,7 @@ def _outcomes(builds: list[Build], jobs: int, timeout: float) -> Iterator[tuple[
     ]
     if jobs:
         # the interpreter of Triton, should someone have it on, has nothing to compile
-        yield from worker.run_all(calls, min(jobs, len(calls)), timeout, NO_GPU | {"TRITON_INTERPRET": "0"})
+        yield from worker.run_all(calls, min(jobs, len(calls)), timeout, COMPILES | {"TRITON_INTERPRET": "0"})
         return
     for index, (function, args) in enumerate(calls):
         try:

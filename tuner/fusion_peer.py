@@ -38,13 +38,14 @@ def takes_all(problem: Problem) -> str | None:
 class FusionPeer(Peer[Callable[[Case], Call]]):
     """ops: what it is compared with. tolerance: what `check` allows, in words. refuses: why it cannot do a problem.
 
-    on_request: timed only where it is named.
+    on_request: timed only where it is named. part_of: ops of which it does a part only.
     """
 
     ops: tuple[str, ...]
     tolerance: str
     refuses: Callable[[Problem], str | None] = takes_all
     on_request: bool = False
+    part_of: tuple[str, ...] = ()
 
 
 def spread(rows: int, device: torch.device, most: int = CHECKED_ROWS) -> Tensor:

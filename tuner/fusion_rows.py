@@ -91,9 +91,9 @@ def op_of(path: Path) -> str | None:
 
 
 def best_peer(op: str, us: Mapping[str, float | None]) -> str | None:
-    """The fastest of those that were timed."""
-    timed = {p.name: t for p in peers_fusions.of(op) if (t := us.get(p.name)) is not None}
-    return min(timed, key=lambda name: timed[name]) if timed else None
+    """The fastest of those that were timed and do all of it; if none does, of those that do a part."""
+    timed = [(op in p.part_of, t, p.name) for p in peers_fusions.of(op) if (t := us.get(p.name)) is not None]
+    return min(timed)[2] if timed else None
 
 
 def render(rows: Sequence[Row], absent: Mapping[str, str]) -> str:

@@ -236,7 +236,8 @@ PEERS = (
     ),
     FusionPeer(
         name="deep_gemm_prenorm", ops=(HyperConnectionPreProblem.op,), prepare=prenorm, refuses=_mhc_refuses,
-        tolerance="rounding to TF32", note="projections and sums of squares alone", **DEEP_GEMM,
+        tolerance="rounding to TF32", note="projections and sums of squares alone",
+        part_of=(HyperConnectionPreProblem.op,), **DEEP_GEMM,
     ),
     FusionPeer(
         name="flashinfer_mhc_pre", ops=(HyperConnectionPreProblem.op,), prepare=mhc_pre, refuses=_mhc_refuses,

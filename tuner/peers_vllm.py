@@ -495,7 +495,7 @@ PEERS = (
     ),
     _peer(
         "vllm_rotary", (RopeInverseProblem.op, RopeInverseInPlaceProblem.op, RopeInverseQuantizeProblem.op), rotary,
-        STEP, "in place, leaves dims without RoPE alone; quantises nothing",
+        STEP, "in place, leaves dims without RoPE alone; quantises nothing", part_of=(RopeInverseQuantizeProblem.op,),
     ),
     _peer(
         "vllm_rotary_quantize", IndexQueryProblem.op, rotary_quantize, "half an E4M3 step of the rotated query",
@@ -514,9 +514,9 @@ PEERS = (
     _peer("vllm_align", PermuteProblem.op, align, "every slot in a tile of its expert", f"tiles of {ALIGNED}"),
     _peer("vllm_unpermute", CombineProblem.op, unpermute, "one BF16 step of the terms' sizes", "two launches"),
     _peer("vllm_rms_norm", (RmsnormQuantizeProblem.op, RmsNormProblem.op), rms_norm, STEPS,
-          "BF16 out, quantises nothing"),
+          "BF16 out, quantises nothing", part_of=(RmsnormQuantizeProblem.op,)),
     _peer("vllm_swiglu", (SwigluQuantizeProblem.op, SwigluProblem.op), swiglu, STEPS,
-          "BF16 in and out, quantises nothing", refuses=_swiglu_refuses),
+          "BF16 in and out, quantises nothing", part_of=(SwigluQuantizeProblem.op,), refuses=_swiglu_refuses),
     _peer("torch_embedding", EmbedProblem.op, torch_embedding, "the same bytes", "a gather, then a copy into streams",
           module="torch", package="torch"),
     _peer("vllm_fp8", QuantizeFp8Problem.op, quantize_fp8, "half an E4M3 step of the input"),

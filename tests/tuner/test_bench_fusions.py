@@ -234,3 +234,10 @@ def test_scores_and_topk_are_judged_together():
     text = fusion_rows.summary([scores, topk, lost])
     assert "index scores and top-k: ratio" in text
     assert "1.400" in text
+
+
+def test_a_peer_that_does_a_part_counts_where_no_other_has_a_time():
+    us = {"deep_gemm_prenorm": 80.0, "flashinfer_mhc_pre": 240.0}
+    assert fusion_rows.best_peer("hyper_connection_pre", us) == "flashinfer_mhc_pre"
+    assert fusion_rows.best_peer("hyper_connection_pre", us | {"flashinfer_mhc_pre": None}) == "deep_gemm_prenorm"
+    assert fusion_rows.best_peer("hyper_connection_pre", {}) is None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -193,6 +194,12 @@ def test_ahead_leaves_alone_what_is_not_kept_or_needs_a_device(both, problem, ah
     assert ahead.begin(real_build(), 0).result(0) is None
     monkeypatch.setenv("FP4SUITE_KEEP", "0")
     assert ahead.begin(fake_build(problem, fault="hang"), 0).result(0) is None
+
+
+def test_who_compiles_sees_the_gpus_of_who_asks(ahead, monkeypatch):
+    """CuTe DSL 4.8 takes a minute a build where there is a driver and CUDA_VISIBLE_DEVICES hides all devices."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert ahead._pool.submit(0, os.getenv, "CUDA_VISIBLE_DEVICES").future.result(60) == "3"
 
 
 def test_what_was_compiled_ahead_is_loaded_by_another_process(tmp_path, monkeypatch):
