@@ -96,7 +96,7 @@ def _broadcast_what_differs() -> None:
 
 
 def _convert_what_differs() -> None:
-    """Two tensors of one type are operands as they are, but for pointers and divisions, which have rules of their own."""
+    """Two tensors of one type are operands as they are; pointers and divisions have rules of their own."""
     semantic = type(interpreter.interpreter_semantic)
     check = semantic.binary_op_type_checking_impl
 
