@@ -18,6 +18,8 @@ def install() -> None:
     _make_block_types_once()
     _make_shapes_once()
     _broadcast_what_differs()
+    _convert_what_differs()
+    _skip_checks_that_nobody_sees()
     _look_up_numpy_types()
     _compare_names()
 
@@ -91,6 +93,35 @@ def _broadcast_what_differs() -> None:
         return lhs, rhs
 
     semantic.broadcast_impl_value = broadcast_others
+
+
+def _convert_what_differs() -> None:
+    """Two tensors of one type are operands as they are; pointers and divisions have rules of their own."""
+    semantic = type(interpreter.interpreter_semantic)
+    check = semantic.binary_op_type_checking_impl
+
+    def check_others(
+        self: Any, lhs: Any, rhs: Any, lhs_ptr: bool = False, rhs_ptr: bool = False, arithmetic_check: bool = True,
+        div_or_mod: bool = False,
+    ) -> Any:  # fmt: skip
+        alike = type(lhs) is type(rhs) is tl.core.tensor and lhs.type is rhs.type
+        if alike and not div_or_mod and not lhs.dtype.is_ptr():
+            return lhs, rhs
+        return check(self, lhs, rhs, lhs_ptr, rhs_ptr, arithmetic_check, div_or_mod)
+
+    semantic.binary_op_type_checking_impl = check_others
+
+
+def _skip_checks_that_nobody_sees() -> None:
+    """A third of its time: whether sums and products of integers overflow, which it says only where it debugs."""
+    semantic = type(interpreter.interpreter_semantic)
+    check = semantic.binary_op_sanitize_overflow_impl
+
+    def check_aloud(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+        if self.builder.options.debug:
+            check(self, lhs, rhs, operation)
+
+    semantic.binary_op_sanitize_overflow_impl = check_aloud
 
 
 def _look_up_numpy_types() -> None:

@@ -1,6 +1,6 @@
 """compress_kv and the indexer's kernels compile for both architectures without a GPU and without spilling.
 
-What `test_index_emulated` runs it looks at itself: `compress_kv_pair`, a minute a build, and whole entries.
+What `test_index_emulated` runs it looks at itself: `compress_kv_pair`, half a minute a build, and whole entries.
 """
 
 import re

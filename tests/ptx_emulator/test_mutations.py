@@ -96,7 +96,7 @@ FENCES = {
     "loads not fenced from the mmas behind": (r"tcgen05\.fence::before_thread_sync;", "", 0, LOADED),
 }
 
-SM90_PROBLEM = GemmProblem(m=70, n=136, k=64 * 7, act="bf16")
+SM90_PROBLEM = GemmProblem(m=70, n=72, k=64 * 7, act="bf16")
 SM90_CONFIG = sm90.Config()
 
 SM90_FAULTS = {

@@ -16,9 +16,9 @@ from ptx_emulator.machine import SCHEDULES
 from .test_mutations import ADDRESS, NO_WAIT, REG, WAIT, assert_caught, mutated
 
 CASES = {
-    "many": (GemmProblem(m=100, n=320, k=128 * 6, segments=2, order=kernel.WEIGHT_ORDER),
+    "many": (GemmProblem(m=100, n=320, k=128 * 4, segments=2, order=kernel.WEIGHT_ORDER),
              Config(tile_m=128, groups_n=1, tile_k=64, stages=3, share=2, tail=2)),
-    "few": (GemmProblem(m=13, n=128, k=128 * 14, segments=2, order=kernel.WEIGHT_ORDER),
+    "few": (GemmProblem(m=13, n=128, k=128 * 12, segments=2, order=kernel.WEIGHT_ORDER),
             Config(tile_m=16, groups_n=1, groups_k=2, warps=3, tile_k=128, stages=4, split=2)),
 }  # fmt: skip
 
