@@ -184,15 +184,6 @@ def _nothing():
 
 
 @triton.jit
-def _all_alike(rows, x):
-    """As many tensors of the same shapes, full of x."""
-    found = _nothing()
-    for i in tl.static_range(len(rows)):
-        found += (tl.full(rows[i].shape, 0.0, tl.float32) + x,)
-    return found
-
-
-@triton.jit
 def _all_rows(
     token, position, begin, ring_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols,
     WHOLE: tl.constexpr, RATIO: tl.constexpr, OVERLAPS: tl.constexpr, RING: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -435,11 +426,10 @@ def _emit(
 
     All that an entry needs is asked for before the loop, into which ptxas moves no load: it would rather save
     registers and wait for values after gates, and for angles after both. So no compiler may know of a loop that it
-    ends after one pass: `limit` counts the grid's third dimension, which is 1. Nor may what is pooled be the same in
-    each pass, or it would leave the loop: a second one would take its position for rows. Long pools have more rows
-    than fit, and programs enough to wait in turn.
+    ends after one pass: `limit` counts the grid's third dimension, which is 1. Long pools have more rows than fit,
+    and programs enough to wait in turn.
     """
-    CHANGES: tl.constexpr = OVERLAPS > 1 or RATIO <= LANES
+    AGAIN: tl.constexpr = OVERLAPS > 1 or RATIO <= LANES
     if token < limit:
         values, gates, added = _all_rows(
             token, position, begin, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols, WHOLE, RATIO,
@@ -461,9 +451,17 @@ def _emit(
                 tl.store(pooled_ptr + program.to(tl.int64) * PADDED + cols[None, :], entry)
             token += RATIO
             position += RATIO
-            if CHANGES:
-                values = _all_alike(values, position)
-                gates = _all_alike(gates, position)
+            if AGAIN:  # noqa: SIM102  # known when compiling
+                if token < limit:
+                    values, gates, added = _all_rows(
+                        token, position, begin, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols, WHOLE,
+                        RATIO, OVERLAPS, RING, HEAD_DIM, BLOCK_C,
+                    )  # fmt: skip
+                    if BLOCK_C == PADDED:
+                        slot, cos, sin = _of_entry(
+                            token, position, slots_ptr, sequence_ids_ptr, table_ptr, POSITIONS, RATIO, TURNED,
+                            HEAD_DIM, PADDED,
+                        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["TOKENS", "SEQUENCES", "EACH", "POSITIONS"])
