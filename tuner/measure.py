@@ -46,12 +46,14 @@ class Timed:
     """`launches` launches, all of one contender, behind one call: a captured graph's replay, or plain host code.
 
     queued: whether all of it has to be queued before it begins. The time of host code is part of what that takes.
+    holds: what a graph has the addresses of; whoever captures next gives unused memory back to the driver.
     """
 
     label: str
     replay: Callable[[], object]
     launches: int
     queued: bool = True
+    holds: object = None
 
 
 class Timer:
@@ -90,7 +92,7 @@ class Timer:
             self._pass(launch)
         graph.replay()
         torch.cuda.synchronize(self.device)
-        return Timed(label, graph.replay, len(self._order))
+        return Timed(label, graph.replay, len(self._order), holds=launch)
 
     def rounds(self, timed: list[Timed], rounds: int) -> NDArray[np.float64]:
         """Microseconds a launch, [rounds, len(timed)]."""

@@ -4,6 +4,8 @@ What only hardware can tell (that operands are cold, that times are plausible) i
 """
 
 import contextlib
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -251,6 +253,24 @@ def test_baselines_are_timed_the_same_way(device, problem):
     times = bench.rounds([bench.record("k", config(14.0)), bench.record_baseline()], 12)
     # eager code starts no graph, so it saves the few microseconds of starting one, over all its launches
     assert np.median(times[:, 0] / times[:, 1]) == pytest.approx(2.0, rel=0.05)
+
+
+def test_what_a_graph_launches_lives_as_long_as_it(device):
+    """cuBLAS's decoded weights were gone, and their addresses nobody's, once another contender was captured."""
+
+    class Launch:
+        def __call__(self, case):
+            device.spend(1.0, lambda: None)
+
+    launch = Launch()
+    there = weakref.ref(launch)
+    timed = measure.Bench(SMALL, "cuda").capture("k", launch)
+    del launch
+    gc.collect()
+    assert there() is not None
+    del timed
+    gc.collect()
+    assert there() is None
 
 
 def test_a_cpu_is_no_device_to_measure_on():
