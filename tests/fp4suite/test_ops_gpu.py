@@ -159,13 +159,17 @@ def _kernel_calls(device: torch.device) -> dict:
 
 
 def _small_call(name: str, device: torch.device) -> tuple:
-    """A call with the arguments of the tests on CPU, and their first tensor; it gives caches that it changes too."""
+    """A call with the arguments of the tests on CPU, and their first tensor; it gives caches that it changes too.
+
+    An op that works in place is given a copy of the tensor.
+    """
     args, kwargs = moved(arguments(name), device)
     first = next(i for i, a in enumerate(args) if isinstance(a, torch.Tensor))
     caches = [a for a in args if isinstance(a, PagedCache | IndexCache | CompressorStep)]
 
     def call(x: torch.Tensor) -> list[torch.Tensor]:
-        return flat((getattr(ops, name)(*args[:first], x, *args[first + 1 :], **kwargs), caches))
+        own = x.clone() if name.endswith("_") else x
+        return flat((getattr(ops, name)(*args[:first], own, *args[first + 1 :], **kwargs), caches))
 
     return call, args[first]
 

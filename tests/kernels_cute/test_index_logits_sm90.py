@@ -122,7 +122,7 @@ def test_defaults_keep_products_on_their_way(problem, config):
     assert waits == ["1"] * (config.strips - 1) + ["0"]
 
 
-@pytest.mark.parametrize(("config", "schedule"), zip(CONFIGS, itertools.cycle(("late", "eager"))), ids=str)
+@pytest.mark.parametrize(("config", "schedule"), list(zip(CONFIGS, itertools.cycle(("late", "eager")))), ids=str)
 def test_in_the_emulator(config, schedule, monkeypatch):
     """Several items a CTA, more stages than fit; every score against FP64, every access against the others'."""
     kernel.compiled.cache_clear()
