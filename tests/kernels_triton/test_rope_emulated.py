@@ -46,6 +46,11 @@ def emulate(
 ) -> Built:  # fmt: skip
     """A launch as `module.launch` makes it; tensors among args become arrays that share their memory. What it ran."""
     built: Built = pool.submit(module.build, problem, config, arch).result()
+    run(built, grid, args)
+    return built
+
+
+def run(built: Built, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
     loaded = ptx_emulator.load(built.ptx)
     loaded.launch(
         grid=grid,
@@ -53,7 +58,6 @@ def emulate(
         args=[*(_array(a) if isinstance(a, torch.Tensor) else a for a in args), *UNUSED],
         shared=built.shared_bytes,
     )
-    return built
 
 
 def _array(t: torch.Tensor) -> np.ndarray:
