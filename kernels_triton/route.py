@@ -5,7 +5,8 @@ expert, against 4 bytes read. So with `presort` the GPU's approximate functions 
 hold their expert in the low bits, and only those are scored exactly. That is the exact choice if the last chosen lies
 above the first that is no candidate by more than both can be off; else (ties, infinities, NaN) all are scored exactly.
 Where a table of token ids chooses, only the chosen logits are read, once the table is there, which is read once the
-token is there: with `ahead` all scores are made meanwhile, so that a token waits for memory twice, not three times.
+token is there: with `ahead` all logits come meanwhile, and the chosen ones are picked from shared memory, so that a
+token waits for memory twice, not three times. Few tokens wait for their code too, which is cold: it is short.
 One program block_m tokens, with their scores in registers as order-preserving integers, CHUNK experts a tile.
 """
 
@@ -22,7 +23,7 @@ from fp4suite.problem import RouteProblem
 from fp4suite.reference import router
 
 from . import host
-from .nvfp4 import LOG2E, exp_neg, magnitude_bits, pair_sum, widen
+from .nvfp4 import CVT, LOG2E, exp_neg, magnitude_bits, pair_sum, widen
 
 MOST_EXPERTS = 1024
 MOST_TOPK = 32
@@ -52,7 +53,7 @@ LARGE = tl.constexpr(1e30)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_m tokens a program; presort: candidates by approximate scores first; ahead: scores before a table's."""
+    """block_m tokens a program; presort: candidates by approximate scores first; ahead: logits before a table's."""
 
     block_m: int = 1
     num_warps: int = 1
@@ -71,7 +72,7 @@ AHEAD_TOKENS = 512
 
 def default(problem: RouteProblem) -> Config:
     """A warp a token, alone in its program: where one token's scores have to be exact, no other waits for them. By a
-    table, several warps a token that make its scores ahead; many tokens share programs, which there are few of then.
+    table, several warps a token that ask for its logits ahead; many tokens share programs, which there are few of then.
     """
     if problem.choice != "table":
         return Config(presort=problem.experts > _candidates(problem.topk))
@@ -95,7 +96,7 @@ def supports(problem: RouteProblem, config: Config) -> str | None:
     if config.ahead and problem.choice != "table":
         return "ahead=True is for a table's choice"
     if config.num_warps > 4 * config.block_m or (config.num_warps > 4 and not config.ahead):
-        return f"num_warps={config.num_warps}: at most four make the scores of a token ahead, and without them four do"
+        return f"num_warps={config.num_warps}: at most four hold a token's logits ahead, and without them four do"
     if problem.choice != "table" and config.num_warps > config.block_m:
         return f"num_warps={config.num_warps}: block_m={config.block_m} tokens are chosen for by a warp each at most"
     wide = CHUNK * _chunks(problem.experts) if problem.choice != "table" or config.ahead else 1
@@ -259,6 +260,11 @@ def _ranked(
     return ids, tl.sum(tl.where(placed, s[:, None, :], 0.0), axis=2)  # of one and zeros: exact
 
 
+# Loads before it are asked for before those after it: ptxas would ask for the logits when the token's registers are
+# free again, after the wait for it. The move is there as assembly has to give something.
+_IN_ORDER = tl.constexpr("bar.warp.sync -1; mov.b32 $0, $1;")
+
+
 @triton.jit
 def _scores(logits_ptr, stride_m, rows, ids, chosen):
     return _affinity(widen(tl.load(logits_ptr + rows[:, None] * stride_m + ids, mask=chosen, other=0.0)))
@@ -288,20 +294,25 @@ def _route(
     CHUNK: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     # int64 before the multiply: a long batch of logits and a large table pass 2**31 elements
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = rows < M
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = first + tl.arange(0, ROWS)
+    count = tl.minimum(M - tl.program_id(0) * BLOCK_M, BLOCK_M)
+    in_rows = tl.arange(0, ROWS) < count
     choice = tl.arange(0, CHOICES)
     inside = in_rows[:, None] & (choice < TOPK)[None, :]
     if CHOICE == "table":
         if AHEAD:
             # flat, as tokens by experts would cross shared memory nine times in place of one
             at = tl.arange(0, BLOCK_M * WIDE)
-            row, col = tl.program_id(0).to(tl.int64) * BLOCK_M + at // WIDE, at % WIDE
-            x = tl.load(logits_ptr + row * stride_m + col, mask=(row < M) & (col < E), other=0.0)
+            row, col = at // WIDE, at % WIDE
+            x = tl.load(logits_ptr + (first + row) * stride_m + col, mask=(row < count) & (col < E), other=0.0)
+            if CVT:
+                tl.inline_asm_elementwise(_IN_ORDER, "=r,r", [M], dtype=tl.int32, is_pure=False, pack=1)
         token = tl.load(token_ptr + rows, mask=in_rows, other=-1).to(tl.int64)[:, None]
-        known = inside & (token >= 0) & (token < V)
+        known = inside & (token.to(tl.uint64) < V)  # what is negative is too large
         ids = tl.load(table_ptr + token * TOPK + choice[None, :], mask=known, other=-1).to(tl.int32)
     elif PRESORT:
         candidates, certain = _candidates_of(
@@ -323,17 +334,19 @@ def _route(
             logits_ptr, stride_m, bias_ptr, rows, in_rows, E,
             CHOICE == "bias", TOPK, CHOICES, BLOCK_M, CHUNKS, CHUNK,
         )  # fmt: skip
-    chosen = inside & (ids >= 0) & (ids < E)
+    chosen = inside & (ids.to(tl.uint32) < E)
     if AHEAD:
-        at = tl.arange(0, BLOCK_M)[:, None] * WIDE + tl.where(chosen, ids, 0)
-        s = tl.gather(_affinity(widen(x)), at.reshape(BLOCK_M * CHOICES), axis=0).reshape(BLOCK_M, CHOICES)
+        at = tl.where(chosen, tl.arange(0, ROWS)[:, None] * WIDE + ids, 0)
+        s = _affinity(widen(tl.gather(x, at.reshape(ROWS * CHOICES), axis=0).reshape(ROWS, CHOICES)))
     elif not PRESORT:
         s = _scores(logits_ptr, stride_m, rows, ids, chosen)
     s = tl.where(chosen, s, 0.0)
-    total = pair_sum(s.reshape(BLOCK_M, 1, CHOICES), BLOCK_M, 1, CHOICES)
+    total = pair_sum(s.reshape(ROWS, 1, CHOICES), ROWS, 1, CHOICES)
     at = rows[:, None] * TOPK + choice[None, :]
     tl.store(ids_ptr + at, ids, mask=inside)
-    tl.store(weights_ptr + at, tl.div_rn(s, total + 1e-20) * scale, mask=inside)
+    # 1 where nothing is stored: a dividend of 0 may take the division's slow path, a call to code far away
+    weights = tl.div_rn(tl.where(inside, s, 1.0), total + 1e-20) * scale
+    tl.store(weights_ptr + at, weights, mask=inside)
 
 
 def launch(
@@ -388,18 +401,23 @@ def build(problem: RouteProblem, config: Config, arch: str) -> Built:
 
 
 def _constants(choice: str, experts: int, topk: int, config: Config) -> dict[str, Any]:
+    choices = triton.next_power_of_2(topk)
+    # Rows that are not there, but fill the warps: a choice a thread, so that no sum has to move between layouts.
+    # Without `ahead` Triton 3.6 would move them through shared memory (13 barriers by four warps).
+    filled = 32 * config.num_warps // choices if config.ahead else 1
     return {
         "CHOICE": choice,
         "PRESORT": config.presort,
         "AHEAD": config.ahead,
         "TOPK": topk,
-        "CHOICES": triton.next_power_of_2(topk),
+        "CHOICES": choices,
         "CANDIDATES": _candidates(topk),
         "EXPERT_BITS": (CHUNK * _chunks(experts) - 1).bit_length(),
         "CHUNKS": _chunks(experts),
         "CHUNK": CHUNK,
         "WIDE": triton.next_power_of_2(experts),
         "BLOCK_M": config.block_m,
+        "ROWS": max(config.block_m, filled),
     }
 
 

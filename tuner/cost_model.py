@@ -387,10 +387,11 @@ def _route(problem: RouteProblem, config: Any, arch: str, resources: Resources |
     if p.choice != "table":
         each = 30 + 5 * p.topk if config.presort else 90 + 7 * p.topk  # SASS of sm_90a, by experts
         return _moved(programs, read, config.num_warps, block_m * p.experts * each, ramps=2)
+    instructions = block_m * (p.topk * SCORE_INSTRUCTIONS + 32 * 200)
     if config.ahead:
-        scores = block_m * p.experts
-        return _moved(programs, read + 4.0 * scores, config.num_warps, scores * SCORE_INSTRUCTIONS, ramps=3)
-    return _moved(programs, read, config.num_warps, block_m * (p.topk * SCORE_INSTRUCTIONS + 32 * 200), ramps=4)
+        logits = block_m * p.experts
+        return _moved(programs, read + 4.0 * logits, config.num_warps, instructions + 2.0 * logits, ramps=3)
+    return _moved(programs, read, config.num_warps, instructions, ramps=4)
 
 
 def _permute(problem: PermuteProblem, config: Any, arch: str, resources: Resources | None) -> Work:

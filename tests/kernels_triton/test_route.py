@@ -191,7 +191,16 @@ def test_tables(types, device):
         check(2 * draw(6, 40).to(device), 6, None, tokens, table, config)
 
 
-def test_scores_ahead_of_a_table(device):
+@pytest.mark.parametrize("topk", [1, 2, 5, 8, 9, 32])
+def test_tables_of_every_width(topk, device):
+    """A tile has fewer or more rows than tokens, by how many choices fill a warp."""
+    gen = torch.Generator().manual_seed(15)
+    table, tokens = torch.randint(70, (30, topk), generator=gen), torch.randint(30, (7,), generator=gen)
+    for config in (kernel.Config(block_m=2), kernel.Config(ahead=True), kernel.Config(block_m=16, ahead=True)):
+        check(2 * draw(7, 70, seed=16).to(device), topk, None, tokens.to(device), table.to(device), config)
+
+
+def test_logits_ahead_of_a_table(device):
     """Ragged experts, rows of any stride, and logits whose scores are zero, infinite or NaN."""
     experts = 130
     table = torch.randint(experts, (64, 3), generator=torch.Generator().manual_seed(6), dtype=torch.int32).to(device)
@@ -199,7 +208,8 @@ def test_scores_ahead_of_a_table(device):
     logits = 3 * draw(64, 2 * experts, seed=7)
     logits[1], logits[2, :140], logits[3, ::2] = -200.0, INF, NAN
     tokens = torch.arange(64, device=device)
-    for config in (kernel.Config(ahead=True), kernel.Config(block_m=4, num_warps=16, ahead=True)):
+    few, many = kernel.Config(num_warps=2, ahead=True), kernel.Config(block_m=4, num_warps=16, ahead=True)
+    for config in (kernel.Config(ahead=True), few, many):
         for rows in (logits[:, :experts], logits[:, 5 : 5 + experts], logits.view(128, experts)[:64]):
             check(rows.to(device), 3, None, tokens, table, config)
 
@@ -236,7 +246,7 @@ def test_no_tokens(device):
         (RouteProblem(m=1, experts=8, topk=2, x="fp64"), {}, "logits in fp64"),
         (RouteProblem(m=1, experts=64, topk=6), {"num_warps": 2}, "block_m=1 tokens are chosen for by a warp each"),
         (RouteProblem(m=1, experts=64, topk=6), {"block_m": 16, "num_warps": 8}, "and without them four do"),
-        (RouteProblem(m=1, experts=64, topk=6, choice="table"), {"ahead": True, "num_warps": 8}, "at most four make"),
+        (RouteProblem(m=1, experts=64, topk=6, choice="table"), {"ahead": True, "num_warps": 8}, "at most four hold"),
         (RouteProblem(m=1, experts=64, topk=6), {"ahead": True}, "ahead=True is for a table's choice"),
         (RouteProblem(m=1, experts=64, topk=6, choice="table"), {"presort": True}, "for a choice by scores"),
         (

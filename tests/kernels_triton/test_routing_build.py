@@ -82,6 +82,20 @@ def test_a_warp_chooses_by_its_own_instructions(pool):
         assert len(re.findall(r"redux\.sync\.(?:max|min)\.s32", b.ptx)) == reductions
 
 
+@pytest.mark.parametrize(("block_m", "num_warps", "most"), [(1, 1, 350), (1, 2, 300), (1, 4, 300), (2, 4, 310)])
+def test_logits_ahead_of_a_table(block_m, num_warps, most, pool):
+    """Asked for before any wait, none but the chosen ones scored, and no code of a choice by score."""
+    p, config = RouteProblem(m=4, experts=384, topk=6, choice="table"), route.Config
+    b = pool.submit(route.build, p, config(block_m=block_m, num_warps=num_warps, ahead=True), "sm_90a").result()
+    code = re.findall(r"/\*[0-9a-f]{4}\*/\s+(.*?);", built.sass(b))
+    loads = [re.search(r"LDG\.E(?:\.\d+)?", line) for line in code]
+    quads = block_m * 512 // (128 * num_warps)  # loads of 16 bytes a thread
+    assert [found[0] for found in loads if found] == [*["LDG.E.128"] * quads, "LDG.E.64", "LDG.E"]
+    assert sum("CALL" in line for line in code) == 2  # a square root and a division: one score a thread
+    assert not [line for line in code if "REDUX" in line or "VOTE" in line]
+    assert len([line for line in code if not line.startswith("NOP")]) < most
+
+
 def test_combine_reads_and_writes_16_bytes_at_a_time(pool):
     b = pool.submit(combine.build, KERNELS[4][1], combine.Config(), "sm_90a").result()
     assert len(re.findall(r"ld\.global\.v4\.b32", b.ptx)) == 7

@@ -44,9 +44,12 @@ def test_route(config, pool):
     testing.assert_same_bytes(torch.from_numpy(weights), want[1], "weights")
 
 
-def test_route_by_a_table(pool):
-    """Scores that are made ahead, of two tokens a program, and found in shared memory."""
-    p, config = RouteProblem(m=9, experts=200, topk=6, choice="table"), route.Config(block_m=2, num_warps=8, ahead=True)
+@pytest.mark.parametrize("config", [(2, 8), (1, 4), (1, 1)], ids=str)
+def test_route_by_a_table(config, pool):
+    """Logits that come ahead, of one or two tokens a program, found in shared memory, or by a warp in its registers."""
+    block_m, num_warps = config
+    p = RouteProblem(m=9, experts=200, topk=6, choice="table")
+    config = route.Config(block_m=block_m, num_warps=num_warps, ahead=True)
     c = testing.case(p)
     logits, _, tokens, table, scale = c.operands
     ids, weights = np.full((p.m, 6), -7, np.int32), np.full((p.m, 6), np.nan, np.float32)
