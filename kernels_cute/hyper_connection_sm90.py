@@ -55,7 +55,8 @@ WARPGROUP = 128
 TOKENS = 16  # that a warpgroup mixes
 BARRIER_BYTES = 1024
 OWNERS = 2  # warps
-# 64 tokens: Triton's kernels 10.5 and 13.4 us, these 14.6 and 17.7; 256: 22.1 and 34.6, 21.5 and 28.6 (H100, d=7168)
+# 64 tokens: Triton's kernels 10.5 and 13.4 us, these 14.6 and 17.7; 256: 22.1 and 34.6, 21.5 and 28.6 (H100, d=7168);
+# the head was not timed: a prediction
 LEAST_TOKENS = 256
 # of threads that mix, that multiply and that load or own, by warpgroups that mix; launched with as many, where not here
 THREAD_REGISTERS: dict[int, tuple[int, ...]] = {2: (136, 144, 96), 3: (104, 136, 32)}
@@ -1028,8 +1029,8 @@ def launch(
     config: Config,
     site: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """y [tokens, d], post [tokens, 4] and comb [tokens, 4, 4] of h [tokens, 4, d], or of the head y alone, by the length
-    of out, on the current stream.
+    """y [tokens, d], post [tokens, 4] and comb [tokens, 4, 4] of h [tokens, 4, d], on the current stream; the head's y
+    alone where out has but one.
 
     site: a site's output y, post and comb, and room for the streams that it leaves of h: these are then folded.
 
