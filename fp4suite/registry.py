@@ -108,6 +108,13 @@ KERNELS: list[Kernel] = [
         _BOTH,
         exact=True,
     ),
+    Kernel(
+        "hyper_connection_head",
+        "cute_hyper_connection_head_sm90",
+        "kernels_cute.hyper_connection_head_sm90",
+        ("sm_90a",),
+        fitted=True,
+    ),
     Kernel("hyper_connection_head", "triton_hyper_connection_head", "kernels_triton.hyper_connection_head", _BOTH),
     Kernel(
         "hyper_connection_post_pre",

@@ -1,7 +1,8 @@
-"""Hyper-connections on Hopper that read the streams once: `hyper_connection_pre` and `hyper_connection_post_pre`.
+"""Hyper-connections on Hopper that read the streams once: `hyper_connection_pre`, `_post_pre` and `_head`.
 
 Memory bound: reads 8 bytes a column of four BF16 streams and writes 2; with a site to close 10 and 10. fn, FP32
-[24, 4 d], is split into three BF16 terms by a launch before, exactly; they are read from L2 once a step.
+[24, 4 d] or the head's [4, 4 d], is split into three BF16 terms by a launch before, exactly; they are read from L2 once
+a step.
 
 A cluster takes block_m tokens a step, and each of its CTAs a share of the columns of all four streams, which stay in
 shared memory until they are folded. Columns come in groups of 64 of each stream.
@@ -13,7 +14,8 @@ shared memory until they are folded. Columns come in groups of 64 of each stream
     multiply  a warpgroup: rows of the MMA are tokens, from registers; columns are fn's terms. Sums of 64 columns leave
               the tensor core, which truncates, for FP32 sums. It sends the new streams to memory, by TMA
     own       two warps, in turn: the sums of a token meet in one CTA of the cluster, which adds them in the order of
-              the CTAs; pre goes back to all, then comes Sinkhorn, for which there is time until the step after the next
+              the CTAs; pre goes back to all, then comes, but for the head, Sinkhorn, for which there is time until the
+              step after the next
     norm      sums of squares of y go from each CTA to all others, who add them in one order
 
 What CTAs send each other is counted by mbarriers of the receiver (st.async). No bit depends on m, on other tokens or on
@@ -37,30 +39,30 @@ from cutlass.utils import HardwareInfo, hopper_helpers
 from torch import Tensor
 
 from fp4suite.built import MAX_SHARED_BYTES, Built
-from fp4suite.problem import HyperConnectionPostPreProblem, HyperConnectionPreProblem
+from fp4suite.problem import HyperConnectionHeadProblem, HyperConnectionPostPreProblem, HyperConnectionPreProblem
 
 from . import build as cross
 from .gemm_nvfp4_sm90_wgmma import SM_COUNT, bulk_load, create_policy, load4, load_matrices, pack_bf16, push4
 
 ARCH = "sm_90a"
 STREAMS = 4
-OUTPUTS = STREAMS * (STREAMS + 2)
+OUTPUTS = STREAMS * (STREAMS + 2)  # the head has STREAMS
 TERMS = 3  # BF16 numbers whose sum is one of FP32
 GROUP = 64  # columns of a group: rows of 128 bytes of shared memory
-TERM_BYTES = TERMS * OUTPUTS * GROUP * 2  # fn's terms in a group of a stream
 ROWS = 64  # of WGMMA, of which block_m count
 K_STEPS = GROUP // 16  # of WGMMA
 WARPGROUP = 128
 TOKENS = 16  # that a warpgroup mixes
 BARRIER_BYTES = 1024
 OWNERS = 2  # warps
-# 64 tokens: Triton's kernels 10.5 and 13.4 us, these 14.6 and 17.7; 256: 22.1 and 34.6, 21.5 and 28.6 (H100, d=7168)
+# 64 tokens: Triton's kernels 10.5 and 13.4 us, these 14.6 and 17.7; 256: 22.1 and 34.6, 21.5 and 28.6 (H100, d=7168);
+# the head was not timed: a prediction
 LEAST_TOKENS = 256
 # of threads that mix, that multiply and that load or own, by warpgroups that mix; launched with as many, where not here
 THREAD_REGISTERS: dict[int, tuple[int, ...]] = {2: (136, 144, 96), 3: (104, 136, 32)}
 LOG2_E = 1.4426950408889634
 
-FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem
+FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem | HyperConnectionHeadProblem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,24 +101,42 @@ SPACE = {"block_m": (16, 32, 48), "cluster": (8, 16), "stages": (3, 4, 5)}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """What, beside the config, a compiled kernel is made for: columns of a stream, a site to close, a norm's weight."""
+    """What, beside the config, a compiled kernel is made for: columns of a stream, outputs, a site to close, a norm's
+    weight.
+    """
 
     d: int
+    outputs: int
     post: bool
     norm: bool
 
+    @classmethod
+    def of(cls, problem: FoldProblem, *, norm: bool) -> "Variant":
+        outputs = STREAMS if isinstance(problem, HyperConnectionHeadProblem) else OUTPUTS
+        return cls(d=problem.k, outputs=outputs, post=isinstance(problem, HyperConnectionPostPreProblem), norm=norm)
 
-def other_bytes(d: int, config: Config) -> int:
+
+def term_rows(outputs: int) -> int:
+    """Of WGMMA's, which come in eights: some of the head's belong to no output."""
+    return (outputs + 7) // 8 * 8
+
+
+def term_bytes(outputs: int) -> int:
+    """fn's terms in a group of a stream."""
+    return TERMS * term_rows(outputs) * GROUP * 2
+
+
+def other_bytes(d: int, config: Config, outputs: int) -> int:
     """Shared memory beside the streams."""
     c = config
-    inbox = OWNERS * c.block_m * (OUTPUTS + 1) * 4
+    inbox = OWNERS * c.block_m * (outputs + 1) * 4
     small = c.block_m * 16 + c.cluster * c.block_m * 4 + d // c.cluster * 2 + 64
-    return BARRIER_BYTES + c.stages * TERM_BYTES + inbox + small
+    return BARRIER_BYTES + c.stages * term_bytes(outputs) + inbox + small
 
 
-def slots(d: int, config: Config) -> int:
+def slots(d: int, config: Config, outputs: int) -> int:
     """Groups of columns that shared memory holds: fewer than those of two steps, so that nobody is two steps ahead."""
-    room = MAX_SHARED_BYTES[ARCH] - other_bytes(d, config)
+    room = MAX_SHARED_BYTES[ARCH] - other_bytes(d, config, outputs)
     return min(room // config.slot_bytes, 2 * (d // config.cluster // GROUP) - 1)
 
 
@@ -136,9 +156,9 @@ def refusal(problem: FoldProblem, config: Config) -> str | None:
         return f"k={p.k} is not a multiple of {GROUP} columns for each of {c.cluster} CTAs"
     if c.owned > 4:
         return f"{c.block_m} tokens are more than 4 for each of {c.cluster} CTAs"
-    groups = p.k // c.cluster // GROUP
-    if slots(p.k, c) < groups:
-        return f"shared memory holds {slots(p.k, c)} of {groups} groups of columns of {c.block_m} tokens"
+    groups, held = p.k // c.cluster // GROUP, slots(p.k, c, Variant.of(p, norm=True).outputs)
+    if held < groups:
+        return f"shared memory holds {held} of {groups} groups of columns of {c.block_m} tokens"
     return None
 
 
@@ -319,15 +339,18 @@ def split(x, y):
 
 
 class SplitFn:
-    """A CTA has the terms of 64 columns of a stream: rows of 128 bytes in the 128-byte swizzle, the smallest first."""
+    """A CTA has the terms of 64 columns of a stream: rows of 128 bytes in the 128-byte swizzle, the smallest first.
 
-    def __init__(self, d: int):
-        self.d = d
+    Rows beyond the outputs are those of the last one again.
+    """
+
+    def __init__(self, d: int, outputs: int):
+        self.d, self.outputs, self.rows = d, outputs, term_rows(outputs)
 
     @cute.jit
     def __call__(self, fn: cute.Pointer, terms: cute.Pointer, stream: cuda.CUstream):
         self.kernel(fn.toint(), terms.toint()).launch(
-            grid=(STREAMS * self.d // GROUP, 1, 1), block=(OUTPUTS * GROUP // 8, 1, 1), stream=stream
+            grid=(STREAMS * self.d // GROUP, 1, 1), block=(self.rows * GROUP // 8, 1, 1), stream=stream
         )
 
     @cute.kernel
@@ -335,13 +358,14 @@ class SplitFn:
         tidx, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         cute.arch.griddepcontrol_launch_dependents()
-        output, unit = tidx // 8, tidx % 8
+        row, unit = tidx // 8, tidx % 8
+        output = cutlass.min(row, self.outputs - 1) if cutlass.const_expr(self.rows > self.outputs) else row
         at = fn + (Int64(output) * (STREAMS * self.d) + block * GROUP + 8 * unit) * 4
         x = [*fetch_words(at), *fetch_words(at + 16)]
         pairs = [split(x[i], x[i + 1]) for i in range(0, 8, 2)]
-        to = terms + Int64(block) * TERM_BYTES + output * (GROUP * 2) + (unit ^ (output % 8)) * 16
+        to = terms + Int64(block) * term_bytes(self.outputs) + row * (GROUP * 2) + (unit ^ (row % 8)) * 16
         for t in cutlass.range_constexpr(TERMS):
-            put_words(to + t * (OUTPUTS * GROUP * 2), [pair[t] for pair in pairs], Boolean(True))
+            put_words(to + t * (self.rows * GROUP * 2), [pair[t] for pair in pairs], Boolean(True))
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
@@ -354,7 +378,9 @@ class HyperConnectionSm90:
         self.config, self.variant = config, variant
         self.columns = variant.d // config.cluster  # of a stream, a CTA's
         self.groups = self.columns // GROUP
-        self.slots = slots(variant.d, config)
+        self.outputs, self.rows = variant.outputs, term_rows(variant.outputs)
+        self.term_bytes = term_bytes(variant.outputs)
+        self.slots = slots(variant.d, config, variant.outputs)
         self.mixers = 4 * config.mixing  # warps
         self.stream_bytes = config.block_m * GROUP * 2  # of a slot
 
@@ -417,10 +443,10 @@ class HyperConnectionSm90:
         layout = self.layout(self.slots)
         streams = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        layout = cute.tile_to_shape(atom, (TERMS * OUTPUTS, GROUP, c.stages), order=(0, 1, 2))
+        layout = cute.tile_to_shape(atom, (TERMS * self.rows, GROUP, c.stages), order=(0, 1, 2))
         terms = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         sizes_of = {
-            "sums": OWNERS * c.block_m * OUTPUTS,
+            "sums": OWNERS * c.block_m * self.outputs,
             "squares": OWNERS * c.block_m,
             "pre": c.block_m * STREAMS,
             "norms": c.cluster * c.block_m,
@@ -479,7 +505,7 @@ class HyperConnectionSm90:
     def expected(self, kind: int) -> int:
         """Bytes of a step that a barrier waits for: see `received`."""
         c = self.config
-        return (*[c.block_m * (OUTPUTS + 1) * 4] * OWNERS, c.block_m * 16, c.cluster * c.block_m * 4)[kind]
+        return (*[c.block_m * (self.outputs + 1) * 4] * OWNERS, c.block_m * 16, c.cluster * c.block_m * 4)[kind]
 
     def clusters(self):
         """The number of this cluster, and how many there are."""
@@ -532,10 +558,10 @@ class HyperConnectionSm90:
                 block = item % STREAMS * (self.variant.d // GROUP) + rank * self.groups + item // STREAMS
                 cute.arch.mbarrier_wait(term_empty + stage, phase ^ 1)
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(term_full + stage, TERM_BYTES)
-                    source = addresses[1][0] + Int64(block) * TERM_BYTES
+                    cute.arch.mbarrier_arrive_and_expect_tx(term_full + stage, self.term_bytes)
+                    source = addresses[1][0] + Int64(block) * self.term_bytes
                     bar = Int32((term_full + stage).toint())
-                    bulk_load(into + stage * TERM_BYTES, source, Int32(TERM_BYTES), bar, policy)
+                    bulk_load(into + stage * self.term_bytes, source, Int32(self.term_bytes), bar, policy)
                 stage, phase = self.next(stage, phase, c.stages)
 
     # --- the mixing warps ---------------------------------------------------------------------------------------------
@@ -710,7 +736,7 @@ class HyperConnectionSm90:
             OperandMajorMode.K,
             Float32,
             (1, 1, 1),
-            (ROWS, TERMS * OUTPUTS),
+            (ROWS, TERMS * self.rows),
             a_source=warpgroup.OperandSource.RMEM,
         )
         mma.set(warpgroup.Field.ACCUMULATE, accumulate)
@@ -727,15 +753,15 @@ class HyperConnectionSm90:
         mma = self.mma(True)
         operand = mma.make_fragment_B(mma.get_slice(0).partition_B(terms))
         frag = [cute.make_rmem_tensor(mma.partition_shape_A((ROWS, GROUP)), BFloat16) for _ in range(2)]
-        acc = [cute.make_rmem_tensor(mma.partition_shape_C((ROWS, TERMS * OUTPUTS)), Float32) for _ in range(2)]
-        totals = cute.make_rmem_tensor(OUTPUTS // 2, Float32)
+        acc = [cute.make_rmem_tensor(mma.partition_shape_C((ROWS, TERMS * self.rows)), Float32) for _ in range(2)]
+        totals = cute.make_rmem_tensor(self.rows // 2, Float32)
         # of ldmatrix; rows beyond the tokens are those of the last ones again
         row = 16 * cutlass.min(warp, c.mixing - 1) + lane % 16
         start = Int32(streams.iterator.toint()) + row * (GROUP * 2)
         slot, phase, stage, stage_phase, turn = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
         for step in cutlass.range(first, steps, clusters, unroll=1):
             first_slot = slot
-            for i in cutlass.range_constexpr(OUTPUTS // 2):
+            for i in cutlass.range_constexpr(self.rows // 2):
                 totals[i] = Float32(0.0)
             for group in cutlass.range(self.groups, unroll=1):
                 cute.arch.mbarrier_wait(ready + slot, phase)
@@ -760,9 +786,12 @@ class HyperConnectionSm90:
                 self.arrive(term_empty + before)
                 self.add_terms(totals, acc[(STREAMS - 1) % 2])
                 slot, phase = self.next(slot, phase, self.slots)
-            if warp < c.mixing:
+            sends = warp < c.mixing
+            if cutlass.const_expr(self.outputs == STREAMS):
+                sends = sends and lane % 4 < STREAMS // 2  # others have what belongs to no output
+            if sends:
                 owner = turn % OWNERS
-                at = room["sums"] + owner * (c.block_m * OUTPUTS * 4)
+                at = room["sums"] + owner * (c.block_m * self.outputs * 4)
                 self.send(totals, at, Int32(received.toint()) + 8 * owner, rank, 16 * warp + lane // 4, lane % 4)
             if cutlass.const_expr(self.variant.post):  # noqa: SIM102
                 if warp == 0:
@@ -793,9 +822,9 @@ class HyperConnectionSm90:
         warpgroup.commit_group()
 
     def add_terms(self, totals, acc):
-        """Columns of the product are 24 outputs of each term."""
-        for i in range(OUTPUTS // 2):
-            low, middle, high = (acc[i + t * (OUTPUTS // 2)] for t in range(TERMS))
+        """Columns of the product are the outputs of each term."""
+        for i in range(self.rows // 2):
+            low, middle, high = (acc[i + t * (self.rows // 2)] for t in range(TERMS))
             totals[i] = totals[i] + ((low + middle) + high)
 
     def send(self, totals, sums, received, rank, row, quad):
@@ -803,8 +832,8 @@ class HyperConnectionSm90:
         c = self.config
         for half in range(2):
             token = row + 8 * half
-            place = (rank * c.owned + token // c.cluster) * OUTPUTS + 2 * quad
-            for j in range(OUTPUTS // 8):
+            place = (rank * c.owned + token // c.cluster) * self.outputs + 2 * quad
+            for j in range(self.rows // 8):
                 pair = [totals[4 * j + 2 * half + e] for e in range(2)]
                 push2(sums + (place + 8 * j) * 4, received, token % c.cluster, pair)
 
@@ -820,26 +849,27 @@ class HyperConnectionSm90:
         received = bars[5]
         first, clusters = self.clusters()
         lane = cute.arch.lane_idx()
-        sums = room["sums"] + warp * (c.block_m * OUTPUTS * 4)
+        sums = room["sums"] + warp * (c.block_m * self.outputs * 4)
         squares = room["squares"] + warp * (c.block_m * 4)
-        # of a token eight lanes have what pre and post are made of, 16 comb, then four a row of it each
+        # of a token eight lanes have what pre and post are made of, or pre twice; 16 comb, then four a row of it each
         near_token, row_token = (cutlass.min(lane // n, c.owned - 1) for n in (8, STREAMS))
-        factors = [fetch(scale + Int64(i) * 4) for i in (lane % 8 // STREAMS, 2)]
-        offsets = [fetch(base + Int64(i) * 4) for i in (lane % 8, 8 + lane % 16)]
+        closes, output = self.outputs == OUTPUTS, lane % min(8, self.outputs)
+        factors = [fetch(scale + Int64(i) * 4) for i in ((output // STREAMS, 2) if closes else (0,))]
+        offsets = [fetch(base + Int64(i) * 4) for i in ((output, 8 + lane % 16) if closes else (output,))]
         phase = Int32(0)
         for step in cutlass.range(first + warp * clusters, steps, OWNERS * clusters, unroll=1):
             cute.arch.mbarrier_wait(received + warp, phase)
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(received + warp, self.expected(0))
-            total = self.over_cluster(sums + (near_token * OUTPUTS + lane % 8) * 4, OUTPUTS)
+            total = self.over_cluster(sums + (near_token * self.outputs + output) * 4, self.outputs)
             norm = self.over_cluster(squares + near_token * 4, 1)
             norm = approximately("rsqrt", fma(norm, Float32(1.0 / (STREAMS * self.variant.d)), norm_eps))
             near = sigmoid(total * norm * factors[0] + offsets[0])
             # read before pre leaves: with it peers go on, in the end to sums that come to the same place
             mixed = []
-            for i in cutlass.range_constexpr(0, c.owned, 2):
+            for i in cutlass.range_constexpr(0, c.owned if closes else 0, 2):
                 token = cutlass.min(i + lane // 16, c.owned - 1)
-                total = self.over_cluster(sums + (token * OUTPUTS + 8 + lane % 16) * 4, OUTPUTS)
+                total = self.over_cluster(sums + (token * self.outputs + 8 + lane % 16) * 4, self.outputs)
                 mixed.append(total * cute.arch.shuffle_sync(norm, 8 * token) * factors[1] + offsets[1])
             for i in cutlass.range_constexpr(0, c.owned, 32 // c.cluster):
                 token = i + lane // c.cluster
@@ -848,17 +878,20 @@ class HyperConnectionSm90:
                 if token < c.owned:
                     to = room["pre"] + 16 * (token * c.cluster + rank)
                     push4(to, Int32(received.toint()) + 8 * OWNERS, lane % c.cluster, pre)
-            after = [Float32(2.0) * cute.arch.shuffle_sync(near, 8 * row_token + STREAMS + k) for k in range(STREAMS)]
-            source = row_token % 2 * 16 + lane % STREAMS * STREAMS
-            row = [cute.arch.shuffle_sync(mixed[0], source + j) for j in range(STREAMS)]
-            if cutlass.const_expr(len(mixed) > 1):
-                other = [cute.arch.shuffle_sync(mixed[1], source + j) for j in range(STREAMS)]
-                row = [cutlass.select_(row_token > 1, other[j], row[j]) for j in range(STREAMS)]
-            a, b, c2, e = self.sinkhorn(row, iterations, eps)
-            token = step * c.block_m + row_token * c.cluster + rank
-            there = lane < STREAMS * c.owned and token < m
-            put4(post + Int64(token) * 16, after, there and lane % STREAMS == 0)
-            put4(comb + Int64(token) * 64 + Int64(lane % STREAMS) * 16, [a, b, c2, e], there)
+            if cutlass.const_expr(closes):
+                after = [
+                    Float32(2.0) * cute.arch.shuffle_sync(near, 8 * row_token + STREAMS + k) for k in range(STREAMS)
+                ]
+                source = row_token % 2 * 16 + lane % STREAMS * STREAMS
+                row = [cute.arch.shuffle_sync(mixed[0], source + j) for j in range(STREAMS)]
+                if cutlass.const_expr(len(mixed) > 1):
+                    other = [cute.arch.shuffle_sync(mixed[1], source + j) for j in range(STREAMS)]
+                    row = [cutlass.select_(row_token > 1, other[j], row[j]) for j in range(STREAMS)]
+                a, b, c2, e = self.sinkhorn(row, iterations, eps)
+                token = step * c.block_m + row_token * c.cluster + rank
+                there = lane < STREAMS * c.owned and token < m
+                put4(post + Int64(token) * 16, after, there and lane % STREAMS == 0)
+                put4(comb + Int64(token) * 64 + Int64(lane % STREAMS) * 16, [a, b, c2, e], there)
             phase ^= 1
 
     def over_cluster(self, at, outputs: int):
@@ -930,10 +963,10 @@ def _fake_arguments() -> tuple[Any, ...]:
 
 
 @functools.cache
-def compiled_split(d: int) -> Any:
+def compiled_split(d: int, outputs: int) -> Any:
     """The compiled host function that makes fn's terms."""
-    pointers = _pointers((Float32, BFloat16), (16, 16))
-    return cross.compiled(SplitFn(d), *pointers, make_fake_stream(), arch=ARCH, module=__name__, made_for=("fn", d))
+    function, operands = SplitFn(d, outputs), (*_pointers((Float32, BFloat16), (16, 16)), make_fake_stream())
+    return cross.compiled(function, *operands, arch=ARCH, module=__name__, made_for=("fn", d, outputs))
 
 
 @functools.cache
@@ -949,9 +982,7 @@ def build(problem: FoldProblem, config: Config, arch: str | None = None) -> Buil
         raise ValueError(f"this kernel is for {ARCH}, got {arch!r}")
     if reason := refusal(problem, config):
         raise ValueError(reason)
-    post = isinstance(problem, HyperConnectionPostPreProblem)
-    kernel = HyperConnectionSm90(config, Variant(d=problem.k, post=post, norm=True))
-    return cross.build(kernel, *_fake_arguments(), arch=ARCH)
+    return cross.build(HyperConnectionSm90(config, Variant.of(problem, norm=True)), *_fake_arguments(), arch=ARCH)
 
 
 def build_key(problem: FoldProblem, config: Config) -> tuple[Any, ...]:
@@ -963,9 +994,10 @@ def precompile(problem: FoldProblem, config: Config) -> None:
     """Compile for `problem` into the cache, without a GPU. Raises ValueError for what cannot run, by `refusal`."""
     if reason := refusal(problem, config):
         raise ValueError(reason)
-    compiled_split(problem.k)
     for norm in (True, False):
-        compiled(config, Variant(d=problem.k, post=isinstance(problem, HyperConnectionPostPreProblem), norm=norm))
+        variant = Variant.of(problem, norm=norm)
+        compiled_split(problem.k, variant.outputs)
+        compiled(config, variant)
 
 
 @functools.cache
@@ -993,20 +1025,23 @@ def launch(
     norm_eps: float,
     eps: float,
     iterations: int,
-    out: tuple[Tensor, Tensor, Tensor],
+    out: tuple[Tensor, ...],
     config: Config,
     site: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """y [tokens, d], post [tokens, 4] and comb [tokens, 4, 4] of h [tokens, 4, d], on the current stream.
+    """y [tokens, d], post [tokens, 4] and comb [tokens, 4, 4] of h [tokens, 4, d], on the current stream; the head's y
+    alone where out has but one.
 
     site: a site's output y, post and comb, and room for the streams that it leaves of h: these are then folded.
 
     Raises ValueError for what cannot run, by `refusal`: any number of tokens can.
     """
     tokens, n, d = h.shape
-    kind = HyperConnectionPreProblem if site is None else HyperConnectionPostPreProblem
+    alone: type[FoldProblem] = HyperConnectionPreProblem if len(out) == 3 else HyperConnectionHeadProblem
+    kind = alone if site is None else HyperConnectionPostPreProblem
     x = "bf16" if h.dtype == torch.bfloat16 else str(h.dtype)
-    if reason := refusal(kind(m=tokens, k=d, n=n, x=x), config):
+    problem = kind(m=tokens, k=d, n=n, x=x)
+    if reason := refusal(problem, config):
         raise ValueError(reason)
     if tokens == 0:
         return
@@ -1014,7 +1049,8 @@ def launch(
     if site is not None:
         site = (_aligned(site[0]), *site[1:])
     fn = _aligned(fn.contiguous())
-    terms = torch.empty(TERMS * fn.numel(), dtype=torch.bfloat16, device=h.device)
+    variant = Variant.of(problem, norm=weight is not None)
+    terms = torch.empty(TERMS * term_rows(variant.outputs) * n * d, dtype=torch.bfloat16, device=h.device)
     weights = (terms, base, scale, base if weight is None else _aligned(weight))
     strides = (
         h.stride(0) if tokens > 1 else STREAMS * d,
@@ -1026,13 +1062,16 @@ def launch(
         h.data_ptr(),
         tuple(t.data_ptr() for t in (site or (h,) * 4)),
         tuple(t.data_ptr() for t in weights),
-        tuple(t.data_ptr() for t in out),
+        tuple(t.data_ptr() for t in (out if len(out) == 3 else out * 3)),
         (tokens, iterations, clusters),
         strides,
         (norm_eps, eps),
     )
-    function = compiled(config, Variant(d=d, post=site is not None, norm=weight is not None))
-    split_fn, operands = compiled_split(d), _pointers((Float32, BFloat16), (fn.data_ptr(), terms.data_ptr()))
+    function = compiled(config, variant)
+    split_fn, operands = (
+        compiled_split(d, variant.outputs),
+        _pointers((Float32, BFloat16), (fn.data_ptr(), terms.data_ptr())),
+    )
     if h.is_cuda:
         with torch.cuda.device(h.device):
             stream = cuda.CUstream(torch.cuda.current_stream().cuda_stream)

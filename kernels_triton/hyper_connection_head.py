@@ -13,6 +13,7 @@ from .hyper_connection import (
     INVARIANT as INVARIANT,
     SPACE as SPACE,
     Config as Config,
+    alike as alike,
     arithmetic as arithmetic,
     build as build,
     build_key as build_key,

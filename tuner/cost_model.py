@@ -348,19 +348,20 @@ def _fold(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
     )
 
 
-def _fold_by_clusters(p: HyperConnectionPreProblem | HyperConnectionPostPreProblem, config: Any) -> Work:
+def _fold_by_clusters(problem: Any, config: Any) -> Work:
     """Clusters that take block_m tokens a step, each CTA its share of the columns: streams once, fn's terms (three BF16
     numbers of each of its own) from L2.
 
     What a step waits for is fitted to 32 timings on an H100 (d of 4096 and 7168, 16 CTAs, m of 64 to 8192), of which
     none is off by more than 19 %: its bytes at the bandwidth of memory, terms of 64 columns of a stream at a time, and,
-    where it makes streams, groups of such columns.
+    where it makes streams, groups of such columns. None is of the head, whose terms are taken to come as late: what
+    counts is their way, not their size.
     """
-    post = isinstance(p, HyperConnectionPostPreProblem)
+    p, post = problem, isinstance(problem, HyperConnectionPostPreProblem)
     blocks, columns = math.ceil(p.m / config.block_m), p.k // config.cluster
     clusters = max(1, min(blocks, CLUSTER_SMS[config.cluster] // config.cluster))
     steps = math.ceil(blocks / clusters)
-    terms = 3 * p.n * (p.n + 2)
+    terms = 3 * (8 if isinstance(p, HyperConnectionHeadProblem) else p.n * (p.n + 2))  # the head's 4, and room
     of_tokens = config.block_m * columns * ELEMENT_BYTES[p.x] * (2 * p.n + 2 if post else p.n + 1)  # in and out
     groups = columns / 64
     return Work(

@@ -9,20 +9,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp4suite import dispatch, ops, override, recording, reference, table, testing
+from fp4suite import dispatch, ops, override, recording, reference, registry, table, testing
 from fp4suite.built import resources, sass
-from fp4suite.problem import HyperConnectionPostPreProblem, HyperConnectionPreProblem
-from kernels_cute import hyper_connection_post_pre_sm90, hyper_connection_pre_sm90, hyper_connection_sm90 as kernel
+from fp4suite.problem import HyperConnectionHeadProblem, HyperConnectionPostPreProblem, HyperConnectionPreProblem
+from kernels_cute import (
+    hyper_connection_head_sm90,
+    hyper_connection_post_pre_sm90,
+    hyper_connection_pre_sm90,
+    hyper_connection_sm90 as kernel,
+)
 from kernels_cute.hyper_connection_sm90 import GROUP, OUTPUTS, STREAMS, TERMS, Config
 from ptx_emulator import emulate
 
 PRE = HyperConnectionPreProblem(m=4096, k=7168)
 POST_PRE = HyperConnectionPostPreProblem(m=4096, k=7168)
+HEAD = HyperConnectionHeadProblem(m=4096, k=7168)
 CONFLICTS = 8 * 8  # of a step: owners read sums of comb of two tokens, from each CTA
 OPS: list[tuple[ModuleType, Any]] = [
     (hyper_connection_pre_sm90, HyperConnectionPreProblem),
     (hyper_connection_post_pre_sm90, HyperConnectionPostPreProblem),
+    (hyper_connection_head_sm90, HyperConnectionHeadProblem),
 ]
+CONFIGS = [pytest.param(*row, config, id=f"{row[1].op}-{config}") for row in OPS for config in testing.configs(row[0])]
 
 
 @pytest.fixture
@@ -48,6 +56,8 @@ def one_cluster(monkeypatch):
         (PRE, Config(cluster=8), "48 tokens are more than 4 for each of 8 CTAs"),
         (POST_PRE, Config(block_m=32, cluster=8), "of 14 groups of columns of 32 tokens"),
         (PRE, Config(stages=5), "6 of 7 groups of columns of 48 tokens"),
+        (replace(HEAD, x="fp16"), Config(), "4 streams in fp16"),
+        (HEAD, Config(block_m=32, cluster=8), "13 of 14 groups of columns of 32 tokens"),
     ],
 )
 def test_refusals(problem, config, message):
@@ -87,12 +97,16 @@ def test_builds_for_its_own_architecture_only():
         kernel.build(PRE, Config(), "sm_100a")
 
 
-@pytest.mark.parametrize(("problem", "config"), [(PRE, Config()), (POST_PRE, Config(block_m=32))], ids=str)
+@pytest.mark.parametrize(
+    ("problem", "config"), [(PRE, Config()), (POST_PRE, Config(block_m=32)), (HEAD, Config(stages=8))], ids=str
+)
 def test_products_stay_on_their_way(problem, config):
     """One is waited for while the next one is made, which ptxas gives up where registers are few; nothing spills; and
     there are as many registers as warps ask for."""
     built = kernel.build(problem, config)
-    room = kernel.other_bytes(problem.k, config) + kernel.slots(problem.k, config) * config.slot_bytes
+    outputs = kernel.Variant.of(problem, norm=True).outputs
+    held = kernel.slots(problem.k, config, outputs)
+    room = kernel.other_bytes(problem.k, config, outputs) + held * config.slot_bytes
     assert built.shared_bytes <= room
     found = resources(built)
     assert found.spill_bytes == 0
@@ -103,20 +117,23 @@ def test_products_stay_on_their_way(problem, config):
     assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code) == ["1"] * (STREAMS - 1) + ["0"]
 
 
-def test_terms_of_fn(one_cluster):
-    """Their sum is fn to the bit, also of what BF16 has no room for; where CTAs look for them."""
-    fn = testing.case(HyperConnectionPreProblem(m=1, k=2 * GROUP)).operands[1]
+@pytest.mark.parametrize("kind", [HyperConnectionPreProblem, HyperConnectionHeadProblem])
+def test_terms_of_fn(kind, one_cluster):
+    """Their sum is fn to the bit, also of what BF16 has no room for; where CTAs look for them. The head's last output
+    fills what is left of eight."""
+    fn = testing.case(kind(m=1, k=2 * GROUP)).operands[1]
     fn[0, :4] = torch.tensor([0.0, -(2.0**-100), 1 + 2.0**-23, 3e38])
-    terms = torch.empty(TERMS * fn.numel(), dtype=torch.bfloat16)
+    outputs = len(fn)
+    count = {OUTPUTS: OUTPUTS, STREAMS: 8}[outputs]
+    terms = torch.full((2 * STREAMS, TERMS, count, GROUP // 8, 8), torch.nan, dtype=torch.bfloat16)
     with emulate("sm_90a"):
-        kernel.compiled_split(2 * GROUP)(
+        kernel.compiled_split(2 * GROUP, outputs)(
             *kernel._pointers((kernel.Float32, kernel.BFloat16), (fn.data_ptr(), terms.data_ptr())), 0
         )
-    blocks = terms.view(-1, TERMS, OUTPUTS, GROUP // 8, 8)
-    rows, units = torch.arange(OUTPUTS)[:, None], torch.arange(GROUP // 8)
-    plain = blocks[:, :, rows, units ^ rows % 8].flatten(3)  # [block, term, output, column]
+    rows, units = torch.arange(count)[:, None], torch.arange(GROUP // 8)
+    plain = terms[:, :, rows, units ^ rows % 8].flatten(3)  # [block, term, row, column]
     total = plain.double().sum(1).transpose(0, 1).flatten(1)
-    assert torch.equal(total, fn.double())
+    assert torch.equal(total, fn[rows[:, 0].clamp_max(outputs - 1)].double())
 
 
 def test_pre_in_the_emulator(one_cluster):
@@ -150,8 +167,32 @@ def test_post_pre_in_the_emulator(one_cluster):
     assert [launch.bank_conflicts for launch in gpu.launches] == [0, 2 * CONFLICTS]
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+def test_head_in_the_emulator(one_cluster):
+    """Two steps, the last one ragged; streams lie beside NaN; what is not finite stays in its token."""
+    case = testing.case(HyperConnectionHeadProblem(m=19, k=1024), "cpu", 2)
+    h, fn, base, scale, weight, *numbers = case.operands
+    h[4, 3, 1023], h[9, 0, 0], h[17, 1, 77] = torch.inf, torch.nan, -torch.inf
+    apart = torch.full((38, STREAMS, 1024 + 24), float("nan"), dtype=h.dtype)[::2, :, 8:-16]
+    apart.copy_(h)
+    case.poison()
+    config = Config(block_m=16, cluster=8, stages=8)
+    with emulate("sm_90a", schedule="late") as gpu:
+        hyper_connection_head_sm90.launch(apart, fn, base, scale, weight, *numbers, case.out, config)
+    bad = torch.zeros(19, dtype=torch.bool)
+    bad[[4, 9, 17]] = True
+    assert case.out[bad].isnan().all()
+    testing.assert_folded((case.out[~bad],), h[~bad], fn, base, scale, weight)
+    assert [launch.bank_conflicts for launch in gpu.launches] == [0, 0]
+
+
+def results(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The head has one."""
+    return out if isinstance(out, tuple) else (out,)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    pairs = zip(results(a), results(b), strict=True)
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
 
 
 def test_nothing_to_do():
@@ -164,17 +205,16 @@ def test_nothing_to_do():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("module", "kind"), OPS)
-@pytest.mark.parametrize("config", testing.configs(kernel), ids=str)
+@pytest.mark.parametrize(("module", "kind", "config"), CONFIGS)
 def test_configs(module, kind, config, device):
     """Sums by as many CTAs are the same to the bit."""
     case = testing.case(kind(m=700, k=7168), device, 1)
     if kernel.supports(case.problem, config) is None:
         case.run(module, config)
         case.check()
-        got = [x.clone() for x in case.out]
+        got = tuple(x.clone() for x in results(case.out))
         case.run(module, Config(block_m=16, cluster=config.cluster))
-        assert all(same_bits(a, b) for a, b in zip(got, case.out, strict=True))
+        assert same_bits(got, case.out)
 
 
 @pytest.mark.gpu
@@ -183,7 +223,7 @@ def test_configs(module, kind, config, device):
 @pytest.mark.parametrize("m", [1, 48, 49, 4096])
 def test_real_sizes(module, kind, k, m, device):
     case = testing.case(kind(m=m, k=k), device, 2)
-    case.run(module, Config())
+    case.run(module, registry.default_config(module, case.problem))
     case.check()
 
 
@@ -191,12 +231,13 @@ def test_real_sizes(module, kind, k, m, device):
 @pytest.mark.parametrize(("module", "kind"), OPS)
 def test_a_token_is_the_same_in_any_batch(module, kind, device):
     case = testing.case(kind(m=2000, k=7168), device, 3)
-    tokens = 1 if kind is HyperConnectionPreProblem else 4
+    tokens = 4 if kind is HyperConnectionPostPreProblem else 1
     case.run(module, Config())
     few = [x[900:977] if i < tokens else x for i, x in enumerate(case.operands)]
-    out = tuple(torch.full_like(x[900:977], float("nan")) for x in case.out)
-    module.launch(*few, out, Config())
-    assert all(same_bits(a[900:977], b) for a, b in zip(case.out, out, strict=True))
+    wanted = tuple(x[900:977] for x in results(case.out))
+    out = tuple(torch.full_like(x, float("nan")) for x in wanted)
+    module.launch(*few, out if isinstance(case.out, tuple) else out[0], Config())
+    assert same_bits(wanted, out)
 
 
 @pytest.mark.gpu
@@ -206,9 +247,9 @@ def test_the_op_runs_it_compiled_and_in_a_graph(module, kind, device):
     tensors = [x for x in case.operands if isinstance(x, Tensor)]
 
     def call() -> tuple[Tensor, ...]:
-        return getattr(ops, kind.op)(*tensors, norm_eps=testing.EPS, eps=testing.EPS)
+        return results(getattr(ops, kind.op)(*tensors, norm_eps=testing.EPS, eps=testing.EPS))
 
-    module.warm(case.problem, Config())
+    module.warm(case.problem, registry.default_config(module, case.problem))
     graph = torch.cuda.CUDAGraph()
     with override(kernel=name), recording() as choices:
         with torch.cuda.graph(graph):
@@ -216,14 +257,14 @@ def test_the_op_runs_it_compiled_and_in_a_graph(module, kind, device):
         compiled = torch.compile(call, fullgraph=True)()
     torch._dynamo.reset()
     assert {c.kernel for c in choices} == {name}
-    for want, got in zip(case.out, compiled, strict=True):
+    for want, got in zip(results(case.out), compiled, strict=True):
         want.copy_(got)
     case.check()
     for _ in range(20):
         for x in out:
             x.fill_(torch.nan)
         graph.replay()
-        assert all(same_bits(a, b) for a, b in zip(out, compiled, strict=True))
+        assert same_bits(out, compiled)
 
 
 @pytest.mark.gpu
@@ -233,7 +274,7 @@ def test_two_streams_at_once(module, kind, device):
     wanted = []
     for case in cases:
         case.run(module, Config())
-        wanted.append([x.clone() for x in case.out])
+        wanted.append(tuple(x.clone() for x in results(case.out)))
         case.poison()
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in cases]
@@ -243,4 +284,4 @@ def test_two_streams_at_once(module, kind, device):
                 case.launch(module, Config())
     torch.cuda.synchronize()
     for case, want in zip(cases, wanted, strict=True):
-        assert all(same_bits(a, b) for a, b in zip(want, case.out, strict=True))
+        assert same_bits(want, case.out)

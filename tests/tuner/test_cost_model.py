@@ -10,6 +10,7 @@ from fp4suite.built import Resources
 from fp4suite.problem import (
     DequantProblem,
     GemmProblem,
+    HyperConnectionHeadProblem,
     HyperConnectionPostPreProblem,
     HyperConnectionPreProblem,
     Problem,
@@ -153,6 +154,12 @@ def test_clusters_that_fold_take_about_what_they_took_on_an_h100():
         (HyperConnectionPostPreProblem, 4096, 1024, Clusters(), 56.6),
     ):
         assert predict_us(kind(m=m, k=d), config, "sm_90a") == pytest.approx(us, rel=0.19), (kind.op, d, m, config)
+
+
+def test_the_heads_clusters_take_less_than_pre_and_gain_from_stages():
+    pre, head = (kind(m=4096, k=7168) for kind in (HyperConnectionPreProblem, HyperConnectionHeadProblem))
+    times = [predict_us(p, Clusters(stages=s), "sm_90a") for p, s in ((head, 8), (head, 4), (pre, 4))]
+    assert times[0] < times[1] < times[2]
 
 
 def test_what_has_no_model_is_refused():

@@ -87,7 +87,7 @@ def test_the_default_is_a_candidate_at_every_m_of_a_space_that_is_sampled(monkey
 
 def test_default_is_that_of_the_architecture_that_is_tuned_for():
     """Defaults that depend on it are asked under it, on a machine that has neither."""
-    problem = HyperConnectionHeadProblem(m=2048, k=4096)
+    problem = HyperConnectionHeadProblem(m=128, k=4096)
     stages = {arch: dict(space.of(problem, arch).default.knobs)["num_stages"] for arch in ("sm_90a", "sm_100a")}
     assert stages == {"sm_90a": 3, "sm_100a": 2}
 
