@@ -929,10 +929,11 @@ class GemmNvfp4Sm90Wgmma:
         else:
             weights, into = (b, sfb, walk.row_tiles, walk.k_tiles, policy), (sCodes, sScales)
 
-        # weights do not depend on the kernel before this one
+        # Weights do not depend on the kernel before this one. Those of large tiles take so many copies that the first
+        # tokens are better asked for before the second step's.
         m_tile, n_tile, first, count = self.item(Int32(0), work)
         first, count = first * c.paired, count * c.paired  # steps
-        early = cutlass.min(count, self.stages) * Int32(work[1] > 0)
+        early = cutlass.min(count, c.paired if c.wide else self.stages) * Int32(work[1] > 0)
         if cutlass.const_expr(with_weights):
             for i in cutlass.range(early, unroll=1):
                 self.load_weights(weights, into, n_tile, first + i, i, full + i)
