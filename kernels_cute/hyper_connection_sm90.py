@@ -55,9 +55,9 @@ WARPGROUP = 128
 TOKENS = 16  # that a warpgroup mixes
 BARRIER_BYTES = 1024
 OWNERS = 2  # warps
-# 64 tokens: Triton's kernels 10.5 and 13.4 us, these 14.6 and 17.7; 256: 22.1 and 34.6, 21.5 and 28.6 (H100, d=7168);
-# the head was not timed: a prediction
-LEAST_TOKENS = 256
+# 64 tokens: Triton's kernels 10.5 and 13.4 us, these 14.6 and 17.7; 256: 22.1 and 34.6, 21.5 and 28.6; the head of 512
+# tokens 26.7 and 27.1, of 1024 52.0 and 41.1 (H100, d=7168)
+LEAST_TOKENS, LEAST_TOKENS_OF_HEAD = 256, 768
 # of threads that mix, that multiply and that load or own, by warpgroups that mix; launched with as many, where not here
 THREAD_REGISTERS: dict[int, tuple[int, ...]] = {2: (136, 144, 96), 3: (104, 136, 32)}
 LOG2_E = 1.4426950408889634
@@ -142,8 +142,9 @@ def slots(d: int, config: Config, outputs: int) -> int:
 
 def supports(problem: FoldProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or has a faster kernel, or None if it can."""
-    if problem.m < LEAST_TOKENS:
-        return f"m={problem.m}: below {LEAST_TOKENS} tokens the Triton kernel is faster"
+    least = LEAST_TOKENS_OF_HEAD if isinstance(problem, HyperConnectionHeadProblem) else LEAST_TOKENS
+    if problem.m < least:
+        return f"m={problem.m}: below {least} tokens the Triton kernel is faster"
     return refusal(problem, config)
 
 

@@ -67,7 +67,7 @@ SPACE = {
     "presort": (False, True),
     "ahead": (False, True),
 }
-AHEAD_TOKENS = 512
+AHEAD_TOKENS = 1024
 
 
 def default(problem: RouteProblem) -> Config:

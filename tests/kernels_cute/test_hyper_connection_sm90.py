@@ -82,14 +82,15 @@ def test_dispatch(no_tables):
 
     for _, kind in OPS:
         cute, triton = f"cute_{kind.op}_sm90", f"triton_{kind.op}"
+        least = 768 if kind is HyperConnectionHeadProblem else 256
         for k in (4096, 7168):
-            few, many = kind(m=255, k=k), kind(m=256, k=k)
-            assert kernel.supports(few, Config()) == "m=255: below 256 tokens the Triton kernel is faster"
+            few, many = kind(m=least - 1, k=k), kind(m=least, k=k)
+            assert kernel.supports(few, Config()) == f"m={few.m}: below {least} tokens the Triton kernel is faster"
             assert [chosen(p) for p in (few, many, replace(many, m=131072))] == [triton, cute, cute]
             assert [chosen(many, "sm_100a"), chosen(replace(many, x="fp16"))] == [triton, triton]
             with dispatch.batch_invariant():
-                assert {chosen(replace(many, m=m)) for m in (0, 1, 255, 256, 4096)} == {triton}
-        assert chosen(kind(m=256, k=512)) == triton
+                assert {chosen(replace(many, m=m)) for m in (0, 1, few.m, least, 4096)} == {triton}
+        assert chosen(kind(m=least, k=512)) == triton
 
 
 def test_builds_for_its_own_architecture_only():
@@ -208,7 +209,7 @@ def test_nothing_to_do():
 @pytest.mark.parametrize(("module", "kind", "config"), CONFIGS)
 def test_configs(module, kind, config, device):
     """Sums by as many CTAs are the same to the bit."""
-    case = testing.case(kind(m=700, k=7168), device, 1)
+    case = testing.case(kind(m=800, k=7168), device, 1)
     if kernel.supports(case.problem, config) is None:
         case.run(module, config)
         case.check()
