@@ -12,6 +12,7 @@ from .errors import UnsupportedError
 
 ARCHS = ("sm_90a", "sm_100a", "cpu")
 GPU_ARCHS = ("sm_90a", "sm_100a")
+SM_COUNT = {"sm_90a": 132, "sm_100a": 148}  # of an H100 and a B200: what is assumed where there is none
 _BY_CAPABILITY = {(9, 0): "sm_90a", (10, 0): "sm_100a"}
 
 

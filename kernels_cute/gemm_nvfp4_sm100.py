@@ -42,6 +42,7 @@ from cutlass.memory import SmemAllocator, TmemAllocator
 from cutlass.utils import blackwell_helpers, blockscaled_layout
 from torch import Tensor
 
+from fp4suite.arch import SM_COUNT
 from fp4suite.built import MAX_SHARED_BYTES, TMEM_COLUMNS, Built
 from fp4suite.formats import BLOCK, NVFP4Tensor, SfLayout
 from fp4suite.problem import GemmProblem
@@ -70,7 +71,6 @@ BARRIER_BYTES = SWIZZLE_ALIGN  # barriers and the tensor memory address, padded 
 MAX_SEGMENTS = 8
 MAX_CLUSTER = 8  # CTAs: what every GPU takes (CUDA programming guide, thread block clusters)
 MAX_SUMS = 128  # columns of a tile whose FP32 sums lie in shared memory as a whole
-SM_COUNT = 148  # of a B200; only a host without one needs it
 
 EPILOGUE_WARPS = (0, 1, 2, 3)
 MMA_WARP, LOAD_WARP = 4, 5
@@ -723,7 +723,7 @@ def _check_layout(t: NVFP4Tensor, name: str) -> None:
 
 @functools.cache
 def _sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SM_COUNT
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SM_COUNT[ARCH]
 
 
 def _round_up(x: int, to: int) -> int:

@@ -59,7 +59,8 @@ from .gemm_nvfp4_sm90_wgmma import (
     store_bytes,
     store_rows,
 )
-from .nvfp4 import Host, asked, check_packed, check_stored_rows, e4m3x2_to_f16x2
+from .instructions import bits_float, e4m3x2_to_f16x2, mul_by_half
+from .nvfp4 import Host, asked, check_packed, check_stored_rows
 
 SF_LAYOUT: SfLayout = "linear"
 WEIGHT_ORDER: Order = "fragments_sm90_fp8"
@@ -285,27 +286,10 @@ def mul_f16x2(x: Uint32, y: Uint32, *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
-def mul_f16_by_half(x: Uint32, scales: Uint32, half: int, *, loc=None, ip=None) -> Uint32:
-    """Two FP16 products with one half of a word; subnormal operands count in full."""
-    name = ("low", "high")[half]
-    asm = (
-        "{ .reg .b16 low, high; .reg .b32 s; mov.b32 {low, high}, $2; "
-        f"mov.b32 s, {{{name}, {name}}}; mul.rn.f16x2 $0, $1, s; }}"
-    )
-    args = [x.ir_value(loc=loc, ip=ip), scales.ir_value(loc=loc, ip=ip)]
-    return Uint32(llvm.inline_asm(T.i32(), args, asm, "=r,r,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
 def permute(x: Uint32, y: Uint32, selectors: Uint32, *, loc=None, ip=None) -> Uint32:
     """Four bytes of (x, y), picked by the four low digits of the selectors from 0 (lowest of x) to 7."""
     args = [v.ir_value(loc=loc, ip=ip) for v in (x, y, selectors)]
     return Uint32(llvm.inline_asm(T.i32(), args, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def bits_float(x: Uint32, *, loc=None, ip=None) -> Float32:
-    return Float32(llvm.bitcast(T.f32(), x.ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -329,7 +313,7 @@ MAGNITUDES = (0x38000000, 0x3E003C00, 0x42004000, 0x46004400)  # 0 and 0.5, 1 an
 
 def table(scales, row: int):
     """What the eight magnitudes give under one half of a word of two FP16 scales: E4M3, a byte each of two words."""
-    products = [mul_f16_by_half(Uint32(pair), scales, row) for pair in MAGNITUDES]
+    products = [mul_by_half("f16x2", Uint32(pair), scales, row) for pair in MAGNITUDES]
     return f16x2_to_e4m3x4(*products[:2]), f16x2_to_e4m3x4(*products[2:])
 
 

@@ -29,17 +29,8 @@ from fp4suite.built import MAX_SHARED_BYTES
 from fp4suite.formats import NVFP4Tensor, SfLayout
 from fp4suite.problem import GemmProblem
 
-from .nvfp4 import (
-    SCALE_BIAS,
-    Host,
-    asked,
-    check_packed,
-    decode_pairs,
-    mma_16816,
-    prmt,
-    row_stride,
-    scale_pairs,
-)
+from .instructions import mma_16816, prmt
+from .nvfp4 import SCALE_BIAS, Host, asked, check_packed, decode_pairs, row_stride, scale_pairs
 
 ARCH = "sm_90a"
 SF_LAYOUT: SfLayout = "linear"  # the order of block scales that it reads

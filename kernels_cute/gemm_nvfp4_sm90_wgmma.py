@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint32, cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint32, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -37,12 +37,24 @@ from cutlass.memory import SmemAllocator
 from cutlass.utils import HardwareInfo, hopper_helpers
 from torch import Tensor
 
+from fp4suite import arch
 from fp4suite.built import MAX_SHARED_BYTES
 from fp4suite.formats import NVFP4Tensor, SfLayout
 from fp4suite.layouts import Order
 from fp4suite.problem import GemmProblem
 
-from .nvfp4 import SCALE_BIAS, Host, asked, check_packed, check_stored_rows, mma_16816, mul_bf16x2, row_stride
+from .instructions import (
+    bulk_load,
+    create_policy,
+    load4,
+    load_matrices,
+    mma_16816,
+    mul_bf16x2,
+    mul_by_half,
+    pack_bf16,
+    push,
+)
+from .nvfp4 import SCALE_BIAS, Host, asked, check_packed, check_stored_rows, row_stride
 
 ARCH = "sm_90a"
 SF_LAYOUT: SfLayout = "linear"
@@ -64,7 +76,7 @@ STORE_ROWS = 64  # tokens of one store of d, where a tile is made of so many
 ALL = 5  # the barrier of all groups: those before are of one each, which may be a tile behind
 WARP_TOKENS = 8  # up to so many are multiplied by warps, without WGMMA
 WARP_ROWS = 16  # weight rows of a warp
-SM_COUNT = 132  # of an H100; what a launch on CPU tensors assumes
+SM_COUNT = arch.SM_COUNT[ARCH]
 UNBIAS = 2.0 ** (126 - SCALE_BIAS)
 
 
@@ -476,26 +488,6 @@ def in_arithmetic(problem: GemmProblem, wanted: str) -> Config | None:
 
 
 @dsl_user_op
-def bulk_load(to: Int32, source: Int64, size: Int32, barrier: Int32, policy: Int64, *, loc=None, ip=None):
-    """`size` bytes to shared memory, counted by `barrier`, under a cache policy of L2."""
-    args = [x.ir_value(loc=loc, ip=ip) for x in (to, source, size, barrier, policy)]
-    asm = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$0], [$1], $2, [$3], $4;"
-    llvm.inline_asm(None, args, asm, "r,l,r,r,l", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def create_policy(once: Boolean, *, loc=None, ip=None) -> Int64:
-    """A cache policy of L2: evict first, or as usual."""
-    asm = (
-        "{ .reg .pred p; .reg .b64 first, normal; setp.ne.b32 p, $1, 0; "
-        "createpolicy.fractional.L2::evict_first.b64 first, 1.0; "
-        "createpolicy.fractional.L2::evict_normal.b64 normal, 1.0; selp.b64 $0, first, normal, p; }"
-    )
-    args = [Int32(once).ir_value(loc=loc, ip=ip)]
-    return Int64(llvm.inline_asm(T.i64(), args, asm, "=l,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
 def load_peer4(address: Int32, rank: Int32, *, loc=None, ip=None):
     """Four numbers in the shared memory of a CTA of the cluster, at this CTA's address of them."""
     asm = "{ .reg .b32 r; mapa.shared::cluster.u32 r, $4, $5; ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [r]; }"
@@ -506,32 +498,11 @@ def load_peer4(address: Int32, rank: Int32, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def load4(address: Int32, *, loc=None, ip=None):
-    """Four numbers in shared memory."""
-    kind = llvm.StructType.get_literal([T.f32()] * 4)
-    args = [address.ir_value(loc=loc, ip=ip)]
-    asm = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];"
-    got = llvm.inline_asm(kind, args, asm, "=f,=f,=f,=f,r", has_side_effects=True, loc=loc, ip=ip)
-    return [Float32(llvm.extractvalue(T.f32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
-
-
-@dsl_user_op
 def store4(address: Int32, numbers, *, loc=None, ip=None):
     """Four numbers to shared memory."""
     args = [x.ir_value(loc=loc, ip=ip) for x in (address, *numbers)]
     asm = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
     llvm.inline_asm(None, args, asm, "r,f,f,f,f", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def push4(address: Int32, barrier: Int32, rank: Int32, numbers, *, loc=None, ip=None):
-    """Four numbers to a CTA of the cluster, to shared memory that a barrier counts; addresses are as in this CTA."""
-    args = [x.ir_value(loc=loc, ip=ip) for x in (address, barrier, rank, *numbers)]
-    asm = (
-        "{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, $0, $2; mapa.shared::cluster.u32 bar, $1, $2; "
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {$3, $4, $5, $6}, [bar]; }"
-    )
-    llvm.inline_asm(None, args, asm, "r,r,r,f,f,f,f", has_side_effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -546,18 +517,6 @@ def settle(words, never: Int32, address: Int32, *, loc=None, ip=None):
 def rotate_right(x: Uint32, by: int, *, loc=None, ip=None) -> Uint32:
     args = [x.ir_value(loc=loc, ip=ip)]
     return Uint32(llvm.inline_asm(T.i32(), args, f"shf.r.wrap.b32 $0, $1, $1, {by};", "=r,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def mul_by_half(x: Uint32, scales: Uint32, half: int, *, loc=None, ip=None) -> Uint32:
-    """Two BF16 products with one half of a word; subnormal operands count in full (PTX ISA, mul.bf16x2)."""
-    name = ("low", "high")[half]
-    asm = (
-        "{ .reg .b16 low, high; .reg .b32 s; mov.b32 {low, high}, $2; "
-        f"mov.b32 s, {{{name}, {name}}}; mul.rn.bf16x2 $0, $1, s; }}"
-    )
-    args = [x.ir_value(loc=loc, ip=ip), scales.ir_value(loc=loc, ip=ip)]
-    return Uint32(llvm.inline_asm(T.i32(), args, asm, "=r,r,r", loc=loc, ip=ip))
 
 
 MAGNITUDE = 0x81C081C0  # where a pair of codes lies in two BF16 numbers: value times 2 ** -126
@@ -575,7 +534,7 @@ def decode_word(word, scales, half):
         rotate_right(word, 6) & mask,
         (word & Uint32(0x001B001B)) * Uint32((1 << 3) + (1 << 8) + (1 << 14)) & mask,
     )
-    return [mul_by_half(image, scales[p % 2], half) for p, image in enumerate(images)]
+    return [mul_by_half("bf16x2", image, scales[p % 2], half) for p, image in enumerate(images)]
 
 
 def scale_pairs(word):
@@ -595,23 +554,6 @@ def store_transposed(address: Int32, words, *, loc=None, ip=None):
     asm = f"stmatrix.sync.aligned.m8n8.x{len(words)}.trans.shared.b16 [$0], {{{names}}};"
     args = [x.ir_value(loc=loc, ip=ip) for x in (address, *words)]
     llvm.inline_asm(None, args, asm, "r" + ",r" * len(words), has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def load_matrices(address: Int32, *, loc=None, ip=None):
-    """Four 8 x 8 matrices of 16-bit numbers from shared memory, of each a lane's pair of a row."""
-    kind = llvm.StructType.get_literal([T.i32()] * 4)
-    asm = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
-    args = [address.ir_value(loc=loc, ip=ip)]
-    got = llvm.inline_asm(kind, args, asm, "=r,=r,=r,=r,r", has_side_effects=True, loc=loc, ip=ip)
-    return [Uint32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
-
-
-@dsl_user_op
-def pack_bf16(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint32:
-    """Two numbers rounded to BF16, in a word."""
-    args = [high.ir_value(loc=loc, ip=ip), low.ir_value(loc=loc, ip=ip)]
-    return Uint32(llvm.inline_asm(T.i32(), args, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", loc=loc, ip=ip))
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
@@ -1464,7 +1406,7 @@ class GemmNvfp4Sm90Wgmma:
                 at = start + to_group * sent.room
                 at += (source * sent.most + (unit - sent.first(owner))) * sent.unit_bytes + thread * 16
                 mine = acc[unit // eights]
-                push4(at, bars + 8 * to_group, Int32(to * c.share) + x, [mine[unit % eights * 4 + e] for e in range(4)])
+                push(at, bars + 8 * to_group, Int32(to * c.share) + x, [mine[unit % eights * 4 + e] for e in range(4)])
         cute.arch.mbarrier_wait(landed + group, 0)
         start += group * sent.room
         for unit in cutlass.range_constexpr(sent.units):

@@ -3,19 +3,18 @@
 Memory bound: reads 8 bytes a column of BF16 streams, once, writes 2 (see `hyper_connection_sm90`).
 """
 
-import torch
 from torch import Tensor
 
 from fp4suite.problem import HyperConnectionHeadProblem
 
 from . import hyper_connection_sm90
 from .hyper_connection_sm90 import (
-    STREAMS,
     Config as Config,
     build as build,
     build_key as build_key,
     precompile as precompile,
     supports as supports,
+    warm as warm,
 )
 
 # terms of 4 outputs take a third of the room of those of 24, so that twice the stages cost no slot of the streams
@@ -40,19 +39,3 @@ def launch(
 ) -> None:
     """h [tokens, 4, d] of any strides whose last is 1 -> out [tokens, d]."""
     hyper_connection_sm90.launch(h, fn, base, scale, weight, norm_eps, eps, 0, (out,), config)
-
-
-def warm(problem: HyperConnectionHeadProblem, config: Config) -> None:
-    """Compile for `problem` and, where there is a GPU, launch once: later launches may be captured in a graph."""
-    precompile(problem, config)
-    if torch.cuda.is_available():
-        h = torch.zeros(1, problem.n, problem.k, dtype=torch.bfloat16, device="cuda")
-        fn = torch.zeros(STREAMS, problem.n * problem.k, device="cuda")
-        base, scale, weight, out = (
-            fn.new_zeros(STREAMS),
-            fn.new_zeros(1),
-            h.new_zeros(problem.k),
-            h.new_empty(1, problem.k),
-        )
-        for norm in (weight, None):
-            launch(h, fn, base, scale, norm, 1.0, 1.0, out, config)

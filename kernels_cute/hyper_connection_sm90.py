@@ -38,11 +38,27 @@ from cutlass.memory import SmemAllocator
 from cutlass.utils import HardwareInfo, hopper_helpers
 from torch import Tensor
 
+from fp4suite.arch import SM_COUNT
 from fp4suite.built import MAX_SHARED_BYTES, Built
 from fp4suite.problem import HyperConnectionHeadProblem, HyperConnectionPostPreProblem, HyperConnectionPreProblem
 
 from . import build as cross
-from .gemm_nvfp4_sm90_wgmma import SM_COUNT, bulk_load, create_policy, load4, load_matrices, pack_bf16, push4
+from .instructions import (
+    approximately,
+    bits_float,
+    bulk_load,
+    create_policy,
+    fetch,
+    float_bits,
+    load4,
+    load_matrices,
+    load_number,
+    load_words,
+    pack_bf16,
+    prmt,
+    push,
+    store_words,
+)
 
 ARCH = "sm_90a"
 STREAMS = 4
@@ -167,39 +183,6 @@ def refusal(problem: FoldProblem, config: Config) -> str | None:
 
 
 @dsl_user_op
-def load_words(address: Int32, *, loc=None, ip=None):
-    """Four words of shared memory."""
-    kind = llvm.StructType.get_literal([T.i32()] * 4)
-    asm = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
-    args = [address.ir_value(loc=loc, ip=ip)]
-    got = llvm.inline_asm(kind, args, asm, "=r,=r,=r,=r,r", has_side_effects=True, loc=loc, ip=ip)
-    return [Uint32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
-
-
-@dsl_user_op
-def store_words(address: Int32, words, *, loc=None, ip=None):
-    """Four words to shared memory."""
-    args = [x.ir_value(loc=loc, ip=ip) for x in (address, *words)]
-    asm = "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
-    llvm.inline_asm(None, args, asm, "r,r,r,r,r", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def load_number(address: Int32, *, loc=None, ip=None) -> Float32:
-    """One number of shared memory."""
-    args = [address.ir_value(loc=loc, ip=ip)]
-    asm = "ld.shared.f32 $0, [$1];"
-    return Float32(llvm.inline_asm(T.f32(), args, asm, "=f,r", has_side_effects=True, loc=loc, ip=ip))
-
-
-@dsl_user_op
-def store_number(address: Int32, x: Float32, *, loc=None, ip=None):
-    """One number to shared memory."""
-    args = [v.ir_value(loc=loc, ip=ip) for v in (address, x)]
-    llvm.inline_asm(None, args, "st.shared.f32 [$0], $1;", "r,f", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
 def fetch_words(address: Int64, *, loc=None, ip=None):
     """Four words of global memory that are read once, and not before a fence that stands above."""
     kind = llvm.StructType.get_literal([T.i32()] * 4)
@@ -220,14 +203,6 @@ def fetch4(address: Int64, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def fetch(address: Int64, *, loc=None, ip=None) -> Float32:
-    """One number of global memory that nobody writes meanwhile."""
-    asm = "ld.global.nc.f32 $0, [$1];"
-    args = [address.ir_value(loc=loc, ip=ip)]
-    return Float32(llvm.inline_asm(T.f32(), args, asm, "=f,l", has_side_effects=True, loc=loc, ip=ip))
-
-
-@dsl_user_op
 def put_words(address: Int64, words, there: Boolean, *, loc=None, ip=None):
     """Four words to global memory, or nothing."""
     args = [v.ir_value(loc=loc, ip=ip) for v in (address, *words, Int32(there))]
@@ -241,28 +216,6 @@ def put4(address: Int64, numbers, there: Boolean, *, loc=None, ip=None):
     args = [v.ir_value(loc=loc, ip=ip) for v in (address, *numbers, Int32(there))]
     asm = "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p st.global.v4.f32 [$0], {$1, $2, $3, $4}; }"
     llvm.inline_asm(None, args, asm, "l,f,f,f,f,r", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def push(address: Int32, barrier: Int32, rank: Int32, x: Float32, *, loc=None, ip=None):
-    """One number to a CTA of the cluster, to shared memory that a barrier counts; addresses are as in this CTA."""
-    args = [v.ir_value(loc=loc, ip=ip) for v in (address, barrier, rank, x)]
-    asm = (
-        "{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, $0, $2; mapa.shared::cluster.u32 bar, $1, $2; "
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], $3, [bar]; }"
-    )
-    llvm.inline_asm(None, args, asm, "r,r,r,f", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def push2(address: Int32, barrier: Int32, rank: Int32, numbers, *, loc=None, ip=None):
-    """Two numbers to a CTA of the cluster, to shared memory that a barrier counts; addresses are as in this CTA."""
-    args = [v.ir_value(loc=loc, ip=ip) for v in (address, barrier, rank, *numbers)]
-    asm = (
-        "{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, $0, $2; mapa.shared::cluster.u32 bar, $1, $2; "
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {$3, $4}, [bar]; }"
-    )
-    llvm.inline_asm(None, args, asm, "r,r,r,f,f", has_side_effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -293,46 +246,26 @@ def fma(x: Float32, y: Float32, z: Float32, *, loc=None, ip=None) -> Float32:
     return Float32(llvm.inline_asm(T.f32(), args, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", loc=loc, ip=ip))
 
 
-@dsl_user_op
-def approximately(function: str, x: Float32, *, loc=None, ip=None) -> Float32:
-    """rcp, rsqrt or ex2 as the hardware has it."""
-    args = [x.ir_value(loc=loc, ip=ip)]
-    return Float32(llvm.inline_asm(T.f32(), args, f"{function}.approx.ftz.f32 $0, $1;", "=f,f", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def number(x: Uint32, *, loc=None, ip=None) -> Float32:
-    """A word's bits as FP32."""
-    return Float32(llvm.bitcast(T.f32(), x.ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
-
-
-@dsl_user_op
-def bits(x: Float32, *, loc=None, ip=None) -> Uint32:
-    return Uint32(llvm.bitcast(T.i32(), x.ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
-
-
-@dsl_user_op
-def upper_halves(low: Uint32, high: Uint32, *, loc=None, ip=None) -> Uint32:
-    """Of two words, in one: two FP32 numbers cut off to BF16."""
-    args = [v.ir_value(loc=loc, ip=ip) for v in (low, high)]
-    return Uint32(llvm.inline_asm(T.i32(), args, "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", loc=loc, ip=ip))
-
-
 def widen(word):
     """Two BF16 numbers of a word."""
-    return number(word << Uint32(16)), number(word & Uint32(0xFFFF0000))
+    return bits_float(word << Uint32(16)), bits_float(word & Uint32(0xFFFF0000))
 
 
 def sigmoid(x):
     return approximately("rcp", Float32(1.0) + approximately("ex2", x * Float32(-LOG2_E)))
 
 
+def upper_halves(low, high):
+    """Of two words, in one: two FP32 numbers cut off to BF16."""
+    return prmt(low, high, 0x7632)
+
+
 def split(x, y):
     """Two FP32 numbers, given as words, as sums of three BF16 numbers: words of both, the smallest first."""
     high = upper_halves(x, y)
-    x, y = (bits(number(v) - number(v & Uint32(0xFFFF0000))) for v in (x, y))
+    x, y = (float_bits(bits_float(v) - bits_float(v & Uint32(0xFFFF0000))) for v in (x, y))
     middle = upper_halves(x, y)
-    x, y = (bits(number(v) - number(v & Uint32(0xFFFF0000))) for v in (x, y))
+    x, y = (float_bits(bits_float(v) - bits_float(v & Uint32(0xFFFF0000))) for v in (x, y))
     return upper_halves(x, y), middle, high
 
 
@@ -614,7 +547,7 @@ class HyperConnectionSm90:
             if unit == 0:
                 owner = turn % OWNERS
                 place = owner * c.block_m + rank * c.owned + row // c.cluster
-                push(room["squares"] + 4 * place, received_at + 8 * owner, row % c.cluster, squares)
+                push(room["squares"] + 4 * place, received_at + 8 * owner, row % c.cluster, [squares])
 
             cute.arch.mbarrier_wait(received + OWNERS, turn % 2)
             if thread == 0:
@@ -635,7 +568,7 @@ class HyperConnectionSm90:
                 squares = self.over_row(squares)
                 for i in cutlass.range_constexpr(c.cluster // 8):
                     to = room["norms"] + 4 * (rank * c.block_m + row)
-                    push(to, received_at + 8 * (OWNERS + 1), 8 * i + unit, squares)
+                    push(to, received_at + 8 * (OWNERS + 1), 8 * i + unit, [squares])
             factor = Float32(1.0)
             if cutlass.const_expr(self.variant.norm):
                 cute.arch.mbarrier_wait(received + OWNERS + 1, turn % 2)
@@ -836,7 +769,7 @@ class HyperConnectionSm90:
             place = (rank * c.owned + token // c.cluster) * self.outputs + 2 * quad
             for j in range(self.rows // 8):
                 pair = [totals[4 * j + 2 * half + e] for e in range(2)]
-                push2(sums + (place + 8 * j) * 4, received, token % c.cluster, pair)
+                push(sums + (place + 8 * j) * 4, received, token % c.cluster, pair)
 
     # --- the owning warps ---------------------------------------------------------------------------------------------
 
@@ -878,7 +811,7 @@ class HyperConnectionSm90:
                 pre = [cute.arch.shuffle_sync(near, source + k) + eps for k in range(STREAMS)]
                 if token < c.owned:
                     to = room["pre"] + 16 * (token * c.cluster + rank)
-                    push4(to, Int32(received.toint()) + 8 * OWNERS, lane % c.cluster, pre)
+                    push(to, Int32(received.toint()) + 8 * OWNERS, lane % c.cluster, pre)
             if cutlass.const_expr(closes):
                 after = [
                     Float32(2.0) * cute.arch.shuffle_sync(near, 8 * row_token + STREAMS + k) for k in range(STREAMS)
@@ -1005,7 +938,7 @@ def precompile(problem: FoldProblem, config: Config) -> None:
 def _max_clusters(device: int | None, cluster: int) -> int:
     """Clusters that run at a time; device None: on an H100 that is not here."""
     if device is None:
-        return SM_COUNT // cluster
+        return SM_COUNT[ARCH] // cluster
     return max(1, HardwareInfo(device).get_max_active_clusters(cluster))
 
 
@@ -1081,3 +1014,17 @@ def launch(
     else:  # CPU tensors, where an emulator stands in for the CUDA runtime
         split_fn(*operands, cuda.CUstream(0))
         function(*arguments, cuda.CUstream(0))
+
+
+def warm(problem: FoldProblem, config: Config) -> None:
+    """Compile for `problem` and, where there is a GPU, launch once: later launches may be captured in a graph."""
+    precompile(problem, config)
+    if torch.cuda.is_available():
+        k, n, variant = problem.k, problem.n, Variant.of(problem, norm=True)
+        h, post, comb = (torch.zeros(1, *shape, device="cuda") for shape in ((n, k), (n,), (n, n)))
+        h, fn = h.bfloat16(), h.new_zeros(variant.outputs, n * k)
+        base, scale, weight = fn.new_zeros(variant.outputs), fn.new_zeros(3), h.new_zeros(k)
+        out = (h.new_empty(1, k), torch.empty_like(post), torch.empty_like(comb))[: 1 if variant.outputs == n else 3]
+        site = (h[:, 0], post, comb, torch.empty_like(h)) if variant.post else None
+        for norm in (weight, None):
+            launch(h, fn, base, scale, norm, 1.0, 1.0, 1, out, config, site)

@@ -33,12 +33,13 @@ from cutlass.memory import SmemAllocator
 from cutlass.utils import HardwareInfo, hopper_helpers
 from torch import Tensor
 
+from fp4suite.arch import SM_COUNT
 from fp4suite.built import MAX_SHARED_BYTES, Built
 from fp4suite.formats import IndexCache, index_layout
 from fp4suite.problem import IndexLogitsProblem
 
 from . import build as cross
-from .gemm_nvfp4_sm90_wgmma import SM_COUNT, create_policy, load4, load_matrices
+from .instructions import create_policy, load4, load_matrices, load_number, load_words, store_words
 
 ARCH = "sm_90a"
 HEADS, HEAD_DIM = 64, 128
@@ -142,32 +143,6 @@ def add_relu(total: Float32, x: Float32, weight: Float32, *, loc=None, ip=None) 
 
 
 @dsl_user_op
-def load_words(address: Int32, *, loc=None, ip=None):
-    """Four words of shared memory."""
-    kind = llvm.StructType.get_literal([T.i32()] * 4)
-    asm = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
-    args = [address.ir_value(loc=loc, ip=ip)]
-    got = llvm.inline_asm(kind, args, asm, "=r,=r,=r,=r,r", has_side_effects=True, loc=loc, ip=ip)
-    return [Int32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
-
-
-@dsl_user_op
-def store_words(address: Int32, words, *, loc=None, ip=None):
-    """Four words to shared memory."""
-    args = [x.ir_value(loc=loc, ip=ip) for x in (address, *words)]
-    asm = "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
-    llvm.inline_asm(None, args, asm, "r,r,r,r,r", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def load_number(address: Int32, *, loc=None, ip=None) -> Float32:
-    """One number of shared memory."""
-    args = [address.ir_value(loc=loc, ip=ip)]
-    asm = "ld.shared.f32 $0, [$1];"
-    return Float32(llvm.inline_asm(T.f32(), args, asm, "=f,r", has_side_effects=True, loc=loc, ip=ip))
-
-
-@dsl_user_op
 def load_int(address: Int64, *, loc=None, ip=None) -> Int32:
     """One word of global memory that nobody writes meanwhile."""
     args = [address.ir_value(loc=loc, ip=ip)]
@@ -176,7 +151,7 @@ def load_int(address: Int64, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
-def store_number(address: Int64, x: Float32, there: Boolean, *, loc=None, ip=None):
+def put(address: Int64, x: Float32, there: Boolean, *, loc=None, ip=None):
     """One number to global memory, or nothing."""
     args = [v.ir_value(loc=loc, ip=ip) for v in (address, x, Int32(there))]
     asm = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }"
@@ -522,7 +497,8 @@ class IndexLogitsSm90:
         while more == 1:
             slot = run % c.key_stages
             cute.arch.mbarrier_wait(key_full + slot, run // c.key_stages % 2)
-            first, stop, entry, seen = load_words(Int32(notes.iterator.toint()) + slot * (NOTE_WORDS * 4))
+            note = load_words(Int32(notes.iterator.toint()) + slot * (NOTE_WORDS * 4))
+            first, stop, entry, seen = (Int32(word) for word in note)
             entry += group * (TILE * c.strips)
             if first < 0:
                 more = Int32(0)
@@ -676,7 +652,7 @@ class IndexLogitsSm90:
             if since > positions[u // 2]:
                 score = -Float32.inf
             to = out + (Int64(query) * Int64(entries) + Int64(entry + strip * TILE + row)) * 4
-            store_number(to, score, mine and entry + strip * TILE < entries)
+            put(to, score, mine and entry + strip * TILE < entries)
 
 
 # --- host -------------------------------------------------------------------------------------------------------------
@@ -730,7 +706,7 @@ def build_key(problem: IndexLogitsProblem, config: Config) -> tuple[Any, ...]:
 @functools.cache
 def _max_ctas(device: int | None) -> int:
     """CTAs that run at a time; device None: on an H100 that is not here."""
-    return SM_COUNT if device is None else HardwareInfo(device).get_max_active_clusters(1)
+    return SM_COUNT[ARCH] if device is None else HardwareInfo(device).get_max_active_clusters(1)
 
 
 @functools.cache

@@ -32,6 +32,7 @@ from fp4suite.built import Built
 from fp4suite.problem import IndexTopkProblem
 
 from . import build as cross
+from .instructions import approximately, fetch, float_bits
 
 BINS = 512
 FEW = 128  # keys that are ranked among each other
@@ -95,21 +96,10 @@ def default(problem: IndexTopkProblem) -> Config:
 
 
 @dsl_user_op
-def load_score(address: Int64, *, loc=None, ip=None) -> Float32:
-    asm = "ld.global.nc.f32 $0, [$1];"
-    return Float32(llvm.inline_asm(T.f32(), [address.ir_value(loc=loc, ip=ip)], asm, "=f,l", loc=loc, ip=ip))
-
-
-@dsl_user_op
 def plus_zero(x: Float32, *, loc=None, ip=None) -> Float32:
     """Zeros become positive, NaN one and the same."""
     asm = "add.rn.f32 $0, $1, 0f00000000;"
     return Float32(llvm.inline_asm(T.f32(), [x.ir_value(loc=loc, ip=ip)], asm, "=f,f", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def bits_of(x: Float32, *, loc=None, ip=None) -> Int32:
-    return Int32(llvm.bitcast(T.i32(), x.ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -138,13 +128,6 @@ def list_key(key: Uint32, entry: Int32, least: Uint32, span: Uint32, note: Int32
     )
     args = [x.ir_value(loc=loc, ip=ip) for x in (key, entry, least, span, note, lists)]
     llvm.inline_asm(None, args, asm, "r,r,r,r,r,r", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def approximately(function: str, x: Float32, *, loc=None, ip=None) -> Float32:
-    """rcp, sqrt or lg2 as the hardware has it."""
-    args = [x.ir_value(loc=loc, ip=ip)]
-    return Float32(llvm.inline_asm(T.f32(), args, f"{function}.approx.ftz.f32 $0, $1;", "=f,f", loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -203,7 +186,7 @@ def add_lanes(x: Int32, *, loc=None, ip=None) -> Int32:
 
 def key_of(x):
     """A number in the order of scores, over 0: the same for both zeros, and for all NaN."""
-    bits = bits_of(plus_zero(x))
+    bits = Int32(float_bits(plus_zero(x)))
     return Uint32(bits ^ ((bits >> 31) | Int32(-(2**31))))
 
 
@@ -319,7 +302,7 @@ class IndexTopk:
         """Scores from all over the row, into the first warp."""
         for i in cutlass.range_constexpr(SAMPLES // 32):
             at = cutlass.max(cutlass.min(self.sampled(i, limit, lane), limit - 1), 0)
-            sample[i] = load_score(source + Int64(at) * 4)
+            sample[i] = fetch(source + Int64(at) * 4)
 
     def sampled(self, i, limit, lane):
         """The entry of sample i of a lane."""
@@ -343,13 +326,13 @@ class IndexTopk:
         x = cute.recast_tensor(keys, Float32)
         if last <= limit:
             for j in cutlass.range_constexpr(c.each):
-                x[j] = load_score(mine + Int64(4 * c.threads * j))
+                x[j] = fetch(mine + Int64(4 * c.threads * j))
         else:
             for j in cutlass.range_constexpr(c.each):
                 at = first + j * c.threads + tidx
                 x[j] = Float32(-Float32.inf)
                 if at < limit:
-                    x[j] = load_score(mine + Int64(4 * c.threads * j))
+                    x[j] = fetch(mine + Int64(4 * c.threads * j))
 
     @cute.jit
     def order(self, keys, first, visible, tidx):

@@ -9,9 +9,7 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import torch
 from cutlass import Float32, Int32, Int64, Uint32, cute
-from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_stream, make_ptr
-from cutlass.cutlass_dsl import T, dsl_user_op
 from torch import Tensor
 
 from fp4suite.built import Built
@@ -20,56 +18,11 @@ from fp4suite.layouts import Order
 from fp4suite.problem import Act, GemmProblem
 
 from . import build as cross
+from .instructions import e4m3x2_to_f16x2, f16_to_f32, float_bits, mul_bf16x2, prmt
 
 SCALE_BIAS = 118  # decoded numbers are their value times 2 ** (SCALE_BIAS - 126)
 
 # --- device -----------------------------------------------------------------------------------------------------------
-
-
-@dsl_user_op
-def e4m3x2_to_f16x2(x: Uint32, *, loc=None, ip=None) -> Uint32:
-    """The two low bytes as E4M3 -> two FP16 numbers in a word, exactly."""
-    asm = "{ .reg .b16 h; cvt.u16.u32 h, $1; cvt.rn.f16x2.e4m3x2 $0, h; }"
-    return Uint32(llvm.inline_asm(T.i32(), [x.ir_value(loc=loc, ip=ip)], asm, "=r,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def f16_to_f32(x: Uint32, *, loc=None, ip=None) -> Float32:
-    """The low half of a word as FP16."""
-    asm = "{ .reg .b16 h; cvt.u16.u32 h, $1; cvt.f32.f16 $0, h; }"
-    return Float32(llvm.inline_asm(T.f32(), [x.ir_value(loc=loc, ip=ip)], asm, "=f,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def float_bits(x: Float32, *, loc=None, ip=None) -> Uint32:
-    return Uint32(llvm.bitcast(T.i32(), x.ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
-
-
-@dsl_user_op
-def prmt(x: Uint32, y: Uint32, selector: int, *, loc=None, ip=None) -> Uint32:
-    """Four bytes of (x, y), picked by the selector's digits from 0 (lowest of x) to 7."""
-    args = [x.ir_value(loc=loc, ip=ip), y.ir_value(loc=loc, ip=ip)]
-    return Uint32(llvm.inline_asm(T.i32(), args, f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def mul_bf16x2(x: Uint32, y: Uint32, *, loc=None, ip=None) -> Uint32:
-    """Two BF16 products; subnormal operands count in full (PTX ISA, mul.bf16x2)."""
-    args = [x.ir_value(loc=loc, ip=ip), y.ir_value(loc=loc, ip=ip)]
-    return Uint32(llvm.inline_asm(T.i32(), args, "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def mma_16816(a, b, c, *, loc=None, ip=None):
-    """c + a b of m16n8k16: four words of a, two of b, four FP32 numbers of c."""
-    asm = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
-        "{$10, $11, $12, $13};"
-    )
-    args = [x.ir_value(loc=loc, ip=ip) for x in (*a, *b, *c)]
-    kind = llvm.StructType.get_literal([T.f32()] * 4)
-    got = llvm.inline_asm(kind, args, asm, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", loc=loc, ip=ip)
-    return [Float32(llvm.extractvalue(T.f32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
 
 
 def scale_pairs(word):

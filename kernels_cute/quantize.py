@@ -11,6 +11,8 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 from fp4suite.formats import BLOCK, E4M3_MAX
 from fp4suite.reference.e2m1 import ALPHA_MIN
 
+from .instructions import bits_float
+
 
 @dsl_user_op
 def reciprocal(x: Float32, *, loc=None, ip=None) -> Float32:
@@ -24,11 +26,6 @@ def magnitude(x: Float32, *, loc=None, ip=None) -> Int32:
     """The bits of |x|: as integers they are in order, NaN on top."""
     asm = "{ .reg .b32 w; mov.b32 w, $1; and.b32 $0, w, 0x7fffffff; }"
     return Int32(llvm.inline_asm(T.i32(), [x.ir_value(loc=loc, ip=ip)], asm, "=r,f", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def as_float(bits: Int32, *, loc=None, ip=None) -> Float32:
-    return Float32(llvm.bitcast(T.f32(), bits.ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -65,7 +62,7 @@ def quantize_block(x, alpha, inv):
     bits = [magnitude(v) for v in x]
     while len(bits) > 1:
         bits = [cutlass.max(a, b) for a, b in zip(bits[0::2], bits[1::2], strict=True)]
-    t = as_float(bits[0]) * Float32(1 / 6) * inv
+    t = bits_float(bits[0]) * Float32(1 / 6) * inv
     byte, value = to_e4m3(_select(t <= Float32(E4M3_MAX), t, Float32(E4M3_MAX)))
     scale = value * alpha
     r = _select(scale == Float32(0.0), Float32(0.0), reciprocal(scale))

@@ -232,7 +232,8 @@ def rounded(numbers):
 def in_integers(monkeypatch):
     """The kernel's instructions on Python integers of 32 bits."""
 
-    def multiplied(x, scales, half):
+    def multiplied(kind, x, scales, half):
+        assert kind == "f16x2"
         exact = halves_of(x).astype(np.float64) * np.float64(halves_of(scales)[half])
         product = exact.astype(np.float16)
         assert (product.astype(np.float64) == exact).all()  # no product is rounded in FP16
@@ -248,7 +249,7 @@ def in_integers(monkeypatch):
         return int.from_bytes(bytes(rounded(np.concatenate([halves_of(x), halves_of(y)]))), "little")
 
     monkeypatch.setattr(kernel, "Uint32", int)
-    monkeypatch.setattr(kernel, "mul_f16_by_half", multiplied)
+    monkeypatch.setattr(kernel, "mul_by_half", multiplied)
     monkeypatch.setattr(kernel, "permute", permuted)
     monkeypatch.setattr(kernel, "f16x2_to_e4m3x4", converted)
 
