@@ -9,8 +9,9 @@ entries, whose scores stay in registers as 32-bit keys in the order of scores (N
     rank    those few among each other; among equals the lower entry wins
     mark    a bit an entry; a thread writes the slots of a word of bits
 
-Of many queries a CTA takes one after the other, the scores of the next on their way to shared memory meanwhile. A window that turns out too high gives way to all keys, so that the sample decides about speed alone. The result is the
-same for every config.
+Of many queries a CTA takes one after the other, the scores of the next on their way to shared memory meanwhile. A window
+that turns out too high gives way to all keys, so that the sample decides about speed alone. The result is the same for
+every config.
 """
 
 import functools
@@ -377,7 +378,7 @@ class IndexTopk:
 
     @cute.jit
     def fetch(self, source, limit, sRow, tidx):
-        """A row's scores, and behind them its sample, begin their way to shared memory: those that their thread takes."""
+        """A row's scores, and behind them its sample, begin their way to shared memory, each by who takes it there."""
         c, mine = self.config, Int32(sRow.iterator.toint()) + 4 * tidx
         if tidx < 32:
             for i in cutlass.range_constexpr(SAMPLES // 32):

@@ -56,8 +56,8 @@ def test_compiles_without_spills(m, entries, arch):
 
 @pytest.mark.parametrize(("m", "load", "copies"), [(4096, "LDGSTS.E", 2), (132, "LDG.E.CONSTANT", 1)])
 def test_no_score_is_read_twice(m, load, copies):
-    """In straight code, a load and a bin for each score of a thread, and the sample's loads beside. The first query of a
-    CTA that takes several, and the others, are loaded by code of their own."""
+    """In straight code, a load and a bin for each score of a thread, and the sample's loads beside. Of several queries
+    of a CTA the first has loads of its own."""
     code = sass(build(IndexTopkProblem(m=m, entries=8192, topk=1024), Config(), "sm_90a"))
     each, sampled = Config().each, kernel.SAMPLES // 32
     assert code.count(load) == copies * (2 * each + sampled)  # whole runs, and ragged ones
