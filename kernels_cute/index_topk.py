@@ -9,9 +9,9 @@ entries, whose scores stay in registers as 32-bit keys in the order of scores (N
     rank    those few among each other; among equals the lower entry wins
     mark    a bit an entry; a thread writes the slots of a word of bits
 
-Of many queries a CTA takes one after the other, the scores of the next on their way to shared memory meanwhile. A window
-that turns out too high gives way to all keys, so that the sample decides about speed alone. The result is the same for
-every config.
+Of many queries a CTA takes one after the other, the scores of the next on their way to shared memory meanwhile. A
+window that turns out too high gives way to all keys, so that the sample decides about speed alone. The result is the
+same for every config.
 """
 
 import functools
