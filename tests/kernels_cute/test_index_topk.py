@@ -54,11 +54,13 @@ def test_compiles_without_spills(m, entries, arch):
     assert resources(build(problem, kernel.default(problem), arch)).spill_bytes == 0
 
 
-def test_no_score_is_read_twice():
-    """In straight code, a load, a bin and a ballot for each score of a thread; the sample's and -inf's loads beside."""
-    code = sass(build(IndexTopkProblem(m=4096, entries=8192, topk=1024), Config(), "sm_90a"))
+@pytest.mark.parametrize(("m", "load", "copies"), [(4096, "LDGSTS.E", 2), (132, "LDG.E.CONSTANT", 1)])
+def test_no_score_is_read_twice(m, load, copies):
+    """In straight code, a load and a bin for each score of a thread, and the sample's loads beside. Of several queries
+    of a CTA the first has loads of its own."""
+    code = sass(build(IndexTopkProblem(m=m, entries=8192, topk=1024), Config(), "sm_90a"))
     each, sampled = Config().each, kernel.SAMPLES // 32
-    assert code.count("LDG.E.CONSTANT") == 2 * each + sampled  # whole runs, and ragged ones
+    assert code.count(load) == copies * (2 * each + sampled)  # whole runs, and ragged ones
     assert code.count("ATOMS.POPC.INC") == each
 
 
@@ -74,6 +76,33 @@ def test_no_score_is_read_twice():
 )
 def test_rows_of_every_kind(entries, topk, page, config, emulated):
     check(rows(entries, torch.device("cpu"), page), topk, config, page)
+
+
+@pytest.mark.parametrize("schedule", ["late", "eager"])
+def test_queries_in_turn(schedule, monkeypatch):
+    """Twelve by four CTAs, the scores of the next on their way while slots are chosen; rows begin anywhere."""
+    monkeypatch.setattr(kernel, "compiled", for_emulator)
+    monkeypatch.setattr(kernel, "FEW_QUERIES", 0)
+    monkeypatch.setattr(kernel, "_sm_count", lambda device, arch: 1)
+    config = Config(threads=256, each=4)
+    assert kernel.programs(config) == 4
+    for entries, topk in ((1000, 300), (60, 64)):
+        x = rows(entries, torch.device("cpu"), 32)
+        x["logits"] = torch.nn.functional.pad(x["logits"], (3, 2), value=NAN)[:, 3:-2]
+        with emulate("sm_90a", schedule=schedule) as device:
+            check(x, topk, config, 32)
+        assert [launch.grid for launch in device.launches] == [(4, 1, 1)]
+
+
+@pytest.mark.parametrize("config", [c for c in testing.configs(kernel) if c.cluster == 1], ids=str)
+def test_shared_memory_and_registers_are_enough_for_all_programs(config):
+    problem = IndexTopkProblem(m=4096, entries=config.capacity, topk=1024)
+    built = build(problem, config, "sm_90a")
+    found = resources(built)
+    assert built.shared_bytes <= kernel.shared_bytes(config)
+    assert kernel.programs(config) * (kernel.shared_bytes(config) + 1024) <= kernel.SM_SHARED_BYTES
+    assert found.spill_bytes == 0
+    assert found.registers * config.threads * kernel.programs(config) <= 65536
 
 
 @pytest.mark.parametrize(("entries", "cluster"), [(8, 1), (40, 1), (40, 4)])
