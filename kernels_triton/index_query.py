@@ -1,8 +1,8 @@
 """The indexer's queries: RoPE, optionally Hadamard, then the rounding that keys of an index format get when stored.
 
-Memory bound: reads and writes 2 bytes a dim (BF16). One program block_h heads of one token, `turns` times. What is rounded comes out
-as numbers again, every format but fp32 exactly in BF16; or, in fp8, as E4M3 bytes, for `index_logits` to multiply,
-while the power of two of a head goes into its weight.
+Memory bound: reads and writes 2 bytes a dim (BF16). One program block_h heads of one token, `turns` times. What is
+rounded comes out as numbers again, every format but fp32 exactly in BF16; or, in fp8, as E4M3 bytes, for `index_logits`
+to multiply, while the power of two of a head goes into its weight.
 
 A head is held in pieces of 32 columns, a block of mxfp4 each, by LANES threads of VECTOR adjacent columns: all stays
 within a thread, but for as many levels of the Hadamard transform and maxima. Pieces without RoPE look up no angle.
