@@ -15,13 +15,14 @@ same for every config.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import cuda.bindings.driver as cuda
 import cutlass
 import torch
-from cutlass import Float32, Int32, Int64, Uint32, cute
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_stream, make_ptr
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -34,7 +35,7 @@ from fp4suite.built import Built
 from fp4suite.problem import IndexTopkProblem
 
 from . import build as cross
-from .instructions import approximately, fetch, float_bits
+from .instructions import approximately, bulk_load, create_policy, fetch, float_bits
 
 BINS = 512
 FEW = 128  # keys that are ranked among each other
@@ -68,14 +69,14 @@ def shared_words(config: Config) -> tuple[int, ...]:
 
 
 def shared_bytes(config: Config) -> int:
-    """Of a CTA that takes queries in turn."""
-    return 4 * (sum(shared_words(config)) + config.threads * config.each + SAMPLES)
+    """Of a CTA that takes queries in turn: a row, and a barrier, besides."""
+    return 4 * (sum(shared_words(config)) + config.threads * config.each) + 16
 
 
-def programs(config: Config) -> int:
+def programs(config: Config, *, streams: bool) -> int:
     """CTAs of an SM where queries are many, of 64 registers a thread, with which nothing spills."""
     most = 1024 // config.threads
-    return most if config.cluster > 1 else min(most, SM_SHARED_BYTES // (shared_bytes(config) + 1024))
+    return min(most, SM_SHARED_BYTES // (shared_bytes(config) + 1024)) if streams else most
 
 
 SPACE = {"threads": (128, 256, 512, 1024), "each": (4, 8, 16, 32), "cluster": (1, 2, 4, 8, 16)}
@@ -83,10 +84,13 @@ SPACE = {"threads": (128, 256, 512, 1024), "each": (4, 8, 16, 32), "cluster": (1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """What, beside the config, a compiled kernel is made for. eager: scores are read before it is known which count."""
+    """What, beside the config, a compiled kernel is made for. eager: scores are read before it is known which count;
+    streams: queries in turn, their scores by way of shared memory.
+    """
 
     page: int
     eager: bool
+    streams: bool
 
 
 def supports(problem: IndexTopkProblem, config: Config) -> str | None:
@@ -112,14 +116,6 @@ def default(problem: IndexTopkProblem) -> Config:
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
-
-
-@dsl_user_op
-def copy_score(to: Int32, address: Int64, *, loc=None, ip=None):
-    """To shared memory, some time before the thread's next `cp_async_wait_group`."""
-    args = [to.ir_value(loc=loc, ip=ip), address.ir_value(loc=loc, ip=ip)]
-    asm = "cp.async.ca.shared.global [$0], [$1], 4;"
-    llvm.inline_asm(None, args, asm, "r,l", has_side_effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -239,9 +235,8 @@ class IndexTopk:
         self.warps = config.threads // 32
         self.held = config.threads * config.each  # entries of a CTA
         self.words = self.held // 32  # of bits, one a thread at most
-        self.streams = not variant.eager and config.cluster == 1  # rows come by way of shared memory
-        self.programs = 1 if variant.eager else programs(config)
-        used = self.programs * (1 + -(-shared_bytes(config) // 1024) if self.streams else 24)
+        self.programs = 1 if variant.eager else programs(config, streams=variant.streams)
+        used = self.programs * (1 + -(-shared_bytes(config) // 1024) if variant.streams else 24)
         self.carveout = -(-100 * used // 228)  # per cent of what L1 and shared memory are
 
     @cute.jit
@@ -266,7 +261,7 @@ class IndexTopk:
         mPositions = cute.make_tensor(positions, cute.make_layout(tokens))
         mIds = cute.make_tensor(sequence_ids, cute.make_layout(tokens))
         self.kernel(scores, stride, table, table_stride, mPositions, mIds, out, entries, k, ratio).launch(
-            grid=(cutlass.min(tokens, ctas) if cutlass.const_expr(self.streams) else tokens * c.cluster, 1, 1),
+            grid=(cutlass.min(tokens, ctas) if cutlass.const_expr(self.variant.streams) else tokens * c.cluster, 1, 1),
             block=(c.threads, 1, 1),
             cluster=(c.cluster, 1, 1) if c.cluster > 1 else None,
             stream=stream,
@@ -300,29 +295,34 @@ class IndexTopk:
         sNote = shared[-1]
 
         keys = cute.make_rmem_tensor(c.each, Uint32)
-        if cutlass.const_expr(self.streams):
-            sRow = smem.allocate_tensor(Float32, cute.make_layout(self.held + SAMPLES), byte_alignment=16)
+        if cutlass.const_expr(self.variant.streams):
+            sRow = smem.allocate_tensor(Float32, cute.make_layout(self.held), byte_alignment=16)
+            bar = smem.allocate_array(Int64, 1)
             tokens, (step, _, _) = cute.size(mPositions), cute.arch.grid_dim()
-            visible = self.seen(mPositions[row], mIds[row], entries, ratio)
-            self.fetch(scores.toint() + Int64(row) * stride * 4, visible, sRow, tidx)
+            if tidx == 0:
+                cute.arch.mbarrier_init(bar, 1)
+                cute.arch.mbarrier_init_fence()
+                self.fetch(scores, stride, row, self.seen(mPositions[row], mIds[row], entries, ratio), sRow, bar)
+            cute.arch.sync_threads()
+            phase = Int32(0)
             while row < tokens:
                 sequence = mIds[row]
                 visible = self.seen(mPositions[row], sequence, entries, ratio)
                 pages, number = self.page_of(table, table_stride, sequence, tidx * 32, visible)
                 self.clear(shared[0], sNote, again(tidx))
-                cute.arch.cp_async_wait_group(0)
+                cute.arch.mbarrier_wait(bar, phase)
                 if tidx < 32 and k < visible:
-                    sample = self.sample_in(sRow, tidx)
-                    self.guess(sample, k, visible, visible, sNote, tidx)
+                    self.guess(self.sample_in(sRow, visible, tidx), k, visible, visible, sNote, tidx)
                 cute.arch.sync_warp()  # else ptxas loads the keys before, and spills
                 self.take(sRow, visible, keys, again(tidx))
                 self.order(keys, first, visible, again(tidx))
+                cute.arch.sync_threads()  # all have read the row
                 after = row + step
-                if after < tokens:  # into words of its own, which each thread has read
-                    next_visible = self.seen(mPositions[after], mIds[after], entries, ratio)
-                    self.fetch(scores.toint() + Int64(after) * stride * 4, next_visible, sRow, again(tidx))
+                if after < tokens and again(tidx) == 0:
+                    seen = self.seen(mPositions[after], mIds[after], entries, ratio)
+                    self.fetch(scores, stride, after, seen, sRow, bar)
                 self.choose(keys, row, pages, number, out, first, k, visible, rank, again(tidx), shared)
-                row = after
+                row, phase = after, 1 - phase
         else:
             position, sequence = mPositions[row], mIds[row]
             source = scores.toint() + Int64(row) * stride * 4
@@ -339,6 +339,7 @@ class IndexTopk:
             self.order(keys, first, visible, tidx)
             if tidx < 32 and k < visible:
                 self.guess(sample, k, visible, limit, sNote, tidx)
+            cute.arch.sync_threads()
             self.choose(keys, row, pages, number, out, first, k, visible, rank, tidx, shared)
 
     @cute.jit
@@ -360,28 +361,21 @@ class IndexTopk:
             sNote[0] = Uint32(0)  # how many keys have been listed
 
     @cute.jit
-    def fetch(self, source, limit, sRow, tidx):
-        """A row's scores, and behind them its sample, begin their way to shared memory, each by who takes it there."""
-        c, mine = self.config, Int32(sRow.iterator.toint()) + 4 * tidx
-        if tidx < 32:
-            for i in cutlass.range_constexpr(SAMPLES // 32):
-                at = cutlass.max(cutlass.min(self.sampled(i, limit, tidx), limit - 1), 0)
-                copy_score(mine + 4 * (self.held + 32 * i), source + Int64(at) * 4)
-        source += Int64(tidx) * 4
-        if self.held <= limit:
-            for j in cutlass.range_constexpr(c.each):
-                copy_score(mine + 4 * c.threads * j, source + Int64(4 * c.threads * j))
-        else:
-            for j in cutlass.range_constexpr(c.each):
-                if j * c.threads + tidx < limit:
-                    copy_score(mine + 4 * c.threads * j, source + Int64(4 * c.threads * j))
-        cute.arch.cp_async_commit_group()
+    def fetch(self, scores, stride, row, limit, sRow, bar):
+        """A row's scores, in runs of four, begin their way to shared memory. By one thread."""
+        size = (limit + 3) // 4 * 16
+        cute.arch.mbarrier_arrive_and_expect_tx(bar, size)
+        if size > 0:
+            source = scores.toint() + Int64(row) * stride * 4
+            once = create_policy(Boolean(True))
+            bulk_load(Int32(sRow.iterator.toint()), source, size, Int32(bar.toint()), once)
 
     @cute.jit
-    def sample_in(self, sRow, lane):
+    def sample_in(self, sRow, limit, lane):
+        """Scores from all over the row, which has come."""
         sample = cute.make_rmem_tensor(SAMPLES // 32, Float32)
         for i in cutlass.range_constexpr(SAMPLES // 32):
-            sample[i] = sRow[self.held + 32 * i + lane]
+            sample[i] = sRow[cutlass.max(cutlass.min(self.sampled(i, limit, lane), limit - 1), 0)]
         return sample
 
     @cute.jit
@@ -524,7 +518,6 @@ class IndexTopk:
         There are no more inside than needed, or few of them, or they are all equal.
         """
         c = self.config
-        cute.arch.sync_threads()
         least, beyond = sNote[1], sNote[2]
         most, need, inside = Uint32(0xFFFFFFFF), k_seen, Int32(0)
         shift, half, searching = cutlass.max(log2_range(beyond - least), 1), Int32(0), Int32(1)
@@ -793,21 +786,27 @@ def _fake_arguments() -> list[Any]:
     return [*_arguments((16,) * 5, (1,) * 5, (1, 1)), make_fake_stream()]
 
 
-def _variant(m: int, page_size: int) -> Variant:
-    return Variant(page=page_size, eager=m <= FEW_QUERIES)
+def _variant(config: Config, m: int, entries: int, page_size: int, row_bytes: int = 16) -> Variant:
+    """row_bytes: rows begin at its multiples. Those that bulk copies cannot read are read by threads."""
+    eager = m <= FEW_QUERIES
+    return Variant(
+        page=page_size,
+        eager=eager,
+        streams=not eager and config.cluster == 1 and entries % 4 == 0 and row_bytes % 16 == 0,
+    )
 
 
 def build(problem: IndexTopkProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU. Raises ValueError for what `supports` refuses."""
     if reason := supports(problem, config):
         raise ValueError(reason)
-    kernel = IndexTopk(config, _variant(problem.m, problem.page_size))
+    kernel = IndexTopk(config, _variant(config, problem.m, problem.entries, problem.page_size))
     return cross.build(kernel, *_fake_arguments(), arch=arch)
 
 
 def build_key(problem: IndexTopkProblem, config: Config) -> tuple[Any, ...]:
     """What of a problem `build` depends on."""
-    return problem.page_size, problem.m <= FEW_QUERIES
+    return (_variant(config, problem.m, problem.entries, problem.page_size),)
 
 
 @functools.cache
@@ -836,14 +835,16 @@ def launch(
         return
     if reason := supports(IndexTopkProblem(m=tokens, entries=entries, topk=k, page_size=page_size), config):
         raise ValueError(reason)
-    arch = dispatch.target_of(out.device).arch
+    arch, row = dispatch.target_of(out.device).arch, _row_stride(logits)
+    variant = _variant(config, tokens, entries, page_size, math.gcd(logits.data_ptr(), 4 * row))
+    ctas = programs(config, streams=True) * _sm_count(out.device, arch) if variant.streams else 0
     operands = (logits, block_table, positions, sequence_ids, out)
     arguments = _arguments(
         tuple(x.data_ptr() for x in operands),
-        (tokens, entries, k, ratio, programs(config) * _sm_count(out.device, arch)),
-        (_row_stride(logits), _row_stride(block_table)),
+        (tokens, entries, k, ratio, ctas),
+        (row, _row_stride(block_table)),
     )
-    function = compiled(config, _variant(tokens, page_size), arch)
+    function = compiled(config, variant, arch)
     if out.device.type == "cuda":
         with torch.cuda.device(out.device):
             function(*arguments, cuda.CUstream(torch.cuda.current_stream().cuda_stream))
