@@ -26,7 +26,7 @@ from .nvfp4 import e2m1_round, e4m3_to_f32, magnitude_bits, most_of_eight, narro
 from .rope import head_strides, refuse_heads, turn_pairs
 from .rounding import CVT, bf16_bits, e4m3_bits, e8m0_of_6, e8m0_of_448, e8m0_reciprocal, rounded
 
-PROGRAMS = 4096  # of one warp: 31 an SM, which holds 32
+PROGRAMS, MOST_TURNS = 8192, 8  # programs of one warp, of which an H100 holds 4224
 PIECE = tl.constexpr(_MX_BLOCK)
 # two BF16 numbers over powers of two 2^e, e + 127 in $2 and $3, to E2M1 and back: beyond 64, 128 and 256 BF16 numbers
 # lie 1/2, 1 and 2 apart, as E2M1's do up to 2, 4 and 6
@@ -93,13 +93,13 @@ def supports(problem: IndexQueryProblem, config: Config) -> str | None:
 
 
 def default(problem: IndexQueryProblem) -> Config:
-    """One warp (four took twice as long): for many tokens eight heads at a time, for few as few columns a thread. As
-    many programs as an H100 holds are no fewer than are started; what more there is to do they do in turns.
+    """One warp (four took twice as long): for many tokens four or eight heads at a time, for few as few columns a
+    thread. What an H100 holds twice over need not be more programs: they take turns.
     """
     many = problem.m * problem.heads >= 1 << 13 and problem.head_dim <= 256
-    config = Config(num_warps=1, lanes=4 if many else 16)
+    config = Config(num_warps=1, lanes=(8 if problem.hadamard else 4) if many else 16)
     blocks = triton.cdiv(problem.heads, config.block_h)
-    turns = max(1, min(blocks, problem.m * blocks // PROGRAMS))
+    turns = max(1, min(blocks, MOST_TURNS, problem.m * blocks // PROGRAMS))
     return replace(config, turns=1 << turns.bit_length() - 1)
 
 

@@ -177,13 +177,16 @@ def test_refusals():
     assert kernel.supports(few, kernel.Config(turns=2)) == "32 heads are too few for 2 turns of 32"
 
 
-def test_many_tokens_take_as_many_programs_as_are_held():
+def test_programs_take_turns_where_there_would_be_many():
     turns = {}
-    for m in (1, 64, 600, 2048, 4096, 16384):
-        problem = IndexQueryProblem(m=m, format="fp8")
-        turns[m] = kernel.default(problem).turns
-        assert kernel.supports(problem, kernel.default(problem)) is None
-    assert turns == {1: 1, 64: 1, 600: 1, 2048: 4, 4096: 8, 16384: 8}
+    for m in (1, 64, 600, 1024, 4096, 16384):
+        for hadamard in (0, 1):
+            problem = IndexQueryProblem(m=m, format="fp8", hadamard=hadamard)
+            config = kernel.default(problem)
+            assert kernel.supports(problem, config) is None
+            turns[m, hadamard] = config.turns
+    assert [turns[m, 0] for m in (1, 64, 600, 1024, 4096, 16384)] == [1, 1, 1, 1, 4, 8]
+    assert [turns[m, 1] for m in (1, 64, 600, 1024, 4096, 16384)] == [1, 1, 1, 2, 8, 8]
 
 
 @pytest.mark.gpu
