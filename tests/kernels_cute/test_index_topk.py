@@ -91,7 +91,7 @@ def test_rows_of_every_kind(entries, topk, page, config, emulated):
     ],
 )
 def test_queries_in_turn(schedule, entries, before, behind, ctas, monkeypatch):
-    """Twelve by four CTAs, the scores of the next on their way while slots are chosen. Rows that a bulk copy cannot read
+    """Twelve by four CTAs, the scores of the next on their way while slots are chosen. Rows that no bulk copy can read
     have a CTA each."""
     monkeypatch.setattr(kernel, "compiled", for_emulator)
     monkeypatch.setattr(kernel, "FEW_QUERIES", 0)
