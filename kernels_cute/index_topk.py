@@ -9,18 +9,20 @@ entries, whose scores stay in registers as 32-bit keys in the order of scores (N
     rank    those few among each other; among equals the lower entry wins
     mark    a bit an entry; a thread writes the slots of a word of bits
 
-A window that turns out too high gives way to all keys, so that the sample decides about speed alone. The result is the
+Of many queries a CTA takes one after the other, the scores of the next on their way to shared memory meanwhile. A
+window that turns out too high gives way to all keys, so that the sample decides about speed alone. The result is the
 same for every config.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import cuda.bindings.driver as cuda
 import cutlass
 import torch
-from cutlass import Float32, Int32, Int64, Uint32, cute
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_stream, make_ptr
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -28,11 +30,12 @@ from cutlass.memory import SmemAllocator
 from torch import Tensor
 
 from fp4suite import dispatch
+from fp4suite.arch import SM_COUNT
 from fp4suite.built import Built
 from fp4suite.problem import IndexTopkProblem
 
 from . import build as cross
-from .instructions import approximately, fetch, float_bits
+from .instructions import approximately, bulk_load, create_policy, fetch, float_bits
 
 BINS = 512
 FEW = 128  # keys that are ranked among each other
@@ -42,6 +45,7 @@ FEW_QUERIES = 132  # whose CTAs wait for memory rather than for each other
 SAMPLES = 256  # of a row, by which the first warp guesses
 # words from one set of bins to the next: keys below count in 32 more, each lane in its own, those above in one
 PITCH = BINS + 64
+SM_SHARED_BYTES = 228 * 1024  # of which a CTA takes 1 KB besides
 NEIGHBOURS = 4  # of a sample, which share a sector of memory
 
 
@@ -59,15 +63,34 @@ class Config:
         return self.threads * self.each * self.cluster
 
 
+def shared_words(config: Config) -> tuple[int, ...]:
+    """Of shared memory: bins twice and their sums; bits; two lists of keys; slots; sums of warps; notes."""
+    return 2 * PITCH, BINS, config.threads * config.each // 32, 2 * FEW, 2 * FEW, MOST_SLOTS, 32 + 2 * 16, 16
+
+
+def shared_bytes(config: Config) -> int:
+    """Of a CTA that takes queries in turn: a row, and a barrier, besides."""
+    return 4 * (sum(shared_words(config)) + config.threads * config.each) + 16
+
+
+def programs(config: Config, *, streams: bool) -> int:
+    """CTAs of an SM where queries are many, of 64 registers a thread, with which nothing spills."""
+    most = 1024 // config.threads
+    return min(most, SM_SHARED_BYTES // (shared_bytes(config) + 1024)) if streams else most
+
+
 SPACE = {"threads": (128, 256, 512, 1024), "each": (4, 8, 16, 32), "cluster": (1, 2, 4, 8, 16)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """What, beside the config, a compiled kernel is made for. eager: scores are read before it is known which count."""
+    """What, beside the config, a compiled kernel is made for. eager: scores are read before it is known which count;
+    streams: queries in turn, their scores by way of shared memory.
+    """
 
     page: int
     eager: bool
+    streams: bool
 
 
 def supports(problem: IndexTopkProblem, config: Config) -> str | None:
@@ -93,6 +116,13 @@ def default(problem: IndexTopkProblem) -> Config:
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
+
+
+@dsl_user_op
+def again(x: Int32, *, loc=None, ip=None) -> Int32:
+    """The same number. What is computed from it is not kept from turn to turn of a loop, which would take registers."""
+    args = [x.ir_value(loc=loc, ip=ip)]
+    return Int32(llvm.inline_asm(T.i32(), args, "mov.u32 $0, $1;", "=r,r", has_side_effects=True, loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -123,7 +153,8 @@ def list_key(key: Uint32, entry: Int32, least: Uint32, span: Uint32, note: Int32
     The list of entries begins FEW words after that of keys.
     """
     asm = (
-        "{ .reg .pred p; .reg .u32 d, a; sub.u32 d, $0, $2; setp.le.u32 p, d, $3; @p atom.shared.add.u32 a, [$4], 1; "
+        "{ .reg .pred p; .reg .u32 d, a; sub.u32 d, $0, $2; setp.le.u32 p, d, $3; "
+        "mov.u32 a, 0; @p atom.shared.add.u32 a, [$4], 1; "  # else, in a loop, it would be a's from the turn before
         f"mad.lo.u32 a, a, 4, $5; @p st.shared.u32 [a], $0; @p st.shared.u32 [a + {4 * FEW}], $1; }}"
     )
     args = [x.ir_value(loc=loc, ip=ip) for x in (key, entry, least, span, note, lists)]
@@ -204,9 +235,9 @@ class IndexTopk:
         self.warps = config.threads // 32
         self.held = config.threads * config.each  # entries of a CTA
         self.words = self.held // 32  # of bits, one a thread at most
-        # CTAs of an SM: 64 registers a thread, with which nothing spills
-        self.programs = 1 if variant.eager else 1024 // config.threads
-        self.carveout = -(-100 * self.programs * 24 // 228)  # per cent of what L1 and shared memory are
+        self.programs = 1 if variant.eager else programs(config, streams=variant.streams)
+        used = self.programs * (1 + -(-shared_bytes(config) // 1024) if variant.streams else 24)
+        self.carveout = -(-100 * used // 228)  # per cent of what L1 and shared memory are
 
     @cute.jit
     def __call__(
@@ -220,15 +251,17 @@ class IndexTopk:
         entries: Int32,
         k: Int32,
         ratio: Int32,
+        ctas: Int32,
         stride: Int64,
         table_stride: Int64,
         stream: cuda.CUstream,
     ):
+        """ctas: of all SMs, if they take queries in turn."""
         c = self.config
         mPositions = cute.make_tensor(positions, cute.make_layout(tokens))
         mIds = cute.make_tensor(sequence_ids, cute.make_layout(tokens))
         self.kernel(scores, stride, table, table_stride, mPositions, mIds, out, entries, k, ratio).launch(
-            grid=(tokens * c.cluster, 1, 1),
+            grid=(cutlass.min(tokens, ctas) if cutlass.const_expr(self.variant.streams) else tokens * c.cluster, 1, 1),
             block=(c.threads, 1, 1),
             cluster=(c.cluster, 1, 1) if c.cluster > 1 else None,
             stream=stream,
@@ -258,37 +291,114 @@ class IndexTopk:
 
         smem = SmemAllocator()
         words = lambda n: smem.allocate_tensor(Uint32, cute.make_layout(n), byte_alignment=16)  # noqa: E731
-        sHist, sTotal, sBits = words(2 * PITCH), words(BINS), words(self.words)
-        sList, sMore, sSlots = words(2 * FEW), words(2 * FEW), words(MOST_SLOTS)
-        sSums, sNote = words(32 + 2 * 16), words(16)
+        shared = tuple(words(n) for n in shared_words(c))
+        sNote = shared[-1]
 
-        source = scores.toint() + Int64(row) * stride * 4
-        position, sequence = mPositions[row], mIds[row]
-        limit = entries  # of few queries all is read before it is known how much counts
-        if cutlass.const_expr(not self.variant.eager):
-            limit = self.seen(position, sequence, entries, ratio)
-        sample = cute.make_rmem_tensor(SAMPLES // 32, Float32)
-        if tidx < 32:
-            self.load_sample(source, limit, sample, tidx)
         keys = cute.make_rmem_tensor(c.each, Uint32)
-        self.load(source, first, limit, keys, tidx)
+        if cutlass.const_expr(self.variant.streams):
+            sRow = smem.allocate_tensor(Float32, cute.make_layout(self.held), byte_alignment=16)
+            bar = smem.allocate_array(Int64, 1)
+            tokens, (step, _, _) = cute.size(mPositions), cute.arch.grid_dim()
+            if tidx == 0:
+                cute.arch.mbarrier_init(bar, 1)
+                cute.arch.mbarrier_init_fence()
+                self.fetch(scores, stride, row, self.seen(mPositions[row], mIds[row], entries, ratio), sRow, bar)
+            cute.arch.sync_threads()
+            phase = Int32(0)
+            while row < tokens:
+                sequence = mIds[row]
+                visible = self.seen(mPositions[row], sequence, entries, ratio)
+                pages, number = self.page_of(table, table_stride, sequence, tidx * 32, visible)
+                self.clear(shared[0], sNote, again(tidx))
+                cute.arch.mbarrier_wait(bar, phase)
+                if tidx < 32 and k < visible:
+                    self.guess(self.sample_in(sRow, visible, tidx), k, visible, visible, sNote, tidx)
+                cute.arch.sync_warp()  # else ptxas loads the keys before, and spills
+                self.take(sRow, visible, keys, again(tidx))
+                self.order(keys, first, visible, again(tidx))
+                cute.arch.sync_threads()  # all have read the row
+                after = row + step
+                if after < tokens and again(tidx) == 0:
+                    seen = self.seen(mPositions[after], mIds[after], entries, ratio)
+                    self.fetch(scores, stride, after, seen, sRow, bar)
+                self.choose(keys, row, pages, number, out, first, k, visible, rank, again(tidx), shared)
+                row, phase = after, 1 - phase
+        else:
+            position, sequence = mPositions[row], mIds[row]
+            source = scores.toint() + Int64(row) * stride * 4
+            limit = entries  # of few queries all is read before it is known how much counts
+            if cutlass.const_expr(not self.variant.eager):
+                limit = self.seen(position, sequence, entries, ratio)
+            sample = cute.make_rmem_tensor(SAMPLES // 32, Float32)
+            if tidx < 32:
+                self.load_sample(source, limit, sample, tidx)
+            self.load(source, first, limit, keys, tidx)
+            pages, number = self.page_of(table, table_stride, sequence, first + tidx * 32, limit)
+            self.clear(shared[0], sNote, tidx)
+            visible = self.seen(position, sequence, entries, ratio) if cutlass.const_expr(self.variant.eager) else limit
+            self.order(keys, first, visible, tidx)
+            if tidx < 32 and k < visible:
+                self.guess(sample, k, visible, limit, sNote, tidx)
+            cute.arch.sync_threads()
+            self.choose(keys, row, pages, number, out, first, k, visible, rank, tidx, shared)
+
+    @cute.jit
+    def page_of(self, table, table_stride, sequence, start, limit):
+        """Where a sequence's pages are, and the number of that of the word of entries from `start` on."""
         pages = table.toint() + Int64(cutlass.max(sequence, 0)) * table_stride * 4
-        number = Int32(-1)  # of the page of this thread's word
-        start = first + tidx * 32
+        number = Int32(-1)
         if cutlass.const_expr(self.variant.page % 32 == 0):
             number = self.page_at(pages, cutlass.max(cutlass.min(start, limit - 1), 0) // self.variant.page)
-        for i in cutlass.range_constexpr(-(-2 * PITCH // c.threads)):
-            if i * c.threads + tidx < 2 * PITCH:
-                sHist[i * c.threads + tidx] = Uint32(0)
+        return pages, number
+
+    @cute.jit
+    def clear(self, sHist, sNote, tidx):
+        threads = self.config.threads
+        for i in cutlass.range_constexpr(-(-2 * PITCH // threads)):
+            if i * threads + tidx < 2 * PITCH:
+                sHist[i * threads + tidx] = Uint32(0)
         if tidx == 0:
             sNote[0] = Uint32(0)  # how many keys have been listed
 
-        visible = self.seen(position, sequence, entries, ratio) if cutlass.const_expr(self.variant.eager) else limit
-        self.order(keys, first, visible, tidx)
+    @cute.jit
+    def fetch(self, scores, stride, row, limit, sRow, bar):
+        """A row's scores, in runs of four, begin their way to shared memory. By one thread."""
+        size = (limit + 3) // 4 * 16
+        cute.arch.mbarrier_arrive_and_expect_tx(bar, size)
+        if size > 0:
+            source = scores.toint() + Int64(row) * stride * 4
+            once = create_policy(Boolean(True))
+            bulk_load(Int32(sRow.iterator.toint()), source, size, Int32(bar.toint()), once)
+
+    @cute.jit
+    def sample_in(self, sRow, limit, lane):
+        """Scores from all over the row, which has come."""
+        sample = cute.make_rmem_tensor(SAMPLES // 32, Float32)
+        for i in cutlass.range_constexpr(SAMPLES // 32):
+            sample[i] = sRow[cutlass.max(cutlass.min(self.sampled(i, limit, lane), limit - 1), 0)]
+        return sample
+
+    @cute.jit
+    def take(self, sRow, limit, keys, tidx):
+        """The bits of this thread's scores, as `load` does."""
+        c, x = self.config, cute.recast_tensor(keys, Float32)
+        if self.held <= limit:
+            for j in cutlass.range_constexpr(c.each):
+                x[j] = sRow[j * c.threads + tidx]
+        else:
+            for j in cutlass.range_constexpr(c.each):
+                x[j] = Float32(-Float32.inf)
+                if j * c.threads + tidx < limit:
+                    x[j] = sRow[j * c.threads + tidx]
+
+    @cute.jit
+    def choose(self, keys, row, pages, number, out, first, k, visible, rank, tidx, shared):
+        """The slots of the highest keys, once it has been guessed where they begin."""
+        sHist, sTotal, sBits, sList, sMore, sSlots, sSums, sNote = shared
         k_seen = cutlass.min(k, visible)
         least, most, need, inside = Uint32(1), Uint32(0xFFFFFFFF), k_seen, k_seen
         if k_seen < visible:
-            least, most, need, inside = self.search(keys, sample, k_seen, visible, limit, sHist, sTotal, sNote, tidx)
+            least, most, need, inside = self.search(keys, k_seen, sHist, sTotal, sNote, tidx)
         self.mark(keys, least, sBits, tidx)
         if inside > need:
             self.trim(keys, least, most, need, inside, first, sBits, sList, sMore, sSums, sNote, rank, tidx)
@@ -346,7 +456,7 @@ class IndexTopk:
                     keys[j] = Uint32(0)
 
     @cute.jit
-    def guess(self, sample, k_seen, visible, limit, sNote, lane):
+    def guess(self, sample, k, visible, limit, sNote, lane):
         """sNote[1:3]: the least key of the window, and one that few keys are beyond. By the first warp.
 
         They are 1 and the highest one where the sample says nothing.
@@ -363,7 +473,7 @@ class IndexTopk:
         n, total, squares = (self.sum_warp(v) for v in (n, total, squares))
         mean = total * approximately("rcp", n)
         deviation = approximately("sqrt", squares * approximately("rcp", n) - mean * mean)
-        share = Float32(k_seen) * approximately("rcp", Float32(visible))
+        share = Float32(k) * approximately("rcp", Float32(visible))
         # Abramowitz and Stegun, 26.2.22: the quantile of the smaller tail, within 0.003
         t = approximately("sqrt", Float32(-1.3862944) * approximately("lg2", cutlass.min(share, Float32(1.0) - share)))
         over = Float32(1.0) + Float32(0.99229) * t + Float32(0.04481) * t * t
@@ -402,15 +512,12 @@ class IndexTopk:
         return x
 
     @cute.jit
-    def search(self, keys, sample, k_seen, visible, limit, sHist, sTotal, sNote, tidx):
+    def search(self, keys, k_seen, sHist, sTotal, sNote, tidx):
         """least, most, need, inside: keys above `most` are chosen, and `need` of the `inside` ones from least to most.
 
         There are no more inside than needed, or few of them, or they are all equal.
         """
         c = self.config
-        if tidx < 32:
-            self.guess(sample, k_seen, visible, limit, sNote, tidx)
-        cute.arch.sync_threads()
         least, beyond = sNote[1], sNote[2]
         most, need, inside = Uint32(0xFFFFFFFF), k_seen, Int32(0)
         shift, half, searching = cutlass.max(log2_range(beyond - least), 1), Int32(0), Int32(1)
@@ -669,31 +776,37 @@ _GMEM = cute.AddressSpace.gmem
 _TYPES = (Float32, Int32, Int32, Int32, Int32)  # scores, table, positions, sequence_ids, out
 
 
-def _arguments(pointers: tuple[int, ...], sizes: tuple[int, int, int, int], strides: tuple[int, int]) -> list[Any]:
-    """All but the stream. sizes: tokens, entries, k, ratio; strides: of scores and of the table."""
+def _arguments(pointers: tuple[int, ...], sizes: tuple[int, ...], strides: tuple[int, int]) -> list[Any]:
+    """All but the stream. sizes: tokens, entries, k, ratio, ctas; strides: of scores and of the table."""
     made = [make_ptr(t, p, _GMEM, assumed_align=4) for t, p in zip(_TYPES, pointers, strict=True)]
     return [*made, *(Int32(x) for x in sizes), *(Int64(x) for x in strides)]
 
 
 def _fake_arguments() -> list[Any]:
-    return [*_arguments((16,) * 5, (1, 1, 1, 1), (1, 1)), make_fake_stream()]
+    return [*_arguments((16,) * 5, (1,) * 5, (1, 1)), make_fake_stream()]
 
 
-def _variant(m: int, page_size: int) -> Variant:
-    return Variant(page=page_size, eager=m <= FEW_QUERIES)
+def _variant(config: Config, m: int, entries: int, page_size: int, row_bytes: int = 16) -> Variant:
+    """row_bytes: rows begin at its multiples. Those that bulk copies cannot read are read by threads."""
+    eager = m <= FEW_QUERIES
+    return Variant(
+        page=page_size,
+        eager=eager,
+        streams=not eager and config.cluster == 1 and entries % 4 == 0 and row_bytes % 16 == 0,
+    )
 
 
 def build(problem: IndexTopkProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU. Raises ValueError for what `supports` refuses."""
     if reason := supports(problem, config):
         raise ValueError(reason)
-    kernel = IndexTopk(config, _variant(problem.m, problem.page_size))
+    kernel = IndexTopk(config, _variant(config, problem.m, problem.entries, problem.page_size))
     return cross.build(kernel, *_fake_arguments(), arch=arch)
 
 
 def build_key(problem: IndexTopkProblem, config: Config) -> tuple[Any, ...]:
     """What of a problem `build` depends on."""
-    return problem.page_size, problem.m <= FEW_QUERIES
+    return (_variant(config, problem.m, problem.entries, problem.page_size),)
 
 
 @functools.cache
@@ -722,18 +835,28 @@ def launch(
         return
     if reason := supports(IndexTopkProblem(m=tokens, entries=entries, topk=k, page_size=page_size), config):
         raise ValueError(reason)
+    arch, row = dispatch.target_of(out.device).arch, _row_stride(logits)
+    variant = _variant(config, tokens, entries, page_size, math.gcd(logits.data_ptr(), 4 * row))
+    ctas = programs(config, streams=True) * _sm_count(out.device, arch) if variant.streams else 0
     operands = (logits, block_table, positions, sequence_ids, out)
     arguments = _arguments(
         tuple(x.data_ptr() for x in operands),
-        (tokens, entries, k, ratio),
-        (_row_stride(logits), _row_stride(block_table)),
+        (tokens, entries, k, ratio, ctas),
+        (row, _row_stride(block_table)),
     )
-    function = compiled(config, _variant(tokens, page_size), dispatch.target_of(out.device).arch)
+    function = compiled(config, variant, arch)
     if out.device.type == "cuda":
         with torch.cuda.device(out.device):
             function(*arguments, cuda.CUstream(torch.cuda.current_stream().cuda_stream))
     else:  # CPU tensors, where an emulator stands in for the CUDA runtime
         function(*arguments, cuda.CUstream(0))
+
+
+@functools.cache
+def _sm_count(device: torch.device, arch: str) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return SM_COUNT[arch]
 
 
 def _row_stride(x: Tensor) -> int:

@@ -1,14 +1,14 @@
 """The indexer's queries: RoPE, optionally Hadamard, then the rounding that keys of an index format get when stored.
 
-Memory bound: reads and writes 2 bytes a dim (BF16). One program block_h heads of one token. What is rounded comes out
-as numbers again, every format but fp32 exactly in BF16; or, in fp8, as E4M3 bytes, for `index_logits` to multiply,
-while the power of two of a head goes into its weight.
+Memory bound: reads and writes 2 bytes a dim (BF16). One program block_h heads of one token, `turns` times. What is
+rounded comes out as numbers again, every format but fp32 exactly in BF16; or, in fp8, as E4M3 bytes, for `index_logits`
+to multiply, while the power of two of a head goes into its weight.
 
 A head is held in pieces of 32 columns, a block of mxfp4 each, by LANES threads of VECTOR adjacent columns: all stays
 within a thread, but for as many levels of the Hadamard transform and maxima. Pieces without RoPE look up no angle.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .nvfp4 import e2m1_round, e4m3_to_f32, magnitude_bits, most_of_eight, narro
 from .rope import head_strides, refuse_heads, turn_pairs
 from .rounding import CVT, bf16_bits, e4m3_bits, e8m0_of_6, e8m0_of_448, e8m0_reciprocal, rounded
 
+PROGRAMS, MOST_TURNS = 8192, 8  # programs of one warp, of which an H100 holds 4224
 PIECE = tl.constexpr(_MX_BLOCK)
 # two BF16 numbers over powers of two 2^e, e + 127 in $2 and $3, to E2M1 and back: beyond 64, 128 and 256 BF16 numbers
 # lie 1/2, 1 and 2 apart, as E2M1's do up to 2, 4 and 6
@@ -55,18 +56,19 @@ mul.rn.bf16x2 $0, a, scale;
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A head by `lanes` threads, as many heads of a token a program as fill its warps."""
+    """A head by `lanes` threads, as many heads of a token a program as fill its warps, the next ones after that."""
 
     num_warps: int = 4
     lanes: int = 4
+    turns: int = 1
 
     @property
     def block_h(self) -> int:
-        """Heads of a program."""
+        """Heads of a program at a time."""
         return 32 * self.num_warps // self.lanes
 
 
-SPACE = {"num_warps": (1, 2, 4, 8), "lanes": (4, 8, 16)}
+SPACE = {"num_warps": (1, 2, 4, 8), "lanes": (4, 8, 16), "turns": (1, 2, 4, 8, 16)}
 
 
 def supports(problem: IndexQueryProblem, config: Config) -> str | None:
@@ -82,6 +84,8 @@ def supports(problem: IndexQueryProblem, config: Config) -> str | None:
         return f"mxfp4 has blocks of {_MX_BLOCK} dims, got head_dim={p.head_dim}"
     if why := refuse_heads(p.head_dim, p.rope_dim, p.x):
         return why
+    if config.block_h * (config.turns - 1) >= p.heads:
+        return f"{p.heads} heads are too few for {config.turns} turns of {config.block_h}"
     held = triton.cdiv(p.head_dim, _MX_BLOCK) * _MX_BLOCK // config.lanes
     if held > host.MOST:
         return f"head_dim={p.head_dim} lanes={config.lanes}: {held} elements a thread, more than {host.MOST}"
@@ -89,9 +93,14 @@ def supports(problem: IndexQueryProblem, config: Config) -> str | None:
 
 
 def default(problem: IndexQueryProblem) -> Config:
-    """One warp (four took twice as long): for many tokens eight heads a program, for few as few columns a thread."""
+    """One warp (four took twice as long): for many tokens four or eight heads at a time, for few as few columns a
+    thread. What an H100 holds twice over need not be more programs: they take turns.
+    """
     many = problem.m * problem.heads >= 1 << 13 and problem.head_dim <= 256
-    return Config(num_warps=1, lanes=4 if many else 16)
+    config = Config(num_warps=1, lanes=(8 if problem.hadamard else 4) if many else 16)
+    blocks = triton.cdiv(problem.heads, config.block_h)
+    turns = max(1, min(blocks, MOST_TURNS, problem.m * blocks // PROGRAMS))
+    return replace(config, turns=1 << turns.bit_length() - 1)
 
 
 @triton.jit
@@ -115,12 +124,13 @@ def _e2m1_round(t):
 def _index_query(
     q_ptr, stride_m, stride_h, positions_ptr, table_ptr, out_ptr, weights_ptr, stride_w, scaled_ptr, HEADS,
     FORMAT: tl.constexpr, HADAMARD: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_H: tl.constexpr, LANES: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    round_heads(
-        tl.program_id(0), tl.program_id(1), q_ptr, stride_m, stride_h, positions_ptr, table_ptr, out_ptr, weights_ptr,
-        stride_w, scaled_ptr, HEADS, FORMAT, HADAMARD, HEAD_DIM, ROPE_DIM, BLOCK_H, LANES,
-    )  # fmt: skip
+    for turn in range(TURNS):
+        round_heads(
+            tl.program_id(0), tl.program_id(1) * TURNS + turn, q_ptr, stride_m, stride_h, positions_ptr, table_ptr,
+            out_ptr, weights_ptr, stride_w, scaled_ptr, HEADS, FORMAT, HADAMARD, HEAD_DIM, ROPE_DIM, BLOCK_H, LANES,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -307,8 +317,8 @@ def launch(
         return
     scaled = (None, 0, None) if weights is None else (weights[0], host.row_stride(weights[0]), weights[1])
     operands = (q, *head_strides(q), positions, table, out, *scaled, heads)
-    constants = _constants(format, hadamard, head_dim, table.shape[1], config)
-    grid = (m, triton.cdiv(heads, config.block_h))
+    constants = _constants(format, hadamard, head_dim, table.shape[1], config) | {"TURNS": config.turns}
+    grid = (m, triton.cdiv(heads, config.block_h * config.turns))
     _index_query[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
 
 
@@ -333,6 +343,7 @@ def build(problem: IndexQueryProblem, config: Config, arch: str) -> Built:
     types = {"q_ptr": f"*{problem.x}", "stride_m": "i32", "stride_h": "i32", "positions_ptr": "*i32"}
     types |= {"table_ptr": "*fp32", "out_ptr": "*u8" if problem.codes else f"*{problem.x}", "HEADS": "i32"}
     constants = _constants(problem.format, bool(problem.hadamard), problem.head_dim, problem.rope_dim, config)
+    constants["TURNS"] = config.turns
     if problem.codes:
         types |= {"weights_ptr": "*fp32", "stride_w": "i32", "scaled_ptr": "*fp32"}
     else:

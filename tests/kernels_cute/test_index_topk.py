@@ -15,7 +15,7 @@ from ptx_emulator import emulate
 
 from ..index_scores import INF, NAN, check_in_a_graph, rows
 
-DEFAULTS = [(1, 8192), (4096, 8192), (4096, 16384), (4, 32768), (4, 262144)]
+DEFAULTS = [(1, 8192), (4096, 8192), (4096, 16384), (4, 32768), (4, 262144), (64, 262144)]
 CONFIGS = list(dict.fromkeys(kernel.default(IndexTopkProblem(m=m, entries=n, topk=1024)) for m, n in DEFAULTS))
 
 
@@ -54,11 +54,15 @@ def test_compiles_without_spills(m, entries, arch):
     assert resources(build(problem, kernel.default(problem), arch)).spill_bytes == 0
 
 
-def test_no_score_is_read_twice():
-    """In straight code, a load, a bin and a ballot for each score of a thread; the sample's and -inf's loads beside."""
-    code = sass(build(IndexTopkProblem(m=4096, entries=8192, topk=1024), Config(), "sm_90a"))
+@pytest.mark.parametrize(("m", "entries"), [(4096, 8192), (4096, 8190), (132, 8192)])
+def test_no_score_is_read_twice(m, entries):
+    """In straight code, a load and a bin for each score of a thread, and the sample's loads beside; or copies of whole
+    rows, that of a CTA's first query and those of the others."""
+    code = sass(build(IndexTopkProblem(m=m, entries=entries, topk=1024), Config(), "sm_90a"))
     each, sampled = Config().each, kernel.SAMPLES // 32
-    assert code.count("LDG.E.CONSTANT") == 2 * each + sampled  # whole runs, and ragged ones
+    loads, copies = (0, 2) if m > kernel.FEW_QUERIES and entries % 4 == 0 else (2 * each + sampled, 0)
+    assert code.count("LDG.E.CONSTANT") == loads  # whole runs, and ragged ones
+    assert code.count("UBLKCP") == copies
     assert code.count("ATOMS.POPC.INC") == each
 
 
@@ -74,6 +78,43 @@ def test_no_score_is_read_twice():
 )
 def test_rows_of_every_kind(entries, topk, page, config, emulated):
     check(rows(entries, torch.device("cpu"), page), topk, config, page)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "entries", "before", "behind", "ctas"),
+    [
+        ("late", 1000, 4, 8, 4),
+        ("eager", 60, 0, 0, 4),
+        ("late", 60, 3, 1, 12),
+        ("eager", 60, 4, 1, 12),
+        ("late", 62, 0, 2, 12),
+    ],
+)
+def test_queries_in_turn(schedule, entries, before, behind, ctas, monkeypatch):
+    """Twelve by four CTAs, the scores of the next on their way while slots are chosen. Rows that no bulk copy can read
+    have a CTA each."""
+    monkeypatch.setattr(kernel, "compiled", for_emulator)
+    monkeypatch.setattr(kernel, "FEW_QUERIES", 0)
+    monkeypatch.setattr(kernel, "_sm_count", lambda device, arch: 1)
+    config = Config(threads=256, each=4)
+    assert kernel.programs(config, streams=True) == 4
+    x = rows(entries, torch.device("cpu"), 32)
+    x["logits"] = torch.nn.functional.pad(x["logits"], (before, behind), value=NAN)[:, before : before + entries]
+    with emulate("sm_90a", schedule=schedule) as device:
+        check(x, 300 if entries > 300 else 64, config, 32)
+    assert [launch.grid for launch in device.launches] == [(ctas, 1, 1)]
+
+
+@pytest.mark.parametrize("config", [c for c in testing.configs(kernel) if c.cluster == 1], ids=str)
+def test_shared_memory_and_registers_are_enough_for_all_programs(config):
+    problem = IndexTopkProblem(m=4096, entries=config.capacity, topk=1024)
+    built = build(problem, config, "sm_90a")
+    found = resources(built)
+    assert built.shared_bytes <= kernel.shared_bytes(config)
+    programs = kernel.programs(config, streams=True)
+    assert programs * (kernel.shared_bytes(config) + 1024) <= kernel.SM_SHARED_BYTES
+    assert found.spill_bytes == 0
+    assert found.registers * config.threads * programs <= 65536
 
 
 @pytest.mark.parametrize(("entries", "cluster"), [(8, 1), (40, 1), (40, 4)])

@@ -71,9 +71,10 @@ def test_head_dims(format, device):
 
 @pytest.mark.parametrize("config", testing.configs(kernel), ids=str)
 def test_every_config(config, device):
-    problem = IndexQueryProblem(m=2, format="mxfp4", hadamard=1, heads=9)
+    heads = max(9, config.block_h * config.turns - 1)
+    problem = IndexQueryProblem(m=2, format="mxfp4", hadamard=1, heads=heads)
     assert kernel.supports(problem, config) is None
-    check(queries(2, 9, 128, device), [3, 4], "mxfp4", True, config, torch.rand(5, 64))
+    check(queries(2, heads, 128, device), [3, 4], "mxfp4", True, config, torch.rand(5, 64))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -172,6 +173,20 @@ def test_refusals():
     )
     assert why(format="fp8", head_dim=512) == "head_dim=512 lanes=4: 128 elements a thread, more than 64"
     assert why(format="mxfp4", head_dim=80) == "mxfp4 has blocks of 32 dims, got head_dim=80"
+    few = IndexQueryProblem(m=1, format="fp8", heads=32)
+    assert kernel.supports(few, kernel.Config(turns=2)) == "32 heads are too few for 2 turns of 32"
+
+
+def test_programs_take_turns_where_there_would_be_many():
+    turns = {}
+    for m in (1, 64, 600, 1024, 4096, 16384):
+        for hadamard in (0, 1):
+            problem = IndexQueryProblem(m=m, format="fp8", hadamard=hadamard)
+            config = kernel.default(problem)
+            assert kernel.supports(problem, config) is None
+            turns[m, hadamard] = config.turns
+    assert [turns[m, 0] for m in (1, 64, 600, 1024, 4096, 16384)] == [1, 1, 1, 1, 4, 8]
+    assert [turns[m, 1] for m in (1, 64, 600, 1024, 4096, 16384)] == [1, 1, 1, 2, 8, 8]
 
 
 @pytest.mark.gpu
