@@ -89,9 +89,9 @@ def test_compress_kv_in_parts(arch, m, sequences, pool):
 
 
 def test_compress_kv_pair(pool):
-    """Single tokens, and a step longer than the ring; columns of one wide tensor. The code spills nothing, in the format
-    of entries that takes most registers, and computes as the reference does. For sm_100a: it takes Triton a minute, and
-    on sm_90a the tests on a GPU run it.
+    """Single tokens, and a step longer than the ring; columns of one wide tensor. The code spills nothing, with entries
+    of the format that takes most registers, and computes as the reference does. For sm_100a: it takes Triton a minute,
+    and on sm_90a the tests on a GPU run it.
     """
     problem = CompressKvPairProblem(
         m=2, sequences=2, ratio=4, overlaps=2, head_dim=512, rope_dim=64, format="fp8_ds_mla", key_dim=128,
