@@ -247,12 +247,12 @@ def test_empty_m_is_nothing_to_do():
 def test_in_the_emulator(config, schedule, monkeypatch):
     """Ragged m and n, several tiles a CTA; every element against the FP64 product, every access against the others'."""
     kernel.compiled.cache_clear()
-    monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 1 + config.tail)
+    monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 3 if config.tail > 1 else 1)
     step = config.tile_k * config.paired * config.groups_k * config.split
     rounds = max(2, -(-config.stages * config.tile_k // step))
     k = rounds * step if config.split == 1 else 2 * step - config.tile_k * config.paired
-    tiles = 1 if config.split > 1 else 2
-    rows = 1 if config.tile_m > 64 and config.tail == 1 and not config.overlap else tiles
+    tiles = config.tail  # beside a ragged one
+    rows = 1 if config.split > 1 or (config.tile_m > 64 and config.tail == 1 and not config.overlap) else 2
     n = 2 * config.rows if config.overlap else -(-config.tile_n * tiles // 64) * 64 + 64
     out = emulated_out(config)
     problem = Problem(m=rows * config.tile_m - 3, n=n, k=k, out=out, segments=2)

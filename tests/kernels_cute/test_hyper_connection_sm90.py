@@ -138,10 +138,10 @@ def test_terms_of_fn(kind, one_cluster):
 
 
 def test_pre_in_the_emulator(one_cluster):
-    """Rows that no token has; what is not finite stays in its token; y is not normed."""
-    case = testing.case(HyperConnectionPreProblem(m=13, k=1024), "cpu", 1)
+    """A group of columns a CTA; rows that no token has; what is not finite stays in its token; y is not normed."""
+    case = testing.case(HyperConnectionPreProblem(m=13, k=512), "cpu", 1)
     h, fn, base, scale, _, *numbers = case.operands
-    h[4, 3, 1023], h[9, 0, 0], h[12, 1, 77] = torch.inf, torch.nan, -torch.inf
+    h[4, 3, 511], h[9, 0, 0], h[12, 1, 77] = torch.inf, torch.nan, -torch.inf
     case.poison()
     with emulate("sm_90a", schedule="late") as gpu:
         hyper_connection_pre_sm90.launch(h, fn, base, scale, None, *numbers, case.out, Config(block_m=16, cluster=8))

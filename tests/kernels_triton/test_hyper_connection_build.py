@@ -111,7 +111,6 @@ def test_other_types_compile(x, pool):
             (x, 7168, default(1, True, x), "sm_90a"),
             {"outputs": 24, "post": True},
         ),
-        (hyper_connection.build_sums, (x, 7168, default(1, False, x), "sm_90a"), {"outputs": 24}),
         (hyper_connection.build_fold, (x, 7168, default(1, False, x), "sm_90a"), {"sinkhorn": True}),
         (
             hyper_connection_post.build,
@@ -119,6 +118,8 @@ def test_other_types_compile(x, pool):
             {},
         ),
     ]
+    if x == "fp32":  # products of the streams as they are read
+        jobs.append((hyper_connection.build_sums, (x, 7168, default(1, False, x), "sm_90a"), {"outputs": 24}))
     for b in compiled(pool, jobs):
         assert built.resources(b).spill_bytes <= 64  # products outside of tensor cores: right, not fast
 
