@@ -38,7 +38,7 @@ from fp4suite.reference.sample import MASS_BITS
 
 from . import build as cross
 from .hyper_connection_sm90 import add, bits, fma, mul, number
-from .index_topk import add_lanes, highest_bit, load_peer, plus_zero, store_peer, take_place
+from .index_topk import add_lanes, highest_bit, plus_zero
 
 ARCH = "sm_90a"
 TYPES = {"fp32": (Float32, torch.float32), "bf16": (BFloat16, torch.bfloat16), "fp16": (Float16, torch.float16)}
@@ -76,15 +76,28 @@ class Config:
         return self.threads * self.each * self.cluster
 
     @property
-    def parts_bytes(self) -> tuple[int, int]:
-        """What CTAs send each other of their sums: room for BINS, which FINE take in turn with that of their own."""
-        return self.cluster * BINS * 8, self.cluster * FINE * 12
+    def rooms(self) -> dict[str, int]:
+        """Shared memory by what it is for, in bytes."""
+        warps = self.cluster * self.threads // 32
+        return {
+            "x": 4 * self.threads * self.each,
+            "bins": 2 * LOW,
+            "parts": self.cluster * BINS * 8,  # of sums, from each CTA
+            "fine_parts": self.cluster * FINE * 12,
+            "sums": BINS * 8,
+            "fine_sums": FINE * 8,
+            "numbers": FINE * 8,  # of tokens in FINE bins, and in those of CTAs before this one
+            "extremes": 8 * warps,
+            "counts": 4 * warps,
+            "listed": FEW * 16,
+            "signs": 4 * self.cluster,
+            "note": 32,  # how many tokens of this CTA have been listed in either search; token and mass
+            "barriers": 16,
+        }
 
     @property
     def shared_bytes(self) -> int:
-        heads = 3 * 4 * self.cluster * self.threads // 32
-        sums = (BINS + FINE) * 8 + FINE * 4
-        return 4 * self.threads * self.each + 2 * LOW + sum(self.parts_bytes) + sums + heads + FEW * 24 + 64
+        return sum(-(-size // 16) * 16 for size in self.rooms.values())
 
 
 SPACE = {"threads": (256, 512, 1024), "each": (16, 32), "cluster": (1, 2, 4, 8, 16)}
@@ -195,10 +208,23 @@ def store_mass(address: Int32, mass: Int64, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def push_mass(address: Int32, rank: Int32, mass: Int64, *, loc=None, ip=None):
-    """To the shared memory of a CTA of the cluster, at this CTA's address of it."""
-    asm = "{ .reg .b32 r; mapa.shared::cluster.u32 r, $0, $1; st.shared::cluster.b64 [r], $2; }"
-    llvm.inline_asm(None, _operands((address, rank, mass), loc, ip), asm, "r,r,l", has_side_effects=True, loc=loc, ip=ip)
+def push(address: Int32, barrier: Int32, rank: Int32, words, *, loc=None, ip=None):
+    """Words to a CTA of the cluster, to shared memory that a barrier counts; addresses are as in this CTA."""
+    n = len(words)
+    vector, values = ("", "$3") if n == 1 else (f".v{n}", "{" + ", ".join(f"${3 + i}" for i in range(n)) + "}")
+    asm = (
+        "{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, $0, $2; mapa.shared::cluster.u32 bar, $1, $2; "
+        f"st.async.weak.shared::cluster.mbarrier::complete_tx::bytes{vector}.b32 [to], {values}, [bar]; }}"
+    )
+    args = _operands((address, barrier, rank, *words), loc, ip)
+    llvm.inline_asm(None, args, asm, ",".join("r" * (3 + n)), has_side_effects=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def take_place(address: Int32, *, loc=None, ip=None) -> Int32:
+    """Adds 1 to a word of shared memory; what it was."""
+    args, asm = _operands((address,), loc, ip), "atom.shared.add.u32 $0, [$1], 1;"
+    return Int32(llvm.inline_asm(T.i32(), args, asm, "=r,r", has_side_effects=True, loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -316,9 +342,19 @@ class SampleSm90:
         tidx, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         row, rank = block // c.cluster, block % c.cluster
+        smem = SmemAllocator()
+        barriers = smem.allocate_array(Int64, 2)
+        room = {
+            name: Int32(smem.allocate_tensor(Uint32, cute.make_layout(-(-n // 16) * 4), byte_alignment=16).iterator.toint())
+            for name, n in c.rooms.items()
+            if name != "barriers"
+        }
+        if tidx == 0:
+            for i in cutlass.range_constexpr(2):
+                cute.arch.mbarrier_init(barriers + i, 1)
+        cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(c.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
-        room = self.room()
         share = (vocab + (8 * c.cluster - 1)) // (8 * c.cluster) * 8  # a CTA's
         first = rank * share
         n = cutlass.max(cutlass.min(vocab - first, share), 0)
@@ -330,69 +366,52 @@ class SampleSm90:
             if at < 2 * LOW:
                 store4(room["bins"] + at, zeros)
         if tidx == 0:
-            store4(room["note"], zeros)  # how many tokens have been listed, for each search
+            store4(room["note"], zeros)
         heat, top_p, uniform = (x[row] for x in asked)
         if cutlass.const_expr(c.cluster > 1):
-            cute.arch.cluster_wait()
-        top_key, _ = self.extremes(room["heads"], key_of(most), key_of(most), rank, tidx)
+            cute.arch.cluster_wait()  # nobody may signal a barrier that is not there yet
+        cute.arch.sync_threads()
+        key = key_of(plus_zero(most))
+        top_key, _ = self.extremes(room, barriers, Int32(0), key, key, rank, tidx)
         top = number_of(top_key)
 
         finite = cutlass.max(top, -top) < INF
         weighs = finite and heat == heat and heat != 0.0
-        token, key, nth = Int32(-1), top_key, Int32(0)
+        token, key, nth, turn = Int32(-1), top_key, Int32(0), Int32(1)
         if weighs:
             scales = self.scales(top, heat)
             self.weigh(room, scales, tidx)
-            token, key, nth = self.draw(room, scales, top_p, uniform, rank, first, tidx)
+            token, key, nth, turn = self.draw(room, barriers, scales, top_p, uniform, rank, first, tidx)
         if token < 0:
-            before, own, total = self.count(room, key, n, rank, tidx)
+            before, own, total = self.count(room, barriers, turn, key, n, rank, tidx)
             if not weighs and heat != 0.0:
                 nth = self.among_tops(total, top_p, uniform)
             if before <= nth and nth < before + own:
                 self.write_nth(room["x"], key, n, nth - before, first, mOut, row, tidx)
         elif rank == 0 and tidx == 0:
             mOut[row] = Int64(token)
-        if cutlass.const_expr(c.cluster > 1):  # while others may read this CTA's memory
+        if cutlass.const_expr(c.cluster > 1):  # a CTA stays until its peers have what they wait for
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
 
-    def room(self):
-        """Addresses in shared memory."""
-        c, smem = self.config, SmemAllocator()
+    # --- what CTAs send each other ------------------------------------------------------------------------------------
 
-        def address(size):
-            tensor = smem.allocate_tensor(Uint32, cute.make_layout(-(-size // 16) * 4), byte_alignment=16)
-            return Int32(tensor.iterator.toint())
-
-        heads = 4 * c.cluster * self.warps
-        return {
-            "x": address(4 * c.threads * c.each),
-            "bins": address(2 * LOW),
-            "parts": [address(size) for size in c.parts_bytes],
-            "sums": address(BINS * 8),
-            "fine": address(FINE * 8),
-            "numbers": address(FINE * 4),
-            "heads": address(2 * heads),
-            "counts": address(heads),
-            "listed": address(FEW * 8),
-            "entries": address(FEW * 16),
-            "note": address(32),
-        }
+    def barrier(self, barriers, turn):
+        """Address of a turn's. Two take turns: who has what all have sent is a turn ahead of others at most."""
+        return Int32(barriers.toint()) + 8 * (turn % 2)
 
     @cute.jit
-    def meet(self):
-        """All of the row's threads."""
-        if cutlass.const_expr(self.config.cluster > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()
+    def receive(self, barriers, turn, size, tidx):
+        """Waits for a turn's bytes, which are from all CTAs."""
+        if tidx == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(barriers + turn % 2, size)
+        cute.arch.mbarrier_wait(barriers + turn % 2, turn // 2 % 2)
 
     # --- load ---------------------------------------------------------------------------------------------------------
 
     @cute.jit
     def load_row(self, room, source, n, tidx):
-        """This CTA's logits to shared memory, -inf behind them and no -0 among them; the largest of this thread's."""
+        """This CTA's logits to shared memory, -inf behind them; the largest of this thread's."""
         c, size = self.config, self.element_bits
         a_vector = 128 // size
         most = Float32(-INF)
@@ -403,7 +422,7 @@ class SampleSm90:
                 nothing = {"fp32": 0xFF800000, "bf16": 0xFF80FF80, "fp16": 0xFC00FC00}[self.x]
                 words.append(fetch_words(source + Int64(at) * (size // 8), at < n, nothing))
             for i in cutlass.range_constexpr(c.each // a_vector):
-                x = [plus_zero(v) for word in words[i] for v in self.widen(word)]
+                x = [v for word in words[i] for v in self.widen(word)]
                 for v in x:
                     most = larger(most, v)
                 at = room + (i * c.threads + tidx) * (4 * a_vector)
@@ -414,7 +433,7 @@ class SampleSm90:
                 at = j * c.threads + tidx
                 x = Float32(-INF)
                 if at < n:
-                    x = plus_zero(self.widen(fetch_bits(source + Int64(at) * (size // 8), size))[0])
+                    x = self.widen(fetch_bits(source + Int64(at) * (size // 8), size))[0]
                 most = larger(most, x)
                 store(room + 4 * at, bits(x))
         return most
@@ -428,21 +447,19 @@ class SampleSm90:
         return [number(word << Uint32(16)), number(word & Uint32(0xFFFF0000))]
 
     @cute.jit
-    def extremes(self, heads, high, low, rank, tidx):
+    def extremes(self, room, barriers, turn, high, low, rank, tidx):
         """The largest of `high` and the smallest of `low` over the cluster."""
         c, warps = self.config, self.warps
         lane = tidx % 32
         high, low = over_lanes("max", high), over_lanes("min", low)
-        place = heads + 4 * (rank * warps + tidx // 32)
-        behind = 4 * c.cluster * warps
         if lane < c.cluster:
-            store_peer(place, lane, Uint32(high))
-            store_peer(place + behind, lane, Uint32(low))
-        self.meet()
+            to = room["extremes"] + 8 * (rank * warps + tidx // 32)
+            push(to, self.barrier(barriers, turn), lane, [high, low])
+        self.receive(barriers, turn, 8 * c.cluster * warps, tidx)
         for i in cutlass.range_constexpr(-(-c.cluster * warps // 32)):
-            at = heads + 4 * cutlass.min(32 * i + lane, c.cluster * warps - 1)
+            at = room["extremes"] + 8 * cutlass.min(32 * i + lane, c.cluster * warps - 1)
             high = cutlass.max(high, Int32(load(at)))
-            low = cutlass.min(low, Int32(load(at + behind)))
+            low = cutlass.min(low, Int32(load(at + 4)))
         return over_lanes("max", high), over_lanes("min", low)
 
     # --- masses -------------------------------------------------------------------------------------------------------
@@ -526,16 +543,16 @@ class SampleSm90:
             at += 16 * c.threads
 
     @cute.jit
-    def send(self, room, parts, rank, bins: cutlass.Constexpr, tidx):
+    def send(self, room, barrier, rank, bins: cutlass.Constexpr, tidx):
         """The CTA's sums to all CTAs, and with FINE bins the numbers of tokens; they are 0 then."""
         c = self.config
         for i in cutlass.range_constexpr(-(-4 * bins // c.threads)):
             task = i * c.threads + tidx
             if task < 4 * bins:  # or not, for all of a warp
-                self.send_bin(room, parts, rank, bins, task // 4, task % 4)
+                self.send_bin(room, barrier, rank, bins, task // 4, task % 4)
 
     @cute.jit
-    def send_bin(self, room, parts, rank, bins: cutlass.Constexpr, bin, part):
+    def send_bin(self, room, barrier, rank, bins: cutlass.Constexpr, bin, part):
         """Four threads do, a quarter of the columns each."""
         c, zeros = self.config, [Uint32(0)] * 4
         at = room["bins"] + bin * BIN_BYTES + 16 * part
@@ -553,28 +570,31 @@ class SampleSm90:
             mass = mass + other_lane(mass, "bfly", step)
             if cutlass.const_expr(bins == FINE):
                 tokens = tokens + cute.arch.shuffle_sync_bfly(tokens, step)
-        place = rank * bins + bin
+        place, parts = rank * bins + bin, room["fine_parts" if bins == FINE else "parts"]
         for p in cutlass.range_constexpr(0, c.cluster, 4):
             if p + part < c.cluster:
-                push_mass(parts + 8 * place, p + part, mass)
+                push(parts + 8 * place, barrier, p + part, [Uint32(mass), Uint32(mass >> 32)])
                 if cutlass.const_expr(bins == FINE):
-                    store_peer(parts + (c.cluster * FINE * 8) + 4 * place, p + part, tokens)
+                    push(parts + (c.cluster * FINE * 8) + 4 * place, barrier, p + part, [tokens])
 
     @cute.jit
-    def add_up(self, parts, sums, numbers, bins: cutlass.Constexpr, tidx):
+    def add_up(self, room, rank, sums, bins: cutlass.Constexpr, tidx):
         """Over the CTAs: the mass of all bins up to each; of FINE bins how many tokens are in each."""
-        c = self.config
+        c, parts = self.config, room["fine_parts" if bins == FINE else "parts"]
         for i in cutlass.range_constexpr(-(-bins // c.threads)):
             bin = i * c.threads + tidx
             if bin < bins:
-                mass, tokens = Int64(0), Uint32(0)
+                mass, tokens, before = Int64(0), Uint32(0), Uint32(0)
                 for cta in cutlass.range_constexpr(c.cluster):
                     mass = mass + load_mass(parts + 8 * (cta * bins + bin))
                     if cutlass.const_expr(bins == FINE):
+                        if cta == rank:
+                            before = tokens
                         tokens = tokens + load(parts + (c.cluster * FINE * 8) + 4 * (cta * bins + bin))
                 store_mass(sums + 8 * bin, mass)
                 if cutlass.const_expr(bins == FINE):
-                    store(numbers + 4 * bin, tokens)
+                    store(room["numbers"] + 8 * bin, tokens)
+                    store(room["numbers"] + 8 * bin + 4, before)
         cute.arch.sync_threads()
         if tidx < 32:
             each = -(-bins // 32)
@@ -613,21 +633,21 @@ class SampleSm90:
     # --- drawing ------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def draw(self, room, scales, top_p, uniform, rank, first, tidx):
-        """The token; or -1, and the key of which it is the nth one."""
-        self.send(room, room["parts"][0], rank, BINS, tidx)
-        self.meet()
-        self.add_up(room["parts"][0], room["sums"], room["numbers"], BINS, tidx)
+    def draw(self, room, barriers, scales, top_p, uniform, rank, first, tidx):
+        """The token; or -1, and the key of which it is the nth one. The next turn."""
+        self.send(room, self.barrier(barriers, Int32(1)), rank, BINS, tidx)
+        self.receive(barriers, Int32(1), self.config.cluster * BINS * 8, tidx)
+        self.add_up(room, rank, room["sums"], BINS, tidx)
         total = load_mass(room["sums"] + 8 * (BINS - 1))
         need, search = self.limit(top_p, total), Int32(0)
         if need == total:  # the end of a nucleus of all tokens need not be looked for
             need, search = self.target(uniform, total) + 1, Int32(1)
-        token, key, nth, turn = Int32(-1), Int32(0), Int32(0), Int32(1)
+        token, key, nth, turn = Int32(-1), Int32(0), Int32(0), Int32(2)
         while search < 2:
-            token, key, nth, reached, turn = self.locate(room, scales, need, search, turn, rank, first, tidx)
+            token, key, nth, reached, turn = self.locate(room, barriers, turn, scales, need, search, rank, first, tidx)
             need = self.target(uniform, reached) + 1
             search += 1
-        return token, key, nth
+        return token, key, nth, turn
 
     def limit(self, top_p, total):
         """The mass that the nucleus has to reach."""
@@ -640,10 +660,11 @@ class SampleSm90:
         return cutlass.min(multiple(part, kept, "rmi"), kept - 1)
 
     @cute.jit
-    def locate(self, room, scales, need, search, turn, rank, first, tidx):
+    def locate(self, room, barriers, turn, scales, need, search, rank, first, tidx):
         """The first token with which the mass reaches `need`; or -1, and the key of which it is the nth one. The mass
-        with it. turn: which room the next parts go to.
+        with it; the next turn.
         """
+        cluster = self.config.cluster
         bin, above = self.search(room["sums"], need, BINS, tidx)
         low, high = self.edges(bin, scales)
         marks = self.mark(room["x"], low, high, tidx)
@@ -654,28 +675,29 @@ class SampleSm90:
             shift = cutlass.max(highest_bit(Uint32(most - least)) - (FINE.bit_length() - 2), 0)
             marks = self.weigh_marked(room, scales, marks, within, most, shift, tidx)
             cute.arch.sync_threads()
-            parts = cutlass.select_(turn == 0, room["parts"][0], room["parts"][1])
-            turn = 1 - turn
-            self.send(room, parts, rank, FINE, tidx)
-            self.meet()
-            self.add_up(parts, room["fine"], room["numbers"], FINE, tidx)
-            fine, before = self.search(room["fine"], need - above, FINE, tidx)
+            self.send(room, self.barrier(barriers, turn), rank, FINE, tidx)
+            self.receive(barriers, turn, cluster * FINE * 12, tidx)
+            turn += 1
+            self.add_up(room, rank, room["fine_sums"], FINE, tidx)
+            fine, before = self.search(room["fine_sums"], need - above, FINE, tidx)
             above += before
-            number = Int32(load(room["numbers"] + 4 * fine))
-            marks, own_high, own_low = self.narrow(room["x"], marks, fine, most, shift, tidx)
+            number = Int32(load(room["numbers"] + 8 * fine))
             if number <= FEW:
-                self.gather(room, scales, marks, number, search, first, tidx)
+                self.gather(room, self.barrier(barriers, turn), scales, marks, fine, most, shift, search, rank, first, tidx)
+                self.receive(barriers, turn, 16 * number + 4 * cluster, tidx)
                 token, reached = self.rank(room, number, need - above, tidx)
                 reached += above
                 searching = Int32(0)
             else:
-                most, least = self.extremes(room["heads"], own_high, own_low, rank, tidx)
+                marks, own_high, own_low = self.narrow(room["x"], marks, fine, most, shift, tidx)
+                most, least = self.extremes(room, barriers, turn, own_high, own_low, rank, tidx)
                 within = Int32(-1)
                 if most == least:
                     mass = self.mass(number_of(most), scales)
                     nth = Int32((need - 1 - above) // mass)
                     reached = above + Int64(nth + 1) * mass
                     searching = Int32(0)
+            turn += 1
         return token, most, nth, reached, turn
 
     @cute.jit
@@ -703,6 +725,10 @@ class SampleSm90:
                     marks = marks | Uint32(1 << (4 * i + j))
         return marks
 
+    def key_at(self, room, bit, tidx):
+        """Of the logit that a bit marks."""
+        return key_of(plus_zero(number(load(room + 4 * self.place(bit, tidx)))))
+
     def place(self, bit, tidx):
         """Of the logit that a bit marks, in the CTA's."""
         return (bit // 4 * self.config.threads + tidx) * 4 + bit % 4
@@ -720,7 +746,7 @@ class SampleSm90:
                 marks = marks ^ (Uint32(1) << Uint32(bit))
             else:
                 high, low = self.in_words(weight)
-                to = column + Int32(Uint32(most - key_of(x)) >> Uint32(shift)) * BIN_BYTES
+                to = column + Int32(Uint32(most - key_of(plus_zero(x))) >> Uint32(shift)) * BIN_BYTES
                 add_word(to, 0, high)
                 add_word(to, LOW, low)
                 add_word(to, COUNTS, Uint32(1))
@@ -733,7 +759,7 @@ class SampleSm90:
         while left != 0:
             bit = highest_bit(left)
             left = left ^ (Uint32(1) << Uint32(bit))
-            key = key_of(number(load(room + 4 * self.place(bit, tidx))))
+            key = self.key_at(room, bit, tidx)
             if Int32(Uint32(most - key) >> Uint32(shift)) == fine:
                 high, low = cutlass.max(high, key), cutlass.min(low, key)
             else:
@@ -741,25 +767,22 @@ class SampleSm90:
         return marks, high, low
 
     @cute.jit
-    def gather(self, room, scales, marks, number, search, first, tidx):
-        """Key, token and mass of what is marked in the cluster, in no certain order, to each CTA."""
-        listed, note = room["listed"], room["note"] + 4 * search
+    def gather(self, room, barrier, scales, marks, fine, most, shift, search, rank, first, tidx):
+        """Key, token and mass of all that is marked and in this bin, to each CTA, in no certain order."""
+        c, x = self.config, room["x"]
+        listed = room["listed"] + 16 * Int32(load(room["numbers"] + 8 * fine + 4))
         while marks != 0:
             bit = highest_bit(marks)
             marks = marks ^ (Uint32(1) << Uint32(bit))
-            at = self.place(bit, tidx)
-            to = listed + 8 * take_place(note, Int32(0))
-            store_peer(to, Int32(0), Uint32(key_of(number_at(room["x"] + 4 * at))))
-            store_peer(to + 4, Int32(0), Uint32(first + at))
-        self.meet()
-        for i in cutlass.range_constexpr(-(-FEW // self.config.threads)):
-            nth = i * self.config.threads + tidx
-            if nth < number:
-                key, token = (load_peer(listed + 8 * nth + j, Int32(0)) for j in (0, 4))
-                mass = self.mass(number_of(Int32(key)), scales)
-                to = room["entries"] + 16 * nth
-                store4(to, [key, token, Uint32(mass), Uint32(mass >> 32)])
-        cute.arch.sync_threads()
+            key = self.key_at(x, bit, tidx)
+            if Int32(Uint32(most - key) >> Uint32(shift)) == fine:
+                mass = self.mass(number_of(key), scales)
+                words = [key, first + self.place(bit, tidx), Uint32(mass), Uint32(mass >> 32)]
+                to = listed + 16 * take_place(room["note"] + 4 * search)
+                for cta in cutlass.range_constexpr(c.cluster):
+                    push(to, barrier, Int32(cta), words)
+        if tidx < c.cluster:  # so that nobody goes on before all are here
+            push(room["signs"] + 4 * rank, barrier, tidx, [Uint32(0)])
 
     @cute.jit
     def rank(self, room, number, need, tidx):
@@ -767,39 +790,39 @@ class SampleSm90:
         c = self.config
         for i in cutlass.range_constexpr(-(-FEW * RANKERS // c.threads)):
             task = i * c.threads + tidx
-            own = room["entries"] + 16 * cutlass.min(task // RANKERS, number - 1)
-            key, token, low, high = load4(own)
-            before = Int64(0)
-            for j in cutlass.range(task % RANKERS, number, RANKERS, unroll=1):
-                other_key, other, other_low, other_high = load4(room["entries"] + 16 * j)
-                if Int32(other_key) > Int32(key) or (other_key == key and other < token):
-                    before += (Int64(other_high) << 32) + Int64(other_low)
-            for step in (1, 2):
-                before = before + other_lane(before, "bfly", step)
-            upto = before + ((Int64(high) << 32) + Int64(low))
-            if task // RANKERS < number and before < need and need <= upto:
-                store_mass(room["note"] + 16, upto)
-                store(room["note"] + 24, token)
+            if i * c.threads < RANKERS * number:
+                key, token, low, high = load4(room["listed"] + 16 * cutlass.min(task // RANKERS, number - 1))
+                before = Int64(0)
+                for j in cutlass.range(task % RANKERS, number, RANKERS, unroll=1):
+                    other_key, other, other_low, other_high = load4(room["listed"] + 16 * j)
+                    if Int32(other_key) > Int32(key) or (other_key == key and other < token):
+                        before += (Int64(other_high) << 32) + Int64(other_low)
+                for step in (1, 2):
+                    before = before + other_lane(before, "bfly", step)
+                upto = before + ((Int64(high) << 32) + Int64(low))
+                if task // RANKERS < number and before < need and need <= upto:
+                    store_mass(room["note"] + 16, upto)
+                    store(room["note"] + 24, token)
         cute.arch.sync_threads()
         return Int32(load(room["note"] + 24)), load_mass(room["note"] + 16)
 
     # --- equals -------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def count(self, room, key, n, rank, tidx):
+    def count(self, room, barriers, turn, key, n, rank, tidx):
         """How many tokens with this key there are before this warp's, among them, and in the row."""
         c, warps = self.config, self.warps
         lane, warp = tidx % 32, tidx // 32
         wanted, own = bits(number_of(key)), Int32(0)
         for j in cutlass.range(c.each, unroll=4):
             at = (warp * c.each + j) * 32 + lane
-            if load(room["x"] + 4 * at) == wanted and at < n:
+            if bits(plus_zero(number(load(room["x"] + 4 * at)))) == wanted and at < n:
                 own += 1
         own = add_lanes(own)
         mine = rank * warps + warp
         if lane < c.cluster:
-            store_peer(room["counts"] + 4 * mine, lane, Uint32(own))
-        self.meet()
+            push(room["counts"] + 4 * mine, self.barrier(barriers, turn), lane, [own])
+        self.receive(barriers, turn, 4 * c.cluster * warps, tidx)
         before, total = Int32(0), Int32(0)
         for i in cutlass.range_constexpr(-(-c.cluster * warps // 32)):
             nth = 32 * i + lane
@@ -825,15 +848,11 @@ class SampleSm90:
         wanted = bits(number_of(key))
         for j in cutlass.range(c.each, unroll=1):
             at = (warp * c.each + j) * 32 + lane
-            here = load(room + 4 * at) == wanted and at < n
+            here = bits(plus_zero(number(load(room + 4 * at)))) == wanted and at < n
             equal = Uint32(cute.arch.vote_ballot_sync(here))
             if here and Int32(cute.arch.popc(equal & ((Uint32(1) << Uint32(lane)) - 1))) == nth:
                 mOut[row] = Int64(first + at)
             nth -= Int32(cute.arch.popc(equal))
-
-
-def number_at(address):
-    return number(load(address))
 
 
 # --- host -------------------------------------------------------------------------------------------------------------
