@@ -400,12 +400,23 @@ class SampleSm90:
         """Address of a turn's. Two take turns: who has what all have sent is a turn ahead of others at most."""
         return Int32(barriers.toint()) + 8 * (turn % 2)
 
+    def push(self, to, barrier, rank, words):
+        """Words to a CTA of the cluster."""
+        if self.config.cluster > 1:
+            push(to, barrier, rank, words)
+        else:
+            for i in range(len(words)):
+                store(to + 4 * i, Uint32(words[i]))
+
     @cute.jit
     def receive(self, barriers, turn, size, tidx):
         """Waits for a turn's bytes, which are from all CTAs."""
-        if tidx == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(barriers + turn % 2, size)
-        cute.arch.mbarrier_wait(barriers + turn % 2, turn // 2 % 2)
+        if cutlass.const_expr(self.config.cluster > 1):
+            if tidx == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(barriers + turn % 2, size)
+            cute.arch.mbarrier_wait(barriers + turn % 2, turn // 2 % 2)
+        else:
+            cute.arch.sync_threads()
 
     # --- load ---------------------------------------------------------------------------------------------------------
 
@@ -454,7 +465,7 @@ class SampleSm90:
         high, low = over_lanes("max", high), over_lanes("min", low)
         if lane < c.cluster:
             to = room["extremes"] + 8 * (rank * warps + tidx // 32)
-            push(to, self.barrier(barriers, turn), lane, [high, low])
+            self.push(to, self.barrier(barriers, turn), lane, [high, low])
         self.receive(barriers, turn, 8 * c.cluster * warps, tidx)
         for i in cutlass.range_constexpr(-(-c.cluster * warps // 32)):
             at = room["extremes"] + 8 * cutlass.min(32 * i + lane, c.cluster * warps - 1)
@@ -573,9 +584,9 @@ class SampleSm90:
         place, parts = rank * bins + bin, room["fine_parts" if bins == FINE else "parts"]
         for p in cutlass.range_constexpr(0, c.cluster, 4):
             if p + part < c.cluster:
-                push(parts + 8 * place, barrier, p + part, [Uint32(mass), Uint32(mass >> 32)])
+                self.push(parts + 8 * place, barrier, p + part, [Uint32(mass), Uint32(mass >> 32)])
                 if cutlass.const_expr(bins == FINE):
-                    push(parts + (c.cluster * FINE * 8) + 4 * place, barrier, p + part, [tokens])
+                    self.push(parts + (c.cluster * FINE * 8) + 4 * place, barrier, p + part, [tokens])
 
     @cute.jit
     def add_up(self, room, rank, sums, bins: cutlass.Constexpr, tidx):
@@ -780,9 +791,9 @@ class SampleSm90:
                 words = [key, first + self.place(bit, tidx), Uint32(mass), Uint32(mass >> 32)]
                 to = listed + 16 * take_place(room["note"] + 4 * search)
                 for cta in cutlass.range_constexpr(c.cluster):
-                    push(to, barrier, Int32(cta), words)
+                    self.push(to, barrier, Int32(cta), words)
         if tidx < c.cluster:  # so that nobody goes on before all are here
-            push(room["signs"] + 4 * rank, barrier, tidx, [Uint32(0)])
+            self.push(room["signs"] + 4 * rank, barrier, tidx, [Uint32(0)])
 
     @cute.jit
     def rank(self, room, number, need, tidx):
@@ -821,7 +832,7 @@ class SampleSm90:
         own = add_lanes(own)
         mine = rank * warps + warp
         if lane < c.cluster:
-            push(room["counts"] + 4 * mine, self.barrier(barriers, turn), lane, [own])
+            self.push(room["counts"] + 4 * mine, self.barrier(barriers, turn), lane, [own])
         self.receive(barriers, turn, 4 * c.cluster * warps, tidx)
         before, total = Int32(0), Int32(0)
         for i in cutlass.range_constexpr(-(-c.cluster * warps // 32)):
