@@ -309,7 +309,9 @@ class SampleSm90:
         self.config, self.x = config, x
         self.element_bits = TYPES[x][0].width
         self.warps = config.threads // 32
-        self.programs = min(2048 // config.threads, 228 * 1024 // (config.shared_bytes + 1024), 1024 // config.threads)
+        # CTAs of an SM: 64 registers a thread are enough, but with 16 CTAs a row, which are for few rows
+        fitting = 228 * 1024 // (config.shared_bytes + 1024)
+        self.programs = 1 if config.cluster == 16 else max(1, min(fitting, 1024 // config.threads))
 
     @cute.jit
     def __call__(
@@ -332,7 +334,7 @@ class SampleSm90:
             block=(c.threads, 1, 1),
             cluster=(c.cluster, 1, 1) if c.cluster > 1 else None,
             stream=stream,
-            min_blocks_per_mp=max(1, self.programs),
+            min_blocks_per_mp=self.programs,
             preferred_smem_carveout=100,  # percent
         )
 
