@@ -24,7 +24,7 @@ from typing import Any
 import cuda.bindings.driver as cuda
 import cutlass
 import torch
-from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, Uint32, cute
+from cutlass import BFloat16, Boolean, Float16, Float32, Int32, Int64, Uint32, Uint64, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.runtime import make_fake_stream, make_ptr
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -53,7 +53,7 @@ LOW = BINS * BIN_BYTES  # from upper words to lower ones
 COUNTS = FINE * BIN_BYTES  # and, of FINE bins, to numbers of tokens
 FEW = 128  # tokens that are ranked among each other
 RANKERS = 4  # threads a token
-MOST_EACH = 32  # logits of a thread, whose marks are bits of a word
+MOST_EACH = 64  # logits of a thread, whose marks are bits of a word or two
 MOST_VOCAB = 1 << (62 - MASS_BITS)  # masses of all tokens fit into int64
 ROUND_PART = ROUND / PARTS
 LN2 = math.log(2.0)
@@ -91,7 +91,8 @@ class Config:
             "counts": 4 * warps,
             "listed": FEW * 16,
             "signs": 4 * self.cluster,
-            "note": 32,  # how many tokens of this CTA have been listed in either search; token and mass
+            "note": 32,  # tokens of this CTA that have been listed in either search; top_p, uniform; mass, token
+            "found": 16,
             "barriers": 16,
         }
 
@@ -100,7 +101,7 @@ class Config:
         return sum(-(-size // 16) * 16 for size in self.rooms.values())
 
 
-SPACE = {"threads": (256, 512, 1024), "each": (16, 32), "cluster": (1, 2, 4, 8, 16)}
+SPACE = {"threads": (256, 512), "each": (16, 32, 64), "cluster": (1, 2, 4, 8, 16)}
 
 
 def supports(problem: SampleProblem, config: Config) -> str | None:
@@ -280,6 +281,14 @@ def over_lanes(operation: str, x: Int32, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
+def highest_mark(marks, *, loc=None, ip=None) -> Int32:
+    """The place of the highest bit of one or two words."""
+    kind, letter = ("u64", "l") if isinstance(marks, Uint64) else ("u32", "r")
+    args = _operands((marks,), loc, ip)
+    return Int32(llvm.inline_asm(T.i32(), args, f"bfind.{kind} $0, $1;", f"=r,{letter}", loc=loc, ip=ip))
+
+
+@dsl_user_op
 def half_to_float(word: Uint32, *, loc=None, ip=None) -> Float32:
     """The FP16 number of a word's lower half."""
     asm = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; cvt.f32.f16 $0, a; }"
@@ -309,6 +318,7 @@ class SampleSm90:
         self.config, self.x = config, x
         self.element_bits = TYPES[x][0].width
         self.warps = config.threads // 32
+        self.Marks = Uint64 if config.each > 32 else Uint32
         # CTAs of an SM: 64 registers a thread are enough, but with 16 CTAs a row, which are for few rows
         fitting = 228 * 1024 // (config.shared_bytes + 1024)
         self.programs = 1 if config.cluster == 16 else max(1, min(fitting, 1024 // config.threads))
@@ -361,15 +371,15 @@ class SampleSm90:
         first = rank * share
         n = cutlass.max(cutlass.min(vocab - first, share), 0)
         source = logits + (Int64(row) * stride + Int64(first)) * (self.element_bits // 8)
-        most = self.load_row(room["x"], source, n, tidx)
         zeros = [Uint32(0)] * 4
         for i in cutlass.range_constexpr(-(-2 * LOW // (16 * c.threads))):
             at = (i * c.threads + tidx) * 16
             if at < 2 * LOW:
                 store4(room["bins"] + at, zeros)
-        if tidx == 0:
-            store4(room["note"], zeros)
-        heat, top_p, uniform = (x[row] for x in asked)
+        if tidx == 0:  # what is asked for waits there, not in registers
+            store4(room["note"], [Uint32(0), Uint32(0), bits(asked[1][row]), bits(asked[2][row])])
+        most = self.load_row(room["x"], source, n, tidx)
+        heat = asked[0][row]
         if cutlass.const_expr(c.cluster > 1):
             cute.arch.cluster_wait()  # nobody may signal a barrier that is not there yet
         cute.arch.sync_threads()
@@ -383,11 +393,11 @@ class SampleSm90:
         if weighs:
             scales = self.scales(top, heat)
             self.weigh(room, scales, tidx)
-            token, key, nth, turn = self.draw(room, barriers, scales, top_p, uniform, rank, first, tidx)
+            token, key, nth, turn = self.draw(room, barriers, scales, rank, first, tidx)
         if token < 0:
             before, own, total = self.count(room, barriers, turn, key, n, rank, tidx)
             if not weighs and heat != 0.0:
-                nth = self.among_tops(total, top_p, uniform)
+                nth = self.among_tops(room, total)
             if before <= nth and nth < before + own:
                 self.write_nth(room["x"], key, n, nth - before, first, mOut, row, tidx)
         elif rank == 0 and tidx == 0:
@@ -592,7 +602,7 @@ class SampleSm90:
 
     @cute.jit
     def add_up(self, room, rank, sums, bins: cutlass.Constexpr, tidx):
-        """Over the CTAs: the mass of all bins up to each; of FINE bins how many tokens are in each."""
+        """Over the CTAs: the mass of each bin; of FINE bins how many tokens are in each, and in it in CTAs before."""
         c, parts = self.config, room["fine_parts" if bins == FINE else "parts"]
         for i in cutlass.range_constexpr(-(-bins // c.threads)):
             bin = i * c.threads + tidx
@@ -609,33 +619,57 @@ class SampleSm90:
                     store(room["numbers"] + 8 * bin, tokens)
                     store(room["numbers"] + 8 * bin + 4, before)
         cute.arch.sync_threads()
+
+    @cute.jit
+    def upto(self, sums, bins: cutlass.Constexpr, tidx):
+        """Of a warp's lanes each some neighbouring bins: the mass of all bins before the first, of all up to each."""
+        each = -(-bins // 32)
+        upto, inside = [], Int64(0)
+        for i in cutlass.range_constexpr(each):
+            mass = Int64(0)
+            if each * tidx + i < bins:
+                mass = load_mass(sums + 8 * (each * tidx + i))
+            inside = inside + mass
+            upto.append(inside)
+        before = inside
+        for step in (1, 2, 4, 8, 16):
+            other = other_lane(before, "up", step)
+            if tidx >= step:
+                before = before + other
+        before = before - inside
+        return before, [mass + before for mass in upto]
+
+    @cute.jit
+    def keep_upto(self, sums, tidx):
+        """The mass of all BINS up to each, in the place of each one's."""
+        each = -(-BINS // 32)
         if tidx < 32:
-            each = -(-bins // 32)
-            upto, inside = [], Int64(0)
+            _, upto = self.upto(sums, BINS, tidx)
             for i in cutlass.range_constexpr(each):
-                mass = Int64(0)
-                if each * tidx + i < bins:
-                    mass = load_mass(sums + 8 * (each * tidx + i))
-                inside = inside + mass
-                upto.append(inside)
-            over = inside
-            for step in (1, 2, 4, 8, 16):
-                other = other_lane(over, "up", step)
-                if tidx >= step:
-                    over = over + other
-            over = over - inside
-            for i in cutlass.range_constexpr(each):
-                if each * tidx + i < bins:
-                    store_mass(sums + 8 * (each * tidx + i), upto[i] + over)
+                if each * tidx + i < BINS:
+                    store_mass(sums + 8 * (each * tidx + i), upto[i])
         cute.arch.sync_threads()
 
     @cute.jit
-    def search(self, sums, need, bins: cutlass.Constexpr, tidx):
-        """The first bin up to which the mass is at least `need`, and the mass up to the one before."""
+    def find(self, room, need, tidx):
+        """The first of FINE bins up to which the mass is at least `need`, and the mass up to the one before."""
+        if tidx < 32:
+            before, upto = self.upto(room["fine_sums"], FINE, tidx)
+            for i in cutlass.range_constexpr(FINE // 32):
+                if before < need and need <= upto[i]:
+                    store(room["found"], Uint32(FINE // 32 * tidx + i))
+                    store_mass(room["found"] + 8, before)
+                before = upto[i]
+        cute.arch.sync_threads()
+        return Int32(load(room["found"])), load_mass(room["found"] + 8)
+
+    @cute.jit
+    def search(self, sums, need, tidx):
+        """The first of BINS up to which the mass is at least `need`, and the mass up to the one before."""
         lane, bin = tidx % 32, Int32(0)
-        for i in cutlass.range_constexpr(-(-bins // 32)):
+        for i in cutlass.range_constexpr(-(-BINS // 32)):
             less = False
-            if 32 * i + lane < bins:
+            if 32 * i + lane < BINS:
                 less = load_mass(sums + 8 * (32 * i + lane)) < need
             bin += Int32(cute.arch.popc(cute.arch.vote_ballot_sync(less)))
         above = Int64(0)
@@ -646,31 +680,36 @@ class SampleSm90:
     # --- drawing ------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def draw(self, room, barriers, scales, top_p, uniform, rank, first, tidx):
+    def draw(self, room, barriers, scales, rank, first, tidx):
         """The token; or -1, and the key of which it is the nth one. The next turn."""
         self.send(room, self.barrier(barriers, Int32(1)), rank, BINS, tidx)
         self.receive(barriers, Int32(1), self.config.cluster * BINS * 8, tidx)
         self.add_up(room, rank, room["sums"], BINS, tidx)
+        self.keep_upto(room["sums"], tidx)
         total = load_mass(room["sums"] + 8 * (BINS - 1))
-        need, search = self.limit(top_p, total), Int32(0)
+        need, search = self.limit(room, total), Int32(0)
         if need == total:  # the end of a nucleus of all tokens need not be looked for
-            need, search = self.target(uniform, total) + 1, Int32(1)
+            need, search = self.target(room, total) + 1, Int32(1)
         token, key, nth, turn = Int32(-1), Int32(0), Int32(0), Int32(2)
         while search < 2:
             token, key, nth, reached, turn = self.locate(room, barriers, turn, scales, need, search, rank, first, tidx)
-            need = self.target(uniform, reached) + 1
+            need = self.target(room, reached) + 1
             search += 1
         return token, key, nth, turn
 
-    def limit(self, top_p, total):
+    def limit(self, room, total):
         """The mass that the nucleus has to reach."""
-        part = cutlass.min(rounded("max", top_p, Float32(0.0)), Float32(1.0))
+        part = self.part(room["note"] + 8)
         return cutlass.min(cutlass.max(multiple(part, total, "rpi"), Int64(1)), total)
 
-    def target(self, uniform, kept):
+    def target(self, room, kept):
         """The mass above which the token ends."""
-        part = cutlass.min(rounded("max", uniform, Float32(0.0)), Float32(1.0))
+        part = self.part(room["note"] + 12)
         return cutlass.min(multiple(part, kept, "rmi"), kept - 1)
+
+    def part(self, address):
+        """A number of shared memory, of 0 to 1; 0 for NaN."""
+        return rounded("min", rounded("max", number(load(address)), Float32(0.0)), Float32(1.0))
 
     @cute.jit
     def locate(self, room, barriers, turn, scales, need, search, rank, first, tidx):
@@ -678,7 +717,7 @@ class SampleSm90:
         with it; the next turn.
         """
         cluster = self.config.cluster
-        bin, above = self.search(room["sums"], need, BINS, tidx)
+        bin, above = self.search(room["sums"], need, tidx)
         low, high = self.edges(bin, scales)
         marks = self.mark(room["x"], low, high, tidx)
         least, most = key_of(low), key_of(high)
@@ -692,7 +731,7 @@ class SampleSm90:
             self.receive(barriers, turn, cluster * FINE * 12, tidx)
             turn += 1
             self.add_up(room, rank, room["fine_sums"], FINE, tidx)
-            fine, before = self.search(room["fine_sums"], need - above, FINE, tidx)
+            fine, before = self.find(room, need - above, tidx)
             above += before
             number = Int32(load(room["numbers"] + 8 * fine))
             if number <= FEW:
@@ -729,13 +768,13 @@ class SampleSm90:
     def mark(self, room, low, high, tidx):
         """A bit for each of this thread's logits: whether it is between the two."""
         c = self.config
-        marks = Uint32(0)
+        marks = self.Marks(0)
         for i in cutlass.range_constexpr(c.each // 4):
             words = load4(room + (i * c.threads + tidx) * 16)
             for j in cutlass.range_constexpr(4):
                 x = number(words[j])
                 if x >= low and x <= high:
-                    marks = marks | Uint32(1 << (4 * i + j))
+                    marks = marks | self.Marks(1 << (4 * i + j))
         return marks
 
     def key_at(self, room, bit, tidx):
@@ -751,12 +790,12 @@ class SampleSm90:
         """Adds masses of marked logits to FINE bins; marks of those of a bin other than `within` are cleared."""
         left, column = marks, room["bins"] + tidx % COLUMNS * 4
         while left != 0:
-            bit = highest_bit(left)
-            left = left ^ (Uint32(1) << Uint32(bit))
+            bit = highest_mark(left)
+            left = left ^ (self.Marks(1) << self.Marks(bit))
             x = number(load(room["x"] + 4 * self.place(bit, tidx)))
             weight, place = self.weight(x, scales)
             if within >= 0 and self.bin_of(place) != within:
-                marks = marks ^ (Uint32(1) << Uint32(bit))
+                marks = marks ^ (self.Marks(1) << self.Marks(bit))
             else:
                 high, low = self.in_words(weight)
                 to = column + Int32(Uint32(most - key_of(plus_zero(x))) >> Uint32(shift)) * BIN_BYTES
@@ -770,13 +809,13 @@ class SampleSm90:
         """Marks of logits in this bin, the largest of their keys and the smallest."""
         left, high, low = marks, Int32(-LARGEST - 1), Int32(LARGEST)
         while left != 0:
-            bit = highest_bit(left)
-            left = left ^ (Uint32(1) << Uint32(bit))
+            bit = highest_mark(left)
+            left = left ^ (self.Marks(1) << self.Marks(bit))
             key = self.key_at(room, bit, tidx)
             if Int32(Uint32(most - key) >> Uint32(shift)) == fine:
                 high, low = cutlass.max(high, key), cutlass.min(low, key)
             else:
-                marks = marks ^ (Uint32(1) << Uint32(bit))
+                marks = marks ^ (self.Marks(1) << self.Marks(bit))
         return marks, high, low
 
     @cute.jit
@@ -785,8 +824,8 @@ class SampleSm90:
         c, x = self.config, room["x"]
         listed = room["listed"] + 16 * Int32(load(room["numbers"] + 8 * fine + 4))
         while marks != 0:
-            bit = highest_bit(marks)
-            marks = marks ^ (Uint32(1) << Uint32(bit))
+            bit = highest_mark(marks)
+            marks = marks ^ (self.Marks(1) << self.Marks(bit))
             key = self.key_at(x, bit, tidx)
             if Int32(Uint32(most - key) >> Uint32(shift)) == fine:
                 mass = self.mass(number_of(key), scales)
@@ -826,11 +865,14 @@ class SampleSm90:
         """How many tokens with this key there are before this warp's, among them, and in the row."""
         c, warps = self.config, self.warps
         lane, warp = tidx % 32, tidx // 32
-        wanted, own = bits(number_of(key)), Int32(0)
-        for j in cutlass.range(c.each, unroll=4):
-            at = (warp * c.each + j) * 32 + lane
-            if bits(plus_zero(number(load(room["x"] + 4 * at)))) == wanted and at < n:
-                own += 1
+        own, wanted = Int32(0), number_of(key)
+        if key == LARGEST:
+            own = self.count_own(room["x"], wanted, tidx, True)
+        else:
+            own = self.count_own(room["x"], wanted, tidx, False)
+        if wanted == -INF:  # as is what lies behind the row
+            for j in cutlass.range(c.each // 4, unroll=1):
+                own -= cutlass.max(cutlass.min(self.counted(j, tidx) + 4 - n, 4), 0)
         own = add_lanes(own)
         mine = rank * warps + warp
         if lane < c.cluster:
@@ -847,25 +889,51 @@ class SampleSm90:
         return add_lanes(before), own, add_lanes(total)
 
     @cute.jit
-    def among_tops(self, number, top_p, uniform):
+    def among_tops(self, room, number):
         """Which of the largest logits, as many as this, which have all of the mass."""
         total = Int64(number) << MASS_BITS
-        kept = (self.limit(top_p, total) + ((1 << MASS_BITS) - 1)) >> MASS_BITS << MASS_BITS
-        return Int32(self.target(uniform, kept) >> MASS_BITS)
+        kept = (self.limit(room, total) + ((1 << MASS_BITS) - 1)) >> MASS_BITS << MASS_BITS
+        return Int32(self.target(room, kept) >> MASS_BITS)
+
+    def counted(self, j, tidx):
+        """The first of four logits: a warp's lie beside each other."""
+        return (tidx // 32 * (self.config.each // 4) + j) * 128 + tidx % 32 * 4
+
+    @cute.jit
+    def count_own(self, room, wanted, tidx, nan: cutlass.Constexpr):
+        own = Int32(0)
+        for j in cutlass.range(self.config.each // 4, unroll=4):
+            for word in load4(room + 4 * self.counted(j, tidx)):
+                x = number(word)
+                equal = x != x if cutlass.const_expr(nan) else x == wanted
+                if equal:
+                    own += 1
+        return own
 
     @cute.jit
     def write_nth(self, room, key, n, nth, first, mOut, row, tidx):
         """The token of the nth of this warp's logits with this key."""
-        c = self.config
-        lane, warp = tidx % 32, tidx // 32
-        wanted = bits(number_of(key))
-        for j in cutlass.range(c.each, unroll=1):
-            at = (warp * c.each + j) * 32 + lane
-            here = bits(plus_zero(number(load(room + 4 * at)))) == wanted and at < n
-            equal = Uint32(cute.arch.vote_ballot_sync(here))
-            if here and Int32(cute.arch.popc(equal & ((Uint32(1) << Uint32(lane)) - 1))) == nth:
-                mOut[row] = Int64(first + at)
-            nth -= Int32(cute.arch.popc(equal))
+        lane, wanted = tidx % 32, bits(number_of(key))
+        for j in cutlass.range(self.config.each // 4, unroll=4):
+            at = self.counted(j, tidx)
+            words, own = load4(room + 4 * at), Int32(0)
+            for i in cutlass.range_constexpr(4):
+                if bits(plus_zero(number(words[i]))) == wanted and at + i < n:
+                    own += 1
+            total = add_lanes(own)
+            if nth >= 0 and nth < total:
+                upto = own
+                for step in (1, 2, 4, 8, 16):
+                    other = cute.arch.shuffle_sync_up(upto, offset=step, mask_and_clamp=0)
+                    if lane >= step:
+                        upto += other
+                left = nth - (upto - own)  # of this lane's
+                for i in cutlass.range_constexpr(4):
+                    if bits(plus_zero(number(words[i]))) == wanted and at + i < n:
+                        if left == 0:
+                            mOut[row] = Int64(first + at + i)
+                        left -= 1
+            nth -= total
 
 
 # --- host -------------------------------------------------------------------------------------------------------------
