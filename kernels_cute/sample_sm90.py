@@ -37,6 +37,7 @@ from fp4suite.reference.quant import EXP2_COEFFICIENTS, LOG2E, ROUND
 from fp4suite.reference.sample import MASS_BITS
 
 from . import build as cross
+from .gemm_nvfp4_sm90_wgmma import SM_COUNT
 from .hyper_connection_sm90 import add, bits, fma, mul, number
 from .index_topk import add_lanes, highest_bit, plus_zero
 
@@ -53,6 +54,7 @@ LOW = BINS * BIN_BYTES  # from upper words to lower ones
 COUNTS = FINE * BIN_BYTES  # and, of FINE bins, to numbers of tokens
 FEW = 128  # tokens that are ranked among each other
 RANKERS = 4  # threads a token
+THREAD_REGISTERS = 96
 MOST_EACH = 64  # logits of a thread, whose marks are bits of a word or two
 MOST_VOCAB = 1 << (62 - MASS_BITS)  # masses of all tokens fit into int64
 ROUND_PART = ROUND / PARTS
@@ -66,8 +68,8 @@ INF = float("inf")
 class Config:
     """`cluster` CTAs of `threads` threads a row, `each` logits a thread at most."""
 
-    threads: int = 512
-    each: int = 32
+    threads: int = 256
+    each: int = 64
     cluster: int = 8
 
     @property
@@ -123,14 +125,15 @@ def refused(config: Config) -> str | None:
 
 
 def default(problem: SampleProblem) -> Config:
-    """Of few rows each gets many threads."""
-    if problem.m <= 8:
+    """Of few rows each gets many threads; as many clusters as there is room for run at a time."""
+    if problem.m <= 7:
         shapes = [(256, 16, 1), (256, 16, 4), (512, 16, 8), (512, 16, 16), (512, 32, 16)]
+    elif problem.m <= 15:
+        shapes = [(256, 16, 1), (256, 32, 4), (512, 32, 8), (512, 32, 16)]
     else:
-        shapes = [(256, 16, 1), (256, 32, 2), (512, 32, 4), (512, 32, 8), (512, 32, 16)]
-    configs = [Config(threads=t, each=e, cluster=c) for t, e, c in (*shapes, (1024, 32, 16))]
+        shapes = [(256, 16, 1), (256, 32, 2), (256, 64, 4), (256, 64, 8), (256, 64, 16)]
+    configs = [Config(threads=t, each=e, cluster=c) for t, e, c in (*shapes, (512, 64, 16))]
     return next((c for c in configs if problem.vocab <= c.capacity), configs[-1])
-
 
 # --- instructions -----------------------------------------------------------------------------------------------------
 
@@ -165,6 +168,13 @@ def fetch_bits(address: Int64, size: int, *, loc=None, ip=None) -> Uint32:
         asm = "{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h; }"
     args = _operands((address,), loc, ip)
     return Uint32(llvm.inline_asm(T.i32(), args, asm, "=r,l", has_side_effects=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def prefetch(address: Int64, size: Int32, *, loc=None, ip=None):
+    """Bytes of global memory to L2, multiples of 16."""
+    asm = "cp.async.bulk.prefetch.L2.global [$0], $1;"
+    llvm.inline_asm(None, _operands((address, size), loc, ip), asm, "l,r", has_side_effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -319,9 +329,10 @@ class SampleSm90:
         self.element_bits = TYPES[x][0].width
         self.warps = config.threads // 32
         self.Marks = Uint64 if config.each > 32 else Uint32
-        # CTAs of an SM: 64 registers a thread are enough, but with 16 CTAs a row, which are for few rows
+        # CTAs of an SM, with registers enough that nothing spills
         fitting = 228 * 1024 // (config.shared_bytes + 1024)
-        self.programs = 1 if config.cluster == 16 else max(1, min(fitting, 1024 // config.threads))
+        self.programs = max(1, min(fitting, 65536 // (THREAD_REGISTERS * config.threads)))
+        self.ahead = SM_COUNT * self.programs // config.cluster  # rows at a time
 
     @cute.jit
     def __call__(
@@ -339,7 +350,7 @@ class SampleSm90:
         c = self.config
         rows = cute.make_layout(m)
         asked = tuple(cute.make_tensor(p, rows) for p in (temperature, top_p, uniform))
-        self.kernel(logits.toint(), stride, vocab, asked, cute.make_tensor(out, rows)).launch(
+        self.kernel(logits.toint(), stride, m, vocab, asked, cute.make_tensor(out, rows)).launch(
             grid=(m * c.cluster, 1, 1),
             block=(c.threads, 1, 1),
             cluster=(c.cluster, 1, 1) if c.cluster > 1 else None,
@@ -349,7 +360,7 @@ class SampleSm90:
         )
 
     @cute.kernel
-    def kernel(self, logits: Int64, stride: Int64, vocab: Int32, asked, mOut: cute.Tensor):
+    def kernel(self, logits: Int64, stride: Int64, m: Int32, vocab: Int32, asked, mOut: cute.Tensor):
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
@@ -379,6 +390,8 @@ class SampleSm90:
         if tidx == 0:  # what is asked for waits there, not in registers
             store4(room["note"], [Uint32(0), Uint32(0), bits(asked[1][row]), bits(asked[2][row])])
         most = self.load_row(room["x"], source, n, tidx)
+        if tidx == 0 and row + self.ahead < m:
+            self.send_for(source + stride * (self.ahead * self.element_bits // 8), n)
         heat = asked[0][row]
         if cutlass.const_expr(c.cluster > 1):
             cute.arch.cluster_wait()  # nobody may signal a barrier that is not there yet
@@ -460,6 +473,13 @@ class SampleSm90:
                 most = larger(most, x)
                 store(room + 4 * at, bits(x))
         return most
+
+    @cute.jit
+    def send_for(self, source, n):
+        """Logits of a later row on their way to L2."""
+        size = n * (self.element_bits // 8)
+        if source % 16 == 0 and size % 16 == 0 and size > 0:
+            prefetch(source, size)
 
     def widen(self, word):
         """The numbers of a word."""
