@@ -1,19 +1,20 @@
 """Next tokens, greedy or by nucleus sampling, on Hopper: each logit is read once, in one launch, and ties cost nothing.
 
-Bound by issue where rows are many (36 instructions a logit of a row that is not greedy, against 4 bytes), by what CTAs
-wait for each other where they are few. A cluster takes a row, each of its CTAs a run of tokens, which stay in shared
-memory.
+Where rows are many it is bound by issue (some 55 instructions a logit of rows of every kind, against 4 bytes), where
+they are few by what CTAs wait for each other. A cluster takes a row, each of its CTAs a run of tokens, whose logits
+stay in shared memory.
 
     load      and the largest logit; rows that are greedy, or whose top is not finite, need but its equals
-    weigh     each token's mass, an integer of 41 bits in two words, added to a bin of its own lane: BINS of them, a
-              quarter of a power of two of mass each, in the order of logits
+    weigh     each token's mass, an integer of 41 bits in two words, is added to one of BINS: a quarter of a power of
+              two of mass each, in the order of logits, and in COLUMNS, so that equal logits do not wait for each other
     locate    the token with which the mass reaches what is asked, once for the end of the nucleus and once for
-              `uniform`. Its bin is known from the sums; tokens of that bin are marked, a bit each, and their masses added
-              to FINE bins of equal width (in keys, integers in the order of logits); so on, within one of these, until
-              few tokens are left, which are ranked among each other, or one key is
-    equals    of one key need only be counted: the token is the nth of them
+              `uniform`. Its bin is known from the sums; tokens of that bin are marked, a bit each, and their masses
+              added to FINE bins of equal width (in keys, integers in the order of logits); so on, within one of these,
+              until few tokens are left, which are ranked among each other, or one key is
+    count     tokens of one key need but be counted: the nth of them is drawn
 
-All that decides is integer, so that no order of sums, cluster or config matters.
+CTAs send each other what they have of the sums, the largest keys, the tokens left; mbarriers of the receiver count it
+(st.async), and each CTA goes on by itself. What decides is integer, so that no order of sums and no config matters.
 """
 
 import functools
@@ -134,6 +135,7 @@ def default(problem: SampleProblem) -> Config:
         shapes = [(256, 16, 1), (256, 32, 2), (256, 64, 4), (256, 64, 8), (256, 64, 16)]
     configs = [Config(threads=t, each=e, cluster=c) for t, e, c in (*shapes, (512, 64, 16))]
     return next((c for c in configs if problem.vocab <= c.capacity), configs[-1])
+
 
 # --- instructions -----------------------------------------------------------------------------------------------------
 
@@ -368,7 +370,9 @@ class SampleSm90:
         smem = SmemAllocator()
         barriers = smem.allocate_array(Int64, 2)
         room = {
-            name: Int32(smem.allocate_tensor(Uint32, cute.make_layout(-(-n // 16) * 4), byte_alignment=16).iterator.toint())
+            name: Int32(
+                smem.allocate_tensor(Uint32, cute.make_layout(-(-n // 16) * 4), byte_alignment=16).iterator.toint()
+            )
             for name, n in c.rooms.items()
             if name != "barriers"
         }
@@ -509,8 +513,8 @@ class SampleSm90:
 
     @cute.jit
     def scales(self, top, heat):
-        """Of a row: the top, the temperature, and by what to divide: a power of two to scale by, the temperature in that
-        scale, its reciprocal in two parts.
+        """Of a row: the top, the temperature, and by what to divide: a power of two to scale by, the temperature in
+        that scale, its reciprocal in two parts.
         """
         heat = cutlass.max(heat, Float32(torch.finfo(torch.float32).tiny))
         scale = Float32(1.0)
@@ -755,7 +759,9 @@ class SampleSm90:
             above += before
             number = Int32(load(room["numbers"] + 8 * fine))
             if number <= FEW:
-                self.gather(room, self.barrier(barriers, turn), scales, marks, fine, most, shift, search, rank, first, tidx)
+                self.gather(
+                    room, self.barrier(barriers, turn), scales, marks, fine, most, shift, search, rank, first, tidx
+                )
                 self.receive(barriers, turn, 16 * number + 4 * cluster, tidx)
                 token, reached = self.rank(room, number, need - above, tidx)
                 reached += above
@@ -878,7 +884,7 @@ class SampleSm90:
         cute.arch.sync_threads()
         return Int32(load(room["note"] + 24)), load_mass(room["note"] + 16)
 
-    # --- equals -------------------------------------------------------------------------------------------------------
+    # --- counting ------------------------------------------------------------------------------------------------------
 
     @cute.jit
     def count(self, room, barriers, turn, key, n, rank, tidx):
