@@ -884,7 +884,7 @@ class SampleSm90:
         cute.arch.sync_threads()
         return Int32(load(room["note"] + 24)), load_mass(room["note"] + 16)
 
-    # --- counting ------------------------------------------------------------------------------------------------------
+    # --- counting -----------------------------------------------------------------------------------------------------
 
     @cute.jit
     def count(self, room, barriers, turn, key, n, rank, tidx):
