@@ -85,7 +85,7 @@ class Config:
         return {
             "x": 4 * self.threads * self.each,
             "bins": 2 * LOW,
-            "parts": self.cluster * BINS * 8,  # of sums, from each CTA; then lists of marked tokens, of each warp
+            "parts": self.cluster * BINS * 8,  # of sums, from each CTA
             "fine_parts": self.cluster * FINE * 12,
             "sums": BINS * 8,
             "fine_sums": FINE * 8,
@@ -98,11 +98,6 @@ class Config:
             "found": 16,
             "barriers": 16,
         }
-
-    @property
-    def most_listed(self) -> int:
-        """Marked tokens of a warp."""
-        return min(8 * 32, self.rooms["parts"] // 4 // (self.threads // 32))
 
     @property
     def shared_bytes(self) -> int:
@@ -303,14 +298,6 @@ def highest_mark(marks, *, loc=None, ip=None) -> Int32:
     kind, letter = ("u64", "l") if isinstance(marks, Uint64) else ("u32", "r")
     args = _operands((marks,), loc, ip)
     return Int32(llvm.inline_asm(T.i32(), args, f"bfind.{kind} $0, $1;", f"=r,{letter}", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def count_marks(marks, *, loc=None, ip=None) -> Int32:
-    """How many bits of one or two words are set."""
-    kind, letter = ("b64", "l") if isinstance(marks, Uint64) else ("b32", "r")
-    args = _operands((marks,), loc, ip)
-    return Int32(llvm.inline_asm(T.i32(), args, f"popc.{kind} $0, $1;", f"=r,{letter}", loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -756,13 +743,13 @@ class SampleSm90:
         cluster = self.config.cluster
         bin, above = self.search(room["sums"], need, tidx)
         low, high = self.edges(bin, scales)
-        marks, listed = self.spread(room, self.mark(room["x"], low, high, tidx), tidx)
+        marks = self.mark(room["x"], low, high, tidx)
         least, most = key_of(low), key_of(high)
         within, searching = bin, Int32(1)  # of which bin tokens have to be; of any after the first round
         token, nth, reached = Int32(-1), Int32(0), Int64(0)
         while searching > 0:
             shift = cutlass.max(highest_bit(Uint32(most - least)) - (FINE.bit_length() - 2), 0)
-            marks = self.weigh_marked(room, scales, marks, listed, within, most, shift, tidx)
+            marks = self.weigh_marked(room, scales, marks, within, most, shift, tidx)
             cute.arch.sync_threads()
             self.send(room, self.barrier(barriers, turn), rank, FINE, tidx)
             self.receive(barriers, turn, cluster * FINE * 12, tidx)
@@ -772,14 +759,15 @@ class SampleSm90:
             above += before
             number = Int32(load(room["numbers"] + 8 * fine))
             if number <= FEW:
-                left = (marks, listed, fine, most, shift)
-                self.gather(room, self.barrier(barriers, turn), scales, left, search, rank, first, tidx)
+                self.gather(
+                    room, self.barrier(barriers, turn), scales, marks, fine, most, shift, search, rank, first, tidx
+                )
                 self.receive(barriers, turn, 16 * number + 4 * cluster, tidx)
                 token, reached = self.rank(room, number, need - above, tidx)
                 reached += above
                 searching = Int32(0)
             else:
-                marks, own_high, own_low = self.narrow(room, marks, listed, fine, most, shift, tidx)
+                marks, own_high, own_low = self.narrow(room["x"], marks, fine, most, shift, tidx)
                 most, least = self.extremes(room, barriers, turn, own_high, own_low, rank, tidx)
                 within = Int32(-1)
                 if most == least:
@@ -815,57 +803,22 @@ class SampleSm90:
                     marks = marks | self.Marks(1 << (4 * i + j))
         return marks
 
-    @cute.jit
-    def spread(self, room, marks, tidx):
-        """Marked tokens to lists, that each lane may have as many of a warp's: marks of those in the list, and 1. Or
-        the marks as they were and 0, where they are more than there is room for.
-        """
-        lane, listed = tidx % 32, Int32(0)
-        own = count_marks(marks)
-        upto = own
-        for step in (1, 2, 4, 8, 16):
-            other = cute.arch.shuffle_sync_up(upto, offset=step, mask_and_clamp=0)
-            if lane >= step:
-                upto += other
-        total = cute.arch.shuffle_sync(upto, 31)
-        if total <= self.config.most_listed:
-            to = self.list_of(room, tidx) + 4 * (upto - own)
-            while marks != 0:
-                bit = highest_mark(marks)
-                marks = marks ^ (self.Marks(1) << self.Marks(bit))
-                store(to, Uint32(self.place(bit, tidx)))
-                to += 4
-            cute.arch.sync_warp()
-            marks = (self.Marks(1) << self.Marks((total + 31 - lane) // 32)) - self.Marks(1)
-            listed = Int32(1)
-        return marks, listed
-
-    def list_of(self, room, tidx):
-        return room["parts"] + tidx // 32 * (4 * self.config.most_listed)
+    def key_at(self, room, bit, tidx):
+        """Of the logit that a bit marks."""
+        return key_of(plus_zero(number(load(room + 4 * self.place(bit, tidx)))))
 
     def place(self, bit, tidx):
-        """Of a logit that is marked by this bit, in the CTA's."""
+        """Of the logit that a bit marks, in the CTA's."""
         return (bit // 4 * self.config.threads + tidx) * 4 + bit % 4
 
     @cute.jit
-    def marked(self, room, bit, listed, tidx):
-        """Of a logit that is marked, or whose place in the list is: its place in the CTA's."""
-        at = self.place(bit, tidx)
-        if listed > 0:
-            at = Int32(load(self.list_of(room, tidx) + 4 * (32 * bit + tidx % 32)))
-        return at
-
-    def key_at(self, room, place):
-        return key_of(plus_zero(number(load(room["x"] + 4 * place))))
-
-    @cute.jit
-    def weigh_marked(self, room, scales, marks, listed, within, most, shift, tidx):
+    def weigh_marked(self, room, scales, marks, within, most, shift, tidx):
         """Adds masses of marked logits to FINE bins; marks of those of a bin other than `within` are cleared."""
         left, column = marks, room["bins"] + tidx % COLUMNS * 4
         while left != 0:
             bit = highest_mark(left)
             left = left ^ (self.Marks(1) << self.Marks(bit))
-            x = number(load(room["x"] + 4 * self.marked(room, bit, listed, tidx)))
+            x = number(load(room["x"] + 4 * self.place(bit, tidx)))
             weight, place = self.weight(x, scales)
             if within >= 0 and self.bin_of(place) != within:
                 marks = marks ^ (self.Marks(1) << self.Marks(bit))
@@ -878,13 +831,13 @@ class SampleSm90:
         return marks
 
     @cute.jit
-    def narrow(self, room, marks, listed, fine, most, shift, tidx):
+    def narrow(self, room, marks, fine, most, shift, tidx):
         """Marks of logits in this bin, the largest of their keys and the smallest."""
         left, high, low = marks, Int32(-LARGEST - 1), Int32(LARGEST)
         while left != 0:
             bit = highest_mark(left)
             left = left ^ (self.Marks(1) << self.Marks(bit))
-            key = self.key_at(room, self.marked(room, bit, listed, tidx))
+            key = self.key_at(room, bit, tidx)
             if Int32(Uint32(most - key) >> Uint32(shift)) == fine:
                 high, low = cutlass.max(high, key), cutlass.min(low, key)
             else:
@@ -892,20 +845,18 @@ class SampleSm90:
         return marks, high, low
 
     @cute.jit
-    def gather(self, room, barrier, scales, left, search, rank, first, tidx):
+    def gather(self, room, barrier, scales, marks, fine, most, shift, search, rank, first, tidx):
         """Key, token and mass of all that is marked and in this bin, to each CTA, in no certain order."""
-        c = self.config
-        marks, listed, fine, most, shift = left
-        lists = room["listed"] + 16 * Int32(load(room["numbers"] + 8 * fine + 4))
+        c, x = self.config, room["x"]
+        listed = room["listed"] + 16 * Int32(load(room["numbers"] + 8 * fine + 4))
         while marks != 0:
             bit = highest_mark(marks)
             marks = marks ^ (self.Marks(1) << self.Marks(bit))
-            place = self.marked(room, bit, listed, tidx)
-            key = self.key_at(room, place)
+            key = self.key_at(x, bit, tidx)
             if Int32(Uint32(most - key) >> Uint32(shift)) == fine:
                 mass = self.mass(number_of(key), scales)
-                words = [key, first + place, Uint32(mass), Uint32(mass >> 32)]
-                to = lists + 16 * take_place(room["note"] + 4 * search)
+                words = [key, first + self.place(bit, tidx), Uint32(mass), Uint32(mass >> 32)]
+                to = listed + 16 * take_place(room["note"] + 4 * search)
                 for cta in cutlass.range_constexpr(c.cluster):
                     self.push(to, barrier, Int32(cta), words)
         if tidx < c.cluster:  # so that nobody goes on before all are here
