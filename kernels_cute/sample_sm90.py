@@ -738,7 +738,7 @@ class SampleSm90:
     @cute.jit
     def locate(self, room, barriers, turn, scales, need, search, rank, first, tidx):
         """The first token with which the mass reaches `need`; or -1, and the key of which it is the nth one. The mass
-        with it; the next turn.
+        with it; the next turn. In the last search only the first CTA knows which token.
         """
         cluster = self.config.cluster
         bin, above = self.search(room["sums"], need, tidx)
@@ -759,12 +759,13 @@ class SampleSm90:
             above += before
             number = Int32(load(room["numbers"] + 8 * fine))
             if number <= FEW:
-                self.gather(
-                    room, self.barrier(barriers, turn), scales, marks, fine, most, shift, search, rank, first, tidx
-                )
-                self.receive(barriers, turn, 16 * number + 4 * cluster, tidx)
-                token, reached = self.rank(room, number, need - above, tidx)
-                reached += above
+                left = (marks, fine, most, shift)
+                self.gather(room, self.barrier(barriers, turn), scales, left, search, rank, first, tidx)
+                token = Int32(0)
+                if search == 0 or rank == 0:
+                    self.receive(barriers, turn, 16 * number + 4 * cluster, tidx)
+                    token, reached = self.rank(room, number, need - above, tidx)
+                    reached += above
                 searching = Int32(0)
             else:
                 marks, own_high, own_low = self.narrow(room["x"], marks, fine, most, shift, tidx)
@@ -845,9 +846,12 @@ class SampleSm90:
         return marks, high, low
 
     @cute.jit
-    def gather(self, room, barrier, scales, marks, fine, most, shift, search, rank, first, tidx):
-        """Key, token and mass of all that is marked and in this bin, to each CTA, in no certain order."""
+    def gather(self, room, barrier, scales, left, search, rank, first, tidx):
+        """Key, token and mass of all that is marked and in this bin, in no certain order: to each CTA, or to that which
+        writes the token.
+        """
         c, x = self.config, room["x"]
+        marks, fine, most, shift = left
         listed = room["listed"] + 16 * Int32(load(room["numbers"] + 8 * fine + 4))
         while marks != 0:
             bit = highest_mark(marks)
@@ -857,9 +861,12 @@ class SampleSm90:
                 mass = self.mass(number_of(key), scales)
                 words = [key, first + self.place(bit, tidx), Uint32(mass), Uint32(mass >> 32)]
                 to = listed + 16 * take_place(room["note"] + 4 * search)
-                for cta in cutlass.range_constexpr(c.cluster):
-                    self.push(to, barrier, Int32(cta), words)
-        if tidx < c.cluster:  # so that nobody goes on before all are here
+                self.push(to, barrier, Int32(0), words)
+                if search == 0:
+                    for cta in cutlass.range_constexpr(1, c.cluster):
+                        self.push(to, barrier, Int32(cta), words)
+        peers = cutlass.select_(search == 0, Int32(c.cluster), Int32(1))
+        if tidx < peers:  # so that nobody goes on before all are here
             self.push(room["signs"] + 4 * rank, barrier, tidx, [Uint32(0)])
 
     @cute.jit
