@@ -132,7 +132,7 @@ def default(problem: SampleProblem) -> Config:
     elif problem.m <= 15:
         shapes = [(256, 16, 1), (256, 32, 4), (512, 32, 8), (512, 32, 16)]
     else:
-        shapes = [(256, 16, 1), (256, 32, 2), (256, 64, 4), (256, 64, 8), (256, 64, 16)]
+        shapes = [(256, 16, 1), (256, 32, 2), (256, 64, 4), (256, 64, 8), (512, 64, 8)]
     configs = [Config(threads=t, each=e, cluster=c) for t, e, c in (*shapes, (512, 64, 16))]
     return next((c for c in configs if problem.vocab <= c.capacity), configs[-1])
 
