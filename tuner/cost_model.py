@@ -87,6 +87,8 @@ TOPK_PROGRAMS = 132  # that share a row's maxima among them where queries are fe
 LOGITS_INSTRUCTIONS = 2.8  # of a product, all of them counted: 360 in SASS for 128 of a thread
 SCORE_INSTRUCTIONS = 55  # of an expert's score; from SASS
 SAMPLE_INSTRUCTIONS = 100  # a logit, in the three launches that read it
+HELD_INSTRUCTIONS = 52  # a logit that a cluster holds, read, weighed and looked for twice; from SASS, as the next one
+HELD_OVERHEAD = 600  # of a thread: sums of bins, those of the cluster, tokens that are ranked
 RMS_SUM_INSTRUCTIONS = 5  # of an element: widened, squared, added; from SASS
 THREAD_US = 1e-3  # an instruction of a thread whose SM has little else to issue: two cycles; estimate
 MSE_INSTRUCTIONS = 60  # more, for the rule that tries several scales
@@ -421,8 +423,16 @@ def _combine(problem: CombineProblem, config: Any, arch: str, resources: Resourc
 
 
 def _sample(problem: SampleProblem, config: Any, arch: str, resources: Resources | None) -> Work:
-    """Four launches, of which three read the logits."""
+    """Four launches, of which three read the logits; or a cluster a row, which is read once."""
     p = problem
+    if hasattr(config, "cluster"):
+        return _moved(
+            p.m * config.cluster,
+            p.vocab / config.cluster * ELEMENT_BYTES[p.x],
+            config.threads // 32,
+            config.threads * (config.each * HELD_INSTRUCTIONS + HELD_OVERHEAD),
+            ramps=8,
+        )
     chunks = math.ceil(p.vocab / config.chunk)
     return _moved(
         p.m * chunks, 3 * config.chunk * ELEMENT_BYTES[p.x], config.num_warps, config.chunk * SAMPLE_INSTRUCTIONS,
