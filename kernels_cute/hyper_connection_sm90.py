@@ -44,16 +44,19 @@ from fp4suite.problem import HyperConnectionHeadProblem, HyperConnectionPostPreP
 
 from . import build as cross
 from .instructions import (
+    add,
     approximately,
     bits_float,
     bulk_load,
     create_policy,
     fetch,
     float_bits,
+    fma,
     load4,
     load_matrices,
     load_number,
     load_words,
+    mul,
     pack_bf16,
     prmt,
     push,
@@ -223,27 +226,6 @@ def create_keeping_policy(*, loc=None, ip=None) -> Int64:
     """A cache policy of L2: evict last."""
     asm = "createpolicy.fractional.L2::evict_last.b64 $0, 1.0;"
     return Int64(llvm.inline_asm(T.i64(), [], asm, "=l", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def mul(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
-    """Rounded by itself, whatever is done with it."""
-    args = [v.ir_value(loc=loc, ip=ip) for v in (x, y)]
-    return Float32(llvm.inline_asm(T.f32(), args, "mul.rn.f32 $0, $1, $2;", "=f,f,f", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def add(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
-    """Rounded by itself, whatever is done with it."""
-    args = [v.ir_value(loc=loc, ip=ip) for v in (x, y)]
-    return Float32(llvm.inline_asm(T.f32(), args, "add.rn.f32 $0, $1, $2;", "=f,f,f", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def fma(x: Float32, y: Float32, z: Float32, *, loc=None, ip=None) -> Float32:
-    """x y + z."""
-    args = [v.ir_value(loc=loc, ip=ip) for v in (x, y, z)]
-    return Float32(llvm.inline_asm(T.f32(), args, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", loc=loc, ip=ip))
 
 
 def widen(word):

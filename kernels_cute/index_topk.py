@@ -32,7 +32,14 @@ from fp4suite.built import Built
 from fp4suite.problem import IndexTopkProblem
 
 from . import build as cross
-from .instructions import approximately, fetch, float_bits
+from .instructions import (
+    add_lanes,
+    approximately,
+    fetch,
+    float_bits,
+    highest_bit,
+    plus_zero,
+)
 
 BINS = 512
 FEW = 128  # keys that are ranked among each other
@@ -93,13 +100,6 @@ def default(problem: IndexTopkProblem) -> Config:
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
-
-
-@dsl_user_op
-def plus_zero(x: Float32, *, loc=None, ip=None) -> Float32:
-    """Zeros become positive, NaN one and the same."""
-    asm = "add.rn.f32 $0, $1, 0f00000000;"
-    return Float32(llvm.inline_asm(T.f32(), [x.ir_value(loc=loc, ip=ip)], asm, "=f,f", loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -167,21 +167,6 @@ def clear_bits(address: Int32, kept: Uint32, *, loc=None, ip=None):
 def store_slot(address: Int32, slot: Int32, *, loc=None, ip=None):
     args = [x.ir_value(loc=loc, ip=ip) for x in (address, slot)]
     llvm.inline_asm(None, args, "st.shared.u32 [$0], $1;", "r,r", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def highest_bit(x: Uint32, *, loc=None, ip=None) -> Int32:
-    """The place of the highest bit that is set; -1 if none is."""
-    args = [x.ir_value(loc=loc, ip=ip)]
-    return Int32(llvm.inline_asm(T.i32(), args, "bfind.u32 $0, $1;", "=r,r", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def add_lanes(x: Int32, *, loc=None, ip=None) -> Int32:
-    """The sum over a warp."""
-    args = [x.ir_value(loc=loc, ip=ip)]
-    asm = "redux.sync.add.s32 $0, $1, 0xffffffff;"
-    return Int32(llvm.inline_asm(T.i32(), args, asm, "=r,r", has_side_effects=True, loc=loc, ip=ip))
 
 
 def key_of(x):

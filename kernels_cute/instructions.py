@@ -92,16 +92,17 @@ def load_matrices(address: Int32, *, loc=None, ip=None):
 
 @dsl_user_op
 def push(address: Int32, barrier: Int32, rank: Int32, numbers, *, loc=None, ip=None):
-    """One, two or four numbers, counted by a barrier of the receiver."""
+    """One, two or four numbers or words, counted by a barrier of the receiver."""
     args = [x.ir_value(loc=loc, ip=ip) for x in (address, barrier, rank, *numbers)]
-    kind, what = "f32", "$3"
+    kind, letter = ("f32", ",f") if isinstance(numbers[0], Float32) else ("b32", ",r")
+    what = "$3"
     if len(numbers) > 1:
-        kind, what = f"v{len(numbers)}.f32", "{" + ", ".join(f"${3 + i}" for i in range(len(numbers))) + "}"
+        kind, what = f"v{len(numbers)}.{kind}", "{" + ", ".join(f"${3 + i}" for i in range(len(numbers))) + "}"
     asm = (
         "{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, $0, $2; mapa.shared::cluster.u32 bar, $1, $2; "
         f"st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.{kind} [to], {what}, [bar]; }}"
     )
-    llvm.inline_asm(None, args, asm, "r,r,r" + ",f" * len(numbers), has_side_effects=True, loc=loc, ip=ip)
+    llvm.inline_asm(None, args, asm, "r,r,r" + letter * len(numbers), has_side_effects=True, loc=loc, ip=ip)
 
 
 # --- bits -------------------------------------------------------------------------------------------------------------
@@ -122,6 +123,13 @@ def prmt(x: Uint32, y: Uint32, selector: int, *, loc=None, ip=None) -> Uint32:
     """Four bytes of (x, y), picked by the selector's digits from 0 (lowest of x) to 7."""
     args = [x.ir_value(loc=loc, ip=ip), y.ir_value(loc=loc, ip=ip)]
     return Uint32(llvm.inline_asm(T.i32(), args, f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def highest_bit(x: Uint32, *, loc=None, ip=None) -> Int32:
+    """The place of the highest bit that is set; -1 if none is."""
+    args = [x.ir_value(loc=loc, ip=ip)]
+    return Int32(llvm.inline_asm(T.i32(), args, "bfind.u32 $0, $1;", "=r,r", loc=loc, ip=ip))
 
 
 # --- conversions ------------------------------------------------------------------------------------------------------
@@ -156,6 +164,42 @@ def approximately(function: str, x: Float32, *, loc=None, ip=None) -> Float32:
     """rcp, sqrt, rsqrt, ex2 or lg2 as the hardware has it."""
     args = [x.ir_value(loc=loc, ip=ip)]
     return Float32(llvm.inline_asm(T.f32(), args, f"{function}.approx.ftz.f32 $0, $1;", "=f,f", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def mul(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
+    """Rounded by itself, whatever is done with it."""
+    args = [v.ir_value(loc=loc, ip=ip) for v in (x, y)]
+    return Float32(llvm.inline_asm(T.f32(), args, "mul.rn.f32 $0, $1, $2;", "=f,f,f", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def add(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
+    """Rounded by itself, whatever is done with it."""
+    args = [v.ir_value(loc=loc, ip=ip) for v in (x, y)]
+    return Float32(llvm.inline_asm(T.f32(), args, "add.rn.f32 $0, $1, $2;", "=f,f,f", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def fma(x: Float32, y: Float32, z: Float32, *, loc=None, ip=None) -> Float32:
+    """x y + z."""
+    args = [v.ir_value(loc=loc, ip=ip) for v in (x, y, z)]
+    return Float32(llvm.inline_asm(T.f32(), args, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def plus_zero(x: Float32, *, loc=None, ip=None) -> Float32:
+    """Zeros become positive, NaN one and the same."""
+    asm = "add.rn.f32 $0, $1, 0f00000000;"
+    return Float32(llvm.inline_asm(T.f32(), [x.ir_value(loc=loc, ip=ip)], asm, "=f,f", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def add_lanes(x: Int32, *, loc=None, ip=None) -> Int32:
+    """The sum over a warp."""
+    args = [x.ir_value(loc=loc, ip=ip)]
+    asm = "redux.sync.add.s32 $0, $1, 0xffffffff;"
+    return Int32(llvm.inline_asm(T.i32(), args, asm, "=r,r", has_side_effects=True, loc=loc, ip=ip))
 
 
 @dsl_user_op

@@ -32,15 +32,26 @@ from cutlass.cutlass_dsl import T, dsl_user_op
 from cutlass.memory import SmemAllocator
 from torch import Tensor
 
+from fp4suite.arch import SM_COUNT
 from fp4suite.built import MAX_SHARED_BYTES, Built
 from fp4suite.problem import SampleProblem
 from fp4suite.reference.quant import EXP2_COEFFICIENTS, LOG2E, ROUND
 from fp4suite.reference.sample import MASS_BITS
 
 from . import build as cross
-from .gemm_nvfp4_sm90_wgmma import SM_COUNT
-from .hyper_connection_sm90 import add, bits, fma, mul, number
-from .index_topk import add_lanes, highest_bit, plus_zero
+from .instructions import (
+    add,
+    add_lanes,
+    bits_float,
+    float_bits,
+    fma,
+    highest_bit,
+    load_words,
+    mul,
+    plus_zero,
+    push,
+    store_words,
+)
 
 ARCH = "sm_90a"
 TYPES = {"fp32": (Float32, torch.float32), "bf16": (BFloat16, torch.bfloat16), "fp16": (Float16, torch.float16)}
@@ -180,21 +191,6 @@ def prefetch(address: Int64, size: Int32, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def load4(address: Int32, *, loc=None, ip=None):
-    """Four words of shared memory."""
-    kind = llvm.StructType.get_literal([T.i32()] * 4)
-    asm, args = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", _operands((address,), loc, ip)
-    got = llvm.inline_asm(kind, args, asm, "=r,=r,=r,=r,r", has_side_effects=True, loc=loc, ip=ip)
-    return [Uint32(w) for w in _words(got, 4, T.i32(), loc, ip)]
-
-
-@dsl_user_op
-def store4(address: Int32, words, *, loc=None, ip=None):
-    args, asm = _operands((address, *words), loc, ip), "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
-    llvm.inline_asm(None, args, asm, "r,r,r,r,r", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
 def load(address: Int32, *, loc=None, ip=None) -> Uint32:
     """A word of shared memory."""
     args, asm = _operands((address,), loc, ip), "ld.shared.b32 $0, [$1];"
@@ -218,19 +214,6 @@ def load_mass(address: Int32, *, loc=None, ip=None) -> Int64:
 def store_mass(address: Int32, mass: Int64, *, loc=None, ip=None):
     args, asm = _operands((address, mass), loc, ip), "st.shared.b64 [$0], $1;"
     llvm.inline_asm(None, args, asm, "r,l", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def push(address: Int32, barrier: Int32, rank: Int32, words, *, loc=None, ip=None):
-    """Words to a CTA of the cluster, to shared memory that a barrier counts; addresses are as in this CTA."""
-    n = len(words)
-    vector, values = ("", "$3") if n == 1 else (f".v{n}", "{" + ", ".join(f"${3 + i}" for i in range(n)) + "}")
-    asm = (
-        "{ .reg .b32 to, bar; mapa.shared::cluster.u32 to, $0, $2; mapa.shared::cluster.u32 bar, $1, $2; "
-        f"st.async.weak.shared::cluster.mbarrier::complete_tx::bytes{vector}.b32 [to], {values}, [bar]; }}"
-    )
-    args = _operands((address, barrier, rank, *words), loc, ip)
-    llvm.inline_asm(None, args, asm, ",".join("r" * (3 + n)), has_side_effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -309,12 +292,12 @@ def half_to_float(word: Uint32, *, loc=None, ip=None) -> Float32:
 
 def key_of(x):
     """A number that is no -0 as Int32 in the same order, NaN above all."""
-    word = Int32(bits(x))
+    word = Int32(float_bits(x))
     return word ^ ((word >> 31) & Int32(LARGEST))
 
 
 def number_of(key):
-    return number(Uint32(key ^ ((key >> 31) & Int32(LARGEST))))
+    return bits_float(Uint32(key ^ ((key >> 31) & Int32(LARGEST))))
 
 
 def larger(x, y):
@@ -334,7 +317,7 @@ class SampleSm90:
         # CTAs of an SM, with registers enough that nothing spills
         fitting = 228 * 1024 // (config.shared_bytes + 1024)
         self.programs = max(1, min(fitting, 65536 // (THREAD_REGISTERS * config.threads)))
-        self.ahead = SM_COUNT * self.programs // config.cluster  # rows at a time
+        self.ahead = SM_COUNT[ARCH] * self.programs // config.cluster  # rows at a time
 
     @cute.jit
     def __call__(
@@ -390,9 +373,9 @@ class SampleSm90:
         for i in cutlass.range_constexpr(-(-2 * LOW // (16 * c.threads))):
             at = (i * c.threads + tidx) * 16
             if at < 2 * LOW:
-                store4(room["bins"] + at, zeros)
+                store_words(room["bins"] + at, zeros)
         if tidx == 0:  # what is asked for waits there, not in registers
-            store4(room["note"], [Uint32(0), Uint32(0), bits(asked[1][row]), bits(asked[2][row])])
+            store_words(room["note"], [Uint32(0), Uint32(0), float_bits(asked[1][row]), float_bits(asked[2][row])])
         most = self.load_row(room["x"], source, n, tidx)
         if tidx == 0 and row + self.ahead < m:
             self.send_for(source + stride * (self.ahead * self.element_bits // 8), n)
@@ -467,7 +450,7 @@ class SampleSm90:
                     most = larger(most, v)
                 at = room + (i * c.threads + tidx) * (4 * a_vector)
                 for j in cutlass.range_constexpr(0, a_vector, 4):
-                    store4(at + 4 * j, [bits(v) for v in x[j : j + 4]])
+                    store_words(at + 4 * j, [float_bits(v) for v in x[j : j + 4]])
         else:
             for j in cutlass.range(c.each, unroll=4):
                 at = j * c.threads + tidx
@@ -475,7 +458,7 @@ class SampleSm90:
                 if at < n:
                     x = self.widen(fetch_bits(source + Int64(at) * (size // 8), size))[0]
                 most = larger(most, x)
-                store(room + 4 * at, bits(x))
+                store(room + 4 * at, float_bits(x))
         return most
 
     @cute.jit
@@ -488,10 +471,10 @@ class SampleSm90:
     def widen(self, word):
         """The numbers of a word."""
         if self.x == "fp32":
-            return [number(word)]
+            return [bits_float(word)]
         if self.x == "fp16":
             return [half_to_float(word), half_to_float(word >> Uint32(16))]
-        return [number(word << Uint32(16)), number(word & Uint32(0xFFFF0000))]
+        return [bits_float(word << Uint32(16)), bits_float(word & Uint32(0xFFFF0000))]
 
     @cute.jit
     def extremes(self, room, barriers, turn, high, low, rank, tidx):
@@ -548,15 +531,16 @@ class SampleSm90:
         for coefficient in EXP2_COEFFICIENTS[-2::-1]:
             p = add(mul(p, f), Float32(coefficient))
         # the low bits of `shifted` are the integer part; moved to the exponent's place they make its power of two
-        power = (bits(shifted) << Uint32(23)) + Uint32((127 + MASS_BITS - LOW_BITS) << 23)
-        weight = mul(add(mul(p, f), Float32(1.0)), number(power))
-        return weight, bits(add(t, Float32(ROUND_PART)))
+        power = (float_bits(shifted) << Uint32(23)) + Uint32((127 + MASS_BITS - LOW_BITS) << 23)
+        weight = mul(add(mul(p, f), Float32(1.0)), bits_float(power))
+        return weight, float_bits(add(t, Float32(ROUND_PART)))
 
     def in_words(self, weight):
         """Upper and lower word of a mass: integers are bits of numbers that have 2^23 added, or are subnormal."""
         above = rounded("add.rm", weight, Float32(2.0**23))
         rest = rounded("sub.rn", weight, rounded("sub.rn", above, Float32(2.0**23)))
-        return bits(above) & Uint32(0x7FFFFF), bits(rounded("mul.rm", rest, number(Uint32(1 << LOW_BITS))))
+        high = float_bits(above) & Uint32(0x7FFFFF)
+        return high, float_bits(rounded("mul.rm", rest, bits_float(Uint32(1 << LOW_BITS))))
 
     def mass(self, x, scales):
         high, low = self.in_words(self.weight(x, scales)[0])
@@ -564,7 +548,7 @@ class SampleSm90:
 
     def bin_of(self, place):
         """The bin of log2 of a mass as `weight` gives it."""
-        return Int32(bits(Float32(ROUND_PART)) - place)
+        return Int32(float_bits(Float32(ROUND_PART)) - place)
 
     @cute.jit
     def weigh(self, room, scales, tidx):
@@ -578,11 +562,11 @@ class SampleSm90:
     def weigh_as(self, room, scales, tidx, scaled: cutlass.Constexpr):
         c = self.config
         first = room["bins"] + tidx % COLUMNS * 4
-        first = bin_address(first, Uint32(0) - bits(Float32(ROUND_PART)))
+        first = bin_address(first, Uint32(0) - float_bits(Float32(ROUND_PART)))
         at = room["x"] + 16 * tidx
         for _ in cutlass.range(c.each // 4, unroll=1):
-            for word in load4(at):
-                weight, place = self.weight(number(word), scales, scaled)
+            for word in load_words(at):
+                weight, place = self.weight(bits_float(word), scales, scaled)
                 high, low = self.in_words(weight)
                 to = bin_address(first, place)
                 add_word(to, 0, high)
@@ -603,16 +587,16 @@ class SampleSm90:
         """Four threads do, a quarter of the columns each."""
         c, zeros = self.config, [Uint32(0)] * 4
         at = room["bins"] + bin * BIN_BYTES + 16 * part
-        high, low = load4(at), load4(at + LOW)
+        high, low = load_words(at), load_words(at + LOW)
         mass, tokens = Int64(0), Uint32(0)
         for h, w in zip(high, low, strict=True):
             mass = mass + ((Int64(h) << LOW_BITS) + Int64(w))
-        store4(at, zeros)
-        store4(at + LOW, zeros)
+        store_words(at, zeros)
+        store_words(at + LOW, zeros)
         if cutlass.const_expr(bins == FINE):
-            for word in load4(at + COUNTS):
+            for word in load_words(at + COUNTS):
                 tokens = tokens + word
-            store4(at + COUNTS, zeros)
+            store_words(at + COUNTS, zeros)
         for step in (1, 2):
             mass = mass + other_lane(mass, "bfly", step)
             if cutlass.const_expr(bins == FINE):
@@ -733,7 +717,7 @@ class SampleSm90:
 
     def part(self, address):
         """A number of shared memory, of 0 to 1; 0 for NaN."""
-        return rounded("min", rounded("max", number(load(address)), Float32(0.0)), Float32(1.0))
+        return rounded("min", rounded("max", bits_float(load(address)), Float32(0.0)), Float32(1.0))
 
     @cute.jit
     def locate(self, room, barriers, turn, scales, need, search, rank, first, tidx):
@@ -797,16 +781,16 @@ class SampleSm90:
         c = self.config
         marks = self.Marks(0)
         for i in cutlass.range_constexpr(c.each // 4):
-            words = load4(room + (i * c.threads + tidx) * 16)
+            words = load_words(room + (i * c.threads + tidx) * 16)
             for j in cutlass.range_constexpr(4):
-                x = number(words[j])
+                x = bits_float(words[j])
                 if x >= low and x <= high:
                     marks = marks | self.Marks(1 << (4 * i + j))
         return marks
 
     def key_at(self, room, bit, tidx):
         """Of the logit that a bit marks."""
-        return key_of(plus_zero(number(load(room + 4 * self.place(bit, tidx)))))
+        return key_of(plus_zero(bits_float(load(room + 4 * self.place(bit, tidx)))))
 
     def place(self, bit, tidx):
         """Of the logit that a bit marks, in the CTA's."""
@@ -819,7 +803,7 @@ class SampleSm90:
         while left != 0:
             bit = highest_mark(left)
             left = left ^ (self.Marks(1) << self.Marks(bit))
-            x = number(load(room["x"] + 4 * self.place(bit, tidx)))
+            x = bits_float(load(room["x"] + 4 * self.place(bit, tidx)))
             weight, place = self.weight(x, scales)
             if within >= 0 and self.bin_of(place) != within:
                 marks = marks ^ (self.Marks(1) << self.Marks(bit))
@@ -876,10 +860,10 @@ class SampleSm90:
         for i in cutlass.range_constexpr(-(-FEW * RANKERS // c.threads)):
             task = i * c.threads + tidx
             if i * c.threads < RANKERS * number:
-                key, token, low, high = load4(room["listed"] + 16 * cutlass.min(task // RANKERS, number - 1))
+                key, token, low, high = load_words(room["listed"] + 16 * cutlass.min(task // RANKERS, number - 1))
                 before = Int64(0)
                 for j in cutlass.range(task % RANKERS, number, RANKERS, unroll=1):
-                    other_key, other, other_low, other_high = load4(room["listed"] + 16 * j)
+                    other_key, other, other_low, other_high = load_words(room["listed"] + 16 * j)
                     if Int32(other_key) > Int32(key) or (other_key == key and other < token):
                         before += (Int64(other_high) << 32) + Int64(other_low)
                 for step in (1, 2):
@@ -936,8 +920,8 @@ class SampleSm90:
     def count_own(self, room, wanted, tidx, nan: cutlass.Constexpr):
         own = Int32(0)
         for j in cutlass.range(self.config.each // 4, unroll=4):
-            for word in load4(room + 4 * self.counted(j, tidx)):
-                x = number(word)
+            for word in load_words(room + 4 * self.counted(j, tidx)):
+                x = bits_float(word)
                 equal = x != x if cutlass.const_expr(nan) else x == wanted
                 if equal:
                     own += 1
@@ -946,12 +930,12 @@ class SampleSm90:
     @cute.jit
     def write_nth(self, room, key, n, nth, first, mOut, row, tidx):
         """The token of the nth of this warp's logits with this key."""
-        lane, wanted = tidx % 32, bits(number_of(key))
+        lane, wanted = tidx % 32, float_bits(number_of(key))
         for j in cutlass.range(self.config.each // 4, unroll=4):
             at = self.counted(j, tidx)
-            words, own = load4(room + 4 * at), Int32(0)
+            words, own = load_words(room + 4 * at), Int32(0)
             for i in cutlass.range_constexpr(4):
-                if bits(plus_zero(number(words[i]))) == wanted and at + i < n:
+                if float_bits(plus_zero(bits_float(words[i]))) == wanted and at + i < n:
                     own += 1
             total = add_lanes(own)
             if nth >= 0 and nth < total:
@@ -962,7 +946,7 @@ class SampleSm90:
                         upto += other
                 left = nth - (upto - own)  # of this lane's
                 for i in cutlass.range_constexpr(4):
-                    if bits(plus_zero(number(words[i]))) == wanted and at + i < n:
+                    if float_bits(plus_zero(bits_float(words[i]))) == wanted and at + i < n:
                         if left == 0:
                             mOut[row] = Int64(first + at + i)
                         left -= 1
