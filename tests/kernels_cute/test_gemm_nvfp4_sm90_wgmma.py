@@ -120,6 +120,28 @@ def test_there_is_a_default_for_every_problem(n, k):
             assert m > 64 or config.tile_m >= m
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "won"),
+    [
+        (1, 512, 7168, {"tile_m": 8, "tile_k": 256, "split": 4, "blocks": 2}),
+        (16, 256, 4096, {"tile_m": 8, "split": 4, "blocks": 2}),
+        (32, 512, 4096, {"tile_m": 16, "groups_k": 4, "warps": 2, "tile_k": 128, "split": 2}),
+        (64, 256, 7168, {"tile_m": 16, "groups_k": 4, "warps": 2, "tile_k": 256, "split": 2}),
+        (64, 1024, 1024, {"tile_m": 32, "split": 4, "blocks": 2}),
+        (64, 1536, 7168, {"tile_m": 64, "split": 4, "blocks": 1}),
+        (64, 2048, 7168, {"tile_m": 64, "groups_k": 1, "split": 4, "blocks": 2}),
+        (64, 2624, 7168, {"tile_m": 64, "groups_k": 2, "tile_k": 128, "split": 2}),
+        (4, 2624, 4096, {"tile_m": 8, "groups_k": 4, "warps": 4, "tile_k": 256, "split": 2}),
+        (16, 4096, 4096, {"tile_m": 16, "groups_k": 4, "warps": 3, "tile_k": 256, "split": 1}),
+        (64, 65536, 1536, {"tile_m": 64, "groups_n": 2, "groups_k": 1, "blocks": 2}),
+        (64, 73728, 1536, {"tile_m": 64, "groups_n": 3, "groups_k": 1, "blocks": 1}),
+    ],
+)
+def test_defaults_are_what_won(m, n, k, won):
+    config = kernel.default(Problem(m=m, n=n, k=k))
+    assert {knob: getattr(config, knob) for knob in won} == won
+
+
 @pytest.mark.parametrize("config", [SMALL, WIDE, *(c for c in CONFIGS if c.overlap)], ids=str)
 def test_least_rows(config):
     """What `warm` launches with: no config runs with fewer, this many segments or not."""
