@@ -421,8 +421,8 @@ def _rough_us(problem: GemmProblem, config: Config) -> float:
 
 PARTS = Config(groups_n=1, groups_k=2, split=4)
 SLIM = Config(tile_m=16, groups_n=1, groups_k=4, warps=2, split=2)
-# What won for weights of so few rows of tiles that four parts of K find room, by the tile that holds all tokens: up to so
-# many rows, from such a k on. Of fewest rows tiles of fewer tokens won
+# What won for weights of so few rows of tiles that four parts of K find room, by the tile that holds all tokens: up to
+# so many rows, from such a k on. Of fewest rows tiles of fewer tokens won
 FEW_ROWS: dict[int, list[tuple[int, int, Config]]] = {
     8: [
         (16, 7168, replace(PARTS, tile_m=8, tile_k=256, blocks=2)),

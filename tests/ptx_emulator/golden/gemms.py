@@ -49,8 +49,8 @@ CASES = [
     (GemmProblem(m=150, n=192, k=512, order=PREPARED), wgmma.Config(tile_m=128)),
 ]
 
-# Recorded before large tiles asked for their first tokens sooner: the same sums, by copies in another order. Record again,
-# and drop these
+# Recorded before large tiles asked for their first tokens sooner: the same sums, by copies in another order. Record
+# again, and drop these
 OTHER_COPIES = (15, 19)
 
 
