@@ -419,19 +419,77 @@ def _rough_us(problem: GemmProblem, config: Config) -> float:
     return max(start + tiles_us, 2 * problem.m * problem.k / READ_BYTES_PER_US)
 
 
+PARTS = Config(groups_n=1, groups_k=2, split=4)
+SLIM = Config(tile_m=16, groups_n=1, groups_k=4, warps=2, split=2)
+# What won for weights of so few rows of tiles that four parts of K find room, by the tile that holds all tokens: up to
+# so many rows, from such a k on. Of fewest rows tiles of fewer tokens won
+FEW_ROWS: dict[int, list[tuple[int, int, Config]]] = {
+    8: [
+        (16, 7168, replace(PARTS, tile_m=8, tile_k=256, blocks=2)),
+        (16, 0, replace(PARTS, tile_m=8, blocks=2)),
+        (24, 7168, replace(SLIM, tile_m=8, warps=3, tile_k=256)),
+        (SM_COUNT, 7168, replace(PARTS, tile_m=8, tile_k=256, blocks=2)),
+        (SM_COUNT, 0, replace(PARTS, tile_m=8, blocks=2)),
+    ],
+    16: [
+        (4, 0, replace(PARTS, tile_m=8, blocks=2)),
+        (24, 7168, replace(SLIM, warps=3, tile_k=256)),
+        (24, 1536, replace(PARTS, tile_m=16)),
+        (SM_COUNT, 0, replace(PARTS, tile_m=16, blocks=2)),
+    ],
+    32: [
+        (1, 0, replace(PARTS, tile_m=16, blocks=2)),
+        (8, 7168, replace(SLIM, tile_k=256)),
+        (8, 0, SLIM),
+        (24, 7168, replace(PARTS, tile_m=32, tile_k=256)),
+        (24, 0, replace(PARTS, tile_m=32)),
+        (SM_COUNT, 0, replace(PARTS, tile_m=32, blocks=2)),
+    ],
+    64: [
+        (1, 0, replace(PARTS, tile_m=32, blocks=2)),
+        (4, 7168, replace(SLIM, tile_k=256)),
+        (4, 0, SLIM),
+        (8, 0, replace(PARTS, tile_m=32, blocks=2)),
+        (24, 7168, replace(PARTS, tile_m=64)),
+        (24, 0, replace(PARTS, tile_m=32, blocks=2)),
+        (SM_COUNT, 1536, replace(PARTS, tile_m=64, groups_k=1, blocks=2)),
+        (SM_COUNT, 0, replace(PARTS, tile_m=64, split=1)),
+    ],
+}
+
+
+def _of_few_tokens(problem: GemmProblem) -> list[Config]:
+    """What to take, the first that can be: after what won for 48 weights each at m of 4, 16, 32 and 64 on an H100."""
+    rows, k = problem.n // TILE, problem.k
+    tile_m = next(t for t in SPACE["tile_m"] if t >= problem.m)
+    few, tile_k = Config(tile_m=tile_m, groups_n=1, groups_k=2), 256 if tile_m <= 16 else 128
+    many = replace(few, groups_k=4 if tile_m <= 32 else 2)
+    wanted = []
+    if 4 * rows <= SM_COUNT:
+        wanted += [next(c for most, least, c in FEW_ROWS[tile_m] if rows <= most and k >= least)]
+        wanted += [replace(few, split=4, blocks=2)]
+    narrow = tile_m <= 2 * WARP_TOKENS and 3 * rows > SM_COUNT and 4 * rows <= 3 * SM_COUNT
+    if 2 * rows <= SM_COUNT and k >= (8192 if narrow else 4096):
+        wanted += [replace(many, tile_k=tile_k if k < 8192 else 128, split=2)]
+    if narrow and (2 * rows > SM_COUNT or k >= 4096):
+        wanted += [replace(many, warps=3, tile_k=256)]
+    if rows > 3 * SM_COUNT:
+        wide = [replace(few, groups_n=2, groups_k=1, blocks=2), replace(few, groups_n=3, groups_k=1)]
+        wanted += sorted(wide, key=lambda c: -_last_wave(rows, c)) if tile_m == 64 else []
+        wanted += [replace(few, tile_k=tile_k, blocks=2)]
+    return [*wanted, replace(many, tile_k=tile_k), many, few]
+
+
+def _last_wave(rows: int, config: Config) -> float:
+    """Share of all waves' slots that have a tile, of few tokens."""
+    tiles, slots = -(-rows // config.groups_n), SM_COUNT * config.blocks
+    return tiles / (-(-tiles // slots) * slots)
+
+
 def default(problem: GemmProblem) -> Config:
     """A config for a problem that nobody has tuned, after what won for V4's shapes on an H100."""
-    rows = problem.n // TILE
     if problem.m <= STORE_ROWS:
-        tile_m = next(t for t in SPACE["tile_m"] if t >= problem.m)
-        few, tile_k = Config(tile_m=tile_m, groups_n=1, groups_k=2), 256 if tile_m <= 16 else 128
-        many = replace(few, groups_k=4 if tile_m <= 32 else 2)
-        wanted = [replace(few, split=4, blocks=2)] if 4 * rows <= SM_COUNT else []
-        wanted += [replace(many, split=2)] if 2 * rows <= SM_COUNT and problem.k >= 8192 else []
-        narrow = tile_m <= 2 * WARP_TOKENS and 2 * rows > SM_COUNT and 4 * rows <= 3 * SM_COUNT
-        wanted += [replace(many, warps=3, tile_k=256)] if narrow else []
-        wanted += [replace(few, tile_k=tile_k, blocks=2)] if rows > 3 * SM_COUNT else []
-        wanted += [replace(many, tile_k=tile_k), many, few]
+        wanted = _of_few_tokens(problem)
     else:
         large = [c for c in TILE_US if problem.m >= 1024 and c.tile_m * c.rows == 256 * 128]
         whole = [_shared(problem, c) if c in large else c for c in TILE_US]

@@ -8,13 +8,14 @@ from functools import partial
 import pytest
 import torch
 
-from fp4suite import layouts, testing
+from fp4suite import dispatch, layouts, testing
 from fp4suite.built import resources, sass
 from fp4suite.problem import GemmProblem
 from kernels_cute import build, gemm_nvfp4_sm90_wgmma as kernel
 from kernels_cute.gemm_nvfp4_sm90_wgmma import SPACE, Config
 from ptx_emulator import emulate
 from ptx_emulator.errors import Fault
+from tuner import targets
 
 from . import sm90_cases
 
@@ -116,7 +117,29 @@ def test_there_is_a_default_for_every_problem(n, k):
             problem = Problem(m=m, n=n, k=k, out=out, segments=segments)
             config = kernel.default(problem)
             assert kernel.supports(problem, config) is None
-            assert m > 64 or config.tile_m >= m
+            assert m > 64 or config.tile_m * (4 if n <= 1536 else 1) >= m
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "won"),
+    [
+        (1, 512, 7168, {"tile_m": 8, "tile_k": 256, "split": 4, "blocks": 2}),
+        (16, 256, 4096, {"tile_m": 8, "split": 4, "blocks": 2}),
+        (32, 512, 4096, {"tile_m": 16, "groups_k": 4, "warps": 2, "tile_k": 128, "split": 2}),
+        (64, 256, 7168, {"tile_m": 16, "groups_k": 4, "warps": 2, "tile_k": 256, "split": 2}),
+        (64, 1024, 1024, {"tile_m": 32, "split": 4, "blocks": 2}),
+        (64, 1536, 7168, {"tile_m": 64, "split": 4, "blocks": 1}),
+        (64, 2048, 7168, {"tile_m": 64, "groups_k": 1, "split": 4, "blocks": 2}),
+        (64, 2624, 7168, {"tile_m": 64, "groups_k": 2, "tile_k": 128, "split": 2}),
+        (4, 2624, 4096, {"tile_m": 8, "groups_k": 4, "warps": 4, "tile_k": 256, "split": 2}),
+        (16, 4096, 4096, {"tile_m": 16, "groups_k": 4, "warps": 3, "tile_k": 256, "split": 1}),
+        (64, 65536, 1536, {"tile_m": 64, "groups_n": 2, "groups_k": 1, "blocks": 2}),
+        (64, 73728, 1536, {"tile_m": 64, "groups_n": 3, "groups_k": 1, "blocks": 1}),
+    ],
+)
+def test_defaults_are_what_won(m, n, k, won):
+    config = kernel.default(Problem(m=m, n=n, k=k))
+    assert {knob: getattr(config, knob) for knob in won} == won
 
 
 @pytest.mark.parametrize("config", [SMALL, WIDE, *(c for c in CONFIGS if c.overlap)], ids=str)
@@ -355,7 +378,7 @@ def test_configs(config, device):
 
 @pytest.mark.gpu
 def test_ragged_m(device):
-    for m in [*range(1, 66), 127, 128, 129, 255, 257, 1000]:
+    for m in [*range(1, 66), 127, 128, 129, 255, 257, 1000, 16383, 16384]:
         tile_m = next((t for t in SPACE["tile_m"] if t >= m), 64 if m % 2 else 128)
         config = Config(tile_m=tile_m, tile_k=64, stages=4) if tile_m > 64 else Config(tile_m=tile_m)
         case = testing.case(Problem(m=m, n=192, k=1024), device, seed=m)
@@ -372,6 +395,23 @@ def test_model_shapes(m, n, k, device):
     for segments, out in ((1, "bf16"), (2, "fp32")):
         case = testing.case(Problem(m=m, n=n, k=k, out=out, segments=segments), device, seed=7)
         case.run(kernel, WIDE if m > 64 else Config())
+        case.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("m", [3, 77, 1030])
+def test_every_linear_of_both_models(m, tp, device):
+    """Its slice of `tp` GPUs, by what is chosen for it, into BF16 and, where a layer wants it, FP32."""
+    target = dispatch.target_of(device)
+    configs = targets.load_configs(["pro", "flash"])
+    found = targets.problems(configs, "gemm_nvfp4", targets.Target(target.arch, target.device), [m], tp)
+    assert len(found) >= 25
+    for problem in found:
+        choice = dispatch.choose_for("gemm_nvfp4", problem, target)
+        assert choice.kernel == "cute_gemm_nvfp4_sm90_wgmma"
+        case = testing.case(problem, device, seed=9)
+        case.run(choice.module, choice.config)
         case.check()
 
 
