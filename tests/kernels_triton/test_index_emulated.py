@@ -113,7 +113,7 @@ def test_compress_kv_pair(pool):
         case.check()
 
 
-QUERIES = [("fp8", 0, 4), ("fp8", 1, 16), ("mxfp4", 0, 4), ("mxfp4", 0, 16)]
+QUERIES = [("fp8", 0, 4), ("fp8", 1, 16), ("mxfp4", 0, 8), ("mxfp4", 0, 16)]
 
 
 @pytest.mark.parametrize(
