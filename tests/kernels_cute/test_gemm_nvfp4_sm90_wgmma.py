@@ -421,6 +421,22 @@ def test_alpha_acts_on_the_sum(config, device):
     sm90_cases.check_alpha_acts_on_the_sum(kernel, config, 1024, device)
 
 
+ONE_ARITHMETIC = [
+    Config(tile_m=8),
+    Config(tile_m=64, tile_k=256, stages=2),
+    Config(tile_m=128, strips=2, stages=2),
+    OVERLAPPING,
+    replace(OVERLAPPING, share=2),
+]
+
+
+@pytest.mark.parametrize("config", ONE_ARITHMETIC, ids=str)
+def test_configs_of_one_arithmetic_run(config):
+    problem = GemmProblem(m=300, n=448, k=2048, out="fp32", order=kernel.WEIGHT_ORDER)
+    assert kernel.supports(problem, config) is None
+    assert kernel.arithmetic(problem, config) == kernel.arithmetic(problem, WIDE)
+
+
 @pytest.mark.gpu
 def test_sums_depend_on_neither_tile_nor_other_rows(device):
     """Without parts of K, a row's bits are the same in any batch and under any tile."""
@@ -428,8 +444,7 @@ def test_sums_depend_on_neither_tile_nor_other_rows(device):
     b = testing.random_nvfp4(448, 2048, gen, adversarial=True)
     a = testing.random_activations((300, 2048), gen)
     whole = sm90_cases.gemm(kernel, a, b, WIDE)
-    few, strips = Config(tile_m=64, tile_k=256, stages=2), Config(tile_m=128, strips=2, stages=2)
-    for config in (Config(tile_m=8), few, strips, OVERLAPPING, replace(OVERLAPPING, tile_k=128, share=2)):
+    for config in ONE_ARITHMETIC:
         assert torch.equal(sm90_cases.gemm(kernel, a, b, config), whole)
         assert torch.equal(sm90_cases.gemm(kernel, a[7:8], b, config), whole[7:8])
 
