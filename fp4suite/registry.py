@@ -133,7 +133,7 @@ KERNELS: list[Kernel] = [
     Kernel("permute", "triton_permute_small", "kernels_triton.permute_small", _BOTH, exact=True),
     Kernel("permute", "triton_permute", "kernels_triton.permute", _BOTH, exact=True),
     Kernel("combine", "triton_combine", "kernels_triton.combine", _BOTH, exact=True),
-    Kernel("sample", "cute_sample_sm90", "kernels_cute.sample_sm90", ("sm_90a",), exact=True),
+    Kernel("sample", "cute_sample_sm90", "kernels_cute.sample_sm90", ("sm_90a",), exact=True, fitted=True),
     Kernel("sample", "triton_sample", "kernels_triton.sample", _BOTH, exact=True),
     Kernel(
         "gemm_nvfp4",

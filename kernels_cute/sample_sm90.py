@@ -138,12 +138,12 @@ def refused(config: Config) -> str | None:
 
 def default(problem: SampleProblem) -> Config:
     """Of few rows each gets many threads; as many clusters as there is room for run at a time."""
-    if problem.m <= 7:
-        shapes = [(256, 16, 1), (256, 16, 4), (512, 16, 8), (512, 16, 16), (512, 32, 16)]
-    elif problem.m <= 15:
+    if problem.m <= 8:
+        shapes = [(256, 16, 1), (256, 16, 4), (256, 32, 8), (256, 32, 16), (512, 32, 16)]
+    elif problem.m <= 32:
         shapes = [(256, 16, 1), (256, 32, 4), (512, 32, 8), (512, 32, 16)]
     else:
-        shapes = [(256, 16, 1), (256, 32, 2), (256, 64, 4), (256, 64, 8), (512, 64, 8)]
+        shapes = [(256, 16, 1), (256, 32, 2), (256, 64, 4), (512, 64, 4), (512, 64, 8)]
     configs = [Config(threads=t, each=e, cluster=c) for t, e, c in (*shapes, (512, 64, 16))]
     return next((c for c in configs if problem.vocab <= c.capacity), configs[-1])
 
