@@ -38,8 +38,12 @@ def supports(problem: QuantizeProblem, config: Config) -> str | None:
 
 
 def default(problem: QuantizeProblem) -> Config:
-    """Two blocks a thread; one, and a warp a program, where there is too little for every SM."""
-    return Config() if problem.m * problem.k >= 1 << 20 else Config(block_m=1, block_k=512, num_warps=1)
+    """Two blocks a thread; one where there is too little for every SM: of long rows by four warps a program (k=16384,
+    m=4: 2.11 us on an H100, 2.4 by one), else by one.
+    """
+    if problem.m * problem.k >= 1 << 20:
+        return Config()
+    return Config(block_m=4, block_k=512) if problem.k >= 16384 else Config(block_m=1, block_k=512, num_warps=1)
 
 
 @triton.jit(do_not_specialize=["M"])
