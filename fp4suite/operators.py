@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import by_token, dispatch, layouts, reference
-from .formats import BLOCK, FP8RowTensor, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, SfLayout
+from .formats import BLOCK, FP8RowTensor, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, SfLayout, kv_layout
 from .problem import (
     CombineProblem,
     CompressKvPairProblem,
@@ -33,6 +33,7 @@ from .problem import (
     PermuteProblem,
     QkvNormRopeInsertProblem,
     QnormRopeProblem,
+    QnormRopeQuantizeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsNormProblem,
@@ -697,6 +698,17 @@ def _qnorm_rope(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tens
     return out
 
 
+def _qnorm_rope_quantize(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tensor:
+    problem = QnormRopeQuantizeProblem(**_heads_of(q, table))
+    choice = dispatch.choose("qnorm_rope_quantize", problem, q.device)
+    if choice.is_reference:
+        return reference.qnorm_rope_quantize(q, positions, table, eps)
+    out = _fake_qnorm_rope_quantize(q, positions, table)
+    with _on(q.device):
+        choice.module.launch(_unit_stride(q), positions.contiguous(), table, eps, out, choice.config)
+    return out
+
+
 def _csa_queries(
     q: Tensor, index_q: Tensor, positions: Tensor, table: Tensor, eps: float, format: IndexFormat, hadamard: bool
 ) -> tuple[Tensor, Tensor]:
@@ -954,6 +966,11 @@ def _fake_index_topk(
     return logits.new_empty((logits.shape[0], min(topk, logits.shape[1])), dtype=torch.int32)
 
 
+def _fake_qnorm_rope_quantize(q: Tensor, positions: Tensor, table: Tensor, *_: Any) -> Tensor:
+    row_bytes = kv_layout("nvfp4", 1, q.shape[2], table.shape[1]).row_bytes
+    return q.new_empty(q.shape[0], q.shape[1], row_bytes, dtype=torch.uint8)
+
+
 def _fake_rope_inverse_quantize(
     o: Tensor, positions: Tensor, table: Tensor, groups: int, alpha: Tensor, sf_layout: str, rule: str
 ) -> tuple[Tensor, Tensor]:
@@ -1094,6 +1111,11 @@ _register(
     _fake_post_pre,
 )
 _register("qnorm_rope(Tensor q, Tensor positions, Tensor table, float eps) -> Tensor", _qnorm_rope, _same)
+_register(
+    "qnorm_rope_quantize(Tensor q, Tensor positions, Tensor table, float eps) -> Tensor",
+    _qnorm_rope_quantize,
+    _fake_qnorm_rope_quantize,
+)
 _register(
     "csa_queries(Tensor q, Tensor index_q, Tensor positions, Tensor table, float eps, str format, bool hadamard) "
     "-> (Tensor, Tensor)",

@@ -514,6 +514,18 @@ def qnorm_rope(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tenso
     return _ops.qnorm_rope(q, positions, table, eps)
 
 
+def qnorm_rope_quantize(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tensor:
+    """`qnorm_rope` as NVFP4: q [tokens, heads, head_dim] -> uint8 [tokens, heads, row bytes].
+
+    A head becomes a row of an `nvfp4` cache (`formats.kv_layout`), 384 bytes of 512 dims with 64 of RoPE: codes, E4M3
+    scales, the head's own alpha, RoPE dims in BF16. `reference.read_rows` decodes them, from a PagedCache of page_size
+    1. ValueError where the dims beside RoPE are no multiple of 16 (kernels take those of 32).
+    """
+    _check_heads(q, "q")
+    _check_rope(q, positions, table)
+    return _ops.qnorm_rope_quantize(q, positions, table, eps)
+
+
 def kv_norm_rope_insert(
     kv: Tensor, weight: Tensor, positions: Tensor, table: Tensor, eps: float, cache: PagedCache, slots: Tensor
 ) -> None:

@@ -515,6 +515,36 @@ class QnormRopeProblem(Problem):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QnormRopeQuantizeProblem(Problem):
+    """`qnorm_rope` of q [m, heads, head_dim], each head a row as an `nvfp4` cache has them."""
+
+    op: ClassVar[str] = "qnorm_rope_quantize"
+    heads: int
+    head_dim: int = 512
+    rope_dim: int = 64
+    x: str = "bf16"
+
+    @property
+    def k(self) -> int:
+        """Elements of a token."""
+        return self.heads * self.head_dim
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a head."""
+        return kv_layout("nvfp4", 1, self.head_dim, self.rope_dim).row_bytes
+
+    @property
+    def flops(self) -> int:
+        return self.m * self.heads * (6 * self.head_dim + 3 * self.rope_dim)
+
+    @property
+    def bytes(self) -> int:
+        rows = self.m * self.heads * (ELEMENT_BYTES[self.x] * self.head_dim + self.row_bytes)
+        return rows + rope_bytes(self.m, self.rope_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CsaQueriesProblem(Problem):
     """`qnorm_rope` of q [m, heads, head_dim] and `index_query` of the indexer's q [m, index_heads, index_dim].
 
@@ -783,6 +813,7 @@ PROBLEMS: dict[str, type[Problem]] = {
         SwigluProblem,
         EmbedProblem,
         QnormRopeProblem,
+        QnormRopeQuantizeProblem,
         KvNormRopeInsertProblem,
         QkvNormRopeInsertProblem,
         RopeInverseProblem,

@@ -63,6 +63,13 @@ KERNELS: list[Kernel] = [
     Kernel("quantize_fp8", "triton_quantize_fp8", "kernels_triton.quantize_fp8", _BOTH, exact=True),
     Kernel("qnorm_rope", "triton_qnorm_rope", "kernels_triton.qnorm_rope", _BOTH, exact=True),
     Kernel(
+        "qnorm_rope_quantize",
+        "triton_qnorm_rope_quantize",
+        "kernels_triton.qnorm_rope_quantize",
+        _BOTH,
+        exact=True,
+    ),
+    Kernel(
         "kv_norm_rope_insert",
         "triton_kv_norm_rope_insert",
         "kernels_triton.kv_norm_rope_insert",

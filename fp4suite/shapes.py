@@ -39,6 +39,7 @@ from .problem import (
     Problem,
     QkvNormRopeInsertProblem,
     QnormRopeProblem,
+    QnormRopeQuantizeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsNormProblem,
@@ -281,6 +282,7 @@ def _walk(
             yield "embedding", 1, EmbedProblem(m=rows, vocab=config["vocab_size"], k=d, n=config["hc_mult"])
         elif op in (
             QnormRopeProblem.op,
+            QnormRopeQuantizeProblem.op,
             RopeInverseProblem.op,
             RopeInverseInPlaceProblem.op,
             RopeInverseQuantizeProblem.op,
@@ -289,6 +291,8 @@ def _walk(
             heads["rope_dim"] = config["qk_rope_head_dim"]
             if op == QnormRopeProblem.op:
                 yield "queries", depth, QnormRopeProblem(m=rows, **heads)
+            elif op == QnormRopeQuantizeProblem.op:
+                yield "queries", depth, QnormRopeQuantizeProblem(m=rows, **heads)
             elif op == RopeInverseProblem.op:
                 yield "attention_output", depth, RopeInverseProblem(m=rows, **heads)
             elif op == RopeInverseInPlaceProblem.op:

@@ -54,6 +54,7 @@ from .problem import (
     Problem,
     QkvNormRopeInsertProblem,
     QnormRopeProblem,
+    QnormRopeQuantizeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsNormProblem,
@@ -166,6 +167,8 @@ def case(problem: Problem, device: torch.device | str = "cpu", seed: int = 0) ->
         return _rope_inverse_in_place_case(problem, gen)
     if isinstance(problem, QnormRopeProblem | RopeInverseProblem | RopeInverseQuantizeProblem):
         return _heads_case(problem, gen)
+    if isinstance(problem, QnormRopeQuantizeProblem):
+        return _qnorm_rope_quantize_case(problem, gen)
     if isinstance(problem, KvNormRopeInsertProblem):
         return _kv_norm_rope_insert_case(problem, gen)
     if isinstance(problem, QkvNormRopeInsertProblem):
@@ -898,6 +901,20 @@ def _heads_case(p: QnormRopeProblem | RopeInverseProblem | RopeInverseQuantizePr
             assert_same_bytes(out[some], op(x[some], positions[some], table, *eps), f"tokens from {some.start} on")
 
     return Case(p, (x, positions, table, *eps), out, (), partial(out.fill_, torch.nan), verify)
+
+
+def _qnorm_rope_quantize_case(p: QnormRopeQuantizeProblem, gen: torch.Generator) -> Case:
+    q = random_activations((p.m, p.heads, p.head_dim), gen, TORCH_DTYPES[p.x])
+    positions, table = _positions(p.m, p.rope_dim, gen)
+    out = torch.empty(p.m, p.heads, p.row_bytes, dtype=torch.uint8, device=gen.device)
+
+    def verify() -> None:
+        for tokens in torch.arange(p.m).split(VERIFIED_TOKENS):
+            some = slice(int(tokens[0]), int(tokens[-1]) + 1)
+            want = reference.qnorm_rope_quantize(q[some], positions[some], table, EPS)
+            assert_same_bytes(out[some], want, f"tokens from {some.start} on")
+
+    return Case(p, (q, positions, table, EPS), out, (), partial(out.fill_, 0xFF), verify)
 
 
 def _rope_inverse_in_place_case(p: RopeInverseInPlaceProblem, gen: torch.Generator) -> Case:

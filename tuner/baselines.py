@@ -15,6 +15,7 @@ from fp4suite.problem import (
     Problem,
     QkvNormRopeInsertProblem,
     QnormRopeProblem,
+    QnormRopeQuantizeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
@@ -79,6 +80,8 @@ def _eager(case: Case) -> Callable[[], object]:
         return lambda: reference.swiglu_quantize(x[0], limit=x[1], alpha=x[2], sf_layout=p.sf_layout, rule=p.rule)
     if isinstance(p, QnormRopeProblem):
         return lambda: reference.qnorm_rope(*x)
+    if isinstance(p, QnormRopeQuantizeProblem):
+        return lambda: reference.qnorm_rope_quantize(*x)
     if isinstance(p, RopeInverseInPlaceProblem):
         return lambda: reference.rope_inverse_(case.out, *x)
     if isinstance(p, RopeInverseProblem):

@@ -43,6 +43,7 @@ from fp4suite.problem import (
     Problem,
     QkvNormRopeInsertProblem,
     QnormRopeProblem,
+    QnormRopeQuantizeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsNormProblem,
@@ -69,6 +70,7 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     SwigluQuantizeProblem.op: 28,
     SwigluProblem.op: 37,
     QnormRopeProblem.op: 22,
+    QnormRopeQuantizeProblem.op: 42,  # estimate: those of a head and of a cache row
     KvNormRopeInsertProblem.op: 34,
     RopeInverseProblem.op: 7,
     RopeInverseInPlaceProblem.op: 10,
@@ -777,6 +779,7 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     HyperConnectionHeadProblem: _fold,
     HyperConnectionPostPreProblem: _fold,
     QnormRopeProblem: _rows,
+    QnormRopeQuantizeProblem: _rows,
     KvNormRopeInsertProblem: _rows,
     QkvNormRopeInsertProblem: _norm_and_insert,
     RopeInverseProblem: _rows,

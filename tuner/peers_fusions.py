@@ -20,6 +20,7 @@ from fp4suite.problem import (
     GemmProblem,
     HyperConnectionHeadProblem,
     QnormRopeProblem,
+    QnormRopeQuantizeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsNormProblem,
@@ -53,6 +54,7 @@ WITHOUT = {  # op -> why no library is compared with it
     CsaQueriesProblem.op: "no library has both queries in one kernel; see qnorm_rope and index_query",
     DequantProblem.op: "no library decodes NVFP4 alone",
     HyperConnectionHeadProblem.op: "mHC kernels of libraries fold four streams under 24 coefficients, not the head's 4",
+    QnormRopeQuantizeProblem.op: "libraries leave queries in BF16 or FP8",
     SampleProblem.op: "servers sample with kernels inside their own Python packages",
 }
 

@@ -4,6 +4,7 @@ from .attention import rope_inverse_quantize as rope_inverse_quantize, sparse_at
 from .cache import (
     kv_norm_rope_insert as kv_norm_rope_insert,
     qkv_norm_rope_insert as qkv_norm_rope_insert,
+    qnorm_rope_quantize as qnorm_rope_quantize,
     read_rows as read_rows,
     write_rows as write_rows,
 )

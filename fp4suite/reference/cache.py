@@ -18,7 +18,7 @@ infinite.
 import torch
 from torch import Tensor
 
-from ..formats import BLOCK, E4M3_MAX, MX_BLOCK, IndexCache, PagedCache
+from ..formats import BLOCK, E4M3_MAX, MX_BLOCK, IndexCache, PagedCache, kv_layout
 from . import e2m1
 from .e8m0 import ceil_log2, pow2
 from .norm import rms_norm, rms_norm_wide
@@ -47,6 +47,21 @@ def qkv_norm_rope_insert(
     """`rms_norm` of rows q [tokens, k] with q_weight [k]; rows kv go the way of `kv_norm_rope_insert`."""
     kv_norm_rope_insert(kv, kv_weight, positions, table, eps, cache, slots)
     return rms_norm(q, q_weight, eps)
+
+
+def qnorm_rope_quantize(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tensor:
+    """`qnorm_rope` of q [tokens, heads, head_dim], each head encoded as a row of an `nvfp4` cache.
+
+    Gives uint8 [tokens, heads, row bytes], 384 of 512 dims with 64 of RoPE: rounded to BF16 once, after the rotation,
+    whatever q's dtype; then codes, block scales and the head's own alpha of the dims beside RoPE, and RoPE's in BF16.
+    """
+    tokens, heads, head_dim = q.shape
+    row_bytes = kv_layout("nvfp4", 1, head_dim, table.shape[1]).row_bytes
+    data = torch.empty(tokens * heads, row_bytes, dtype=torch.uint8, device=q.device)
+    rows = rotate(rms_norm_wide(q, None, eps), positions, table).flatten(0, 1)
+    cache = PagedCache(data, "nvfp4", 1, head_dim, table.shape[1])
+    write_rows(cache, torch.arange(tokens * heads, device=q.device), rows)
+    return data.view(tokens, heads, row_bytes)
 
 
 def write_rows(cache: PagedCache | IndexCache, slots: Tensor, rows: Tensor) -> None:

@@ -313,6 +313,9 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "qnorm_rope": lambda x: ops.qnorm_rope(
         x.view(-1, 4, 128), torch.full((len(x),), 7, dtype=torch.int32), g(20, 64, seed=8), 1e-6
     ),
+    "qnorm_rope_quantize": lambda x: ops.qnorm_rope_quantize(
+        x.view(-1, 4, 128), torch.full((len(x),), 7, dtype=torch.int32), g(20, 64, seed=8), 1e-6
+    ),
     "route": lambda x: ops.route(x.float(), topk=6, scale=2.5),
     "moe": lambda x: ops.moe_nvfp4(
         x,

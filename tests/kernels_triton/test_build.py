@@ -17,6 +17,7 @@ from fp4suite.problem import (
     Problem,
     QkvNormRopeInsertProblem,
     QnormRopeProblem,
+    QnormRopeQuantizeProblem,
     QuantizeFp8Problem,
     QuantizeProblem,
     RmsNormProblem,
@@ -31,6 +32,7 @@ from kernels_triton import (
     kv_norm_rope_insert,
     qkv_norm_rope_insert,
     qnorm_rope,
+    qnorm_rope_quantize,
     quantize_fp8,
     quantize_nvfp4,
     rms_norm,
@@ -51,6 +53,7 @@ QUANTISERS: list[tuple[ModuleType, type[Problem]]] = [
 ]
 ROPE: list[tuple[ModuleType, Problem]] = [
     (qnorm_rope, QnormRopeProblem(m=64, heads=128)),
+    (qnorm_rope_quantize, QnormRopeQuantizeProblem(m=64, heads=128)),
     (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="nvfp4")),
     (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="fp8_ds_mla")),
     (kv_norm_rope_insert, KvNormRopeInsertProblem(m=64, format="bf16")),
@@ -127,7 +130,7 @@ def test_rope_kernels_compile_without_spills(module, problem, pool):
         fused = re.findall(r"fma\.rn\.f32 .*", b.ptx)
         assert all(EXACT.search(f) for f in fused), (config, arch, fused)
         assert "cvt.rn.bf16" in b.ptx, (config, arch)
-        quantises = problem.op == "rope_inverse_quantize" or problem.dims().get("format") == "nvfp4"
+        quantises = problem.op.endswith("_quantize") or problem.dims().get("format") == "nvfp4"
         e4m3 = quantises or problem.dims().get("format") == "fp8_ds_mla"  # scales, or elements
         assert ("cvt.rn.satfinite.e4m3x2.f32" in b.ptx) == e4m3, (config, arch)
         assert ("cvt.rn.satfinite.e2m1x2.f32" in b.ptx) == (quantises and arch == "sm_100a"), (config, arch)

@@ -38,6 +38,7 @@ LAUNCHES = {
     "rms_norm": 1,
     "qkv_norm_rope_insert": 1,
     "qnorm_rope": 1,
+    "qnorm_rope_quantize": 1,
     "kv_norm_rope_insert": 1,
     "rope_inverse": 1,
     "rope_inverse_": 1,

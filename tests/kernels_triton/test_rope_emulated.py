@@ -20,6 +20,7 @@ from fp4suite.problem import (
     Problem,
     QkvNormRopeInsertProblem,
     QnormRopeProblem,
+    QnormRopeQuantizeProblem,
     RmsNormProblem,
     RopeInverseInPlaceProblem,
     RopeInverseProblem,
@@ -30,6 +31,7 @@ from kernels_triton import (
     kv_norm_rope_insert,
     qkv_norm_rope_insert,
     qnorm_rope,
+    qnorm_rope_quantize,
     rms_norm,
     rope_inverse,
     rope_inverse_in_place,
@@ -87,6 +89,19 @@ def test_kv_norm_rope_insert(format, arch, config, pool):
     kv, weight, positions, table, eps, slots = case.operands
     args = (kv, kv.stride(0), weight, positions, table, eps, slots, case.out.data, problem.m)
     emulate(pool, kv_norm_rope_insert, problem, own, arch, (triton.cdiv(problem.m, own.block_m),), args)
+    case.check()
+
+
+@pytest.mark.parametrize(("arch", "config"), [("sm_90a", (1, 1)), ("sm_100a", (2, 2))], ids=str)
+def test_qnorm_rope_quantize(arch, config, pool):
+    """16 heads, for the build takes them as a multiple of 16."""
+    problem = QnormRopeQuantizeProblem(m=2, heads=16)
+    own = qnorm_rope_quantize.Config(block_h=config[0], num_warps=config[1])
+    case = testing.case(problem, "cpu", 1)
+    case.poison()
+    q, positions, table, eps = case.operands
+    args = (q, q.stride(0), q.stride(1), positions, table, eps, case.out, problem.heads)
+    emulate(pool, qnorm_rope_quantize, problem, own, arch, (problem.m, triton.cdiv(problem.heads, own.block_h)), args)
     case.check()
 
 
