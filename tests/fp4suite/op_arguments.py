@@ -93,8 +93,10 @@ def arguments(name: str) -> tuple[tuple, dict]:
             return (*site, fn, base, scale, g(hidden, seed=4)), {"norm_eps": 1e-6, "eps": 1e-6}
         case "hyper_connection_head":
             return (h, g(n, n * hidden, seed=1), g(n), g(1), None), {"norm_eps": 1e-6, "eps": 1e-6}
-        case "qnorm_rope" | "qnorm_rope_quantize":
+        case "qnorm_rope":
             return (g(tokens, 3, HEAD), positions, table, 1e-6), {}
+        case "qnorm_rope_quantize":
+            return (g(tokens, 3, HEAD + ROPE), positions, table, 1e-6), {}
         case "rope_inverse" | "rope_inverse_":
             return (g(tokens, 3, HEAD), positions, table), {}
         case "rope_inverse_quantize":
