@@ -51,6 +51,30 @@ def test_every_rule_layout_and_type(rule, sf_layout, dtype, device, hard_rows):
         check(x, weights(208, device, weight_dtype), 0.002, rule, sf_layout, WIDE)
 
 
+@pytest.mark.parametrize(
+    ("turns", "m", "k", "sf_layout"),
+    [(2, 1, 80, "linear"), (2, 5, 1536, "linear"), (4, 3, 528, "linear"), (4, 9, 80, "linear"), (8, 3, 48, "blocked_128x4")],
+)  # fmt: skip
+def test_turns(turns, m, k, sf_layout, device, hard_rows):
+    """One program or more, the last turns full, of some or of none; columns that fill no tile; a weight of FP32."""
+    config = kernel.Config(num_warps=1, held=True, turns=turns)
+    assert kernel.supports(RmsnormQuantizeProblem(m=m, k=k), config) is None
+    dtype = torch.float32 if k == 528 else torch.bfloat16
+    check(hard_rows(m, k, torch.bfloat16, device), weights(k, device, dtype), 0.002, "absmax", sf_layout, config)
+
+
+def test_turns_of_any_number_and_stride(device, hard_rows):
+    """Infinities and NaN, in rows before and after others; rows far apart and at odd addresses; no rows."""
+    config = kernel.Config(num_warps=1, held=True, turns=4)
+    x = hard_rows(9, 1024, torch.bfloat16, device)
+    x[2, 7], x[4, 1000], x[5] = torch.inf, torch.nan, 0
+    for rows in (x, x[::2, :784], x[1:8, 5:389], every_bf16(device)[:, :1536]):
+        for eps in (1e-6, 0.0):
+            check(rows, weights(rows.shape[1], device), 0.002, config=config, eps=eps)
+    alpha = torch.ones((), device=device)
+    run(kernel, (x[:0], weights(1024, device), 1e-6, alpha), 0, 1024, "absmax", "linear", config)
+
+
 @pytest.mark.parametrize("k", [16, 48, 512, 1024, 1536, 2064, 4096, 7168, 16384])
 @pytest.mark.parametrize("m", [3, 4096])
 def test_lengths(m, k, device, hard_rows):
@@ -120,6 +144,13 @@ def test_refusals():
     assert why(7168, block_m=2, num_warps=1) == "block_m=2 num_warps=1: a row takes a warp or more"
     assert why(1536, parts=4) == "k=1536 has 2 tiles of 1024 columns, too few for 4 parts"
     assert why(7168, num_warps=4, held=True) == "held rows have one part and tiles of up to 1024 columns, got 1 of 2048"
+    turned = {"num_warps": 1, "held": True, "turns": 2}
+    assert why(1536, **turned) is None
+    assert why(2048, **turned) == "k=2048: 64 elements a thread, in turns up to 48"
+    assert why(1024, held=True, turns=2) == "turns are for rows that a warp holds, got num_warps=2 held=True"
+    assert why(512, num_warps=1, turns=2) == "turns are for rows that a warp holds, got num_warps=1 held=False"
+    other = kernel.supports(RmsnormQuantizeProblem(m=1, k=512, x="fp16", rule="mse"), kernel.Config(**turned))
+    assert other == "turns are for x=bf16 by rule absmax, got fp16 by mse"
     assert why(7168, num_warps=1, held=True) == "k=7168 tile_k=512: 224 elements a thread, held up to 128"
 
 
