@@ -161,15 +161,15 @@ def _in_words(x):
 
 
 @triton.jit
-def _widened(words):
-    """What `_in_words` put together: FP32 [ROWS, BLOCKS, 8]."""
+def widened(words):
+    """Words of two BF16 numbers, even columns in lower halves: FP32 [ROWS, BLOCKS, 8]."""
     x = tl.join(words << 16, words & -65536).to(tl.float32, bitcast=True)
     return x.reshape(words.shape[0], words.shape[1], 8)
 
 
 @triton.jit
 def widened_late(words, M):
-    """As `_widened`, by PRMT, see `_widen_late`."""
+    """As `widened`, by PRMT, see `_widen_late`."""
     if CVT:
         even, odd = tl.inline_asm_elementwise(
             "prmt.b32 $0, $2, 0, $3; prmt.b32 $1, $2, 0, $4;",
@@ -182,7 +182,7 @@ def widened_late(words, M):
         x = tl.join(even, odd).to(tl.float32, bitcast=True)
         return x.reshape(words.shape[0], words.shape[1], 8)
     else:
-        return _widened(words)
+        return widened(words)
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def word_factors(words, eps, K: tl.constexpr, ROWS: tl.constexpr, SUM_K: tl.cons
     """`factors` of rows that `load_words` gave."""
     x = nothing()
     for i in tl.static_range(len(words)):
-        x += (_widened(words[i]),)
+        x += (widened(words[i]),)
     mean = tl.div_rn(_row_sum(x, ROWS, SUM_K), tl.full([ROWS], K, tl.float32))
     return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None, None]
 
