@@ -16,7 +16,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fp4suite.formats import BLOCK as _BLOCK, MX_BLOCK as _MX_BLOCK, IndexCache, PagedCache, kv_layout
+from fp4suite.formats import BLOCK as _BLOCK, MX_BLOCK as _MX_BLOCK, IndexCache, PagedCache
 from fp4suite.reference import cache as reference
 
 from .normed_rows import widened
@@ -52,14 +52,12 @@ def refuse(format: str, head_dim: int, rope_dim: int) -> str | None:
     return None
 
 
-def refuse_blocks(format: str, page_size: int, head_dim: int, rope_dim: int) -> str | None:
+def refuse_blocks(format: str, head_dim: int, rope_dim: int) -> str | None:
     """Why `store_nvfp4_blocks` cannot store rows of a format, or None."""
     if format != "nvfp4":
         return f"by blocks rows are stored in nvfp4, got {format}"
-    if (head_dim - rope_dim) % 64 or rope_dim % _BLOCK:  # words at multiples of four bytes
-        return f"by blocks a row has 64 dims or a multiple beside RoPE, 16 with it, got {head_dim - rope_dim}, {rope_dim}"
-    layout = kv_layout("nvfp4", page_size, head_dim, rope_dim)
-    assert layout.row_bytes % 4 == 0 and layout.page_bytes % 4 == 0
+    if (head_dim - rope_dim) % 64 or rope_dim % _BLOCK:  # then all parts begin at multiples of four bytes
+        return f"by blocks rows have 64 n dims without and 16 n with RoPE, got {head_dim - rope_dim} and {rope_dim}"
     return None
 
 

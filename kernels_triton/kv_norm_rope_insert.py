@@ -1,7 +1,7 @@
 """RMSNorm, RoPE and the encoding of KV rows, stored in pages of a cache: what lies between wkv's GEMM and attention.
 
 Memory bound: reads 2 bytes a dim (BF16) and writes a row of the cache, 584 bytes in fp8_ds_mla, 384 in nvfp4. One
-program block_m rows, kept in registers from the load to the last store. Few tokens: a chain of two loads (position,
+program block_m rows, several in turn perhaps, kept in registers from the load to the last store. Few tokens: a chain of two loads (position,
 then angles) and two reductions.
 """
 
@@ -17,7 +17,7 @@ from fp4suite.built import Built
 from fp4suite.formats import PagedCache, kv_layout
 from fp4suite.problem import KvNormRopeInsertProblem
 
-from . import cache_rows, host
+from . import cache_rows, host, normed_rows
 from .normed_rows import load_tile, load_words, widened_late, word_factors
 from .nvfp4 import widen
 from .rope import load_angles, pair_angles, refuse_heads, rms_normed, turn, turn_pairs
@@ -55,11 +55,10 @@ def _refuse_blocks(problem: KvNormRopeInsertProblem, config: Config) -> str | No
     p = problem
     if not config.by_blocks:
         return None if config.turns == 1 else f"turns are for rows by blocks, got turns={config.turns}"
-    if why := cache_rows.refuse_blocks(p.format, p.page_size, p.head_dim, p.rope_dim):
-        return why
     if config.block_m > 1 or config.num_warps > 1 or p.x != "bf16":
         return f"by blocks a warp takes a row of bf16, got {config.num_warps} for {config.block_m} of {p.x}"
-    return None
+    padded = triton.next_power_of_2(p.head_dim)
+    return cache_rows.refuse_blocks(p.format, p.head_dim, p.rope_dim) or normed_rows.refuse(padded, padded, 1, True)
 
 
 @triton.jit

@@ -139,8 +139,8 @@ def _widen_late(x, M):
 
 @triton.jit
 def load_words(x_ptr, stride_m, rows, M, K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr):
-    """Rows (int64 [ROWS]) of BF16: halves of tiles of TILE_K columns in turn, int32 [ROWS, TILE_K / 16, 4], zeros beyond
-    M and K. What a loop takes to its next pass: there each BF16 would have a register of its own.
+    """Rows (int64 [ROWS]) of BF16, as halves of tiles of TILE_K columns in turn, int32 [ROWS, TILE_K / 16, 4], zeros
+    beyond M and K. What a loop takes to its next pass: there each BF16 would have a register of its own.
     """
     at = x_ptr + (rows * stride_m)[:, None, None]
     live = (rows < M)[:, None, None]
@@ -155,7 +155,7 @@ def load_words(x_ptr, stride_m, rows, M, K: tl.constexpr, ROWS: tl.constexpr, TI
 
 @triton.jit
 def _in_words(x):
-    """Widened BF16 [ROWS, BLOCKS, 8] -> int32 [ROWS, BLOCKS, 4], even columns in lower halves; no instruction at all."""
+    """Widened BF16 [ROWS, BLOCKS, 8] -> int32 [ROWS, BLOCKS, 4], even columns in lower halves: takes no instruction."""
     even, odd = tl.split(x.to(tl.uint32, bitcast=True).reshape(x.shape[0], x.shape[1], 4, 2))
     return ((even >> 16) | odd).to(tl.int32, bitcast=True)
 

@@ -1,7 +1,7 @@
 """RMSNorm with a weight, then NVFP4, without the normed row in memory.
 
-Memory bound: reads 2 bytes (BF16) and writes 9/16 an element. One program block_m rows, or a part of each of few rows;
-rows stay in registers between the sum of squares and the quantiser, or are read again from L1 or L2.
+Memory bound: reads 2 bytes (BF16) and writes 9/16 an element. One program block_m rows, several times in turn, or a
+part of each of few rows; rows stay in registers between the sum of squares and the quantiser, or are read again from L1 or L2.
 """
 
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ class Config:
     """block_m rows by one of `parts` of their columns a program; every part sums its rows as a whole.
 
     Quantised are 16 columns a thread at a time: a tile is 512 num_warps / block_m columns wide. `held` rows stay in
-    registers from the sum to the quantiser; others are read again, from L1 or L2. A program takes `turns` rows one after
-    the other, the next one on its way meanwhile.
+    registers from the sum to the quantiser; others are read again, from L1 or L2. A program takes `turns` rows, a
+    grid's width apart, one after the other, the next one on its way meanwhile.
     """
 
     block_m: int = 1
@@ -174,8 +174,8 @@ def launch(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, out: NVFP4Tenso
         options = {"num_warps": config.num_warps, "maxnreg": REGISTERS_IN_TURNS, **host.OPTIONS}
         _in_turns[(triton.cdiv(programs, config.turns),)](*operands, m, eps, **constants, **options)
         return
-    operands += (None, m, eps)
-    _rmsnorm_quantize[(programs, config.parts)](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
+    grid = (programs, config.parts)
+    _rmsnorm_quantize[grid](*operands, None, m, eps, **constants, num_warps=config.num_warps, **host.OPTIONS)
 
 
 def global_scale(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, config: Config) -> None:
@@ -212,8 +212,8 @@ def build(problem: RmsnormQuantizeProblem, config: Config, arch: str) -> Built:
     types |= {"data_ptr": "*u8", "sf_ptr": "*u8", "M": "i32", "eps": "fp32"}
     constants = _constants(problem.k, problem.rule, problem.sf_layout, arch == "sm_100a", config)
     if config.turns > 1:
-        options = {"unaligned": ("M",), "maxnreg": REGISTERS_IN_TURNS}
-        return host.build(_in_turns, types, constants, arch, config.num_warps, **options)
+        registers = REGISTERS_IN_TURNS
+        return host.build(_in_turns, types, constants, arch, config.num_warps, unaligned=("M",), maxnreg=registers)
     constants["amax_ptr"] = None
     return host.build(_rmsnorm_quantize, types, constants, arch, config.num_warps, unaligned=("M",))
 

@@ -212,6 +212,31 @@ def test_refusals(device):
     problem = KvNormRopeInsertProblem(m=1, head_dim=64, rope_dim=16, format="nvfp4")
     assert "a multiple of 32 dims beside RoPE, got 48" in (kernel.supports(problem, kernel.Config()) or "")
     assert "fp64" in (kernel.supports(KvNormRopeInsertProblem(m=1, x="fp64"), kernel.Config()) or "")
+    blocks = kernel.Config(by_blocks=True)
+    for wrong, config, message in (
+        (KvNormRopeInsertProblem(m=1), blocks, "by blocks rows are stored in nvfp4, got fp8_ds_mla"),
+        (
+            KvNormRopeInsertProblem(m=1, format="nvfp4", head_dim=96, rope_dim=64),
+            blocks,
+            "by blocks rows have 64 n dims without and 16 n with RoPE, got 32 and 64",
+        ),
+        (
+            KvNormRopeInsertProblem(m=1, format="nvfp4", x="fp16"),
+            blocks,
+            "by blocks a warp takes a row of bf16, got 1 for 1 of fp16",
+        ),
+        (
+            KvNormRopeInsertProblem(m=1, format="nvfp4"),
+            kernel.Config(turns=2),
+            "turns are for rows by blocks, got turns=2",
+        ),
+        (
+            KvNormRopeInsertProblem(m=1, format="nvfp4", head_dim=1536),
+            blocks,
+            "held rows have one part and tiles of up to 1024 columns, got 1 of 2048",
+        ),
+    ):
+        assert kernel.supports(wrong, config) == message
     assert "spill" in (kernel.supports(KvNormRopeInsertProblem(m=1), kernel.Config(block_m=8)) or "")
     cache = new_cache("bf16", 4, 2, device)
     kv, weight = torch.zeros(2, HEAD, device=device), torch.ones(HEAD, device=device)
@@ -235,9 +260,11 @@ def test_refusals(device):
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_batch_of_real_size(format, page, device):
     c = testing.case(KvNormRopeInsertProblem(m=4133, format=format, page_size=page), device)
-    for config in (kernel.Config(), kernel.Config(block_m=4, num_warps=4)):
-        c.run(kernel, config)
-        c.check()
+    by_blocks = [kernel.Config(by_blocks=True, turns=turns) for turns in (1, 2, 4)]
+    for config in (kernel.Config(), kernel.Config(block_m=4, num_warps=4), *by_blocks):
+        if kernel.supports(c.problem, config) is None:
+            c.run(kernel, config)
+            c.check()
 
 
 @pytest.mark.gpu

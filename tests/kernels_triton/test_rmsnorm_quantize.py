@@ -51,8 +51,14 @@ def test_every_rule_layout_and_type(rule, sf_layout, dtype, device, hard_rows):
 
 @pytest.mark.parametrize(
     ("turns", "m", "k", "sf_layout"),
-    [(2, 1, 80, "linear"), (2, 5, 1536, "linear"), (4, 3, 528, "linear"), (4, 9, 80, "linear"), (8, 3, 48, "blocked_128x4")],
-)  # fmt: skip
+    [
+        (2, 1, 80, "linear"),
+        (2, 5, 1536, "linear"),
+        (4, 3, 528, "linear"),
+        (4, 9, 80, "linear"),
+        (8, 3, 48, "blocked_128x4"),
+    ],
+)
 def test_turns(turns, m, k, sf_layout, device, hard_rows):
     """One program or more, the last turns full, of some or of none; columns that fill no tile; a weight of FP32."""
     config = kernel.Config(num_warps=1, held=True, turns=turns)
@@ -150,6 +156,17 @@ def test_refusals():
     other = kernel.supports(RmsnormQuantizeProblem(m=1, k=512, x="fp16", rule="mse"), kernel.Config(**turned))
     assert other == "turns are for x=bf16 by rule absmax, got fp16 by mse"
     assert why(7168, num_warps=1, held=True) == "k=7168 tile_k=512: 224 elements a thread, held up to 128"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sf_layout", ["linear", "blocked_128x4"])
+@pytest.mark.parametrize("m", [1, 4133])
+def test_turns_of_real_size(m, sf_layout, device):
+    """More programs than a GPU holds, and the last turns of some alone."""
+    c = testing.case(RmsnormQuantizeProblem(m=m, k=1536, sf_layout=sf_layout), device)
+    for turns in (2, 4, 8):
+        c.run(kernel, kernel.Config(num_warps=1, held=True, turns=turns))
+        c.check()
 
 
 @pytest.mark.gpu
