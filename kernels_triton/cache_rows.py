@@ -19,8 +19,9 @@ import triton.language as tl
 from fp4suite.formats import BLOCK as _BLOCK, MX_BLOCK as _MX_BLOCK, IndexCache, PagedCache
 from fp4suite.reference import cache as reference
 
-from .nvfp4 import AMAX_TO_ALPHA, BLOCK, absmax_scale, pack_e2m1
-from .rounding import bf16_bits, e4m3_bits, e8m0_of_6, e8m0_of_448, e8m0_reciprocal, largest, rounded
+from .normed_rows import widened
+from .nvfp4 import AMAX_TO_ALPHA, BLOCK, absmax_scale, block_amax, magnitude_bits, pack_e2m1, quantize_blocks
+from .rounding import CVT, bf16_bits, e4m3_bits, e8m0_of_6, e8m0_of_448, e8m0_reciprocal, largest, rounded
 
 MX_BLOCK = tl.constexpr(_MX_BLOCK)
 FP8_GROUP = tl.constexpr(reference.FP8_GROUP)
@@ -48,6 +49,15 @@ def refuse(format: str, head_dim: int, rope_dim: int) -> str | None:
     """Why rows of a format cannot be stored, or None. BF16 dims have to lie at even addresses."""
     if format == "nvfp4" and (head_dim - rope_dim) % (2 * _BLOCK):
         return f"nvfp4 rows are stored with a multiple of {2 * _BLOCK} dims beside RoPE, got {head_dim - rope_dim}"
+    return None
+
+
+def refuse_blocks(format: str, head_dim: int, rope_dim: int) -> str | None:
+    """Why `store_nvfp4_blocks` cannot store rows of a format, or None."""
+    if format != "nvfp4":
+        return f"by blocks rows are stored in nvfp4, got {format}"
+    if (head_dim - rope_dim) % 64 or rope_dim % _BLOCK:  # then all parts begin at multiples of four bytes
+        return f"by blocks rows have 64 n dims without and 16 n with RoPE, got {head_dim - rope_dim} and {rope_dim}"
     return None
 
 
@@ -86,6 +96,51 @@ def store(
         _store_mxfp4(
             rounded(y, tl.bfloat16), rows, scales, stored, cache_ptr, HEAD_DIM, PAGE_BYTES, E2M1_CVT, ROWS, PADDED
         )
+
+
+@triton.jit
+def store_nvfp4_blocks(
+    lo, hi, slot, cache_ptr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    ROW_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """As `store` in nvfp4, of one row whose blocks are given as halves [1, BLOCKS, 8], to a scalar slot: where a thread
+    has whole blocks, nothing but the row's maximum leaves it. See `refuse_blocks`."""
+    NOPE: tl.constexpr = HEAD_DIM - ROPE_DIM
+    CODED: tl.constexpr = NOPE // BLOCK
+    START: tl.constexpr = NOPE // 2 + CODED + 4
+    stored = slot >= 0
+    slot = tl.where(stored, slot, 0).to(tl.int64)  # before the multiply: a cache passes 2**31 bytes
+    page, row = slot // PAGE_SIZE, slot % PAGE_SIZE
+    blocks = tl.arange(0, BLOCKS)
+    turned = ((blocks >= CODED) & (blocks < HEAD_DIM // BLOCK) & stored)[None, :, None]
+    at = cache_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + page * (PAGE_BYTES // 4) + row * (ROW_BYTES // 4)
+    lo, hi = _bf16_pairs(lo), _bf16_pairs(hi)
+    pairs = at + (START // 4 - NOPE // 2) + (blocks[:, None] * (BLOCK // 2) + tl.arange(0, 4)[None, :])[None, :, :]
+    tl.store(pairs, lo, mask=turned)
+    tl.store(pairs + 4, hi, mask=turned)
+    lo, hi = widened(lo), widened(hi)
+    most = tl.where((blocks < CODED)[None, :], magnitude_bits(block_amax(lo, hi, 1, BLOCKS)), 0)
+    alpha = tl.div_rn(tl.max(most.reshape(BLOCKS), 0).to(tl.float32, bitcast=True), AMAX_TO_ALPHA)
+    words, byte = quantize_blocks(lo, hi, alpha, "absmax", 1, BLOCKS, E2M1_CVT)
+    coded = ((blocks < CODED) & stored)[None, :]
+    places = at + (blocks[:, None] * 2 + tl.arange(0, 2)[None, :])[None, :, :]
+    tl.store(places, words, mask=coded[:, :, None])
+    bits = tl.where(alpha != alpha, float("nan"), alpha).to(tl.int32, bitcast=True)
+    tl.store(at + (NOPE // 2 + CODED) // 4, bits, mask=stored)
+    at = cache_ptr + page * PAGE_BYTES + row * ROW_BYTES + NOPE // 2
+    tl.store(at + blocks[None, :], byte.to(tl.uint8), mask=coded)
+
+
+@triton.jit
+def _bf16_pairs(y):
+    """FP32 [ROWS, BLOCKS, 8] -> BF16, to nearest even, as words of two [ROWS, BLOCKS, 4]."""
+    even, odd = tl.split(y.reshape(y.shape[0], y.shape[1], 4, 2))
+    if CVT:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return (bf16_bits(odd).to(tl.int32) << 16) | (bf16_bits(even).to(tl.int32) & 0xFFFF)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """RMSNorm, RoPE and the encoding of KV rows, stored in pages of a cache: what lies between wkv's GEMM and attention.
 
 Memory bound: reads 2 bytes a dim (BF16) and writes a row of the cache, 584 bytes in fp8_ds_mla, 384 in nvfp4. One
-program block_m rows, kept in registers from the load to the last store. Few tokens: a chain of two loads (position,
+program block_m rows, several in turn perhaps, kept in registers from the load to the last store. Few tokens: a chain of two loads (position,
 then angles) and two reductions.
 """
 
@@ -17,20 +17,27 @@ from fp4suite.built import Built
 from fp4suite.formats import PagedCache, kv_layout
 from fp4suite.problem import KvNormRopeInsertProblem
 
-from . import cache_rows, host
+from . import cache_rows, host, normed_rows
+from .normed_rows import load_tile, load_words, widened_late, word_factors
 from .nvfp4 import widen
-from .rope import load_angles, pair_angles, refuse_heads, rms_normed, turn
+from .rope import load_angles, pair_angles, refuse_heads, rms_normed, turn, turn_pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_m rows a program. A warp a row: then no sum leaves its warp, and nothing goes through shared memory."""
+    """block_m rows a program. A warp a row: then no sum leaves its warp, and nothing goes through shared memory.
+
+    by_blocks: a thread has whole blocks of 16 columns, of nvfp4; then a program takes `turns` rows one after the other,
+    the next one on its way meanwhile.
+    """
 
     block_m: int = 1
     num_warps: int = 1
+    by_blocks: bool = False
+    turns: int = 1
 
 
-SPACE = {"block_m": (1, 2, 4), "num_warps": (1, 2, 4)}
+SPACE = {"block_m": (1, 2, 4), "num_warps": (1, 2, 4), "by_blocks": (False, True), "turns": (1, 2, 4)}
 
 
 def supports(problem: KvNormRopeInsertProblem, config: Config) -> str | None:
@@ -39,7 +46,19 @@ def supports(problem: KvNormRopeInsertProblem, config: Config) -> str | None:
         refuse_heads(problem.head_dim, problem.rope_dim, problem.x)
         or cache_rows.refuse(problem.format, problem.head_dim, problem.rope_dim)
         or host.refuse_rows(config.block_m, problem.head_dim, config.num_warps, "absmax")
+        or _refuse_blocks(problem, config)
     )
+
+
+def _refuse_blocks(problem: KvNormRopeInsertProblem, config: Config) -> str | None:
+    """Why a program of this config cannot take rows by blocks, or in turns, or None if it can."""
+    p = problem
+    if not config.by_blocks:
+        return None if config.turns == 1 else f"turns are for rows by blocks, got turns={config.turns}"
+    if config.block_m > 1 or config.num_warps > 1 or p.x != "bf16":
+        return f"by blocks a warp takes a row of bf16, got {config.num_warps} for {config.block_m} of {p.x}"
+    padded = triton.next_power_of_2(p.head_dim)
+    return cache_rows.refuse_blocks(p.format, p.head_dim, p.rope_dim) or normed_rows.refuse(padded, padded, 1, True)
 
 
 @triton.jit
@@ -82,6 +101,70 @@ def _kv_norm_rope_insert(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
+def _by_blocks(
+    kv_ptr, stride_m, weight_ptr, positions_ptr, table_ptr, eps, slots_ptr, cache_ptr, M, FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
+    SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr, BLOCK_M: tl.constexpr,
+    PADDED: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Rows of BF16 a grid's width apart to nvfp4. AHEAD: there is more than one, the next with its angles is on its way
+    meanwhile, and so are slot and position of the one after that.
+    """
+    tl.static_assert(FORMAT == "nvfp4" and BLOCK_M == 1)
+    BLOCKS: tl.constexpr = PADDED // 16
+    step = tl.num_programs(0)
+    first = tl.program_id(0)
+    own = tl.arange(0, 1).to(tl.int64)
+    slot, position = _place(slots_ptr, positions_ptr, first, M)
+    x = load_words(kv_ptr, stride_m, own + first, M, HEAD_DIM, 1, PADDED)
+    if AHEAD:
+        next_slot, next_position = _place(slots_ptr, positions_ptr, first + step, M)
+    w = load_tile(weight_ptr + tl.zeros([1, 1, 1], tl.int32), 0, M, HEAD_DIM, 1, PADDED, PADDED, True)
+    angles = _angles(table_ptr, position, slot >= 0, HEAD_DIM, ROPE_DIM, BLOCKS)
+    for row in range(first, M, step):
+        if AHEAD:
+            next_x = load_words(kv_ptr, stride_m, own + (row + step), M, HEAD_DIM, 1, PADDED)
+            next_angles = _angles(table_ptr, next_position, next_slot >= 0, HEAD_DIM, ROPE_DIM, BLOCKS)
+            last_slot, last_position = _place(slots_ptr, positions_ptr, row + 2 * step, M)
+        factor = word_factors(x, eps, HEAD_DIM, 1, PADDED)
+        lo = _turned(widened_late(x[0], M) * factor * w[0], angles[0], angles[1], HEAD_DIM, ROPE_DIM, BLOCKS)
+        hi = _turned(widened_late(x[1], M) * factor * w[1], angles[2], angles[3], HEAD_DIM, ROPE_DIM, BLOCKS)
+        cache_rows.store_nvfp4_blocks(
+            lo, hi, slot, cache_ptr, HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, PAGE_BYTES, E2M1_CVT, BLOCKS
+        )
+        if AHEAD:
+            x, angles, slot = next_x, next_angles, next_slot
+            next_slot, next_position = last_slot, last_position
+
+
+@triton.jit
+def _place(slots_ptr, positions_ptr, row, M):
+    """Slot and position of a row; nowhere beyond M."""
+    return tl.load(slots_ptr + row, mask=row < M, other=-1), tl.load(positions_ptr + row, mask=row < M, other=0)
+
+
+@triton.jit
+def _angles(table_ptr, position, live, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, BLOCKS: tl.constexpr):
+    """Cosines and sines of the first and the second half of each block: four of [1, BLOCKS, 4], 0 where none turns."""
+    NOPE: tl.constexpr = HEAD_DIM - ROPE_DIM
+    blocks = tl.arange(0, BLOCKS)
+    inside = ((blocks >= NOPE // 16) & (blocks < HEAD_DIM // 16) & live)[None, :, None]
+    own = (blocks[:, None] * 8 + tl.arange(0, 4)[None, :])[None, :, :] - NOPE // 2
+    at = table_ptr + position.to(tl.int64) * ROPE_DIM + own
+    cos, sin = tl.load(at, mask=inside, other=0.0), tl.load(at + ROPE_DIM // 2, mask=inside, other=0.0)
+    at += 4
+    return cos, sin, tl.load(at, mask=inside, other=0.0), tl.load(at + ROPE_DIM // 2, mask=inside, other=0.0)
+
+
+@triton.jit
+def _turned(y, cos, sin, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, BLOCKS: tl.constexpr):
+    """Halves of blocks [1, BLOCKS, 8], the last ROPE_DIM columns turned."""
+    a, b = tl.split(y.reshape(1, BLOCKS, 4, 2))
+    turned = (tl.arange(0, BLOCKS) >= (HEAD_DIM - ROPE_DIM) // 16)[None, :, None]
+    return tl.join(*turn_pairs(a, b, cos, sin, turned, False)).reshape(1, BLOCKS, 8)
+
+
 def launch(
     kv: Tensor, weight: Tensor, positions: Tensor, table: Tensor, eps: float, slots: Tensor, cache: PagedCache,
     config: Config,
@@ -95,8 +178,11 @@ def launch(
         return
     constants = constants_of(cache, host.has_e2m1_cvt(kv.device), config)
     operands = (kv, host.row_stride(kv), weight, positions, table, eps, slots, cache.data, m)
-    grid = (triton.cdiv(m, config.block_m),)
-    _kv_norm_rope_insert[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
+    grid = (triton.cdiv(m, config.block_m * config.turns),)
+    if config.by_blocks:
+        _by_blocks[grid](*operands, **constants, AHEAD=config.turns > 1, num_warps=config.num_warps, **host.OPTIONS)
+    else:
+        _kv_norm_rope_insert[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
 
 
 def warm(problem: KvNormRopeInsertProblem, config: Config) -> None:
@@ -117,9 +203,10 @@ def build(problem: KvNormRopeInsertProblem, config: Config, arch: str) -> Built:
     types = {"kv_ptr": f"*{problem.x}", "stride_m": "i32", "weight_ptr": f"*{problem.x}", "positions_ptr": "*i32"}
     types |= {"table_ptr": "*fp32", "eps": "fp32", "slots_ptr": "*i32", "cache_ptr": "*u8", "M": "i32"}
     constants = constants_of(empty_cache(problem, "cpu"), arch == "sm_100a", config)
-    return host.build(
-        _kv_norm_rope_insert, types, constants, arch, config.num_warps, unaligned=("positions_ptr", "slots_ptr", "M")
-    )
+    kernel = _kv_norm_rope_insert
+    if config.by_blocks:
+        kernel, constants["AHEAD"] = _by_blocks, config.turns > 1
+    return host.build(kernel, types, constants, arch, config.num_warps, unaligned=("positions_ptr", "slots_ptr", "M"))
 
 
 def empty_cache(problem: KvNormRopeInsertProblem, device: str) -> PagedCache:

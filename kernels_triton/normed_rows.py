@@ -8,6 +8,12 @@
 A program takes ROWS rows and TILES tiles of TILE_K of their columns; it sums its rows as a whole, SUM_K columns at a
 time. A thread has 16 columns of a tile, as two halves [ROWS, TILE_K / 16, 8]. HELD rows stay in registers from the sum
 on; others are read again, from L1 or L2. Compile with enable_fp_fusion=False: each operation is rounded on its own.
+
+Programs that take rows in turn hold them as words of two BF16 numbers, the present ones and the next:
+
+    words = load_words(at, live, ...)
+    factor = word_factors(words, ...)
+    lo, hi = widened_late(words[2 * i], ...), widened_late(words[2 * i + 1], ...)     # of tile i
 """
 
 from typing import Any
@@ -60,15 +66,15 @@ def load_rows(
     """All of the rows, in halves of tiles of SUM_K columns; weight and rows of the tile `start` where it is the only
     one, else () each."""
     FEW: tl.constexpr = TILES == 1 and CVT and at.dtype.element_ty == tl.bfloat16
-    x = _nothing()
+    x = nothing()
     for i in tl.static_range((K + SUM_K - 1) // SUM_K):
-        x += _load_tile(at, i, M, K, ROWS, SUM_K, SUM_K, FEW)
-    w = _nothing()
-    own = _nothing()
+        x += load_tile(at, i, M, K, ROWS, SUM_K, SUM_K, FEW)
+    w = nothing()
+    own = nothing()
     if TILES == 1:
-        w = _load_tile(weight_at, start, M, K, ROWS, TILE_K, TILE_K, FEW)
+        w = load_tile(weight_at, start, M, K, ROWS, TILE_K, TILE_K, FEW)
         if not HELD:
-            own = _load_tile(at, start, M, K, ROWS, TILE_K, TILE_K, FEW)
+            own = load_tile(at, start, M, K, ROWS, TILE_K, TILE_K, FEW)
     return x, w, own
 
 
@@ -80,7 +86,7 @@ def factors(x, at, eps, M, K: tl.constexpr, ROWS: tl.constexpr, SUM_K: tl.conste
         # a pass that compilers take for a loop: ptxas would else ask for weights after the sum, and wait twice
         total = tl.zeros([ROWS], tl.float32)
         for zero in range(tl.minimum(M, 1)):
-            late = _nothing()
+            late = nothing()
             for i in tl.static_range(len(x)):
                 late += (_widen_late(_upper(x[i]), M + zero),)
             total += _row_sum(late, ROWS, SUM_K)
@@ -98,9 +104,9 @@ def normed_tile(
     """Tile `start` + i of the rows, normed: FP32 halves of its blocks, two of [ROWS, TILE_K / 16, 8]."""
     BF16: tl.constexpr = CVT and at.dtype.element_ty == tl.bfloat16
     if TILES > 1:
-        w = _load_tile(weight_at, start + i, M, K, ROWS, TILE_K, TILE_K * TILES, False)
+        w = load_tile(weight_at, start + i, M, K, ROWS, TILE_K, TILE_K * TILES, False)
         if not HELD:
-            own = _load_tile(at, start + i, M, K, ROWS, TILE_K, TILE_K * TILES, False)
+            own = load_tile(at, start + i, M, K, ROWS, TILE_K, TILE_K * TILES, False)
     if HELD:
         own = (x[2 * i], x[2 * i + 1])
         if BF16:
@@ -132,12 +138,70 @@ def _widen_late(x, M):
 
 
 @triton.jit
-def _nothing():
+def load_words(x_ptr, stride_m, rows, M, K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr):
+    """Rows (int64 [ROWS]) of BF16, as halves of tiles of TILE_K columns in turn, int32 [ROWS, TILE_K / 16, 4], zeros
+    beyond M and K. What a loop takes to its next pass: there each BF16 would have a register of its own.
+    """
+    at = x_ptr + (rows * stride_m)[:, None, None]
+    live = (rows < M)[:, None, None]
+    words = nothing()
+    for i in tl.static_range((K + TILE_K - 1) // TILE_K):
+        blocks = i * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
+        inside = live & (blocks < K // 16)[None, :, None]  # no load that a condition guards is moved to its first use
+        words += (_in_words(load_half(at, blocks, inside, 0, ROWS, TILE_K // 16)),)
+        words += (_in_words(load_half(at, blocks, inside, 1, ROWS, TILE_K // 16)),)
+    return words
+
+
+@triton.jit
+def _in_words(x):
+    """Widened BF16 [ROWS, BLOCKS, 8] -> int32 [ROWS, BLOCKS, 4], even columns in lower halves: takes no instruction."""
+    even, odd = tl.split(x.to(tl.uint32, bitcast=True).reshape(x.shape[0], x.shape[1], 4, 2))
+    return ((even >> 16) | odd).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def widened(words):
+    """Words of two BF16 numbers, even columns in lower halves: FP32 [ROWS, BLOCKS, 8]."""
+    x = tl.join(words << 16, words & -65536).to(tl.float32, bitcast=True)
+    return x.reshape(words.shape[0], words.shape[1], 8)
+
+
+@triton.jit
+def widened_late(words, M):
+    """As `widened`, by PRMT, see `_widen_late`."""
+    if CVT:
+        even, odd = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, $3; prmt.b32 $1, $2, 0, $4;",
+            "=r,=r,r,r,r",
+            [words, 0x1044 + (M >> 31), 0x3244 + (M >> 31)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        x = tl.join(even, odd).to(tl.float32, bitcast=True)
+        return x.reshape(words.shape[0], words.shape[1], 8)
+    else:
+        return widened(words)
+
+
+@triton.jit
+def word_factors(words, eps, K: tl.constexpr, ROWS: tl.constexpr, SUM_K: tl.constexpr):
+    """`factors` of rows that `load_words` gave."""
+    x = nothing()
+    for i in tl.static_range(len(words)):
+        x += (widened(words[i]),)
+    mean = tl.div_rn(_row_sum(x, ROWS, SUM_K), tl.full([ROWS], K, tl.float32))
+    return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None, None]
+
+
+@triton.jit
+def nothing():
     return ()
 
 
 @triton.jit
-def _load_tile(
+def load_tile(
     at, tile, M, K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr, PART: tl.constexpr, FEW: tl.constexpr
 ):
     """The two halves of the blocks in columns from tile * TILE_K on, zeros beyond K; a part of K is PART columns."""
@@ -156,8 +220,8 @@ def _load_tile(
 def _row_sum(x, ROWS: tl.constexpr, SUM_K: tl.constexpr):
     """Sum of the squares of each row, whose tiles of SUM_K columns are given as the first and second halves of their
     blocks in turn, in the order of `reference.quant`: [ROWS]."""
-    first = _nothing()
-    second = _nothing()
+    first = nothing()
+    second = nothing()
     for i in tl.static_range(len(x) // 2):
         first += (x[2 * i] * x[2 * i],)
         second += (x[2 * i + 1] * x[2 * i + 1],)
@@ -166,7 +230,7 @@ def _row_sum(x, ROWS: tl.constexpr, SUM_K: tl.constexpr):
         if Q << level < len(first):
             first = _fold(first, Q << level)
             second = _fold(second, Q << level)
-    sums = _nothing()
+    sums = nothing()
     for i in tl.static_range(len(first)):
         blocks = pair_sum(first[i], ROWS, SUM_K // 16, 8) + pair_sum(second[i], ROWS, SUM_K // 16, 8)
         sums += (pair_sum(blocks.reshape(ROWS, 1, SUM_K // 16), ROWS, 1, SUM_K // 16).reshape(ROWS),)
@@ -176,7 +240,7 @@ def _row_sum(x, ROWS: tl.constexpr, SUM_K: tl.constexpr):
 @triton.jit
 def _fold(parts, HALF: tl.constexpr):
     """The second half added to the first, which has HALF parts; what it lacks is zero."""
-    folded = _nothing()
+    folded = nothing()
     for i in tl.static_range(HALF):
         if i + HALF < len(parts):
             folded += (parts[i] + parts[i + HALF],)

@@ -91,6 +91,7 @@ SCORE_INSTRUCTIONS = 55  # of an expert's score; from SASS
 SAMPLE_INSTRUCTIONS = 100  # a logit, in the three launches that read it
 HELD_INSTRUCTIONS = 52  # a logit that a cluster holds, read, weighed and looked for twice; from SASS, as the next one
 HELD_OVERHEAD = 600  # of a thread: sums of bins, those of the cluster, tokens that are ranked
+BLOCKS_SHARE = 0.8  # of its instructions takes a row that is inserted by blocks; from SASS: 530 for 660
 RMS_SUM_INSTRUCTIONS = 5  # of an element: widened, squared, added; from SASS
 THREAD_US = 1e-3  # an instruction of a thread whose SM has little else to issue: two cycles; estimate
 MSE_INSTRUCTIONS = 60  # more, for the rule that tries several scales
@@ -185,6 +186,17 @@ class Work:
     serial_us: float = 0.0
     persistent: bool = False
     unshared_bytes: float = 0.0
+
+    def in_turns(self, turns: int) -> "Work":
+        """Where a CTA does the work of so many, one after the other."""
+        return dataclasses.replace(
+            self,
+            ctas=math.ceil(self.ctas / turns),
+            cta_bytes=self.cta_bytes * turns,
+            ingested=self.ingested * turns,
+            cta_instructions=self.cta_instructions * turns,
+            serial_us=self.serial_us * turns,
+        )
 
 
 def predict_us(problem: Problem, config: Any, arch: str, resources: Resources | None = None) -> float:
@@ -287,7 +299,16 @@ def _rmsnorm(
         cta_instructions=instructions,
         ramps=1 if config.held or tiles == 1 else 1 + math.ceil(tiles / 2),
         serial_us=instructions / whole.threads * THREAD_US,
-    )
+    ).in_turns(getattr(config, "turns", 1))
+
+
+def _inserted(problem: KvNormRopeInsertProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """Rows, by blocks with fewer instructions."""
+    whole = _rows(problem, config, arch, resources)
+    if not config.by_blocks:
+        return whole
+    less = dataclasses.replace(whole, cta_instructions=whole.cta_instructions * BLOCKS_SHARE)
+    return less.in_turns(config.turns)
 
 
 def _norm_and_insert(problem: QkvNormRopeInsertProblem, config: Any, arch: str, resources: Resources | None) -> Work:
@@ -780,7 +801,7 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     HyperConnectionPostPreProblem: _fold,
     QnormRopeProblem: _rows,
     QnormRopeQuantizeProblem: _rows,
-    KvNormRopeInsertProblem: _rows,
+    KvNormRopeInsertProblem: _inserted,
     QkvNormRopeInsertProblem: _norm_and_insert,
     RopeInverseProblem: _rows,
     RopeInverseInPlaceProblem: _rows,

@@ -59,7 +59,7 @@ def inputs(m: int, hard_rows, device: torch.device, dtype: torch.dtype = torch.b
     return kv, weight, slots
 
 
-@pytest.mark.parametrize("config", configs(kernel, KvNormRopeInsertProblem(m=1)), ids=str)
+@pytest.mark.parametrize("config", configs(kernel, KvNormRopeInsertProblem(m=1), 54), ids=str)
 def test_every_config(config, device, hard_rows):
     """Ragged in rows."""
     kv, weight, slots = inputs(11, hard_rows, device)
@@ -74,6 +74,28 @@ def test_every_format_page_and_type(format, page, dtype, device, hard_rows):
     kv, weight, slots = inputs(9, hard_rows, device, dtype)
     positions, table = angles(9, ROPE, device)
     check(kv, weight, positions, table, new_cache(format, page, 2, device), slots + 40 * (slots >= 0))
+
+
+@pytest.mark.parametrize(("turns", "m"), [(1, 9), (1, 1), (2, 1), (2, 2), (2, 11), (4, 3), (4, 9)])
+@pytest.mark.parametrize("page", [4, 64])
+def test_by_blocks(turns, m, page, device, hard_rows):
+    """One program or more, the last turns full, of some or of none, a slot of -1 among them."""
+    config = kernel.Config(by_blocks=True, turns=turns)
+    assert kernel.supports(KvNormRopeInsertProblem(m=m, format="nvfp4"), config) is None
+    kv, weight, slots = inputs(m, hard_rows, device)
+    positions, table = angles(m, ROPE, device)
+    check(kv, weight, positions, table, new_cache("nvfp4", page, 10, device), slots, config)
+
+
+@pytest.mark.parametrize(("head", "rope"), [(80, 16), (192, 64), (576, 64), (112, 48)])
+def test_heads_of_other_sizes_by_blocks(head, rope, device, hard_rows):
+    """Also under a weight of FP32, of rows at odd addresses."""
+    wide = hard_rows(5, head + 16, torch.bfloat16, device)
+    _, weight, slots = inputs(5, hard_rows, device, head=head)
+    positions, table = angles(5, rope, device)
+    for kv, w in ((wide[:, :head], weight), (wide[:, 3 : head + 3], weight.float())):
+        cache = new_cache("nvfp4", 4, 10, device, head, rope)
+        check(kv, w, positions, table, cache, slots, kernel.Config(by_blocks=True, turns=2))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -134,8 +156,11 @@ def test_padding_may_hold_anything(device, hard_rows):
     assert_same_bytes(cache.data, want.data, "cache")
 
 
-@pytest.mark.parametrize("format", ["fp8_ds_mla", "nvfp4"])
-def test_infinities_and_nan(format, device):
+@pytest.mark.parametrize(
+    ("format", "config"),
+    [("fp8_ds_mla", kernel.Config()), ("nvfp4", kernel.Config()), ("nvfp4", kernel.Config(by_blocks=True, turns=4))],
+)
+def test_infinities_and_nan(format, config, device):
     """After the norm a row with an infinity is 0 and NaN, a row with a NaN is NaN; others know nothing of it."""
     kv = torch.randn(6, HEAD, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
     kv[1, 70], kv[3, 9], kv[4, HEAD - 1] = torch.inf, torch.nan, -torch.inf
@@ -143,7 +168,7 @@ def test_infinities_and_nan(format, device):
     positions, table = angles(6, ROPE, device)
     slots = torch.arange(6, dtype=torch.int32, device=device)
     cache, want = (new_cache(format, 64, 1, device) for _ in range(2))
-    kernel.launch(kv, weight, positions, table, EPS, slots, cache, kernel.Config())
+    kernel.launch(kv, weight, positions, table, EPS, slots, cache, config)
     reference.kv_norm_rope_insert(kv, weight, positions, table, EPS, want, slots)
     got, expected = (reference.read_rows(c, slots) for c in (cache, want))
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
@@ -187,6 +212,31 @@ def test_refusals(device):
     problem = KvNormRopeInsertProblem(m=1, head_dim=64, rope_dim=16, format="nvfp4")
     assert "a multiple of 32 dims beside RoPE, got 48" in (kernel.supports(problem, kernel.Config()) or "")
     assert "fp64" in (kernel.supports(KvNormRopeInsertProblem(m=1, x="fp64"), kernel.Config()) or "")
+    blocks = kernel.Config(by_blocks=True)
+    for wrong, config, message in (
+        (KvNormRopeInsertProblem(m=1), blocks, "by blocks rows are stored in nvfp4, got fp8_ds_mla"),
+        (
+            KvNormRopeInsertProblem(m=1, format="nvfp4", head_dim=96, rope_dim=64),
+            blocks,
+            "by blocks rows have 64 n dims without and 16 n with RoPE, got 32 and 64",
+        ),
+        (
+            KvNormRopeInsertProblem(m=1, format="nvfp4", x="fp16"),
+            blocks,
+            "by blocks a warp takes a row of bf16, got 1 for 1 of fp16",
+        ),
+        (
+            KvNormRopeInsertProblem(m=1, format="nvfp4"),
+            kernel.Config(turns=2),
+            "turns are for rows by blocks, got turns=2",
+        ),
+        (
+            KvNormRopeInsertProblem(m=1, format="nvfp4", head_dim=1536),
+            blocks,
+            "held rows have one part and tiles of up to 1024 columns, got 1 of 2048",
+        ),
+    ):
+        assert kernel.supports(wrong, config) == message
     assert "spill" in (kernel.supports(KvNormRopeInsertProblem(m=1), kernel.Config(block_m=8)) or "")
     cache = new_cache("bf16", 4, 2, device)
     kv, weight = torch.zeros(2, HEAD, device=device), torch.ones(HEAD, device=device)
@@ -210,9 +260,11 @@ def test_refusals(device):
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_batch_of_real_size(format, page, device):
     c = testing.case(KvNormRopeInsertProblem(m=4133, format=format, page_size=page), device)
-    for config in (kernel.Config(), kernel.Config(block_m=4, num_warps=4)):
-        c.run(kernel, config)
-        c.check()
+    by_blocks = [kernel.Config(by_blocks=True, turns=turns) for turns in (1, 2, 4)]
+    for config in (kernel.Config(), kernel.Config(block_m=4, num_warps=4), *by_blocks):
+        if kernel.supports(c.problem, config) is None:
+            c.run(kernel, config)
+            c.check()
 
 
 @pytest.mark.gpu

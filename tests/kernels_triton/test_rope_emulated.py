@@ -77,18 +77,21 @@ def _array(t: torch.Tensor) -> np.ndarray:
         ("bf16", "sm_100a", (2, 2)),
         ("fp32", "sm_90a", (2, 2)),
         ("fp32", "sm_100a", (4, 4)),
+        ("nvfp4", "sm_90a", (1, 1, True)),
+        ("nvfp4", "sm_90a", (1, 1, True, 2)),
+        ("nvfp4", "sm_100a", (1, 1, True, 4)),
     ],
     ids=str,
 )
 def test_kv_norm_rope_insert(format, arch, config, pool):
     """Every format on either architecture; ragged in rows, one of them of no slot."""
     problem = KvNormRopeInsertProblem(m=9, format=format)
-    own = kv_norm_rope_insert.Config(block_m=config[0], num_warps=config[1])
+    own = kv_norm_rope_insert.Config(**dict(zip(kv_norm_rope_insert.SPACE, config, strict=False)))
     case = testing.case(problem, "cpu", 1)
     case.poison()
     kv, weight, positions, table, eps, slots = case.operands
     args = (kv, kv.stride(0), weight, positions, table, eps, slots, case.out.data, problem.m)
-    emulate(pool, kv_norm_rope_insert, problem, own, arch, (triton.cdiv(problem.m, own.block_m),), args)
+    emulate(pool, kv_norm_rope_insert, problem, own, arch, (triton.cdiv(problem.m, own.block_m * own.turns),), args)
     case.check()
 
 
