@@ -20,7 +20,7 @@ from fp4suite.problem import KvNormRopeInsertProblem
 from . import cache_rows, host, normed_rows
 from .normed_rows import load_tile, load_words, widened_late, word_factors
 from .nvfp4 import widen
-from .rope import load_angles, pair_angles, refuse_heads, rms_normed, turn, turn_pairs
+from .rope import block_angles, pair_angles, refuse_heads, rms_normed, turn, turn_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,15 +121,15 @@ def _by_blocks(
     if AHEAD:
         next_slot, next_position = _place(slots_ptr, positions_ptr, first + step, M)
     w = load_tile(weight_ptr + tl.zeros([1, 1, 1], tl.int32), 0, M, HEAD_DIM, 1, PADDED, PADDED, True)
-    angles = _angles(table_ptr, position, slot >= 0, HEAD_DIM, ROPE_DIM, BLOCKS)
+    angles = block_angles(table_ptr, position, slot >= 0, HEAD_DIM, ROPE_DIM, BLOCKS)
     for row in range(first, M, step):
         if AHEAD:
             next_x = load_words(kv_ptr, stride_m, own + (row + step), M, HEAD_DIM, 1, PADDED)
-            next_angles = _angles(table_ptr, next_position, next_slot >= 0, HEAD_DIM, ROPE_DIM, BLOCKS)
+            next_angles = block_angles(table_ptr, next_position, next_slot >= 0, HEAD_DIM, ROPE_DIM, BLOCKS)
             last_slot, last_position = _place(slots_ptr, positions_ptr, row + 2 * step, M)
         factor = word_factors(x, eps, HEAD_DIM, 1, PADDED)
-        lo = _turned(widened_late(x[0], M) * factor * w[0], angles[0], angles[1], HEAD_DIM, ROPE_DIM, BLOCKS)
-        hi = _turned(widened_late(x[1], M) * factor * w[1], angles[2], angles[3], HEAD_DIM, ROPE_DIM, BLOCKS)
+        lo = turn_blocks(widened_late(x[0], M) * factor * w[0], angles[0], angles[1], HEAD_DIM, ROPE_DIM, BLOCKS)
+        hi = turn_blocks(widened_late(x[1], M) * factor * w[1], angles[2], angles[3], HEAD_DIM, ROPE_DIM, BLOCKS)
         cache_rows.store_nvfp4_blocks(
             lo, hi, slot, cache_ptr, HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, PAGE_BYTES, E2M1_CVT, BLOCKS
         )
@@ -142,27 +142,6 @@ def _by_blocks(
 def _place(slots_ptr, positions_ptr, row, M):
     """Slot and position of a row; nowhere beyond M."""
     return tl.load(slots_ptr + row, mask=row < M, other=-1), tl.load(positions_ptr + row, mask=row < M, other=0)
-
-
-@triton.jit
-def _angles(table_ptr, position, live, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, BLOCKS: tl.constexpr):
-    """Cosines and sines of the first and the second half of each block: four of [1, BLOCKS, 4], 0 where none turns."""
-    NOPE: tl.constexpr = HEAD_DIM - ROPE_DIM
-    blocks = tl.arange(0, BLOCKS)
-    inside = ((blocks >= NOPE // 16) & (blocks < HEAD_DIM // 16) & live)[None, :, None]
-    own = (blocks[:, None] * 8 + tl.arange(0, 4)[None, :])[None, :, :] - NOPE // 2
-    at = table_ptr + position.to(tl.int64) * ROPE_DIM + own
-    cos, sin = tl.load(at, mask=inside, other=0.0), tl.load(at + ROPE_DIM // 2, mask=inside, other=0.0)
-    at += 4
-    return cos, sin, tl.load(at, mask=inside, other=0.0), tl.load(at + ROPE_DIM // 2, mask=inside, other=0.0)
-
-
-@triton.jit
-def _turned(y, cos, sin, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, BLOCKS: tl.constexpr):
-    """Halves of blocks [1, BLOCKS, 8], the last ROPE_DIM columns turned."""
-    a, b = tl.split(y.reshape(1, BLOCKS, 4, 2))
-    turned = (tl.arange(0, BLOCKS) >= (HEAD_DIM - ROPE_DIM) // 16)[None, :, None]
-    return tl.join(*turn_pairs(a, b, cos, sin, turned, False)).reshape(1, BLOCKS, 8)
 
 
 def launch(

@@ -67,3 +67,24 @@ def turn_pairs(a, b, cos, sin, turned, INVERSE: tl.constexpr):
         c = a * cos - b * sin
         d = b * cos + a * sin
     return tl.where(turned, c, a), tl.where(turned, d, b)
+
+
+@triton.jit
+def block_angles(table_ptr, position, live, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, BLOCKS: tl.constexpr):
+    """Cosines and sines of the first and the second half of each block: four of [1, BLOCKS, 4], 0 where none turns."""
+    NOPE: tl.constexpr = HEAD_DIM - ROPE_DIM
+    blocks = tl.arange(0, BLOCKS)
+    inside = ((blocks >= NOPE // 16) & (blocks < HEAD_DIM // 16) & live)[None, :, None]
+    own = (blocks[:, None] * 8 + tl.arange(0, 4)[None, :])[None, :, :] - NOPE // 2
+    at = table_ptr + position.to(tl.int64) * ROPE_DIM + own
+    cos, sin = tl.load(at, mask=inside, other=0.0), tl.load(at + ROPE_DIM // 2, mask=inside, other=0.0)
+    at += 4
+    return cos, sin, tl.load(at, mask=inside, other=0.0), tl.load(at + ROPE_DIM // 2, mask=inside, other=0.0)
+
+
+@triton.jit
+def turn_blocks(y, cos, sin, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, BLOCKS: tl.constexpr):
+    """Halves of blocks [1, BLOCKS, 8], the last ROPE_DIM columns turned."""
+    a, b = tl.split(y.reshape(1, BLOCKS, 4, 2))
+    turned = (tl.arange(0, BLOCKS) >= (HEAD_DIM - ROPE_DIM) // 16)[None, :, None]
+    return tl.join(*turn_pairs(a, b, cos, sin, turned, False)).reshape(1, BLOCKS, 8)

@@ -70,7 +70,7 @@ INSTRUCTIONS = {  # ALU instructions an element: estimates, from counting the st
     SwigluQuantizeProblem.op: 28,
     SwigluProblem.op: 37,
     QnormRopeProblem.op: 22,
-    QnormRopeQuantizeProblem.op: 42,  # estimate: those of a head and of a cache row
+    QnormRopeQuantizeProblem.op: 44,
     KvNormRopeInsertProblem.op: 34,
     RopeInverseProblem.op: 7,
     RopeInverseInPlaceProblem.op: 10,
@@ -302,7 +302,9 @@ def _rmsnorm(
     ).in_turns(getattr(config, "turns", 1))
 
 
-def _inserted(problem: KvNormRopeInsertProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+def _inserted(
+    problem: KvNormRopeInsertProblem | QnormRopeQuantizeProblem, config: Any, arch: str, resources: Resources | None
+) -> Work:
     """Rows, by blocks with fewer instructions."""
     whole = _rows(problem, config, arch, resources)
     if not config.by_blocks:
@@ -800,7 +802,7 @@ _MODELS: dict[type[Problem], Callable[[Any, Any, str, Resources | None], Work]] 
     HyperConnectionHeadProblem: _fold,
     HyperConnectionPostPreProblem: _fold,
     QnormRopeProblem: _rows,
-    QnormRopeQuantizeProblem: _rows,
+    QnormRopeQuantizeProblem: _inserted,
     KvNormRopeInsertProblem: _inserted,
     QkvNormRopeInsertProblem: _norm_and_insert,
     RopeInverseProblem: _rows,

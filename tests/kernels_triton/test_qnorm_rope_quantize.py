@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fp4suite import ops, reference, testing
 from fp4suite.dispatch import on_target
+from fp4suite.operators import dtype_name
 from fp4suite.problem import QnormRopeQuantizeProblem
 from kernels_triton import qnorm_rope_quantize as kernel
 
@@ -21,20 +22,26 @@ def decoded(rows: Tensor, head: int = HEAD, rope: int = ROPE) -> Tensor:
     return reference.read_rows(cache, torch.arange(len(cache.data), device=rows.device)).unflatten(0, rows.shape[:2])
 
 
-def check(q: Tensor, positions: Tensor, table: Tensor, config: object = None) -> Tensor:
-    """Byte for byte, against the reference there and on the CPU."""
+def check(q: Tensor, positions: Tensor, table: Tensor, *configs: kernel.Config) -> Tensor:
+    """Byte for byte, against the reference there and on the CPU; by blocks and not where nothing else is asked for."""
     here = reference.qnorm_rope_quantize(q, positions, table, EPS)
     there = reference.qnorm_rope_quantize(q.cpu(), positions.cpu(), table.cpu(), EPS)
-    out = torch.full_like(here, 0xFF)
-    kernel.launch(q, positions, table, EPS, out, config or kernel.Config())
-    for want in (here, there):
-        assert torch.equal(out.cpu(), want.cpu())
+    for config in configs or (kernel.Config(), kernel.Config(by_blocks=True, turns=2)):
+        out = torch.full_like(here, 0xFF)
+        kernel.launch(q, positions, table, EPS, out, config)
+        for want in (here, there):
+            assert torch.equal(out.cpu(), want.cpu())
     return out
 
 
-@pytest.mark.parametrize("config", configs(kernel, QnormRopeQuantizeProblem(m=1, heads=3), most=6), ids=str)
+BY_BLOCKS = [kernel.Config(by_blocks=True, turns=turns) for turns in kernel.SPACE["turns"]]
+
+
+@pytest.mark.parametrize(
+    "config", [*configs(kernel, QnormRopeQuantizeProblem(m=1, heads=3), most=6), *BY_BLOCKS], ids=str
+)
 def test_every_config(config, device):
-    """Ragged in heads."""
+    """Ragged in heads, by programs that have fewer turns than others."""
     q = gaussian_rows(2, 5, HEAD, dtype=torch.bfloat16, device=device)
     check(q, *angles(2, ROPE, device), config)
 
@@ -43,7 +50,8 @@ def test_every_config(config, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_types_and_sizes(dtype, heads, head, rope, device):
     q = gaussian_rows(2, heads, head, dtype=dtype, device=device)
-    check(q, *angles(2, rope, device), kernel.Config(block_h=4, num_warps=4))
+    problem = QnormRopeQuantizeProblem(m=2, heads=heads, head_dim=head, rope_dim=rope, x=dtype_name(q, "q"))
+    check(q, *angles(2, rope, device), kernel.Config(block_h=4, num_warps=4), kernel.default(problem))
 
 
 def test_far_positions(device):
@@ -54,7 +62,7 @@ def test_far_positions(device):
 def test_hard_rows(device, hard_rows):
     """Zeros, -0, single numbers, subnormal ones."""
     check(hard_rows(12, HEAD, torch.bfloat16, device).view(4, 3, HEAD), *angles(4, ROPE, device))
-    zeros = check(torch.zeros(2, 3, HEAD, device=device), *angles(2, ROPE, device))
+    zeros = check(torch.zeros(2, 3, HEAD, dtype=torch.bfloat16, device=device), *angles(2, ROPE, device))
     assert not decoded(zeros).any()
 
 
@@ -96,10 +104,11 @@ def test_rows_are_those_of_a_cache(device):
     assert 0.05 < error < 0.11  # of rounding Gaussian numbers to NVFP4
 
 
-def test_what_is_not_finite_stays_in_its_head(device):
+@pytest.mark.parametrize("config", [kernel.Config(block_h=2), kernel.Config(by_blocks=True, turns=4)], ids=str)
+def test_what_is_not_finite_stays_in_its_head(config, device):
     """A head with an infinity or a NaN has an alpha that says so; its neighbours do not change. A NaN has any sign."""
     q = gaussian_rows(2, 4, HEAD, dtype=torch.bfloat16, device=device)
-    at, config = angles(2, ROPE, device), kernel.Config(block_h=2)
+    at = angles(2, ROPE, device)
     before = check(q, *at, config)
     q[0, 1, 3], q[1, 2, 7] = torch.inf, torch.nan
     after = torch.full_like(before, 0xFF)
@@ -138,6 +147,9 @@ def test_refusals(device):
     assert "multiple of 32 dims beside RoPE, got 16" in why(head_dim=80)
     assert "pairs" in why(head_dim=32)
     assert "spill" in why(kernel.Config(block_h=8))
+    assert "turns are for heads by blocks, got turns=2" in why(kernel.Config(turns=2))
+    assert "a warp takes a head of bf16, got 2 for 1 of bf16" in why(kernel.Config(by_blocks=True, num_warps=2))
+    assert "64 n dims without and 16 n with RoPE" in why(kernel.Config(by_blocks=True), head_dim=96)
     q, (positions, table) = torch.zeros(2, 3, HEAD, device=device), angles(2, ROPE, device)
     with pytest.raises(ValueError, match=r"q must be \[tokens, heads, head_dim\], got \[6, 512\]"):
         ops.qnorm_rope_quantize(q.flatten(0, 1), positions, table, EPS)
@@ -157,7 +169,7 @@ def test_refusals(device):
 @pytest.mark.parametrize("heads", [64, 128])
 def test_a_batch_of_real_size(heads, device):
     c = testing.case(QnormRopeQuantizeProblem(m=1031, heads=heads), device)
-    for config in (kernel.Config(), kernel.default(c.problem), kernel.Config(block_h=4, num_warps=4)):
+    for config in (kernel.Config(), kernel.default(c.problem), kernel.Config(block_h=4, num_warps=4), *BY_BLOCKS):
         c.run(kernel, config)
         c.check()
 

@@ -95,16 +95,25 @@ def test_kv_norm_rope_insert(format, arch, config, pool):
     case.check()
 
 
-@pytest.mark.parametrize(("arch", "config"), [("sm_90a", (1, 1)), ("sm_100a", (2, 2))], ids=str)
+@pytest.mark.parametrize(
+    ("arch", "config"),
+    [
+        ("sm_90a", {"by_blocks": True, "turns": 4}),
+        ("sm_100a", {"by_blocks": True}),
+        ("sm_100a", {"block_h": 2, "num_warps": 2}),
+    ],
+    ids=str,
+)
 def test_qnorm_rope_quantize(arch, config, pool):
     """16 heads, for the build takes them as a multiple of 16."""
     problem = QnormRopeQuantizeProblem(m=2, heads=16)
-    own = qnorm_rope_quantize.Config(block_h=config[0], num_warps=config[1])
+    own = qnorm_rope_quantize.Config(**config)
     case = testing.case(problem, "cpu", 1)
     case.poison()
     q, positions, table, eps = case.operands
     args = (q, q.stride(0), q.stride(1), positions, table, eps, case.out, problem.heads)
-    emulate(pool, qnorm_rope_quantize, problem, own, arch, (problem.m, triton.cdiv(problem.heads, own.block_h)), args)
+    grid = (problem.m, triton.cdiv(problem.heads, own.block_h * own.turns))
+    emulate(pool, qnorm_rope_quantize, problem, own, arch, grid, args)
     case.check()
 
 
