@@ -20,7 +20,7 @@ from fp4suite.problem import KvNormRopeInsertProblem
 from . import cache_rows, host, normed_rows
 from .normed_rows import load_tile, load_words, widened_late, word_factors
 from .nvfp4 import widen
-from .rope import block_angles, pair_angles, refuse_heads, rms_normed, turn, turn_blocks
+from .rope import block_angles, load_angles, pair_angles, refuse_heads, rms_normed, turn, turn_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
