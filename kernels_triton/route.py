@@ -4,6 +4,9 @@ Bound by issue where experts are chosen by score: a score takes 60 instructions 
 expert, against 4 bytes read. So with `presort` the GPU's approximate functions find candidates first, as numbers that
 hold their expert in the low bits, and only those are scored exactly. That is the exact choice if the last chosen lies
 above the first that is no candidate by more than both can be off; else (ties, infinities, NaN) all are scored exactly.
+With `lanes` candidates are added until that is so, up to 32: each lane of a warp holds its first five keys in order and
+then one candidate, so that all are scored at once and exchanged by shuffles. `turns` saves programs, which take time to
+be started; a program asks for its next token's logits before it works on the present one's.
 Where a table of token ids chooses, only the chosen logits are read, once the table is there, which is read once the
 token is there: with `ahead` all logits come meanwhile, and the chosen ones are picked from shared memory, so that a
 token waits for memory twice, not three times. Few tokens wait for their code too, which is cold: it is short.
@@ -109,8 +112,8 @@ def supports(problem: RouteProblem, config: Config) -> str | None:
         return f"lanes=True gives each token a warp, got block_m={config.block_m} num_warps={config.num_warps}"
     if config.lanes and problem.topk > MOST_IN_LANES:
         return f"lanes=True chooses up to {MOST_IN_LANES} experts, got topk={problem.topk}"
-    if config.turns > 1 and not config.lanes:
-        return f"turns={config.turns} are for lanes=True"
+    if config.turns > 1 and (not config.lanes or config.num_warps > 1):
+        return f"turns={config.turns} are for lanes=True and a warp a program"
     if config.ahead and problem.choice != "table":
         return "ahead=True is for a table's choice"
     if config.num_warps > 4 * config.block_m or (config.num_warps > 4 and not config.ahead):
@@ -463,7 +466,7 @@ def _first_of_lanes(x, added, EXPERT_BITS: tl.constexpr, ROWS: tl.constexpr, CHU
 
 @triton.jit
 def _pop(first):
-    """The greatest key [ROWS, 1], and what is left in lanes: LARGEST after the fifth of one, as nothing is known there."""
+    """The greatest key [ROWS, 1], and what is left in lanes: LARGEST after the fifth of one, as no more is known."""
     best = tl.max(first[0], axis=1)[:, None]
     taken = first[0] == best
     return best, (
@@ -556,7 +559,7 @@ def _route_in_lanes(
     x = _rows_of_logits(logits_ptr, stride_m, first_row, M, E, BLOCK_M, CHUNKS, CHUNK)
     if CVT:
         tl.inline_asm_elementwise(_IN_ORDER, "=r,r", [M], dtype=tl.int32, is_pure=False, pack=1)
-    for turn in range(TURNS):
+    for _turn in range(TURNS):
         rows = first_row + tl.arange(0, BLOCK_M)
         in_rows = rows < M
         first_row += tl.num_programs(0) * BLOCK_M
