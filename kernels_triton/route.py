@@ -4,6 +4,9 @@ Bound by issue where experts are chosen by score: a score takes 60 instructions 
 expert, against 4 bytes read. So with `presort` the GPU's approximate functions find candidates first, as numbers that
 hold their expert in the low bits, and only those are scored exactly. That is the exact choice if the last chosen lies
 above the first that is no candidate by more than both can be off; else (ties, infinities, NaN) all are scored exactly.
+With `lanes` candidates are added until that is so, up to 32: each lane of a warp holds its first five keys in order and
+then one candidate, so that all are scored at once and exchanged by shuffles. `turns` saves programs, which take time to
+be started; a program asks for its next token's logits before it works on the present one's.
 Where a table of token ids chooses, only the chosen logits are read, once the table is there, which is read once the
 token is there: with `ahead` all logits come meanwhile, and the chosen ones are picked from shared memory, so that a
 token waits for memory twice, not three times. Few tokens wait for their code too, which is cold: it is short.
@@ -29,12 +32,14 @@ MOST_EXPERTS = 1024
 MOST_TOPK = 32
 CHUNK = 128
 HELD, PRESORTED = 128, 48  # keys of a thread at most, without and with rough ones
+MOST_IN_LANES = 16  # experts that leave a warp's lanes room for as many in doubt
 SPARE = 2  # candidates beyond the topk: how often all have to be scored falls by a factor of some 20 with each
 
 UNDERFLOW = tl.constexpr(router.UNDERFLOW)
 LOG1P_0, LOG1P_1, LOG1P_2, LOG1P_3, LOG1P_4, LOG1P_5, LOG1P_6, LOG1P_7 = (
     tl.constexpr(c) for c in router.LOG1P_COEFFICIENTS
 )
+LANES = tl.constexpr(32)
 LARGEST = tl.constexpr(0x7FFFFFFF)
 TAKEN = tl.constexpr(-0x80000000)
 # How far an exact score may lie above one whose low bits are the expert's (13 or more are left), with both off. Rough
@@ -48,17 +53,23 @@ ROUGH_0, ROUGH_1, ROUGH_2, ROUGH_3, ROUGH_4 = (
     tl.constexpr(c)
     for c in (0.9999432563781738, -0.496977835893631, 0.30630096793174744, -0.15742723643779755, 0.041347306221723557)
 )
-LARGE = tl.constexpr(1e30)
+LARGE, LARGE_KEY = tl.constexpr(1e30), tl.constexpr(0x7149F2CA)  # as an integer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_m tokens a program; presort: candidates by approximate scores first; ahead: logits before a table's."""
+    """block_m tokens a program; presort: candidates by approximate scores first; ahead: logits before a table's.
+
+    lanes: a lane a candidate, and more of them until approximate scores leave no doubt; turns: so many times block_m
+    tokens a program, the next ones' logits asked for before the present ones are looked at.
+    """
 
     block_m: int = 1
     num_warps: int = 1
     presort: bool = False
     ahead: bool = False
+    lanes: bool = False
+    turns: int = 1
 
 
 SPACE = {
@@ -66,6 +77,8 @@ SPACE = {
     "num_warps": (1, 2, 4, 8, 16),
     "presort": (False, True),
     "ahead": (False, True),
+    "lanes": (False, True),
+    "turns": (1, 2, 4),
 }
 AHEAD_TOKENS = 1024
 
@@ -93,6 +106,14 @@ def supports(problem: RouteProblem, config: Config) -> str | None:
         return "presort=True is for a choice by scores"
     if config.presort and problem.experts <= _candidates(problem.topk):
         return f"presort=True takes {_candidates(problem.topk)} candidates and needs more experts"
+    if config.lanes and not config.presort:
+        return "lanes=True is for candidates, which presort=True finds"
+    if config.lanes and config.num_warps != config.block_m:
+        return f"lanes=True gives each token a warp, got block_m={config.block_m} num_warps={config.num_warps}"
+    if config.lanes and problem.topk > MOST_IN_LANES:
+        return f"lanes=True chooses up to {MOST_IN_LANES} experts, got topk={problem.topk}"
+    if config.turns > 1 and (not config.lanes or config.num_warps > 1):
+        return f"turns={config.turns} are for lanes=True and a warp a program"
     if config.ahead and problem.choice != "table":
         return "ahead=True is for a table's choice"
     if config.num_warps > 4 * config.block_m or (config.num_warps > 4 and not config.ahead):
@@ -163,14 +184,19 @@ def _choose(
 
 
 @triton.jit
+def _rough_affinity(x):
+    e = tl.exp2(tl.abs(x) * -LOG2E)
+    p = tl.fma(tl.fma(tl.fma(tl.fma(e, ROUGH_4, ROUGH_3), e, ROUGH_2), e, ROUGH_1), e, ROUGH_0)
+    return tl.sqrt(tl.fma(p, e, tl.maximum(x, 0.0)))
+
+
+@triton.jit
 def _rough_keys(
     logits_ptr, stride_m, bias_ptr, rows, cols, inside, E, BIASED: tl.constexpr, EXPERT_BITS: tl.constexpr
 ):  # fmt: skip
     """`_keys` by approximate functions with the expert in the low bits, and the logits' magnitudes as integers."""
     x = widen(tl.load(logits_ptr + rows[:, None] * stride_m + cols[None, :], mask=inside, other=0.0))
-    e = tl.exp2(tl.abs(x) * -LOG2E)
-    p = tl.fma(tl.fma(tl.fma(tl.fma(e, ROUGH_4, ROUGH_3), e, ROUGH_2), e, ROUGH_1), e, ROUGH_0)
-    s = tl.sqrt(tl.fma(p, e, tl.maximum(x, 0.0)))
+    s = _rough_affinity(x)
     if BIASED:
         s += tl.load(bias_ptr + cols, mask=cols < E, other=0.0)[None, :]
     return tl.where(inside, (_ordered(s) & (-1 << EXPERT_BITS)) | cols[None, :], TAKEN), magnitude_bits(x)
@@ -260,8 +286,8 @@ def _ranked(
     return ids, tl.sum(tl.where(placed, s[:, None, :], 0.0), axis=2)  # of one and zeros: exact
 
 
-# Loads before it are asked for before those after it: ptxas would ask for the logits when the token's registers are
-# free again, after the wait for it. The move is there as assembly has to give something.
+# Loads before it are asked for before what is after it: ptxas would ask for the logits when the token's registers are
+# free again, after the wait for it, and for the bias likewise. The move is there as assembly has to give something.
 _IN_ORDER = tl.constexpr("bar.warp.sync -1; mov.b32 $0, $1;")
 
 
@@ -349,6 +375,239 @@ def _route(
     tl.store(weights_ptr + at, weights, mask=inside)
 
 
+@triton.jit
+def _four(x, ROWS: tl.constexpr):
+    """x [ROWS, CHUNK] -> four [ROWS, LANES], the columns of each lane."""
+    even, odd = tl.split(x.reshape(ROWS, LANES, 2, 2))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _ordered_pair(a, b):
+    return tl.maximum(a, b), tl.minimum(a, b)
+
+
+@triton.jit
+def _first_five(first, keys):
+    """The five greatest, in falling order, of those of before (a five, or nothing) and of four others."""
+    a, b, c, d = keys
+    a, b = _ordered_pair(a, b)
+    c, d = _ordered_pair(c, d)
+    a, c = _ordered_pair(a, c)
+    b, d = _ordered_pair(b, d)
+    b, c = _ordered_pair(b, c)
+    if len(first) == 0:
+        return a, b, c, d, tl.full(a.shape, TAKEN, tl.int32)
+    else:
+        # of two fours in falling order, the greater of the first and the last, of the second and the last but one ...
+        a, h = _ordered_pair(a, first[3])
+        b, g = _ordered_pair(b, first[2])
+        c, f = _ordered_pair(c, first[1])
+        d, e = _ordered_pair(d, first[0])
+        rest = tl.maximum(tl.maximum(tl.maximum(e, f), tl.maximum(g, h)), first[4])
+        a, c = _ordered_pair(a, c)
+        b, d = _ordered_pair(b, d)
+        a, b = _ordered_pair(a, b)
+        c, d = _ordered_pair(c, d)
+        return a, b, c, d, rest
+
+
+@triton.jit
+def _rows_of_logits(logits_ptr, stride_m, first, M, E, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    """Logits of rows from `first` on: CHUNKS tensors [ROWS, CHUNK]."""
+    rows, cols = first + tl.arange(0, ROWS), tl.arange(0, CHUNK)
+    x: tl.tuple = ()
+    for c in tl.static_range(CHUNKS):
+        at = c * CHUNK + cols
+        inside = (rows < M)[:, None] & (at < E)[None, :]
+        x += (tl.load(logits_ptr + rows[:, None] * stride_m + at[None, :], mask=inside, other=0.0),)
+    return x
+
+
+@triton.jit
+def _added(bias_ptr, E, BIASED: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    """What rough scores get added: CHUNKS tensors [ROWS, CHUNK], by which an expert that does not exist comes last."""
+    added: tl.tuple = ()
+    for c in tl.static_range(CHUNKS):
+        # a copy for each row: one row would be shared out among the warps and cross shared memory
+        at = c * CHUNK + tl.arange(0, CHUNK)[None, :] + tl.zeros([ROWS, 1], tl.int32)
+        if BIASED:
+            added += (tl.load(bias_ptr + at, mask=at < E, other=float("-inf")),)
+        else:
+            added += (tl.where(at < E, 0.0, float("-inf")),)
+    return added
+
+
+@triton.jit
+def _first_of_lanes(x, added, EXPERT_BITS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    """Rough keys of logits, of each lane the first five in falling order: five of [ROWS, LANES]. Above all of them is
+    LARGEST where a lane has a logit that rough scores are not made for.
+    """
+    first: tl.tuple = ()
+    for c in tl.static_range(CHUNKS):
+        wide = widen(x[c])
+        bits = wide.to(tl.int32, bitcast=True)
+        if c == 0:
+            largest = bits
+        else:
+            largest = tl.maximum(largest, bits)
+        s = _rough_affinity(wide) + added[c]
+        key = s.to(tl.int32, bitcast=True)
+        if not CVT:
+            key = tl.where(s == s, key, LARGEST)  # the GPU's own NaN comes out of any sum, and is this
+        key = (key & (-1 << EXPERT_BITS)) | (c * CHUNK + tl.arange(0, CHUNK))[None, :]
+        first = _first_five(first, _four(key ^ ((key >> 31) & LARGEST), ROWS))
+    a, b, c, d = _four(largest, ROWS)
+    beyond = tl.maximum(tl.maximum(a, b), tl.maximum(c, d)) >= ROUGH_LOGITS
+    return tl.where(beyond, LARGEST, first[0]), first[1], first[2], first[3], first[4]
+
+
+@triton.jit
+def _pop(first):
+    """The greatest key [ROWS, 1], and what is left in lanes: LARGEST after the fifth of one, as no more is known."""
+    best = tl.max(first[0], axis=1)[:, None]
+    taken = first[0] == best
+    return best, (
+        tl.where(taken, first[1], first[0]),
+        tl.where(taken, first[2], first[1]),
+        tl.where(taken, first[3], first[2]),
+        tl.where(taken, first[4], first[3]),
+        tl.where(taken, LARGEST, first[4]),
+    )
+
+
+@triton.jit
+def _number(key, EXPERT_BITS: tl.constexpr):
+    """The rough score of a key of lanes."""
+    return ((key ^ ((key >> 31) & LARGEST)) & (-1 << EXPERT_BITS)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _doubt(in_rows, hopeful, chosen, best, EXPERT_BITS: tl.constexpr):
+    """0 where the key `best` is of an expert that is below the one that was chosen last, 1 where its rough score leaves
+    that in doubt, 2 where rough scores cannot say; the greatest of all rows.
+    """
+    missed = _number(best, EXPERT_BITS)
+    below = missed + (SLACK + RELATIVE_SLACK * tl.maximum(tl.abs(chosen), tl.abs(missed))) < chosen
+    doubt = tl.where(hopeful, tl.where(below, 0, tl.where(best == LARGEST, 2, 1)), 2)
+    return tl.max(tl.where(in_rows[:, None], doubt, 0))
+
+
+@triton.jit
+def _of_lane(x, lane):
+    return tl.gather(x, tl.broadcast_to(lane, x.shape), axis=1)
+
+
+@triton.jit
+def _ranked_in_lanes(
+    logits_ptr, stride_m, bias_ptr, rows, in_rows, found, count, EXPERT_BITS: tl.constexpr, BIASED: tl.constexpr,
+    SET: tl.constexpr,
+):  # fmt: skip
+    """The `count` <= SET candidates, those of the lanes of found [ROWS, LANES], in the exact order, with their scores.
+
+    Lane l has candidate l % SET and compares it with SET * SET / LANES others: SET is 8 or more.
+    """
+    EACH: tl.constexpr = SET * SET // LANES
+    lane = tl.arange(0, LANES)[None, :]
+    if SET < LANES:
+        found = _of_lane(found, lane % SET)
+    candidates = (found ^ (found >> 31)) & ((1 << EXPERT_BITS) - 1)
+    x = tl.load(logits_ptr + rows[:, None] * stride_m + candidates, mask=in_rows[:, None], other=0.0)
+    if BIASED:
+        added = tl.load(bias_ptr + candidates, mask=in_rows[:, None], other=0.0)
+        s = _affinity(widen(x))
+        key = _ordered(s + added)
+    else:
+        s = _affinity(widen(x))
+        key = _ordered(s)
+    key = tl.where(lane % SET < count, key, TAKEN)
+    others = lane // SET * EACH
+    rank = tl.zeros(key.shape, tl.int32)
+    for j in tl.static_range(EACH):
+        other, expert = _of_lane(key, others + j), _of_lane(candidates, others + j)
+        rank += ((other > key) | ((other == key) & (expert < candidates))).to(tl.int32)
+    rank = _over_sets(rank, SET)
+    source = tl.zeros(key.shape, tl.int32)
+    for j in tl.static_range(EACH):
+        source += tl.where(_of_lane(rank, others + j) == lane % SET, others + j, 0)
+    source = _over_sets(source, SET) % LANES  # whatever it is where there is no candidate of that rank
+    return tl.gather(candidates, source, axis=1), tl.gather(s, source, axis=1)
+
+
+@triton.jit
+def _over_sets(x, SET: tl.constexpr):
+    """Sums over the lanes that are the same modulo SET."""
+    for level in tl.static_range(5):
+        if SET << level < LANES:
+            x += _of_lane(x, tl.arange(0, LANES)[None, :] ^ (SET << level))
+    return x
+
+
+@triton.jit(do_not_specialize=["M"])
+def _route_in_lanes(
+    logits_ptr, stride_m, bias_ptr, ids_ptr, weights_ptr, M, E, scale,
+    BIASED: tl.constexpr, TOPK: tl.constexpr, CHOICES: tl.constexpr, CANDIDATES: tl.constexpr,
+    EXPERT_BITS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
+    """As `_route` by scores with `presort`, where a lane has what is known of a candidate, and of an expert chosen."""
+    lane = tl.arange(0, LANES)[None, :]
+    added = _added(bias_ptr, E, BIASED, BLOCK_M, CHUNKS, CHUNK)
+    # int64 before the multiply: a long batch of logits passes 2**31 elements
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    x = _rows_of_logits(logits_ptr, stride_m, first_row, M, E, BLOCK_M, CHUNKS, CHUNK)
+    if CVT:
+        tl.inline_asm_elementwise(_IN_ORDER, "=r,r", [M], dtype=tl.int32, is_pure=False, pack=1)
+    for _turn in range(TURNS):
+        rows = first_row + tl.arange(0, BLOCK_M)
+        in_rows = rows < M
+        first_row += tl.num_programs(0) * BLOCK_M
+        if TURNS > 1:
+            ahead = _rows_of_logits(logits_ptr, stride_m, first_row, M, E, BLOCK_M, CHUNKS, CHUNK)
+        first = _first_of_lanes(x, added, EXPERT_BITS, BLOCK_M, CHUNKS, CHUNK)
+        found = tl.zeros((BLOCK_M, LANES), tl.int32)
+        for j in tl.static_range(TOPK):
+            best, first = _pop(first)
+            if j == 0:
+                hopeful = best < LARGE_KEY
+            found = tl.where(lane == j, best, found)
+        chosen, count = _number(best, EXPERT_BITS), TOPK
+        best, first = _pop(first)
+        doubt = _doubt(in_rows, hopeful, chosen, best, EXPERT_BITS)
+        # what is near is a candidate, too, until there are as many as lanes
+        while (doubt == 1) & (count < LANES):
+            found = tl.where(lane == count, best, found)
+            count += 1
+            best, first = _pop(first)
+            doubt = _doubt(in_rows, hopeful, chosen, best, EXPERT_BITS)
+        if doubt > 0:
+            ids = _choose(
+                logits_ptr, stride_m, bias_ptr, rows, in_rows, E, BIASED, TOPK, LANES, BLOCK_M, CHUNKS, CHUNK
+            )  # fmt: skip
+            s = _scores(logits_ptr, stride_m, rows, ids, in_rows[:, None] & (lane < TOPK))
+        elif count <= CANDIDATES:
+            ids, s = _ranked_in_lanes(
+                logits_ptr, stride_m, bias_ptr, rows, in_rows, found, count, EXPERT_BITS, BIASED, CANDIDATES
+            )  # fmt: skip
+        else:
+            ids, s = _ranked_in_lanes(
+                logits_ptr, stride_m, bias_ptr, rows, in_rows, found, count, EXPERT_BITS, BIASED, LANES
+            )  # fmt: skip
+        inside = in_rows[:, None] & (lane < TOPK)
+        total = tl.where(lane < TOPK, s, 0.0)
+        for level in tl.static_range(5):
+            if 1 << level < CHOICES:
+                total += _of_lane(total, lane ^ (1 << level))
+        at = rows[:, None] * TOPK + lane
+        tl.store(ids_ptr + at, ids, mask=inside)
+        # 1 where nothing is stored: as in `_route`
+        weights = tl.div_rn(tl.where(inside, s, 1.0), tl.where(inside, total + 1e-20, 1.0)) * scale
+        tl.store(weights_ptr + at, weights, mask=inside)
+        if TURNS > 1:
+            x = ahead
+
+
 def launch(
     logits: Tensor,
     bias: Tensor | None,
@@ -368,6 +627,13 @@ def launch(
     if m == 0:
         return
     choice = "table" if table is not None else "bias" if bias is not None else "score"
+    if config.lanes:
+        grid = (triton.cdiv(m, config.block_m * config.turns),)
+        _route_in_lanes[grid](
+            logits, host.row_stride(logits), bias, ids, weights, m, experts, scale,
+            **_constants_in_lanes(choice, experts, topk, config), num_warps=config.num_warps, **host.OPTIONS,
+        )  # fmt: skip
+        return
     vocab = len(table) if table is not None else 0
     operands = (logits, host.row_stride(logits), bias, token_ids, table, ids, weights, m, vocab, experts, scale)
     constants = _constants(choice, experts, topk, config)
@@ -392,8 +658,16 @@ def build_key(problem: RouteProblem, config: Config) -> tuple[Any, ...]:
 def build(problem: RouteProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU."""
     types = {"logits_ptr": f"*{problem.x}", "stride_m": "i32", "ids_ptr": "*i32", "weights_ptr": "*fp32"}
-    types |= {"M": "i32", "V": "i32", "E": "i32", "scale": "fp32"}
-    constants: dict[str, Any] = _constants(problem.choice, problem.experts, problem.topk, config)
+    types |= {"M": "i32", "E": "i32", "scale": "fp32"}
+    if config.lanes:
+        constants = _constants_in_lanes(problem.choice, problem.experts, problem.topk, config)
+        if problem.choice == "bias":
+            types["bias_ptr"] = "*fp32"
+        else:
+            constants["bias_ptr"] = None
+        return host.build(_route_in_lanes, types, constants, arch, config.num_warps, unaligned=("M",))
+    types["V"] = "i32"
+    constants = _constants(problem.choice, problem.experts, problem.topk, config)
     absent = {"bias_ptr": "*fp32", "token_ptr": "*i64", "table_ptr": "*i32"}
     present = {"score": (), "bias": ("bias_ptr",), "table": ("token_ptr", "table_ptr")}[problem.choice]
     types |= {name: absent.pop(name) for name in present}
@@ -419,6 +693,13 @@ def _constants(choice: str, experts: int, topk: int, config: Config) -> dict[str
         "BLOCK_M": config.block_m,
         "ROWS": max(config.block_m, filled),
     }
+
+
+def _constants_in_lanes(choice: str, experts: int, topk: int, config: Config) -> dict[str, Any]:
+    shared = ("TOPK", "CHOICES", "EXPERT_BITS", "CHUNKS", "CHUNK", "BLOCK_M")
+    constants = _constants(choice, experts, topk, config)
+    own = {"CANDIDATES": max(8, _candidates(topk)), "BIASED": choice == "bias", "TURNS": config.turns}
+    return {name: constants[name] for name in shared} | own
 
 
 def _candidates(topk: int) -> int:

@@ -26,13 +26,16 @@ def check(
     table: Tensor | None = None,
     config: kernel.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """With exact scores, and with rough ones first where that can be."""
+    """With exact scores, and with rough ones first where that can be, and with those in lanes."""
     m = len(logits)
     config = config or kernel.Config()
     p = RouteProblem(m=m, experts=logits.shape[1], topk=topk, choice="table" if table is not None else "bias")
     rough = dataclasses.replace(config, presort=True)
     if not config.presort and kernel.supports(p, rough) is None:
         check(logits, topk, bias, token_ids, table, rough)
+        lanes = kernel.Config(presort=True, lanes=True, turns=2)
+        if kernel.supports(p, lanes) is None:
+            check(logits, topk, bias, token_ids, table, lanes)
     ids = torch.full((m, topk), -7, dtype=torch.int32, device=logits.device)
     weights = torch.full((m, topk), NAN, device=logits.device)
     kernel.launch(logits, bias, token_ids, table, 2.5, (ids, weights), config)
@@ -130,6 +133,30 @@ def test_every_magnitude(device):
     want = affinity(logits.double()).view(-1, 2).gather(1, ids.long().cpu())
     want = 2.5 * want / (want.sum(1, keepdim=True) + 1e-20)
     torch.testing.assert_close(weights.cpu().double(), want, rtol=2e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize(("turns", "warps"), [(1, 1), (1, 4), (2, 1), (4, 1)])
+def test_every_token_has_a_turn(turns, warps, device):
+    """Fewer tokens than programs have turns, as many, and some more."""
+    config = kernel.Config(presort=True, lanes=True, block_m=warps, num_warps=warps, turns=turns)
+    for m in (0, 1, turns * warps - 1, turns * warps, 2 * turns * warps + 1):
+        check(3 * draw(m, 40, seed=m).to(device), 3, draw(40, seed=17).to(device), config=config)
+
+
+@pytest.mark.parametrize("bias", [0.0, -3.0])
+def test_ties_in_lanes(bias, device):
+    """As many equals as candidates are ranked at once, as lanes are, and more; all in the columns of few lanes, too."""
+    experts, config = 300, kernel.Config(presort=True, lanes=True, block_m=4, num_warps=4)
+    many = (6, 7, 8, 9, 31, 32, 33, 100)
+    columns = [torch.randperm(experts, generator=torch.Generator().manual_seed(i))[:n] for i, n in enumerate(many)]
+    columns += [torch.tensor([0, 1, 2, 3, 128, 129, 130, 131][:n]) for n in (4, 5, 6, 8)]
+    logits = 0.5 * draw(len(columns), experts, seed=18)
+    for row, where in zip(logits, columns, strict=True):
+        row[where] = 4.0
+    added = torch.full((experts,), bias)
+    check(logits.to(device), 6, added.to(device), config=config)
+    for rows in logits.to(device).split(1):
+        check(rows, 6, added.to(device), config=dataclasses.replace(config, block_m=1, num_warps=1, turns=2))
 
 
 @triton.jit
@@ -244,6 +271,15 @@ def test_no_tokens(device):
         (RouteProblem(m=1, experts=4, topk=5), {}, "topk=5 is not in 1 .. min(experts=4, 32)"),
         (RouteProblem(m=1, experts=64, topk=33), {}, "topk=33 is not in"),
         (RouteProblem(m=1, experts=8, topk=2, x="fp64"), {}, "logits in fp64"),
+        (RouteProblem(m=1, experts=64, topk=6), {"lanes": True}, "for candidates, which presort=True finds"),
+        (RouteProblem(m=1, experts=64, topk=17), {"lanes": True, "presort": True}, "up to 16 experts, got topk=17"),
+        (RouteProblem(m=1, experts=64, topk=6), {"lanes": True, "presort": True, "block_m": 2}, "each token a warp"),
+        (RouteProblem(m=1, experts=64, topk=6), {"turns": 2, "presort": True}, "turns=2 are for lanes=True"),
+        (
+            RouteProblem(m=1, experts=64, topk=6),
+            {"lanes": True, "presort": True, "block_m": 2, "num_warps": 2, "turns": 2},
+            "and a warp a program",
+        ),
         (RouteProblem(m=1, experts=64, topk=6), {"num_warps": 2}, "block_m=1 tokens are chosen for by a warp each"),
         (RouteProblem(m=1, experts=64, topk=6), {"block_m": 16, "num_warps": 8}, "and without them four do"),
         (RouteProblem(m=1, experts=64, topk=6, choice="table"), {"ahead": True, "num_warps": 8}, "at most four hold"),
@@ -267,5 +303,8 @@ def test_real_sizes(m, choice, device):
     for experts in (256, 384):
         p = RouteProblem(m=m, experts=experts, topk=6, choice=choice)
         c = testing.case(p, device)
-        c.run(kernel, kernel.default(p))
-        c.check()
+        lanes = kernel.Config(presort=True, lanes=True)
+        others = (lanes, dataclasses.replace(lanes, turns=4), dataclasses.replace(lanes, block_m=4, num_warps=4))
+        for config in (kernel.default(p), *(others if choice != "table" else ())):
+            c.run(kernel, config)
+            c.check()

@@ -82,6 +82,22 @@ def test_a_warp_chooses_by_its_own_instructions(pool):
         assert len(re.findall(r"redux\.sync\.(?:max|min)\.s32", b.ptx)) == reductions
 
 
+@pytest.mark.parametrize("turns", [1, 2])
+def test_candidates_in_lanes(turns, pool):
+    """A candidate's way from lane to lane is a shuffle, its choice one maximum, and all loads come before the first."""
+    config = route.Config(presort=True, lanes=True, turns=turns)
+    b = pool.submit(route.build, KERNELS[0][1], config, "sm_90a").result()
+    # one more than are chosen, those in doubt, and the exact choice
+    assert len(re.findall(r"redux\.sync\.(?:max|min)\.s32", b.ptx)) == 6 + 1 + 1 + 2 * 6
+    code = re.findall(r"/\*[0-9a-f]{4}\*/\s+(.*?);", built.sass(b))
+    found = [re.search(r"LDG\.E\.128|REDUX|BAR|STS|LDS|EXIT", line) for line in code]
+    marks = [mark[0] for mark in found if mark]
+    loads = marks.index("REDUX") if turns == 1 else 6
+    assert marks[:loads] == ["LDG.E.128"] * 6
+    rounds = [i for i, mark in enumerate(marks) if mark == "REDUX"]
+    assert rounds[7] - rounds[0] <= 7 + 3 * (turns - 1)  # nothing in between but the next token's logits
+
+
 @pytest.mark.parametrize(("block_m", "num_warps", "most"), [(1, 1, 350), (1, 2, 300), (1, 4, 300), (2, 4, 310)])
 def test_logits_ahead_of_a_table(block_m, num_warps, most, pool):
     """Asked for before any wait, none but the chosen ones scored, and no code of a choice by score."""

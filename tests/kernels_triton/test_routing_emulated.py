@@ -14,6 +14,7 @@ from fp4suite import built, reference, testing
 from fp4suite.problem import CombineProblem, PermuteProblem, RouteProblem, SampleProblem
 from kernels_triton import combine, permute, permute_small, route, sample
 
+from .checks import assert_same_numbers
 from .test_routing_build import check_parts_of_sample, parts_of_sample
 
 
@@ -28,20 +29,30 @@ def launch(b: built.Built, programs: int, num_warps: int, *args: object, chunks:
     ptx_emulator.load(b.ptx).launch(grid=grid, block=block, args=[*args, *unused], shared=b.shared_bytes, races=False)
 
 
-@pytest.mark.parametrize("config", [route.Config(presort=True), route.Config(block_m=4, num_warps=2)], ids=str)
+CONFIGS = (
+    route.Config(presort=True),
+    route.Config(block_m=4, num_warps=2),
+    route.Config(presort=True, lanes=True, turns=2),
+    route.Config(presort=True, lanes=True, block_m=4, num_warps=4),
+)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_route(config, pool):
-    """Rough scores decide most tokens; the eighth has ties and takes exact ones."""
+    """Rough scores decide most tokens; the eighth has ties and takes exact ones. In lanes, some are NaN or infinite."""
     m, p = 8, RouteProblem(m=8, experts=256, topk=6)
     c = testing.case(p)
     logits, bias, _, _, scale = c.operands
+    if config.lanes:
+        logits[2, 17], logits[3, 200], logits[5, :3] = -float("nan"), float("inf"), float("nan")
     ids, weights = np.full((m, 6), -7, np.int32), np.full((m, 6), np.nan, np.float32)
     b = pool.submit(route.build, p, config, "sm_90a").result()
-    sizes = np.int32(m), np.int32(0), np.int32(256), np.float32(scale)
-    programs = triton.cdiv(m, config.block_m)
+    sizes = (np.int32(m), *[np.int32(0)][config.lanes :], np.int32(256), np.float32(scale))
+    programs = triton.cdiv(m, config.block_m * config.turns)
     launch(b, programs, config.num_warps, logits.numpy(), np.int32(256), bias.numpy(), ids, weights, *sizes)
     want = c.eager()
     assert torch.equal(torch.from_numpy(ids), want[0])
-    testing.assert_same_bytes(torch.from_numpy(weights), want[1], "weights")
+    assert_same_numbers(torch.from_numpy(weights), want[1])
 
 
 @pytest.mark.parametrize("config", [(2, 8), (1, 4), (1, 1)], ids=str)

@@ -16,10 +16,12 @@ from fp4suite.problem import (
     Problem,
     QuantizeProblem,
     RmsnormQuantizeProblem,
+    RouteProblem,
     SwigluQuantizeProblem,
 )
 from kernels_cute.gemm_nvfp4_sm90_wgmma import Config as Wgmma
 from kernels_cute.hyper_connection_sm90 import Config as Clusters
+from kernels_triton.route import Config as Route
 from tuner import cost_model
 from tuner.cost_model import MACHINES, occupancy, predict_us
 from tuner.targets import load_configs
@@ -160,6 +162,18 @@ def test_the_heads_clusters_take_less_than_pre_and_gain_from_stages():
     pre, head = (kind(m=4096, k=7168) for kind in (HyperConnectionPreProblem, HyperConnectionHeadProblem))
     times = [predict_us(p, Clusters(stages=s), "sm_90a") for p, s in ((head, 8), (head, 4), (pre, 4))]
     assert times[0] < times[1] < times[2]
+
+
+def test_tokens_of_a_router_take_turns_where_there_are_many():
+    def us(m, **knobs):
+        return predict_us(RouteProblem(m=m, experts=384, topk=6), Route(presort=True, **knobs), "sm_90a")
+
+    lanes = [[us(m, lanes=True, turns=turns) for turns in (1, 2, 4)] for m in (1, 64, 4096, 16384)]
+    assert lanes[0][0] == lanes[0][1] == lanes[0][2]  # a turn without a token takes no time
+    assert lanes[1][0] < lanes[1][1] < lanes[1][2]
+    assert lanes[2][1] < min(lanes[2][0], lanes[2][2])
+    assert lanes[3] == sorted(lanes[3], reverse=True)
+    assert us(4096, lanes=True) < us(4096)
 
 
 def test_what_has_no_model_is_refused():
