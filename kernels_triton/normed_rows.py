@@ -23,7 +23,7 @@ import triton.language as tl
 
 from fp4suite.reference.quant import SUM_CHUNK as _SUM_CHUNK
 
-from .nvfp4 import CVT, SUM_CHUNK, load_half, pair_sum
+from .nvfp4 import CVT, SUM_CHUNK, load_half, one_over, pair_sum
 
 MOST_HELD = 128  # elements of a row in a thread
 
@@ -191,8 +191,12 @@ def word_factors(words, eps, K: tl.constexpr, ROWS: tl.constexpr, SUM_K: tl.cons
     x = nothing()
     for i in tl.static_range(len(words)):
         x += (widened(words[i]),)
-    mean = tl.div_rn(_row_sum(x, ROWS, SUM_K), tl.full([ROWS], K, tl.float32))
-    return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None, None]
+    total = _row_sum(x, ROWS, SUM_K)
+    if K & (K - 1) == 0:
+        mean = total * (1.0 / K)  # the quotient, rounded once as it is
+    else:
+        mean = tl.div_rn(total, tl.full([ROWS], K, tl.float32))
+    return one_over(tl.sqrt_rn(mean + eps))[:, None, None]
 
 
 @triton.jit
