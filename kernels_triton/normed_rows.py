@@ -11,7 +11,7 @@ on; others are read again, from L1 or L2. Compile with enable_fp_fusion=False: e
 
 Programs that take rows in turn hold them as words of two BF16 numbers, the present ones and the next:
 
-    words = load_words(at, live, ...)
+    words = load_words(x_ptr, stride_m, rows, ...)
     factor = word_factors(words, ...)
     lo, hi = widened_late(words[2 * i], ...), widened_late(words[2 * i + 1], ...)     # of tile i
 """
