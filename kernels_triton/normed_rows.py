@@ -11,7 +11,7 @@ on; others are read again, from L1 or L2. Compile with enable_fp_fusion=False: e
 
 Programs that take rows in turn hold them as words of two BF16 numbers, the present ones and the next:
 
-    words = load_words(at, live, ...)
+    words = load_words(x_ptr, stride_m, rows, ...)
     factor = word_factors(words, ...)
     lo, hi = widened_late(words[2 * i], ...), widened_late(words[2 * i + 1], ...)     # of tile i
 """
@@ -23,7 +23,7 @@ import triton.language as tl
 
 from fp4suite.reference.quant import SUM_CHUNK as _SUM_CHUNK
 
-from .nvfp4 import CVT, SUM_CHUNK, load_half, pair_sum
+from .nvfp4 import CVT, SUM_CHUNK, load_half, one_over, pair_sum
 
 MOST_HELD = 128  # elements of a row in a thread
 
@@ -191,8 +191,12 @@ def word_factors(words, eps, K: tl.constexpr, ROWS: tl.constexpr, SUM_K: tl.cons
     x = nothing()
     for i in tl.static_range(len(words)):
         x += (widened(words[i]),)
-    mean = tl.div_rn(_row_sum(x, ROWS, SUM_K), tl.full([ROWS], K, tl.float32))
-    return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None, None]
+    total = _row_sum(x, ROWS, SUM_K)
+    if K & (K - 1) == 0:
+        mean = total * (1.0 / K)  # the quotient, rounded once as it is
+    else:
+        mean = tl.div_rn(total, tl.full([ROWS], K, tl.float32))
+    return one_over(tl.sqrt_rn(mean + eps))[:, None, None]
 
 
 @triton.jit

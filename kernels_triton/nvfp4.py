@@ -206,13 +206,17 @@ def _below_6(y):
 @triton.jit
 def reciprocal(scale):
     """1 / scale, rounded to nearest, or 0 of 0."""
+    inverse = one_over(scale)
+    return tl.where(scale == 0.0, 0.0, inverse)
+
+
+@triton.jit
+def one_over(x):
+    """1 / x, rounded to nearest; shorter than a division."""
     if CVT:
-        one_over = tl.inline_asm_elementwise(
-            "rcp.rn.f32 $0, $1;", "=f,f", [scale], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
-        one_over = tl.div_rn(1.0, scale)
-    return tl.where(scale == 0.0, 0.0, one_over)
+        return tl.div_rn(1.0, x)
 
 
 @triton.jit

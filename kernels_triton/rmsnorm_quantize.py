@@ -1,7 +1,8 @@
 """RMSNorm with a weight, then NVFP4, without the normed row in memory.
 
-Memory bound: reads 2 bytes (BF16) and writes 9/16 an element. One program block_m rows, several times in turn, or a
-part of each of few rows; rows stay in registers between the sum of squares and the quantiser, or are read again from L1 or L2.
+Memory bound: reads 2 bytes (BF16) and writes 9/16 an element. One program block_m rows, a part of each of few
+rows, or several rows in turn; rows stay in registers between the sum of squares and the quantiser, or are read again
+from L1 or L2.
 """
 
 from dataclasses import dataclass

@@ -144,15 +144,19 @@ def test_few_rows(m, device, hard_rows):
     assert int((cache.data != 0xEE).any(1).sum()) == m
 
 
-def test_padding_may_hold_anything(device, hard_rows):
+@pytest.mark.parametrize(
+    ("format", "config"),
+    [("bf16", kernel.Config(block_m=4, num_warps=4)), ("nvfp4", kernel.Config(by_blocks=True, turns=2))],
+)
+def test_padding_may_hold_anything(format, config, device, hard_rows):
     """Also a position that no table has."""
     kv, weight, slots = inputs(5, hard_rows, device)
     positions, table = angles(5, ROPE, device)
-    cache, want = (new_cache("bf16", 4, 10, device) for _ in range(2))
+    cache, want = (new_cache(format, 4, 10, device) for _ in range(2))
     reference.kv_norm_rope_insert(kv, weight, positions, table, EPS, want, slots)
     positions[2], kv[2] = 2**31 - 1, torch.nan
     assert slots[2] == -1
-    kernel.launch(kv, weight, positions, table, EPS, slots, cache, kernel.Config(block_m=4, num_warps=4))
+    kernel.launch(kv, weight, positions, table, EPS, slots, cache, config)
     assert_same_bytes(cache.data, want.data, "cache")
 
 
