@@ -27,17 +27,15 @@ from .rope import block_angles, load_angles, pair_angles, refuse_heads, rms_norm
 class Config:
     """block_m rows a program. A warp a row: then no sum leaves its warp, and nothing goes through shared memory.
 
-    by_blocks: a thread has whole blocks of 16 columns, of nvfp4; then a program takes `turns` rows one after the other,
-    the next one on its way meanwhile.
+    by_blocks: a thread has whole blocks of 16 columns, of nvfp4.
     """
 
     block_m: int = 1
     num_warps: int = 1
     by_blocks: bool = False
-    turns: int = 1
 
 
-SPACE = {"block_m": (1, 2, 4), "num_warps": (1, 2, 4), "by_blocks": (False, True), "turns": (1, 2, 4)}
+SPACE = {"block_m": (1, 2, 4), "num_warps": (1, 2, 4), "by_blocks": (False, True)}
 
 
 def supports(problem: KvNormRopeInsertProblem, config: Config) -> str | None:
@@ -50,11 +48,16 @@ def supports(problem: KvNormRopeInsertProblem, config: Config) -> str | None:
     )
 
 
+def default(problem: KvNormRopeInsertProblem) -> Config:
+    """By blocks wherever rows can be."""
+    return own if _refuse_blocks(problem, own := Config(by_blocks=True)) is None else Config()
+
+
 def _refuse_blocks(problem: KvNormRopeInsertProblem, config: Config) -> str | None:
-    """Why a program of this config cannot take rows by blocks, or in turns, or None if it can."""
+    """Why a program of this config cannot take rows by blocks, or None if it can or need not."""
     p = problem
     if not config.by_blocks:
-        return None if config.turns == 1 else f"turns are for rows by blocks, got turns={config.turns}"
+        return None
     if config.block_m > 1 or config.num_warps > 1 or p.x != "bf16":
         return f"by blocks a warp takes a row of bf16, got {config.num_warps} for {config.block_m} of {p.x}"
     padded = triton.next_power_of_2(p.head_dim)
@@ -106,42 +109,25 @@ def _by_blocks(
     kv_ptr, stride_m, weight_ptr, positions_ptr, table_ptr, eps, slots_ptr, cache_ptr, M, FORMAT: tl.constexpr,
     HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
     SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr, BLOCK_M: tl.constexpr,
-    PADDED: tl.constexpr, AHEAD: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of BF16 a grid's width apart to nvfp4. AHEAD: there is more than one, the next with its angles is on its way
-    meanwhile, and so are slot and position of the one after that.
-    """
+    """A row of BF16 to nvfp4."""
     tl.static_assert(FORMAT == "nvfp4" and BLOCK_M == 1)
     BLOCKS: tl.constexpr = PADDED // 16
-    step = tl.num_programs(0)
     first = tl.program_id(0)
-    own = tl.arange(0, 1).to(tl.int64)
-    slot, position = _place(slots_ptr, positions_ptr, first, M)
-    x = load_words(kv_ptr, stride_m, own + first, M, HEAD_DIM, 1, PADDED)
-    if AHEAD:
-        next_slot, next_position = _place(slots_ptr, positions_ptr, first + step, M)
+    slot = tl.load(slots_ptr + first, mask=first < M, other=-1)
+    position = tl.load(positions_ptr + first, mask=first < M, other=0)
+    x = load_words(kv_ptr, stride_m, tl.arange(0, 1).to(tl.int64) + first, M, HEAD_DIM, 1, PADDED)
     w = load_tile(weight_ptr + tl.zeros([1, 1, 1], tl.int32), 0, M, HEAD_DIM, 1, PADDED, PADDED, True)
     angles = block_angles(table_ptr, position, slot >= 0, HEAD_DIM, ROPE_DIM, BLOCKS)
-    for row in range(first, M, step):
-        if AHEAD:
-            next_x = load_words(kv_ptr, stride_m, own + (row + step), M, HEAD_DIM, 1, PADDED)
-            next_angles = block_angles(table_ptr, next_position, next_slot >= 0, HEAD_DIM, ROPE_DIM, BLOCKS)
-            last_slot, last_position = _place(slots_ptr, positions_ptr, row + 2 * step, M)
+    # one pass of what compilers take for a loop: they would else move loads to where they are needed first
+    for _ in range(first, M, tl.num_programs(0)):
         factor = word_factors(x, eps, HEAD_DIM, 1, PADDED)
         lo = turn_blocks(widened_late(x[0], M) * factor * w[0], angles[0], angles[1], HEAD_DIM, ROPE_DIM, BLOCKS)
         hi = turn_blocks(widened_late(x[1], M) * factor * w[1], angles[2], angles[3], HEAD_DIM, ROPE_DIM, BLOCKS)
         cache_rows.store_nvfp4_blocks(
             lo, hi, slot, cache_ptr, HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, PAGE_BYTES, E2M1_CVT, BLOCKS
         )
-        if AHEAD:
-            x, angles, slot = next_x, next_angles, next_slot
-            next_slot, next_position = last_slot, last_position
-
-
-@triton.jit
-def _place(slots_ptr, positions_ptr, row, M):
-    """Slot and position of a row; nowhere beyond M."""
-    return tl.load(slots_ptr + row, mask=row < M, other=-1), tl.load(positions_ptr + row, mask=row < M, other=0)
 
 
 def launch(
@@ -157,11 +143,9 @@ def launch(
         return
     constants = constants_of(cache, host.has_e2m1_cvt(kv.device), config)
     operands = (kv, host.row_stride(kv), weight, positions, table, eps, slots, cache.data, m)
-    grid = (triton.cdiv(m, config.block_m * config.turns),)
-    if config.by_blocks:
-        _by_blocks[grid](*operands, **constants, AHEAD=config.turns > 1, num_warps=config.num_warps, **host.OPTIONS)
-    else:
-        _kv_norm_rope_insert[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
+    grid = (triton.cdiv(m, config.block_m),)
+    kernel = _by_blocks if config.by_blocks else _kv_norm_rope_insert
+    kernel[grid](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
 
 
 def warm(problem: KvNormRopeInsertProblem, config: Config) -> None:
@@ -182,9 +166,7 @@ def build(problem: KvNormRopeInsertProblem, config: Config, arch: str) -> Built:
     types = {"kv_ptr": f"*{problem.x}", "stride_m": "i32", "weight_ptr": f"*{problem.x}", "positions_ptr": "*i32"}
     types |= {"table_ptr": "*fp32", "eps": "fp32", "slots_ptr": "*i32", "cache_ptr": "*u8", "M": "i32"}
     constants = constants_of(empty_cache(problem, "cpu"), arch == "sm_100a", config)
-    kernel = _kv_norm_rope_insert
-    if config.by_blocks:
-        kernel, constants["AHEAD"] = _by_blocks, config.turns > 1
+    kernel = _by_blocks if config.by_blocks else _kv_norm_rope_insert
     return host.build(kernel, types, constants, arch, config.num_warps, unaligned=("positions_ptr", "slots_ptr", "M"))
 
 

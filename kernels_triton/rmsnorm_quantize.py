@@ -1,8 +1,7 @@
 """RMSNorm with a weight, then NVFP4, without the normed row in memory.
 
-Memory bound: reads 2 bytes (BF16) and writes 9/16 an element. One program block_m rows, a part of each of few
-rows, or several rows in turn; rows stay in registers between the sum of squares and the quantiser, or are read again
-from L1 or L2.
+Memory bound: reads 2 bytes (BF16) and writes 9/16 an element. One program block_m rows, or a part of each of few rows;
+rows stay in registers between the sum of squares and the quantiser, or are read again from L1 or L2.
 """
 
 from dataclasses import dataclass
@@ -18,17 +17,7 @@ from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import RmsnormQuantizeProblem, Rule
 
 from . import amax, host, normed_rows
-from .normed_rows import (
-    factors,
-    load_rows,
-    load_tile,
-    load_words,
-    normed_tile,
-    nothing,
-    pointers,
-    widened_late,
-    word_factors,
-)
+from .normed_rows import factors, load_rows, normed_tile, pointers
 from .nvfp4 import magnitude_bits, store_quantized
 
 
@@ -37,15 +26,13 @@ class Config:
     """block_m rows by one of `parts` of their columns a program; every part sums its rows as a whole.
 
     Quantised are 16 columns a thread at a time: a tile is 512 num_warps / block_m columns wide. `held` rows stay in
-    registers from the sum to the quantiser; others are read again, from L1 or L2. A program takes `turns` rows, a
-    grid's width apart, one after the other, the next one on its way meanwhile.
+    registers from the sum to the quantiser; others are read again, from L1 or L2.
     """
 
     block_m: int = 1
     num_warps: int = 2
     parts: int = 1
     held: bool = False
-    turns: int = 1
 
     @property
     def tile_k(self) -> int:
@@ -53,15 +40,7 @@ class Config:
         return 512 * self.num_warps // self.block_m
 
 
-SPACE = {
-    "block_m": (1, 2, 4),
-    "num_warps": (1, 2, 4, 8),
-    "parts": (1, 2, 4, 8),
-    "held": (False, True),
-    "turns": (1, 2, 4, 8),
-}
-MOST_IN_TURNS = 48  # elements of a row in a thread: beside them are as many of the next row, and the weight's
-REGISTERS_IN_TURNS = 128  # so that an SM has 16 programs; Triton 3.6 would take 130
+SPACE = {"block_m": (1, 2, 4), "num_warps": (1, 2, 4, 8), "parts": (1, 2, 4, 8), "held": (False, True)}
 
 
 def supports(problem: RmsnormQuantizeProblem, config: Config) -> str | None:
@@ -73,17 +52,6 @@ def supports(problem: RmsnormQuantizeProblem, config: Config) -> str | None:
         return why
     if problem.rule == "mse" and triton.cdiv(tiles, config.parts) > 2:
         return f"rule mse takes ten times the code: up to two tiles a program, got {triton.cdiv(tiles, config.parts)}"
-    return None if config.turns == 1 else _refuse_turns(problem, config)
-
-
-def _refuse_turns(problem: RmsnormQuantizeProblem, config: Config) -> str | None:
-    """Why a program of this config cannot take several rows in turn, or None if it can."""
-    if problem.x != "bf16" or problem.rule != "absmax":
-        return f"turns are for x=bf16 by rule absmax, got {problem.x} by {problem.rule}"
-    if not config.held or config.num_warps > 1:
-        return f"turns are for rows that a warp holds, got num_warps={config.num_warps} held={config.held}"
-    if (each := triton.cdiv(problem.k, config.tile_k) * 16) > MOST_IN_TURNS:
-        return f"k={problem.k}: {each} elements a thread, in turns up to {MOST_IN_TURNS}"
     return None
 
 
@@ -128,41 +96,6 @@ def _rmsnorm_quantize(
         tl.store(amax_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(most))
 
 
-@triton.jit(do_not_specialize=["M"])
-def _in_turns(
-    x_ptr, stride_m, weight_ptr, alpha_ptr, data_ptr, sf_ptr, M, eps, K: tl.constexpr, RULE: tl.constexpr,
-    SF_BLOCKED: tl.constexpr, E2M1_CVT: tl.constexpr, BLOCK_M: tl.constexpr, SUM_K: tl.constexpr, TILE_K: tl.constexpr,
-    TILES: tl.constexpr, HELD: tl.constexpr,
-):  # fmt: skip
-    """Rows of BF16 a grid's width apart, the next ones on their way while the present ones are quantised. The weight
-    stays in registers, in FP32."""
-    tl.static_assert(HELD)
-    step = tl.num_programs(0)
-    within = tl.arange(0, BLOCK_M).to(tl.int64)
-    rows = within + tl.program_id(0) * BLOCK_M
-    x = load_words(x_ptr, stride_m, rows, M, K, BLOCK_M, TILE_K)
-    weight_at = weight_ptr + tl.zeros([BLOCK_M, 1, 1], tl.int32)
-    w = nothing()
-    for i in tl.static_range(TILES):
-        w += load_tile(weight_at, i, M, K, BLOCK_M, TILE_K, TILE_K, True)
-    alpha = tl.load(alpha_ptr)
-    end = M
-    if SF_BLOCKED:
-        end = (M + 127) // 128 * 128
-    for block in range(tl.program_id(0), tl.cdiv(end, BLOCK_M), step):
-        ahead = load_words(x_ptr, stride_m, within + (block + step) * BLOCK_M, M, K, BLOCK_M, TILE_K)
-        factor = word_factors(x, eps, K, BLOCK_M, SUM_K)
-        rows = within + block * BLOCK_M
-        for i in tl.static_range(TILES):
-            lo = widened_late(x[2 * i], M) * factor * w[2 * i]
-            hi = widened_late(x[2 * i + 1], M) * factor * w[2 * i + 1]
-            blocks = i * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
-            store_quantized(
-                lo, hi, rows, blocks, alpha, data_ptr, sf_ptr, M, K, RULE, SF_BLOCKED, E2M1_CVT, BLOCK_M, TILE_K // 16
-            )
-        x = ahead
-
-
 def launch(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, out: NVFP4Tensor, rule: Rule, config: Config) -> None:
     """x [m, k], rows of any stride, with weight [k], under alpha float32 [] -> out's codes and scales."""
     m, k = x.shape
@@ -170,18 +103,12 @@ def launch(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, out: NVFP4Tenso
         return
     (programs, _) = host.grid(m, k, config.block_m, k, out.sf_layout)
     constants = _constants(k, rule, out.sf_layout, host.has_e2m1_cvt(x.device), config)
-    operands = (x, host.row_stride(x), weight, alpha, out.data, out.sf.view(torch.uint8))
-    if config.turns > 1:
-        options = {"num_warps": config.num_warps, "maxnreg": REGISTERS_IN_TURNS, **host.OPTIONS}
-        _in_turns[(triton.cdiv(programs, config.turns),)](*operands, m, eps, **constants, **options)
-        return
-    grid = (programs, config.parts)
-    _rmsnorm_quantize[grid](*operands, None, m, eps, **constants, num_warps=config.num_warps, **host.OPTIONS)
+    operands = (x, host.row_stride(x), weight, alpha, out.data, out.sf.view(torch.uint8), None, m, eps)
+    _rmsnorm_quantize[(programs, config.parts)](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
 
 
 def global_scale(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, config: Config) -> None:
-    """alpha float32 [] <- amax / 2688 of the normed rows of x [m, k], in two launches, nothing read on the host;
-    a row a program, whatever the config's turns."""
+    """alpha float32 [] <- amax / 2688 of the normed rows of x [m, k], in two launches, nothing read on the host."""
     m, k = x.shape
     if m == 0:
         alpha.zero_()
@@ -212,9 +139,6 @@ def build(problem: RmsnormQuantizeProblem, config: Config, arch: str) -> Built:
     types = {"x_ptr": f"*{problem.x}", "stride_m": "i32", "weight_ptr": f"*{problem.x}", "alpha_ptr": "*fp32"}
     types |= {"data_ptr": "*u8", "sf_ptr": "*u8", "M": "i32", "eps": "fp32"}
     constants = _constants(problem.k, problem.rule, problem.sf_layout, arch == "sm_100a", config)
-    if config.turns > 1:
-        registers = REGISTERS_IN_TURNS
-        return host.build(_in_turns, types, constants, arch, config.num_warps, unaligned=("M",), maxnreg=registers)
     constants["amax_ptr"] = None
     return host.build(_rmsnorm_quantize, types, constants, arch, config.num_warps, unaligned=("M",))
 

@@ -299,7 +299,7 @@ def _rmsnorm(
         cta_instructions=instructions,
         ramps=1 if config.held or tiles == 1 else 1 + math.ceil(tiles / 2),
         serial_us=instructions / whole.threads * THREAD_US,
-    ).in_turns(getattr(config, "turns", 1))
+    )
 
 
 def _inserted(
@@ -310,7 +310,7 @@ def _inserted(
     if not config.by_blocks:
         return whole
     less = dataclasses.replace(whole, cta_instructions=whole.cta_instructions * BLOCKS_SHARE)
-    return less.in_turns(config.turns)
+    return less.in_turns(getattr(config, "turns", 1))
 
 
 def _norm_and_insert(problem: QkvNormRopeInsertProblem, config: Any, arch: str, resources: Resources | None) -> Work:

@@ -59,7 +59,7 @@ def inputs(m: int, hard_rows, device: torch.device, dtype: torch.dtype = torch.b
     return kv, weight, slots
 
 
-@pytest.mark.parametrize("config", configs(kernel, KvNormRopeInsertProblem(m=1), 54), ids=str)
+@pytest.mark.parametrize("config", configs(kernel, KvNormRopeInsertProblem(m=1), 18), ids=str)
 def test_every_config(config, device, hard_rows):
     """Ragged in rows."""
     kv, weight, slots = inputs(11, hard_rows, device)
@@ -76,11 +76,10 @@ def test_every_format_page_and_type(format, page, dtype, device, hard_rows):
     check(kv, weight, positions, table, new_cache(format, page, 2, device), slots + 40 * (slots >= 0))
 
 
-@pytest.mark.parametrize(("turns", "m"), [(1, 9), (1, 1), (2, 1), (2, 2), (2, 11), (4, 3), (4, 9)])
-@pytest.mark.parametrize("page", [4, 64])
-def test_by_blocks(turns, m, page, device, hard_rows):
-    """One program or more, the last turns full, of some or of none, a slot of -1 among them."""
-    config = kernel.Config(by_blocks=True, turns=turns)
+@pytest.mark.parametrize(("m", "page"), [(1, 4), (1, 64), (9, 4), (9, 64)])
+def test_by_blocks(m, page, device, hard_rows):
+    """A slot of -1 among them."""
+    config = kernel.Config(by_blocks=True)
     assert kernel.supports(KvNormRopeInsertProblem(m=m, format="nvfp4"), config) is None
     kv, weight, slots = inputs(m, hard_rows, device)
     positions, table = angles(m, ROPE, device)
@@ -95,7 +94,7 @@ def test_heads_of_other_sizes_by_blocks(head, rope, device, hard_rows):
     positions, table = angles(5, rope, device)
     for kv, w in ((wide[:, :head], weight), (wide[:, 3 : head + 3], weight.float())):
         cache = new_cache("nvfp4", 4, 10, device, head, rope)
-        check(kv, w, positions, table, cache, slots, kernel.Config(by_blocks=True, turns=2))
+        check(kv, w, positions, table, cache, slots, kernel.Config(by_blocks=True))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -146,7 +145,7 @@ def test_few_rows(m, device, hard_rows):
 
 @pytest.mark.parametrize(
     ("format", "config"),
-    [("bf16", kernel.Config(block_m=4, num_warps=4)), ("nvfp4", kernel.Config(by_blocks=True, turns=2))],
+    [("bf16", kernel.Config(block_m=4, num_warps=4)), ("nvfp4", kernel.Config(by_blocks=True))],
 )
 def test_padding_may_hold_anything(format, config, device, hard_rows):
     """Also a position that no table has."""
@@ -162,7 +161,7 @@ def test_padding_may_hold_anything(format, config, device, hard_rows):
 
 @pytest.mark.parametrize(
     ("format", "config"),
-    [("fp8_ds_mla", kernel.Config()), ("nvfp4", kernel.Config()), ("nvfp4", kernel.Config(by_blocks=True, turns=4))],
+    [("fp8_ds_mla", kernel.Config()), ("nvfp4", kernel.Config()), ("nvfp4", kernel.Config(by_blocks=True))],
 )
 def test_infinities_and_nan(format, config, device):
     """After the norm a row with an infinity is 0 and NaN, a row with a NaN is NaN; others know nothing of it."""
@@ -230,11 +229,6 @@ def test_refusals(device):
             "by blocks a warp takes a row of bf16, got 1 for 1 of fp16",
         ),
         (
-            KvNormRopeInsertProblem(m=1, format="nvfp4"),
-            kernel.Config(turns=2),
-            "turns are for rows by blocks, got turns=2",
-        ),
-        (
             KvNormRopeInsertProblem(m=1, format="nvfp4", head_dim=1536),
             blocks,
             "held rows have one part and tiles of up to 1024 columns, got 1 of 2048",
@@ -264,8 +258,7 @@ def test_refusals(device):
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_batch_of_real_size(format, page, device):
     c = testing.case(KvNormRopeInsertProblem(m=4133, format=format, page_size=page), device)
-    by_blocks = [kernel.Config(by_blocks=True, turns=turns) for turns in (1, 2, 4)]
-    for config in (kernel.Config(), kernel.Config(block_m=4, num_warps=4), *by_blocks):
+    for config in (kernel.Config(), kernel.Config(block_m=4, num_warps=4), kernel.Config(by_blocks=True)):
         if kernel.supports(c.problem, config) is None:
             c.run(kernel, config)
             c.check()
