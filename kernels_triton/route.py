@@ -3,8 +3,8 @@
 Bound by issue where experts are chosen by score: a score takes 60 instructions and every round of the choice five an
 expert, against 4 bytes read. So with `presort` the GPU's approximate functions find candidates first, as numbers that
 hold their expert in the low bits, and only those are scored exactly. That is the exact choice if the last chosen lies
-above the first that is no candidate by more than both can be off; else (ties, infinities, NaN) all are scored exactly.
-With `lanes` candidates are added until that is so, up to 32: each lane of a warp holds its first five keys in order and
+above the first that is no candidate by more than both can be off; candidates are added until that is so, up to 32, and
+else (many ties, infinities, NaN) all are scored exactly. Each lane of a warp holds its first five keys in order and
 then one candidate, so that all are scored at once and exchanged by shuffles. `turns` saves programs, which take time to
 be started; a program asks for its next token's logits before it works on the present one's.
 Where a table of token ids chooses, only the chosen logits are read, once the table is there, which is read once the
@@ -26,14 +26,14 @@ from fp4suite.problem import RouteProblem
 from fp4suite.reference import router
 
 from . import host
-from .nvfp4 import CVT, LOG2E, exp_neg, magnitude_bits, pair_sum, widen
+from .nvfp4 import CVT, LOG2E, exp_neg, pair_sum, widen
 
 MOST_EXPERTS = 1024
 MOST_TOPK = 32
 CHUNK = 128
-HELD, PRESORTED = 128, 48  # keys of a thread at most, without and with rough ones
+HELD = 128  # keys of a thread at most
 MOST_IN_LANES = 16  # experts that leave a warp's lanes room for as many in doubt
-SPARE = 2  # candidates beyond the topk: how often all have to be scored falls by a factor of some 20 with each
+SPARE = 2  # candidates beyond the topk: how often there are more falls by a factor of some 20 with each
 
 UNDERFLOW = tl.constexpr(router.UNDERFLOW)
 LOG1P_0, LOG1P_1, LOG1P_2, LOG1P_3, LOG1P_4, LOG1P_5, LOG1P_6, LOG1P_7 = (
@@ -60,15 +60,14 @@ LARGE, LARGE_KEY = tl.constexpr(1e30), tl.constexpr(0x7149F2CA)  # as an integer
 class Config:
     """block_m tokens a program; presort: candidates by approximate scores first; ahead: logits before a table's.
 
-    lanes: a lane a candidate, and more of them until approximate scores leave no doubt; turns: so many times block_m
-    tokens a program, the next ones' logits asked for before the present ones are looked at.
+    turns: so many times block_m tokens a program, the next ones' logits asked for before the present ones' keys are
+    ranked.
     """
 
     block_m: int = 1
     num_warps: int = 1
     presort: bool = False
     ahead: bool = False
-    lanes: bool = False
     turns: int = 1
 
 
@@ -77,18 +76,20 @@ SPACE = {
     "num_warps": (1, 2, 4, 8, 16),
     "presort": (False, True),
     "ahead": (False, True),
-    "lanes": (False, True),
     "turns": (1, 2, 4),
 }
 AHEAD_TOKENS = 1024
+TURNS_TOKENS = 2048
 
 
 def default(problem: RouteProblem) -> Config:
-    """A warp a token, alone in its program: where one token's scores have to be exact, no other waits for them. By a
-    table, several warps a token that ask for its logits ahead; many tokens share programs, which there are few of then.
+    """A warp a token: where one token's scores have to be exact, no other warp waits for them; of many tokens it takes
+    two. By a table, several warps a token that ask for its logits ahead; many tokens share programs.
     """
     if problem.choice != "table":
-        return Config(presort=problem.experts > _candidates(problem.topk))
+        if problem.topk > MOST_IN_LANES or problem.experts <= _candidates(problem.topk):
+            return Config()
+        return Config(presort=True, turns=2 if problem.m >= TURNS_TOKENS else 1)
     if problem.m <= AHEAD_TOKENS:
         return Config(num_warps=4, ahead=True)
     return Config(block_m=4)
@@ -106,14 +107,12 @@ def supports(problem: RouteProblem, config: Config) -> str | None:
         return "presort=True is for a choice by scores"
     if config.presort and problem.experts <= _candidates(problem.topk):
         return f"presort=True takes {_candidates(problem.topk)} candidates and needs more experts"
-    if config.lanes and not config.presort:
-        return "lanes=True is for candidates, which presort=True finds"
-    if config.lanes and config.num_warps != config.block_m:
-        return f"lanes=True gives each token a warp, got block_m={config.block_m} num_warps={config.num_warps}"
-    if config.lanes and problem.topk > MOST_IN_LANES:
-        return f"lanes=True chooses up to {MOST_IN_LANES} experts, got topk={problem.topk}"
-    if config.turns > 1 and (not config.lanes or config.num_warps > 1):
-        return f"turns={config.turns} are for lanes=True and a warp a program"
+    if config.presort and problem.topk > MOST_IN_LANES:
+        return f"presort=True chooses up to {MOST_IN_LANES} experts, got topk={problem.topk}"
+    if config.presort and config.num_warps != config.block_m:
+        return f"presort=True gives each token a warp, got block_m={config.block_m} num_warps={config.num_warps}"
+    if config.turns > 1 and (not config.presort or config.num_warps > 1):
+        return f"turns={config.turns} are for presort=True and a warp a program"
     if config.ahead and problem.choice != "table":
         return "ahead=True is for a table's choice"
     if config.num_warps > 4 * config.block_m or (config.num_warps > 4 and not config.ahead):
@@ -121,8 +120,8 @@ def supports(problem: RouteProblem, config: Config) -> str | None:
     if problem.choice != "table" and config.num_warps > config.block_m:
         return f"num_warps={config.num_warps}: block_m={config.block_m} tokens are chosen for by a warp each at most"
     wide = CHUNK * _chunks(problem.experts) if problem.choice != "table" or config.ahead else 1
-    held, most = config.block_m * wide / (32 * config.num_warps), PRESORTED if config.presort else HELD
-    return None if held <= most else f"{held:g} keys a thread spill: {most} are held"
+    held = config.block_m * wide / (32 * config.num_warps)
+    return None if held <= HELD else f"{held:g} keys a thread spill: {HELD} are held"
 
 
 @triton.jit
@@ -190,102 +189,6 @@ def _rough_affinity(x):
     return tl.sqrt(tl.fma(p, e, tl.maximum(x, 0.0)))
 
 
-@triton.jit
-def _rough_keys(
-    logits_ptr, stride_m, bias_ptr, rows, cols, inside, E, BIASED: tl.constexpr, EXPERT_BITS: tl.constexpr
-):  # fmt: skip
-    """`_keys` by approximate functions with the expert in the low bits, and the logits' magnitudes as integers."""
-    x = widen(tl.load(logits_ptr + rows[:, None] * stride_m + cols[None, :], mask=inside, other=0.0))
-    s = _rough_affinity(x)
-    if BIASED:
-        s += tl.load(bias_ptr + cols, mask=cols < E, other=0.0)[None, :]
-    return tl.where(inside, (_ordered(s) & (-1 << EXPERT_BITS)) | cols[None, :], TAKEN), magnitude_bits(x)
-
-
-@triton.jit
-def _rough(key, EXPERT_BITS: tl.constexpr):
-    """The number that a rough key stands for."""
-    bits = key & (-1 << EXPERT_BITS)
-    return (bits ^ ((bits >> 31) & LARGEST)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _falling(keys, CHUNKS: tl.constexpr):
-    """Keys [.] of each chunk, place by place in falling order."""
-    for last in tl.static_range(CHUNKS - 1, 0, -1):
-        for c in tl.static_range(last):
-            swapped: tl.tuple = ()
-            for i in tl.static_range(CHUNKS):
-                if i == c:
-                    swapped += (tl.maximum(keys[c], keys[c + 1]),)
-                elif i == c + 1:
-                    swapped += (tl.minimum(keys[c], keys[c + 1]),)
-                else:
-                    swapped += (keys[i],)
-            keys = swapped
-    return keys
-
-
-@triton.jit
-def _candidates_of(
-    logits_ptr, stride_m, bias_ptr, rows, in_rows, E,
-    BIASED: tl.constexpr, TOPK: tl.constexpr, CANDIDATES: tl.constexpr, EXPERT_BITS: tl.constexpr, ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The experts that rank first by rough keys: int32 [ROWS, CANDIDATES]; and whether the best TOPK are among them."""
-    cols = tl.arange(0, CHUNK)
-    keys: tl.tuple = ()
-    largest = tl.full((ROWS, CHUNK), 0, tl.int32)
-    for c in tl.static_range(CHUNKS):
-        at = c * CHUNK + cols
-        inside = in_rows[:, None] & (at < E)[None, :]
-        key, magnitude = _rough_keys(logits_ptr, stride_m, bias_ptr, rows, at, inside, E, BIASED, EXPERT_BITS)
-        keys += (key,)
-        largest = tl.maximum(largest, magnitude)
-    nth = tl.arange(0, CANDIDATES)
-    found = tl.full((ROWS, CANDIDATES), 0, tl.int32)
-    keys = _falling(keys, CHUNKS)  # then only the first of each place can be the next
-    for j in tl.static_range(CANDIDATES + 1):
-        best = tl.max(keys[0], axis=1)
-        if j == 0:
-            first = _rough(best, EXPERT_BITS)
-        if j == TOPK - 1:
-            chosen = _rough(best, EXPERT_BITS)
-        if j < CANDIDATES:
-            found = tl.where(nth[None, :] == j, best[:, None], found)
-            taken = keys[0] == best[:, None]
-            left: tl.tuple = ()
-            for c in tl.static_range(CHUNKS - 1):
-                left += (tl.where(taken, keys[c + 1], keys[c]),)
-            left += (tl.where(taken, TAKEN, keys[CHUNKS - 1]),)
-            keys = left
-        else:
-            missed = _rough(best, EXPERT_BITS)
-    slack = SLACK + RELATIVE_SLACK * tl.maximum(tl.abs(chosen), tl.abs(missed))
-    certain = (tl.max(largest, axis=1) < ROUGH_LOGITS) & (first < LARGE) & (missed + slack < chosen)
-    return found & ((1 << EXPERT_BITS) - 1), certain
-
-
-@triton.jit
-def _ranked(
-    logits_ptr, stride_m, bias_ptr, rows, in_rows, candidates,
-    BIASED: tl.constexpr, TOPK: tl.constexpr, CHOICES: tl.constexpr,
-):  # fmt: skip
-    """The first of the candidates (int32 [ROWS, CANDIDATES]) in the exact order, and their scores: [ROWS, CHOICES]."""
-    at = rows[:, None] * stride_m + candidates
-    s = _affinity(widen(tl.load(logits_ptr + at, mask=in_rows[:, None], other=0.0)))
-    if BIASED:
-        key = _ordered(s + tl.load(bias_ptr + candidates, mask=in_rows[:, None], other=0.0))
-    else:
-        key = _ordered(s)
-    higher = key[:, None, :] > key[:, :, None]
-    before = higher | ((key[:, None, :] == key[:, :, None]) & (candidates[:, None, :] < candidates[:, :, None]))
-    rank = tl.sum(before.to(tl.int32), axis=2)  # [ROWS, CANDIDATES]
-    placed = rank[:, None, :] == tl.arange(0, CHOICES)[None, :, None]
-    ids = tl.sum(tl.where(placed, candidates[:, None, :], 0), axis=2)
-    return ids, tl.sum(tl.where(placed, s[:, None, :], 0.0), axis=2)  # of one and zeros: exact
-
-
 # Loads before it are asked for before what is after it: ptxas would ask for the logits when the token's registers are
 # free again, after the wait for it, and for the bias likewise. The move is there as assembly has to give something.
 _IN_ORDER = tl.constexpr("bar.warp.sync -1; mov.b32 $0, $1;")
@@ -310,12 +213,9 @@ def _route(
     E,
     scale,
     CHOICE: tl.constexpr,
-    PRESORT: tl.constexpr,
     AHEAD: tl.constexpr,
     TOPK: tl.constexpr,
     CHOICES: tl.constexpr,
-    CANDIDATES: tl.constexpr,
-    EXPERT_BITS: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDE: tl.constexpr,
@@ -340,21 +240,6 @@ def _route(
         token = tl.load(token_ptr + rows, mask=in_rows, other=-1).to(tl.int64)[:, None]
         known = inside & (token.to(tl.uint64) < V)  # what is negative is too large
         ids = tl.load(table_ptr + token * TOPK + choice[None, :], mask=known, other=-1).to(tl.int32)
-    elif PRESORT:
-        candidates, certain = _candidates_of(
-            logits_ptr, stride_m, bias_ptr, rows, in_rows, E,
-            CHOICE == "bias", TOPK, CANDIDATES, EXPERT_BITS, BLOCK_M, CHUNKS, CHUNK,
-        )  # fmt: skip
-        if tl.min((certain | ~in_rows).to(tl.int32), axis=0) == 1:
-            ids, s = _ranked(
-                logits_ptr, stride_m, bias_ptr, rows, in_rows, candidates, CHOICE == "bias", TOPK, CHOICES
-            )  # fmt: skip
-        else:
-            ids = _choose(
-                logits_ptr, stride_m, bias_ptr, rows, in_rows, E,
-                CHOICE == "bias", TOPK, CHOICES, BLOCK_M, CHUNKS, CHUNK,
-            )  # fmt: skip
-            s = _scores(logits_ptr, stride_m, rows, ids, inside)
     else:
         ids = _choose(
             logits_ptr, stride_m, bias_ptr, rows, in_rows, E,
@@ -364,7 +249,7 @@ def _route(
     if AHEAD:
         at = tl.where(chosen, tl.arange(0, ROWS)[:, None] * WIDE + ids, 0)
         s = _affinity(widen(tl.gather(x, at.reshape(ROWS * CHOICES), axis=0).reshape(ROWS, CHOICES)))
-    elif not PRESORT:
+    else:
         s = _scores(logits_ptr, stride_m, rows, ids, chosen)
     s = tl.where(chosen, s, 0.0)
     total = pair_sum(s.reshape(ROWS, 1, CHOICES), ROWS, 1, CHOICES)
@@ -501,7 +386,7 @@ def _of_lane(x, lane):
 
 
 @triton.jit
-def _ranked_in_lanes(
+def _ranked(
     logits_ptr, stride_m, bias_ptr, rows, in_rows, found, count, EXPERT_BITS: tl.constexpr, BIASED: tl.constexpr,
     SET: tl.constexpr,
 ):  # fmt: skip
@@ -551,7 +436,7 @@ def _route_in_lanes(
     BIASED: tl.constexpr, TOPK: tl.constexpr, CHOICES: tl.constexpr, CANDIDATES: tl.constexpr,
     EXPERT_BITS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    """As `_route` by scores with `presort`, where a lane has what is known of a candidate, and of an expert chosen."""
+    """As `_route` by scores, candidates by rough keys first. A lane has what is known of one, then of one chosen."""
     lane = tl.arange(0, LANES)[None, :]
     added = _added(bias_ptr, E, BIASED, BLOCK_M, CHUNKS, CHUNK)
     # int64 before the multiply: a long batch of logits passes 2**31 elements
@@ -587,11 +472,11 @@ def _route_in_lanes(
             )  # fmt: skip
             s = _scores(logits_ptr, stride_m, rows, ids, in_rows[:, None] & (lane < TOPK))
         elif count <= CANDIDATES:
-            ids, s = _ranked_in_lanes(
+            ids, s = _ranked(
                 logits_ptr, stride_m, bias_ptr, rows, in_rows, found, count, EXPERT_BITS, BIASED, CANDIDATES
             )  # fmt: skip
         else:
-            ids, s = _ranked_in_lanes(
+            ids, s = _ranked(
                 logits_ptr, stride_m, bias_ptr, rows, in_rows, found, count, EXPERT_BITS, BIASED, LANES
             )  # fmt: skip
         inside = in_rows[:, None] & (lane < TOPK)
@@ -627,7 +512,7 @@ def launch(
     if m == 0:
         return
     choice = "table" if table is not None else "bias" if bias is not None else "score"
-    if config.lanes:
+    if config.presort:
         grid = (triton.cdiv(m, config.block_m * config.turns),)
         _route_in_lanes[grid](
             logits, host.row_stride(logits), bias, ids, weights, m, experts, scale,
@@ -659,7 +544,7 @@ def build(problem: RouteProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU."""
     types = {"logits_ptr": f"*{problem.x}", "stride_m": "i32", "ids_ptr": "*i32", "weights_ptr": "*fp32"}
     types |= {"M": "i32", "E": "i32", "scale": "fp32"}
-    if config.lanes:
+    if config.presort:
         constants = _constants_in_lanes(problem.choice, problem.experts, problem.topk, config)
         if problem.choice == "bias":
             types["bias_ptr"] = "*fp32"
@@ -681,12 +566,9 @@ def _constants(choice: str, experts: int, topk: int, config: Config) -> dict[str
     filled = 32 * config.num_warps // choices if config.ahead else 1
     return {
         "CHOICE": choice,
-        "PRESORT": config.presort,
         "AHEAD": config.ahead,
         "TOPK": topk,
         "CHOICES": choices,
-        "CANDIDATES": _candidates(topk),
-        "EXPERT_BITS": (CHUNK * _chunks(experts) - 1).bit_length(),
         "CHUNKS": _chunks(experts),
         "CHUNK": CHUNK,
         "WIDE": triton.next_power_of_2(experts),
@@ -696,10 +578,13 @@ def _constants(choice: str, experts: int, topk: int, config: Config) -> dict[str
 
 
 def _constants_in_lanes(choice: str, experts: int, topk: int, config: Config) -> dict[str, Any]:
-    shared = ("TOPK", "CHOICES", "EXPERT_BITS", "CHUNKS", "CHUNK", "BLOCK_M")
     constants = _constants(choice, experts, topk, config)
-    own = {"CANDIDATES": max(8, _candidates(topk)), "BIASED": choice == "bias", "TURNS": config.turns}
-    return {name: constants[name] for name in shared} | own
+    return {name: constants[name] for name in ("TOPK", "CHOICES", "CHUNKS", "CHUNK", "BLOCK_M")} | {
+        "BIASED": choice == "bias",
+        "CANDIDATES": max(8, _candidates(topk)),
+        "EXPERT_BITS": (CHUNK * _chunks(experts) - 1).bit_length(),
+        "TURNS": config.turns,
+    }
 
 
 def _candidates(topk: int) -> int:

@@ -412,15 +412,15 @@ def _route(problem: RouteProblem, config: Any, arch: str, resources: Resources |
     """A program block_m tokens, held in registers. A table waits for the token, and for its logits unless `ahead`."""
     p, block_m = problem, config.block_m
     programs, read = math.ceil(p.m / block_m), block_m * p.bytes / max(1, p.m)
-    if config.lanes:
+    if config.presort:
         of_token = 20.0 * p.experts + 32 * (230 + 12 * p.topk)  # SASS of sm_90a
         turns = min(config.turns, max(1, programs))
         moved = _moved(math.ceil(programs / turns), turns * read, config.num_warps, turns * block_m * of_token, ramps=2)
         # tokens one behind the other, with their logits there
         return dataclasses.replace(moved, serial_us=(turns - 1) * of_token / 32 * 2 * THREAD_US)
     if p.choice != "table":
-        each = 30 + 5 * p.topk if config.presort else 90 + 7 * p.topk  # SASS of sm_90a, by experts
-        return _moved(programs, read, config.num_warps, block_m * p.experts * each, ramps=2)
+        instructions = block_m * p.experts * (90.0 + 7 * p.topk)  # SASS of sm_90a, by experts
+        return _moved(programs, read, config.num_warps, instructions, ramps=2)
     instructions = block_m * (p.topk * SCORE_INSTRUCTIONS + 32 * 200)
     if config.ahead:
         logits = block_m * p.experts

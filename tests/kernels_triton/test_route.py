@@ -26,16 +26,13 @@ def check(
     table: Tensor | None = None,
     config: kernel.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """With exact scores, and with rough ones first where that can be, and with those in lanes."""
+    """With exact scores, and with rough ones first where that can be: two tokens a warp, and four warps a program."""
     m = len(logits)
     config = config or kernel.Config()
     p = RouteProblem(m=m, experts=logits.shape[1], topk=topk, choice="table" if table is not None else "bias")
-    rough = dataclasses.replace(config, presort=True)
-    if not config.presort and kernel.supports(p, rough) is None:
-        check(logits, topk, bias, token_ids, table, rough)
-        lanes = kernel.Config(presort=True, lanes=True, turns=2)
-        if kernel.supports(p, lanes) is None:
-            check(logits, topk, bias, token_ids, table, lanes)
+    for rough in (kernel.Config(presort=True, turns=2), kernel.Config(presort=True, block_m=4, num_warps=4)):
+        if not config.presort and kernel.supports(p, rough) is None:
+            check(logits, topk, bias, token_ids, table, rough)
     ids = torch.full((m, topk), -7, dtype=torch.int32, device=logits.device)
     weights = torch.full((m, topk), NAN, device=logits.device)
     kernel.launch(logits, bias, token_ids, table, 2.5, (ids, weights), config)
@@ -138,7 +135,7 @@ def test_every_magnitude(device):
 @pytest.mark.parametrize(("turns", "warps"), [(1, 1), (1, 4), (2, 1), (4, 1)])
 def test_every_token_has_a_turn(turns, warps, device):
     """Fewer tokens than programs have turns, as many, and some more."""
-    config = kernel.Config(presort=True, lanes=True, block_m=warps, num_warps=warps, turns=turns)
+    config = kernel.Config(presort=True, block_m=warps, num_warps=warps, turns=turns)
     for m in (0, 1, turns * warps - 1, turns * warps, 2 * turns * warps + 1):
         check(3 * draw(m, 40, seed=m).to(device), 3, draw(40, seed=17).to(device), config=config)
 
@@ -146,7 +143,7 @@ def test_every_token_has_a_turn(turns, warps, device):
 @pytest.mark.parametrize("bias", [0.0, -3.0])
 def test_ties_in_lanes(bias, device):
     """As many equals as candidates are ranked at once, as lanes are, and more; all in the columns of few lanes, too."""
-    experts, config = 300, kernel.Config(presort=True, lanes=True, block_m=4, num_warps=4)
+    experts, config = 300, kernel.Config(presort=True, block_m=4, num_warps=4)
     many = (6, 7, 8, 9, 31, 32, 33, 100)
     columns = [torch.randperm(experts, generator=torch.Generator().manual_seed(i))[:n] for i, n in enumerate(many)]
     columns += [torch.tensor([0, 1, 2, 3, 128, 129, 130, 131][:n]) for n in (4, 5, 6, 8)]
@@ -160,53 +157,65 @@ def test_ties_in_lanes(bias, device):
 
 
 @triton.jit
-def _rough_rows(logits_ptr, bias_ptr, rough_ptr, largest_ptr, certain_ptr, E, ROWS: tl.constexpr, BITS: tl.constexpr):
-    rows, cols = tl.arange(0, ROWS).to(tl.int64), tl.arange(0, 128)
-    inside = (cols < E)[None, :] & (rows >= 0)[:, None]
-    keys, magnitude = kernel._rough_keys(logits_ptr, E, bias_ptr, rows, cols, inside, E, True, BITS)
-    _, certain = kernel._candidates_of(logits_ptr, E, bias_ptr, rows, rows >= 0, E, True, 6, 8, BITS, ROWS, 1, 128)
-    at = rows[:, None] * E + cols[None, :]
-    tl.store(rough_ptr + at, kernel._rough(keys, BITS), mask=inside)
-    tl.store(largest_ptr + at, magnitude, mask=inside)
-    tl.store(certain_ptr + rows, certain.to(tl.int32))
+def _rough_rows(logits_ptr, bias_ptr, rough_ptr, doubt_ptr, M, E, ROWS: tl.constexpr, BITS: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    rows = start + tl.arange(0, ROWS)
+    x = kernel._rows_of_logits(logits_ptr, E, start, M, E, ROWS, 1, 128)
+    first = kernel._first_of_lanes(x, kernel._added(bias_ptr, E, True, ROWS, 1, 128), BITS, ROWS, 1, 128)
+    for i in tl.static_range(4):  # all that a lane has of one chunk
+        expert = (first[i] ^ (first[i] >> 31)) & ((1 << BITS) - 1)
+        known = (rows < M)[:, None] & (expert < E)
+        tl.store(rough_ptr + rows[:, None] * E + expert, kernel._number(first[i], BITS), mask=known)
+    for j in tl.static_range(6):
+        best, first = kernel._pop(first)
+        if j == 0:
+            hopeful = best < kernel.LARGE_KEY
+    chosen = kernel._number(best, BITS)
+    best, first = kernel._pop(first)
+    tl.store(doubt_ptr + tl.program_id(0), kernel._doubt(rows < M, hopeful, chosen, best, BITS))
 
 
-def rough(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """What rough keys of ten bits for the expert stand for, and which rows need no exact ones."""
+def rough(logits: Tensor, bias: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """What rough keys of ten bits for the expert stand for, and what so many rows a program leave in doubt of six."""
     m, experts = logits.shape
-    out, largest = torch.empty_like(logits), torch.empty(m, experts, dtype=torch.int32, device=logits.device)
-    certain = torch.empty(m, dtype=torch.int32, device=logits.device)
-    _rough_rows[(1,)](logits, bias, out, largest, certain, experts, ROWS=m, BITS=10)
-    assert torch.equal(largest, logits.view(torch.int32) & 0x7FFFFFFF)
-    return out, certain.bool()
+    out = torch.full_like(logits, NAN)
+    doubt = torch.full((triton.cdiv(m, rows),), -7, dtype=torch.int32, device=logits.device)
+    _rough_rows[(len(doubt),)](logits, bias, out, doubt, m, experts, ROWS=rows, BITS=10, num_warps=rows)
+    return out, doubt
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0, 1e4])
 def test_rough_scores_are_as_near_as_the_choice_assumes(spread, device):
-    """Half of the slack, as two scores are compared; against FP64, for logits up to 2^16 and any bias."""
-    logits = (spread * draw(64, 128, seed=7)).clamp(-(2.0**16), 2.0**16).to(device)
+    """Half of the slack, as two scores are compared; against FP64, for logits below 2^16 and any bias."""
+    logits = (spread * draw(64, 128, seed=7)).clamp(max=65535.0).to(device)
     logits[:, :16] = torch.linspace(-90, 0, 1024, device=device).view(64, 16)
+    logits[:, 16], logits[:, 17], logits[:, 18] = -INF, -3e38, 65535.0
     for bias in (torch.zeros(128), draw(128, seed=8), -spread * draw(128, seed=9).abs()):
-        found, _ = rough(logits, bias.to(device))
+        found, _ = rough(logits, bias.to(device), 4)
         exact = affinity(logits.double()) + bias.to(device)
         slack = kernel.SLACK.value / 2 + kernel.RELATIVE_SLACK.value / 2 * exact.abs()
         assert ((found - exact).abs() < slack).all(), ((found - exact).abs() / slack).max()
 
 
-def test_which_rows_rough_scores_decide(device):
-    """Nearly all of random ones; none with ties across the end of the choice, infinities, NaN or huge logits."""
+def test_what_rough_scores_leave_in_doubt(device):
+    """Hardly any random row; ties and neighbours until there are more candidates; infinities, NaN and huge logits
+    for good, and the greatest doubt of all rows of a program.
+    """
     bias = torch.zeros(128, device=device)
-    _, certain = rough(2 * draw(64, 128, seed=10).to(device), bias)
-    assert certain.float().mean() > 0.9
-    hard = 2 * draw(8, 128, seed=11)
+    _, doubt = rough(2 * draw(64, 128, seed=10).to(device), bias, 1)
+    assert (doubt == 0).float().mean() > 0.9
+    assert (doubt < 2).all()
+    hard = 2 * draw(10, 128, seed=11)
     hard[0] = 0.0
-    hard[1, :12] = 20.0
-    hard[2, 3], hard[3, 3], hard[4, 3], hard[5, 3] = NAN, -NAN, INF, -INF
-    hard[6, 3], hard[7, 3] = 65536.0, -65536.0
-    assert not rough(hard.to(device), bias)[1].any()
-    for odd in (NAN, INF):
+    hard[1, :12], hard[2, :6] = 20.0, 20.0
+    hard[3, 3], hard[4, 3], hard[5, 3], hard[6, 3] = NAN, -NAN, INF, 65536.0
+    hard[7, 3], hard[8, 3], hard[9, :120] = -INF, -65536.0, -INF
+    want = [1, 1, 0, 2, 2, 2, 2, 0, 0, 0]
+    assert rough(hard.to(device), bias, 1)[1].tolist() == want
+    assert rough(hard.to(device), bias, 2)[1].tolist() == [1, 2, 2, 2, 0]
+    for odd in (NAN, -NAN, INF):
         bias[5] = odd
-        assert not rough(2 * draw(8, 128, seed=12).to(device), bias)[1].any()
+        assert (rough(2 * draw(8, 128, seed=12).to(device), bias, 1)[1] == 2).all()
 
 
 @pytest.mark.parametrize("types", [(torch.int64, torch.int32), (torch.int32, torch.int64)], ids=str)
@@ -271,13 +280,13 @@ def test_no_tokens(device):
         (RouteProblem(m=1, experts=4, topk=5), {}, "topk=5 is not in 1 .. min(experts=4, 32)"),
         (RouteProblem(m=1, experts=64, topk=33), {}, "topk=33 is not in"),
         (RouteProblem(m=1, experts=8, topk=2, x="fp64"), {}, "logits in fp64"),
-        (RouteProblem(m=1, experts=64, topk=6), {"lanes": True}, "for candidates, which presort=True finds"),
-        (RouteProblem(m=1, experts=64, topk=17), {"lanes": True, "presort": True}, "up to 16 experts, got topk=17"),
-        (RouteProblem(m=1, experts=64, topk=6), {"lanes": True, "presort": True, "block_m": 2}, "each token a warp"),
-        (RouteProblem(m=1, experts=64, topk=6), {"turns": 2, "presort": True}, "turns=2 are for lanes=True"),
+        (RouteProblem(m=1, experts=64, topk=17), {"presort": True}, "up to 16 experts, got topk=17"),
+        (RouteProblem(m=1, experts=8, topk=6), {"presort": True}, "takes 8 candidates and needs more experts"),
+        (RouteProblem(m=1, experts=64, topk=6), {"presort": True, "block_m": 2}, "gives each token a warp"),
+        (RouteProblem(m=1, experts=64, topk=6), {"turns": 2}, "turns=2 are for presort=True and a warp a program"),
         (
             RouteProblem(m=1, experts=64, topk=6),
-            {"lanes": True, "presort": True, "block_m": 2, "num_warps": 2, "turns": 2},
+            {"presort": True, "block_m": 2, "num_warps": 2, "turns": 2},
             "and a warp a program",
         ),
         (RouteProblem(m=1, experts=64, topk=6), {"num_warps": 2}, "block_m=1 tokens are chosen for by a warp each"),
@@ -296,6 +305,25 @@ def test_refusals(problem, config, message):
     assert message in (kernel.supports(problem, kernel.Config(**config)) or "")
 
 
+@pytest.mark.parametrize(
+    ("m", "experts", "topk", "config"),
+    [
+        (0, 384, 6, {"presort": True}),
+        (2047, 384, 6, {"presort": True}),
+        (2048, 384, 6, {"presort": True, "turns": 2}),
+        (64, 64, 16, {"presort": True}),
+        (4096, 64, 17, {}),
+        (4096, 8, 6, {}),
+    ],
+)
+def test_defaults(m, experts, topk, config):
+    """Rough scores first, but for many chosen or few to choose from; two tokens a warp where there are many."""
+    for choice in ("score", "bias"):
+        p = RouteProblem(m=m, experts=experts, topk=topk, choice=choice)
+        assert kernel.default(p) == kernel.Config(**config)
+        assert kernel.supports(p, kernel.default(p)) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("choice", ROUTE_CHOICES)
 @pytest.mark.parametrize("m", [1, 64, 4096, 16384])
@@ -303,8 +331,8 @@ def test_real_sizes(m, choice, device):
     for experts in (256, 384):
         p = RouteProblem(m=m, experts=experts, topk=6, choice=choice)
         c = testing.case(p, device)
-        lanes = kernel.Config(presort=True, lanes=True)
-        others = (lanes, dataclasses.replace(lanes, turns=4), dataclasses.replace(lanes, block_m=4, num_warps=4))
+        rough = kernel.Config(presort=True)
+        others = (rough, dataclasses.replace(rough, turns=4), dataclasses.replace(rough, block_m=4, num_warps=4))
         for config in (kernel.default(p), *(others if choice != "table" else ())):
             c.run(kernel, config)
             c.check()

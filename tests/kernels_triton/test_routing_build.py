@@ -77,15 +77,14 @@ def test_other_types_compile(x, arch, pool):
 
 def test_a_warp_chooses_by_its_own_instructions(pool):
     """A token a warp: a maximum and a minimum of a round are an instruction each, not five exchanges."""
-    for presort, reductions in ((False, 2 * 6), (True, 2 * 6 + 8 + 1 + 1)):
-        b = pool.submit(route.build, KERNELS[0][1], route.Config(presort=presort), "sm_90a").result()
-        assert len(re.findall(r"redux\.sync\.(?:max|min)\.s32", b.ptx)) == reductions
+    b = pool.submit(route.build, KERNELS[0][1], route.Config(), "sm_90a").result()
+    assert len(re.findall(r"redux\.sync\.(?:max|min)\.s32", b.ptx)) == 2 * 6
 
 
 @pytest.mark.parametrize("turns", [1, 2])
 def test_candidates_in_lanes(turns, pool):
     """A candidate's way from lane to lane is a shuffle, its choice one maximum, and all loads come before the first."""
-    config = route.Config(presort=True, lanes=True, turns=turns)
+    config = route.Config(presort=True, turns=turns)
     b = pool.submit(route.build, KERNELS[0][1], config, "sm_90a").result()
     # one more than are chosen, those in doubt, and the exact choice
     assert len(re.findall(r"redux\.sync\.(?:max|min)\.s32", b.ptx)) == 6 + 1 + 1 + 2 * 6

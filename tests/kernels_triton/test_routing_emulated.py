@@ -30,24 +30,22 @@ def launch(b: built.Built, programs: int, num_warps: int, *args: object, chunks:
 
 
 CONFIGS = (
-    route.Config(presort=True),
     route.Config(block_m=4, num_warps=2),
-    route.Config(presort=True, lanes=True, turns=2),
-    route.Config(presort=True, lanes=True, block_m=4, num_warps=4),
+    route.Config(presort=True, turns=2),
+    route.Config(presort=True, block_m=4, num_warps=4),
 )
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_route(config, pool):
-    """Rough scores decide most tokens; the eighth has ties and takes exact ones. In lanes, some are NaN or infinite."""
+    """Rough scores decide most tokens; the eighth has ties and takes exact ones, as do those with NaN or infinities."""
     m, p = 8, RouteProblem(m=8, experts=256, topk=6)
     c = testing.case(p)
     logits, bias, _, _, scale = c.operands
-    if config.lanes:
-        logits[2, 17], logits[3, 200], logits[5, :3] = -float("nan"), float("inf"), float("nan")
+    logits[2, 17], logits[3, 200], logits[5, :3] = -float("nan"), float("inf"), float("nan")
     ids, weights = np.full((m, 6), -7, np.int32), np.full((m, 6), np.nan, np.float32)
     b = pool.submit(route.build, p, config, "sm_90a").result()
-    sizes = (np.int32(m), *[np.int32(0)][config.lanes :], np.int32(256), np.float32(scale))
+    sizes = (np.int32(m), *[np.int32(0)][config.presort :], np.int32(256), np.float32(scale))
     programs = triton.cdiv(m, config.block_m * config.turns)
     launch(b, programs, config.num_warps, logits.numpy(), np.int32(256), bias.numpy(), ids, weights, *sizes)
     want = c.eager()

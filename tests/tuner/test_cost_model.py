@@ -166,14 +166,14 @@ def test_the_heads_clusters_take_less_than_pre_and_gain_from_stages():
 
 def test_tokens_of_a_router_take_turns_where_there_are_many():
     def us(m, **knobs):
-        return predict_us(RouteProblem(m=m, experts=384, topk=6), Route(presort=True, **knobs), "sm_90a")
+        return predict_us(RouteProblem(m=m, experts=384, topk=6), Route(**knobs), "sm_90a")
 
-    lanes = [[us(m, lanes=True, turns=turns) for turns in (1, 2, 4)] for m in (1, 64, 4096, 16384)]
-    assert lanes[0][0] == lanes[0][1] == lanes[0][2]  # a turn without a token takes no time
-    assert lanes[1][0] < lanes[1][1] < lanes[1][2]
-    assert lanes[2][1] < min(lanes[2][0], lanes[2][2])
-    assert lanes[3] == sorted(lanes[3], reverse=True)
-    assert us(4096, lanes=True) < us(4096)
+    times = [[us(m, presort=True, turns=turns) for turns in (1, 2, 4)] for m in (1, 64, 4096, 16384)]
+    assert times[0][0] == times[0][1] == times[0][2]  # a turn without a token takes no time
+    assert times[1][0] < times[1][1] < times[1][2]
+    assert times[2][1] < min(times[2][0], times[2][2])
+    assert times[3] == sorted(times[3], reverse=True)
+    assert us(4096, presort=True) < us(4096)
 
 
 def test_what_has_no_model_is_refused():
