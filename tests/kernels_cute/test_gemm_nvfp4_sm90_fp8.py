@@ -359,13 +359,15 @@ def in_emulator(monkeypatch):
 
 
 @pytest.mark.parametrize(("config", "schedule"), zip(CONFIGS, itertools.cycle(("late", "eager"))), ids=str)
-def test_in_the_emulator(config, schedule, in_emulator):
-    """Ragged m and n, several tiles a CTA; every element against the FP64 product, every access against the others'."""
+def test_in_the_emulator(config, schedule, in_emulator, monkeypatch):
+    """Ragged m and n, two tiles a CTA; every element against the FP64 product, every access against the others'."""
     step = kernel.STEP * config.groups_k * config.split
     rounds = 2 if config.promote == 1 else config.promote + 1  # a run of steps, and one that is cut short
     k = max(rounds * step, (config.stages + 1) * kernel.STEP) if config.split == 1 else rounds * step - kernel.STEP
-    tiles = 1 if config.split > 1 else 2
-    rows = tiles if config.tile_m <= 64 or config.tail > 1 else 1
+    tiles = config.tail  # beside a ragged one
+    rows = 2 if (config.tile_m <= 64 and config.split == 1) or config.tail > 1 else 1
+    if config.tail == 1:
+        monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: rows)
     problem = Problem(m=rows * config.tile_m - 3, n=config.tile_n * tiles + 64, k=k, out="fp32", segments=2)
     case = testing.case(problem, "cpu", 1)
     in_emulator(lambda: case.run(kernel, config), schedule)
