@@ -123,7 +123,8 @@ def room(c: Config) -> int:
 
 def scarcest() -> list[Config]:
     """Of SPACE, for every number of tokens and way of the sums, what has the fewest registers for them; but for ways
-    that `test_in_the_emulator` compiles with as few. Up to 64 tokens, whose sums are few, all pairs of what makes a way.
+    that `test_in_the_emulator` compiles with as few. Up to 64 tokens, whose sums are few, all pairs of two of what
+    else makes a way.
     """
     found: dict[tuple, tuple[tuple, Config]] = {}
     for values in itertools.product(*SPACE.values()):
@@ -362,13 +363,13 @@ def in_emulator(monkeypatch):
 
 @pytest.mark.parametrize(("config", "schedule"), zip(CONFIGS, itertools.cycle(("late", "eager"))), ids=str)
 def test_in_the_emulator(config, schedule, in_emulator, monkeypatch):
-    """Ragged m and n, two tiles a CTA; every element against the FP64 product, every access against the others'."""
+    """Ragged m and n, up to two tiles a CTA; every element against the FP64 product, every access against the others'."""
     step = kernel.STEP * config.groups_k * config.split
     rounds = 2 if config.promote == 1 else config.promote + 1  # a run of steps, and one that is cut short
     k = max(rounds * step, (config.stages + 1) * kernel.STEP) if config.split == 1 else rounds * step - kernel.STEP
     tiles = config.tail  # beside a ragged one
     rows = 2 if config.tail > 1 or (config.tile_m in (8, 64) and config.split == 1) else 1
-    if config.tail == 1:
+    if config.tail == 1:  # as many clusters as give each two tiles
         monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: rows)
     problem = Problem(m=rows * config.tile_m - 3, n=config.tile_n * tiles + 64, k=k, out="fp32", segments=2)
     case = testing.case(problem, "cpu", 1)

@@ -46,9 +46,9 @@ def test_gemm_nvfp4_sm90(problem, config, schedule):
 @pytest.mark.parametrize("number", range(len(golden.CASES)))
 def test_sm90_gives_the_bits_of_an_h100(number):
     """The same PTX, by its hash, and every bit of the output (golden/gemms.py records them), of the first tile of
-    tokens where there are more."""
+    tokens where there are more, whole and ragged by turns."""
     problem, config = golden.CASES[number]
-    kernel, rows = golden.kernel_of(config), min(problem.m, config.tile_m)
+    kernel, rows = golden.kernel_of(config), min(problem.m, config.tile_m - number % 2)
     with np.load(golden.FILE) as record:
         want, recorded = record[f"out{number}"], str(record[f"ptx{number}"])
     case = testing.case(problem, "cpu", number)
