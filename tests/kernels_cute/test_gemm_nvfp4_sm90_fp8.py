@@ -363,7 +363,7 @@ def in_emulator(monkeypatch):
 
 @pytest.mark.parametrize(("config", "schedule"), zip(CONFIGS, itertools.cycle(("late", "eager"))), ids=str)
 def test_in_the_emulator(config, schedule, in_emulator, monkeypatch):
-    """Ragged m and n, up to two tiles a CTA; every element against the FP64 product, every access against the others'."""
+    """Ragged m and n, two tiles a cluster; every element against the FP64 product, every access against the others'."""
     step = kernel.STEP * config.groups_k * config.split
     rounds = 2 if config.promote == 1 else config.promote + 1  # a run of steps, and one that is cut short
     k = max(rounds * step, (config.stages + 1) * kernel.STEP) if config.split == 1 else rounds * step - kernel.STEP
