@@ -55,7 +55,7 @@ format: $(SETUP)  ## let ruff reformat
 	$(PY) -m ruff format .
 
 test: $(SETUP)  ## all tests that need no GPU (they use one where it is there)
-	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu: $(SETUP)  ## all tests, on the GPU of this machine
 	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "test-gpu needs a GPU that PyTorch can use; here is none")'

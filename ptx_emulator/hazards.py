@@ -520,4 +520,5 @@ def _distinct(values: Array) -> list[int]:
     first = data[:4]
     if data == first * values.size:
         return [int.from_bytes(first, sys.byteorder, signed=True)]
-    return [int(x) for x in np.unique(values)]
+    flat = values.reshape(-1)  # long runs of equal ones
+    return sorted({*flat[:1].tolist(), *flat[1:][flat[1:] != flat[:-1]].tolist()})

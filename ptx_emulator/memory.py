@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import Fault
 from .hazards import GLOBAL, SHARED, Hazards, Shadow
-from .numbers import U64, Array
+from .numbers import U64, Array, every
 
 if TYPE_CHECKING:
     from .machine import Cta
@@ -277,7 +277,7 @@ class SharedMemory:
 
     def _reading(self, index: Any) -> None:
         known = self.written[index]
-        if not known.all():
+        if not every(known):
             first = index.start + int(np.argmin(known)) if isinstance(index, slice) else int(index[~known].min())
             raise Fault(f"shared address {first:#x} is read but was never written (rank {self.rank})")
         if self._cta is not None:

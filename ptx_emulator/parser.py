@@ -192,8 +192,14 @@ _SYSTEM_CALLS = {
         }""",
 }
 _MAX_CALLS = 16  # inside of one another; more is recursion
+_BLANKS = re.compile(r"\s+")
+_BRACKETS_AND_COMMAS = re.compile(r"[\[\](){},]")
+_BASE_AND_OFFSET = re.compile(rf"({_IDENT}|-?\w+)\s*(?:\+\s*(-?\w+))?$")
+_NAME_AND_OFFSET = re.compile(rf"({_IDENT})\s*\+\s*(\d+)$")
+_NAME = re.compile(_IDENT)
 _LABEL = re.compile(rf"({_IDENT})\s*:(?!:)")
 _GUARD = re.compile(rf"@(!?)({_IDENT})\s+")
+_OPCODE = re.compile(rf"(?:@!?{_IDENT}\s+)?([^. ]*)")
 _REG = re.compile(r"\.reg\s+(?:\.v[24]\s+)?\.(\w+)\s+(.*)", re.S)
 _VARIABLE = re.compile(
     r"(?:\.(?P<link>extern|visible|weak|common)\s+)?\.(?P<space>shared|global|const|local|param)"
@@ -254,8 +260,8 @@ class _Parser:
         return PtxSyntaxError(f"PTX line {self.line(self.at)}: {message}")
 
     def skip_blanks(self) -> None:
-        while self.at < len(self.text) and self.text[self.at].isspace():
-            self.at += 1
+        if m := _BLANKS.match(self.text, self.at):
+            self.at = m.end()
 
     def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
         m = pattern.match(self.text, self.at)
@@ -422,7 +428,8 @@ class _Parser:
             else:
                 line = self.line(self.at) if self.at < self.end else self.call_line
                 text = " ".join(self.until(";").split())
-                opcode = re.split(r"[. ]", _GUARD.sub("", text), maxsplit=1)[0]
+                m = _OPCODE.match(text)
+                opcode = m[1] if m else ""
                 if opcode == "call":
                     self.call(text, scope, kernel, line)
                 elif opcode == "brx":
@@ -578,11 +585,14 @@ class _Parser:
 
     def operand(self, text: str, scope: _Scope) -> Operand:
         text = text.strip()
+        name = scope.names.get(text)
+        if isinstance(name, Reg) and text != "_":  # as most are
+            return name
         if text.startswith("{"):
             return Vec(tuple(self.operand(x, scope) for x in _split(text[1:-1])))
         if text.startswith("["):
             first, *rest = _split(text[1:-1])
-            m = re.match(rf"({_IDENT}|-?\w+)\s*(?:\+\s*(-?\w+))?$", first.strip())
+            m = _BASE_AND_OFFSET.match(first)
             if not m:
                 raise PtxSyntaxError(f"address {text!r}")
             return Address(
@@ -601,17 +611,14 @@ class _Parser:
             return number
         if text == "WARP_SZ":
             return Imm(32)
-        if m := re.match(rf"({_IDENT})\s*\+\s*(\d+)$", text):
+        if m := _NAME_AND_OFFSET.match(text):
             base = scope.names.get(m[1])
             return Sym(base.name if base else m[1], int(m[2]))
-        name = scope.names.get(text)
-        if isinstance(name, Reg):
-            return name
         if name is not None:
             return Sym(name.name)
         if _SPECIAL.match(text):
             return Special(text)
-        if re.fullmatch(_IDENT, text):
+        if _NAME.fullmatch(text):
             if text.startswith("%"):
                 raise PtxSyntaxError(f"no register {text!r}")
             return Sym(text)
@@ -639,10 +646,13 @@ def _items(text: str | None) -> list[str]:
 def _split(text: str) -> list[str]:
     """At the commas outside of brackets."""
     parts, depth, start = [], 0, 0
-    for i, char in enumerate(text):
-        depth += (char in "[{(") - (char in ")}]")
-        if char == "," and depth == 0:
-            parts.append(text[start:i])
-            start = i + 1
+    for m in _BRACKETS_AND_COMMAS.finditer(text):
+        char = m[0]
+        if char == ",":
+            if depth == 0:
+                parts.append(text[start : m.start()])
+                start = m.end()
+        else:
+            depth += 1 if char in "[{(" else -1
     parts.append(text[start:])
-    return [p.strip() for p in parts if p.strip()]
+    return [p for p in map(str.strip, parts) if p]

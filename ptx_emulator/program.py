@@ -15,7 +15,7 @@ import numpy as np
 from .errors import Fault, UnknownInstructionError
 from .machine import BRANCH, EXIT, LANE, LANES, PLAIN, Cta, Warp
 from .memory import PARAM_WINDOW, RESERVED_SHARED, UINT
-from .numbers import U32, U64, Array
+from .numbers import U32, U64, Array, every
 from .parser import Address, Imm, Instruction, Kernel, Operand, Pair, Reg, Sink, Special, Sym, Variable, Vec
 
 Mask = Array | None
@@ -302,7 +302,7 @@ def uniform(values: Array, mask: Mask, what: str) -> int:
     """The one value of the active lanes. Raises Fault if they differ."""
     active = values if mask is None else values[mask]
     first = active[0]
-    if not (active == first).all():
+    if not every(active == first):
         raise Fault(f"{what} differs between the lanes of a warp")
     return int(first)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import numbers
 from ..machine import LANES, Warp
-from ..numbers import U32, U64, Array
+from ..numbers import U32, U64, Array, every, some
 from ..parser import Imm, Instruction, Pair
 from ..program import DTYPES, Mask, Program, Read, Run, constant, decoder, kind_of, side_by_side, simple, unknown
 
@@ -216,7 +216,7 @@ _NAN32 = np.uint32(0x7FFFFFFF).view(np.float32)
 
 def _nan32(x: Array) -> Array:
     nan = np.isnan(x)
-    return np.where(nan, _NAN32, x) if nan.any() else x
+    return np.where(nan, _NAN32, x) if some(nan) else x
 
 
 def _carry(i: Instruction, p: Program, name: str, use: bool) -> Run:
@@ -298,7 +298,7 @@ def _mul_bf16x2(i: Instruction, p: Program, whole: Run) -> Run:
         x, y = halves(a(w)), halves(b(w))
         product = x * y
         exact = np.abs(product) >= numbers.TINY["f32"]
-        if not exact.all() and not (exact | ((product == 0) & ((x == 0) | (y == 0)))).all():
+        if not every(exact) and not (exact | ((product == 0) & ((x == 0) | (y == 0)))).all():
             return whole(w, m)
         bits = product.view(U32)
         bits = bits + _HALF_A_UNIT + (bits >> U32(16) & U32(1))
@@ -683,7 +683,7 @@ def _prmt(i: Instruction, p: Program) -> Run:
         pick = c[:, None] >> _PRMT_SHIFTS
         out = both[(pick & U32(7)) + _PRMT_ROWS]  # [32, 4]
         sign = pick & U32(8)
-        if sign.any():
+        if b"\x08" in sign.tobytes():
             out = np.where(sign, (out >> 7) * np.uint8(255), out)
         return out.view(U32).reshape(LANES)
 

@@ -275,7 +275,7 @@ def test_in_the_emulator(config, schedule, monkeypatch):
     rounds = max(2, -(-config.stages * config.tile_k // step))
     k = rounds * step if config.split == 1 else 2 * step - config.tile_k * config.paired
     tiles = config.tail  # beside a ragged one
-    rows = 1 if config.split > 1 or (config.tile_m > 64 and config.tail == 1 and not config.overlap) else 2
+    rows = 2 if config.tail > 1 or config.overlap or (config.tile_m in (8, 64) and config.split == 1) else 1
     n = 2 * config.rows if config.overlap else -(-config.tile_n * tiles // 64) * 64 + 64
     out = emulated_out(config)
     problem = Problem(m=rows * config.tile_m - 3, n=n, k=k, out=out, segments=2)

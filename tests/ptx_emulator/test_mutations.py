@@ -16,7 +16,7 @@ from ptx_emulator import Fault, emulate
 from ptx_emulator.hazards import Checks
 from ptx_emulator.machine import SCHEDULES
 
-PROBLEM = GemmProblem(m=250, n=264, k=64 * 25, act="nvfp4")
+PROBLEM = GemmProblem(m=250, n=264, k=64 * 13, act="nvfp4")
 CONFIG = sm100.Config(tile_n=256, mma_ctas=2, cluster_m=2)
 STAGE_BYTES = 2 * sm100.budget(CONFIG).stage_bytes
 STAGES = sm100.budget(CONFIG).num_stages

@@ -324,7 +324,7 @@ def test_peak_memory(family: Family, made: dict[Family, Path], tmp_path: Path) -
     """Loading takes the memory of the model and next to nothing more: no second copy of anything."""
     tiny = ModelConfig.named("tiny")
     small = replace(tiny, num_hidden_layers=2, compress_ratios=(4, 8), num_nextn_predict_layers=0)
-    config = replace(small, hidden_size=512, moe_intermediate_size=512, n_routed_experts=48)
+    config = replace(small, hidden_size=512, moe_intermediate_size=512, n_routed_experts=32)
     make_checkpoint(tmp_path / "c", config, family, seed=0, shard_bytes=8 << 20, progress=False)
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "c"), str(made[family])],
@@ -334,6 +334,6 @@ def test_peak_memory(family: Family, made: dict[Family, Path], tmp_path: Path) -
         timeout=300,
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["held"] > 40 << 20
-    # 3 MiB for the allocator; the smaller of the stacks has 7 MB, the largest tensor of the files 0.3 MB
+    assert found["held"] > 26 << 20
+    # 3 MiB for the allocator; the smaller of the stacks has 4.7 MB, the largest tensor of the files 0.3 MB
     assert found["peak"] < found["held"] + (3 << 20), found
