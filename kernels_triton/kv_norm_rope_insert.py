@@ -1,8 +1,8 @@
 """RMSNorm, RoPE and the encoding of KV rows, stored in pages of a cache: what lies between wkv's GEMM and attention.
 
 Memory bound: reads 2 bytes a dim (BF16) and writes a row of the cache, 584 bytes in fp8_ds_mla, 384 in nvfp4. One
-program block_m rows, or several in turn, kept in registers from the load to the last store. Few tokens: a chain of two
-loads (position, then angles) and two reductions.
+program block_m rows, kept in registers from the load to the last store. Few tokens: a chain of two loads (position,
+then angles) and two reductions.
 """
 
 from dataclasses import dataclass
