@@ -9,6 +9,7 @@ for whatever is compiled inside.
 import contextlib
 import ctypes
 import gc
+import itertools
 import math
 import re
 import sys
@@ -166,10 +167,11 @@ class Device:
         multicasts = {_address(window) for window, _ in self._multicasts}
         torch = sys.modules.get("torch")
         if torch is not None:
-            kinds = (torch.Tensor, torch.nn.Parameter)
-            for x in gc.get_objects():
-                # the exact types only: asking others for their class may run code of theirs
-                if type(x) in kinds and x.device.type == "cpu" and x.layout is torch.strided:
+            kinds = frozenset((torch.Tensor, torch.nn.Parameter))
+            objects = gc.get_objects()  # millions: told apart without a step of Python for each
+            # the exact types only: asking others for their class may run code of theirs
+            for x in itertools.compress(objects, map(kinds.__contains__, map(type, objects))):
+                if x.device.type == "cpu" and x.layout is torch.strided:
                     storage = x.untyped_storage()
                     if storage.nbytes() and storage.data_ptr() not in multicasts:
                         found[(storage.data_ptr(), storage.nbytes(), "tensor")] = None
@@ -194,8 +196,8 @@ class _Twin:
         runtime, bound.runtime = bound.runtime, Runtime(arch, _no_launch)
         bound.runtime.names = self.names
         try:
-            engine = CuTeDSL._get_dsl().compiler_provider.jit(
-                _renamed(function.ir_module), shared_libs=[str(bound.path)]
+            engine = CuTeDSL._get_dsl().compiler_provider.jit(  # run a few times: not worth optimising
+                _renamed(function.ir_module), opt_level=0, shared_libs=[str(bound.path)]
             )
             self.function = object.__new__(type(function))
             self.function.__dict__.update(function.__dict__)
