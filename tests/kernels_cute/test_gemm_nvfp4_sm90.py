@@ -63,12 +63,16 @@ def test_default_config_runs_every_model_shape():
         assert kernel.supports(GemmProblem(m=3, n=n, k=k, act=act), Config()) is None
 
 
+# up to 64 tokens need 80 registers at most: only of four warpgroups has a thread few more
+SCARCE = [tile for tile in TILES if tile[0] >= 128 or tile[1] == 256]
+
+
 @pytest.mark.parametrize(
     ("tile_m", "tile_n", "act"),
-    [(*tile, act) for i, tile in enumerate(TILES) for act in (ACTS if tile[0] >= 128 else ACTS[i % 2 :: 2])],
+    [(*t, act) for i, t in enumerate(SCARCE) for act in (ACTS if t[0] == 256 or t == (128, 256) else ACTS[i % 2 :: 2])],
 )
 def test_every_tile_compiles_without_spills(tile_m, tile_n, act):
-    """By either kind of activations where registers are scarce, else by turns."""
+    """By either kind of activations where registers are scarcest, else by turns."""
     config = _most_stages(act, tile_m=tile_m, tile_n=tile_n, tile_k=128 if tile_m % 16 else 64)
     built = kernel.build(dataclasses.replace(ONE, act=act), config)
     assert built.shared_bytes == kernel.shared_bytes(config, act) <= MAX_SHARED_BYTES["sm_90a"]

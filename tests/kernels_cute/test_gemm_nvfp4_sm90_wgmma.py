@@ -163,21 +163,6 @@ def test_builds_for_its_own_architecture_only():
         kernel.build(BIG, Config(), "sm_100a")
 
 
-def emulated_out(config):
-    """Sums as they are, but where a CTA's last tile leaves by another way."""
-    return "bf16" if config.tail > 1 else "fp32"
-
-
-OUTS = list(zip(CONFIGS, itertools.cycle(("bf16", "fp32")), strict=False))
-
-
-@pytest.mark.parametrize(("config", "out"), [x for x in OUTS if x[1] != emulated_out(x[0])], ids=str)
-def test_compiles_without_spills(config, out):
-    """As `test_in_the_emulator` says of what it compiles; together both outputs by turns."""
-    problem = Problem(m=256, n=7168 if not config.overlap else 2 * config.rows, k=3072, segments=2, out=out)
-    check_code(kernel.build(problem, config), config, out)
-
-
 def check_code(built, config, out):
     assert built.shared_bytes == kernel.shared_bytes(config, out)
     assert resources(built).spill_bytes == 0
@@ -266,9 +251,13 @@ def test_empty_m_is_nothing_to_do():
     sm90_cases.check_empty(kernel, Config(), 1024)
 
 
-@pytest.mark.parametrize(("config", "schedule"), list(zip(CONFIGS, itertools.cycle(("late", "eager")))), ids=str)
-def test_in_the_emulator(config, schedule, monkeypatch):
-    """Ragged m and n, several tiles a CTA; every element against the FP64 product, every access against the others'."""
+RUNS = list(zip(itertools.cycle(("late", "eager")), itertools.cycle(("bf16", "fp32", "fp32", "bf16")), CONFIGS))
+
+
+@pytest.mark.parametrize(("schedule", "out", "config"), RUNS, ids=str)
+def test_in_the_emulator(schedule, out, config, monkeypatch):
+    """Ragged m and n, several tiles a CTA; every element against the FP64 product, every access against the others'.
+    What has run spills nothing; outputs by turns."""
     kernel.compiled.cache_clear()
     monkeypatch.setattr(kernel, "_max_clusters", lambda device, config: 3 if config.tail > 1 else 1)
     step = config.tile_k * config.paired * config.groups_k * config.split
@@ -277,7 +266,6 @@ def test_in_the_emulator(config, schedule, monkeypatch):
     tiles = config.tail  # beside a ragged one
     rows = 2 if config.tail > 1 or config.overlap or (config.tile_m in (8, 64) and config.split == 1) else 1
     n = 2 * config.rows if config.overlap else -(-config.tile_n * tiles // 64) * 64 + 64
-    out = emulated_out(config)
     problem = Problem(m=rows * config.tile_m - 3, n=n, k=k, out=out, segments=2)
     case = testing.case(problem, "cpu", 1)
     with emulate("sm_90a", schedule=schedule):
