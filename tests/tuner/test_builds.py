@@ -1,5 +1,6 @@
 """Compiling candidates: in parallel, once, and with crashes told apart from refusals. Real kernels, no GPU."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+from cutlass.cutlass_dsl import CuTeDSL
 
 from fp4suite import arch as archs, problem as problems, registry, shapes as layers
 from fp4suite.built import Resources
@@ -106,20 +108,29 @@ def test_a_spoilt_cache_file_is_compiled_again(both, problem, monkeypatch):
     assert builds.load("abcd") is None
 
 
+class Noted(BaseException):
+    """Instead of a compilation."""
+
+
 def compiled_from(kernel, op, dims, knobs, arch):
-    """Runs in a child, where Triton does not interpret: what decides on the machine code. Of CuTe DSL's kernels PTX;
-    of Triton's all that its compiler is given, which takes milliseconds."""
+    """Runs in a child, where Triton does not interpret: all that its compiler is given, or CuTe DSL's."""
     given = []
 
     def note(source, target, options):
         given.append((source.hash(), target, sorted(options.items())))
         return SimpleNamespace(asm={"ptx": "", "cubin": b""}, metadata=SimpleNamespace(shared=0))
 
+    def note_module(dsl, module, module_hash, function_name, pipeline, *args, **kwargs):
+        given.append((hashlib.sha256(str(module).encode()).hexdigest(), pipeline))
+        raise Noted
+
     module = registry.load(kernel)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Noted):
         patch.setattr(triton, "compile", note)
-        built = module.build(problems.from_dims(op, dims), registry.make_config(module, knobs), arch)
-    return given or (hashlib.sha256(built.ptx.encode()).hexdigest(), built.shared_bytes)
+        patch.setattr(CuTeDSL, "compile_and_cache", note_module)
+        module.build(problems.from_dims(op, dims), registry.make_config(module, knobs), arch)
+    assert given
+    return given
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +146,7 @@ def test_binaries_of_one_key_are_equal(row, child):
     """What the cache relies on: a build reads nothing of a problem that its key leaves out, m first of all.
 
     Of the problems with one key the first with the least m and the last with the largest are compared, of all keys, or,
-    where that takes compiling, of at most three.
+    where that takes CuTe DSL a second, of at most three.
     """
     arch = row.archs[-1]
     module = registry.load(row.name)
