@@ -38,16 +38,18 @@ CONFIGS = (
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_route(config, pool):
-    """Rough scores decide most tokens; the eighth has ties and takes exact ones, as do those with NaN or infinities."""
-    m, p = 8, RouteProblem(m=8, experts=256, topk=6)
+    """Rough scores decide most tokens; the eighth has ties and takes exact ones, as do those with NaN or infinities.
+
+    As many experts as in `test_routing_build`, which looks at the same code: it is compiled once."""
+    m, p = 8, RouteProblem(m=8, experts=384, topk=6)
     c = testing.case(p)
     logits, bias, _, _, scale = c.operands
     logits[2, 17], logits[3, 200], logits[5, :3] = -float("nan"), float("inf"), float("nan")
     ids, weights = np.full((m, 6), -7, np.int32), np.full((m, 6), np.nan, np.float32)
     b = pool.submit(route.build, p, config, "sm_90a").result()
-    sizes = (np.int32(m), *[np.int32(0)][config.presort :], np.int32(256), np.float32(scale))
+    sizes = (np.int32(m), *[np.int32(0)][config.presort :], np.int32(384), np.float32(scale))
     programs = triton.cdiv(m, config.block_m * config.turns)
-    launch(b, programs, config.num_warps, logits.numpy(), np.int32(256), bias.numpy(), ids, weights, *sizes)
+    launch(b, programs, config.num_warps, logits.numpy(), np.int32(384), bias.numpy(), ids, weights, *sizes)
     want = c.eager()
     assert torch.equal(torch.from_numpy(ids), want[0])
     assert_same_numbers(torch.from_numpy(weights), want[1])

@@ -8,9 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers  # whose classes are asked for where they are used: most of it is loaded then, in five seconds
 from torch import Tensor
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
-from transformers.cache_utils import DynamicCache
 
 from fp4suite.formats import FP8BlockTensor, NVFP4Tensor
 from fp4suite.reference.native import quantize_fp8_block
@@ -46,7 +45,7 @@ SMALL = ModelConfig(
     num_hash_layers=1,
     swiglu_limit=10.0,
     hc_mult=4,
-    hc_sinkhorn_iters=20,
+    hc_sinkhorn_iters=4,
     hc_eps=1e-6,
     rms_norm_eps=1e-6,
     num_nextn_predict_layers=0,
@@ -60,7 +59,7 @@ REAL_RATIOS = replace(SMALL, compress_ratios=(0, 4, 128, 4, 0), sliding_window=1
 _KINDS = {"swa": "sliding_attention", "csa": "compressed_sparse_attention", "hca": "heavily_compressed_attention"}
 
 
-def oracle(config: ModelConfig, seed: int = 0) -> DeepseekV4ForCausalLM:
+def oracle(config: ModelConfig, seed: int = 0) -> "transformers.DeepseekV4ForCausalLM":
     """transformers' model of this config, FP32 on the CPU, every weight random."""
     layers = range(config.num_hidden_layers)
     hca = [config.ratio(i) for i in layers if config.kind(i) == "hca"]
@@ -68,7 +67,7 @@ def oracle(config: ModelConfig, seed: int = 0) -> DeepseekV4ForCausalLM:
     rename = {"num_hash_layers", "compress_ratios", "rope_scaling", "expert_dtype"}
     values = {f: getattr(config, f) for f in config.__dataclass_fields__ if f not in rename}
     scaling = config.rope_scaling
-    theirs = DeepseekV4Config(
+    theirs = transformers.DeepseekV4Config(
         **values,
         layer_types=[_KINDS[config.kind(i)] for i in layers],
         compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": hca[0] if hca else 128},
@@ -82,7 +81,7 @@ def oracle(config: ModelConfig, seed: int = 0) -> DeepseekV4ForCausalLM:
         },
     )
     torch.manual_seed(seed)
-    model = DeepseekV4ForCausalLM(theirs).float().eval()
+    model = transformers.DeepseekV4ForCausalLM(theirs).float().eval()
     for name, value in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         last = name.rpartition(".")[2]
         if last == "tid2eid":
@@ -110,7 +109,7 @@ def oracle(config: ModelConfig, seed: int = 0) -> DeepseekV4ForCausalLM:
     return model
 
 
-def ours(config: ModelConfig, theirs: DeepseekV4ForCausalLM) -> Transformer:
+def ours(config: ModelConfig, theirs: "transformers.DeepseekV4ForCausalLM") -> Transformer:
     """Our model with the oracle's weights, FP32. A weight left unset would be NaN."""
     model = Transformer(config, lambda name: "fp32", act_dtype=torch.float32)
     state = theirs.state_dict()
@@ -125,15 +124,15 @@ def cache_for(config: ModelConfig, **kwargs: Any) -> KVCache:
 
 
 @torch.no_grad()
-def logits_of(theirs: DeepseekV4ForCausalLM, ids: list[int]) -> Tensor:
+def logits_of(theirs: "transformers.DeepseekV4ForCausalLM", ids: list[int]) -> Tensor:
     """The oracle's logits after every token, [tokens, vocab], in one pass without a cache."""
     return theirs(torch.tensor([ids]), use_cache=False).logits[0]
 
 
 @torch.no_grad()
-def greedy(theirs: DeepseekV4ForCausalLM, ids: list[int], count: int) -> list[int]:
+def greedy(theirs: "transformers.DeepseekV4ForCausalLM", ids: list[int], count: int) -> list[int]:
     """The oracle's greedy continuation, with its own cache."""
-    cache, new, step = DynamicCache(config=theirs.config), [], ids
+    cache, new, step = transformers.DynamicCache(config=theirs.config), [], ids
     for _ in range(count):
         new.append(int(theirs(torch.tensor([step]), past_key_values=cache, use_cache=True).logits[0, -1].argmax()))
         step = new[-1:]
