@@ -1,6 +1,5 @@
 """index_logits_sm90: its refusals, machine code and numbers anywhere, and its numbers on an sm_90 GPU."""
 
-import itertools
 import re
 from dataclasses import replace
 
@@ -122,12 +121,18 @@ def test_defaults_keep_products_on_their_way(problem, config):
     assert waits == ["1"] * (config.strips - 1) + ["0"]
 
 
-@pytest.mark.parametrize(("config", "schedule"), list(zip(CONFIGS, itertools.cycle(("late", "eager")))), ids=str)
-def test_in_the_emulator(config, schedule, monkeypatch):
-    """Several items a CTA, more stages than fit; every score against FP64, every access against the others'."""
+@pytest.mark.parametrize(
+    ("config", "ctas", "schedule"),
+    [(CONFIGS[0], 2, "late"), (CONFIGS[1], 2, "eager"), (CONFIGS[2], 2, "late"), (SINGLES, 1, "eager")],
+    ids=str,
+)
+def test_in_the_emulator(config, ctas, schedule, monkeypatch):
+    """Several items a CTA, more stages than fit; every score against FP64, every access against the others'.
+
+    All of 48 items are one CTA's in the last case: a run of them, not every so many."""
     kernel.compiled.cache_clear()
-    monkeypatch.setattr(kernel, "_max_ctas", lambda device: 2)
-    step = Step("cpu", *((64, 5) if config is CONFIGS[0] else (128, 2)))
+    monkeypatch.setattr(kernel, "_max_ctas", lambda device: ctas)
+    step = Step("cpu", *{CONFIGS[0]: (64, 5), SINGLES: (64, 8)}.get(config, (128, 2)))
     if config is CONFIGS[0]:
         step.weights = behind_others(step.weights)
     with emulate("sm_90a", schedule=schedule) as gpu:
@@ -184,7 +189,8 @@ def test_configs(config, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("m", "entries", "sequences"), [(1, 64, 1), (4, 30000, 4), (64, 3000, 64), (700, 3000, 3), (4096, 8192, 1)]
+    ("m", "entries", "sequences"),
+    [(1, 64, 1), (4, 30000, 4), (64, 3000, 64), (700, 3000, 3), (3001, 704, 1), (4096, 8192, 1)],
 )
 def test_real_sizes(m, entries, sequences, device):
     problem = IndexLogitsProblem(m=m, entries=entries, format="fp8", sequences=sequences, x="fp8")
