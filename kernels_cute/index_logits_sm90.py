@@ -58,7 +58,6 @@ BARRIER_BYTES = 1024
 MOST_BLOCKS = 512  # of queries, whose tiles are counted in shared memory
 LOADER_REGISTERS = {2: 40, 3: 32, 4: 32}  # by warpgroups that multiply
 THREAD_REGISTERS = {2: 232, 3: 160, 4: 112}
-MANY_ITEMS = 48  # of a CTA, a query each, from which on it has a run of them (H100: 15 and 31 are slower so, 62 faster)
 K_STEPS = HEAD_DIM // 32
 
 
@@ -188,8 +187,9 @@ def lowest_bit(x: Uint32, *, loc=None, ip=None) -> Int32:
 class IndexLogitsSm90:
     """CTAs take items in turn: tiles of entries of a block of queries first."""
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, in_runs: bool):
+        """in_runs: where items have one query, a CTA has consecutive ones, not every so many."""
+        self.config, self.in_runs = config, in_runs
         self.columns = HEADS * config.queries  # of an MMA
         self.key_tiles = config.groups * config.strips
 
@@ -458,12 +458,14 @@ class IndexLogitsSm90:
         lane = cute.arch.lane_idx()
         batch = 32 // self.key_tiles
         items, by = m * tiles, ctas  # from one item of this CTA to the next
-        if items >= MANY_ITEMS * ctas:
-            each = cute.ceil_div(items, ctas)
-            cta, items, by = cta * each, cutlass.min((cta + 1) * each, items), Int32(1)
+        if cutlass.const_expr(self.in_runs):
+            each, by = cute.ceil_div(items, ctas), Int32(1)
+            cta, items = cta * each, cutlass.min((cta + 1) * each, items)
         step, run, held = Int32(0), Int32(0), Int32(-1)
         found = self.look_up(cta, by, items, addresses, sizes)
         for start in cutlass.range(cta, items, by * batch, unroll=1):
+            if cutlass.const_expr(not self.in_runs):
+                found = self.look_up(start, by, items, addresses, sizes)
             first, entry, likely, page, sequence, position = found
             own = entry + lane % self.key_tiles * TILE
             last = (position + 1) // ratio
@@ -474,7 +476,7 @@ class IndexLogitsSm90:
             if there == 0:
                 page = Int32(-1)
             place = own % page_size // TILE
-            if start + by * batch < items:
+            if cutlass.const_expr(self.in_runs):  # the next ones are on their way while these are sent for
                 found = self.look_up(start + by * batch, by, items, addresses, sizes)
             for i in cutlass.range(cutlass.min(batch, (items - start + by - 1) // by), unroll=1):
                 of = i * self.key_tiles
@@ -494,8 +496,7 @@ class IndexLogitsSm90:
     @cute.jit
     def look_up(self, start, by, items, addresses, sizes):
         """Of a lane's item and tile of keys: query, entry, the sequence that it is likely to be of and its page there,
-        its sequence and its position. All this is on its way while the batch before is sent for.
-        """
+        its sequence and its position."""
         (_, positions, ids, _), (_, entries, _, _, _, _, tiles, sequences) = addresses, sizes
         lane = cute.arch.lane_idx()
         item = cutlass.min(start + lane // self.key_tiles * by, items - 1)
@@ -799,10 +800,10 @@ def _fake_arguments() -> Any:
 
 
 @functools.cache
-def compiled(config: Config) -> Any:
+def compiled(config: Config, in_runs: bool) -> Any:
     """The compiled host function, for every number of queries and entries."""
-    function = IndexLogitsSm90(config)
-    return cross.compiled(function, *_fake_arguments(), arch=ARCH, module=__name__, made_for=config)
+    function = IndexLogitsSm90(config, in_runs)
+    return cross.compiled(function, *_fake_arguments(), arch=ARCH, module=__name__, made_for=(config, in_runs))
 
 
 def build(problem: IndexLogitsProblem, config: Config, arch: str | None = None) -> Built:
@@ -811,12 +812,21 @@ def build(problem: IndexLogitsProblem, config: Config, arch: str | None = None) 
         raise ValueError(f"this kernel is for {ARCH}, got {arch!r}")
     if reason := supports(problem, config):
         raise ValueError(reason)
-    return cross.build(IndexLogitsSm90(config), *_fake_arguments(), arch=ARCH)
+    in_runs = _in_runs(problem.m, problem.entries, _max_ctas(None), config)
+    return cross.build(IndexLogitsSm90(config, in_runs), *_fake_arguments(), arch=ARCH)
 
 
 def build_key(problem: IndexLogitsProblem, config: Config) -> tuple[Any, ...]:
-    """What of a problem `build` depends on: nothing, all sizes are read at launch."""
-    return ()
+    """What of a problem `build` depends on: sizes are read at launch."""
+    return (_in_runs(problem.m, problem.entries, _max_ctas(None), config),)
+
+
+def _in_runs(m: int, entries: int, ctas: int, config: Config) -> bool:
+    """Whether CTAs have runs of single queries' items: many, of one or two queries (H100: 31 of 1024 tiles each, and 62
+    of 128, are 2 to 4 % faster so, and 31 of 32 tiles, and 15, as much slower)."""
+    tiles = -(-entries // config.tile_n)
+    each = -(-m * tiles // ctas)
+    return config.block_m == 1 and (each >= 48 or 24 <= each <= tiles // 4)
 
 
 @functools.cache
@@ -843,10 +853,11 @@ def launch(
     scale: float,
     out: Tensor,
     config: Config,
+    in_runs: bool | None = None,
 ) -> None:
     """q E4M3 [m, heads, head_dim] and weights [m, heads] -> out FP32 [m, entries], contiguous, on the current stream.
 
-    The scale of a head of q belongs into its weight. Raises ValueError for what `supports` refuses.
+    The scale of a head of q belongs into its weight. in_runs: as if `_in_runs` said so. Raises ValueError for what `supports` refuses.
     """
     (m, heads, head_dim), entries = q.shape, out.shape[1]
     x = "fp8" if q.dtype == torch.float8_e4m3fn else str(q.dtype)
@@ -869,18 +880,21 @@ def launch(
     if cache.data.data_ptr() % 16 or out.data_ptr() % 16:
         raise ValueError("the cache and out must start at multiples of 16 bytes")
     arguments = _arguments(tuple(t.data_ptr() for t in tensors), sizes, strides, scale, ctas)
+    function = compiled(config, _in_runs(m, entries, ctas, config) if in_runs is None else in_runs)
     if out.is_cuda:
         with torch.cuda.device(out.device):
-            compiled(config)(*arguments, cuda.CUstream(torch.cuda.current_stream().cuda_stream))
+            function(*arguments, cuda.CUstream(torch.cuda.current_stream().cuda_stream))
     else:  # CPU tensors, where an emulator stands in for the CUDA runtime
-        compiled(config)(*arguments, cuda.CUstream(0))
+        function(*arguments, cuda.CUstream(0))
 
 
 def warm(problem: IndexLogitsProblem, config: Config) -> None:
     """Compile for `problem` and, where there is a GPU, launch once: later launches may be captured in a graph."""
     if reason := supports(problem, config):
         raise ValueError(reason)
-    compiled(config)
+    ways = (False, True) if config.block_m == 1 else (False,)
+    for in_runs in ways:
+        compiled(config, in_runs)
     if torch.cuda.is_available():
         p = problem
         data = torch.zeros(1, index_layout("fp8", p.page_size, p.head_dim).page_bytes, dtype=torch.uint8, device="cuda")
@@ -888,4 +902,5 @@ def warm(problem: IndexLogitsProblem, config: Config) -> None:
         q = torch.zeros(1, p.heads, p.head_dim, device="cuda").to(torch.float8_e4m3fn)
         weights, out = torch.zeros(1, p.heads, device="cuda"), torch.zeros(1, p.page_size, device="cuda")
         cache = IndexCache(data, "fp8", p.page_size, p.head_dim)
-        launch(q, weights, cache, nothing[None], nothing, nothing, 4, 1.0, out, config)
+        for in_runs in ways:
+            launch(q, weights, cache, nothing[None], nothing, nothing, 4, 1.0, out, config, in_runs)

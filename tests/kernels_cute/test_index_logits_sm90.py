@@ -152,7 +152,7 @@ def test_weights_that_are_columns_are_not_copied(monkeypatch):
     seen = []
     monkeypatch.setattr(kernel, "_max_ctas", lambda device: 2)
     monkeypatch.setattr(kernel, "_arguments", lambda *given: seen.append(given) or ())
-    monkeypatch.setattr(kernel, "compiled", lambda config: lambda *args: None)
+    monkeypatch.setattr(kernel, "compiled", lambda *given: lambda *args: None)
     step = Step("cpu")
     apart, step.weights = step.weights, behind_others(step.weights)
     step.run(SINGLES)
