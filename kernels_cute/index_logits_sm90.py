@@ -857,7 +857,8 @@ def launch(
 ) -> None:
     """q E4M3 [m, heads, head_dim] and weights [m, heads] -> out FP32 [m, entries], contiguous, on the current stream.
 
-    The scale of a head of q belongs into its weight. in_runs: as if `_in_runs` said so. Raises ValueError for what `supports` refuses.
+    The scale of a head of q belongs into its weight. in_runs: as if `_in_runs` said so. Raises ValueError for what
+    `supports` refuses.
     """
     (m, heads, head_dim), entries = q.shape, out.shape[1]
     x = "fp8" if q.dtype == torch.float8_e4m3fn else str(q.dtype)
