@@ -122,16 +122,17 @@ def test_defaults_keep_products_on_their_way(problem, config):
 
 
 @pytest.mark.parametrize(
-    ("config", "ctas", "schedule"),
-    [(CONFIGS[0], 2, "late"), (CONFIGS[1], 2, "eager"), (CONFIGS[2], 2, "late"), (SINGLES, 1, "eager")],
+    ("config", "schedule"),
+    list(zip((*CONFIGS, SINGLES), ("late", "eager", "late", "eager"), strict=True)),
     ids=str,
 )
-def test_in_the_emulator(config, ctas, schedule, monkeypatch):
+def test_in_the_emulator(config, schedule, monkeypatch):
     """Several items a CTA, more stages than fit; every score against FP64, every access against the others'.
 
-    All of 48 items are one CTA's in the last case: a run of them, not every so many."""
+    In the last case a CTA has 24 items in a run, not every other one."""
     kernel.compiled.cache_clear()
-    monkeypatch.setattr(kernel, "_max_ctas", lambda device: ctas)
+    monkeypatch.setattr(kernel, "_max_ctas", lambda device: 2)
+    monkeypatch.setattr(kernel, "IN_RUNS", 24)
     step = Step("cpu", *{CONFIGS[0]: (64, 5), SINGLES: (64, 8)}.get(config, (128, 2)))
     if config is CONFIGS[0]:
         step.weights = behind_others(step.weights)
