@@ -28,6 +28,7 @@ from cutlass.memory import SmemAllocator
 from torch import Tensor
 
 from fp4suite import dispatch
+from fp4suite.arch import SM_COUNT
 from fp4suite.built import Built
 from fp4suite.problem import IndexTopkProblem
 
@@ -39,6 +40,7 @@ from .instructions import (
     float_bits,
     highest_bit,
     plus_zero,
+    prefetch,
 )
 
 BINS = 512
@@ -49,6 +51,7 @@ FEW_QUERIES = 132  # whose CTAs wait for memory rather than for each other
 SAMPLES = 256  # of a row, by which the first warp guesses
 # words from one set of bins to the next: keys below count in 32 more, each lane in its own, those above in one
 PITCH = BINS + 64
+SENT_FOR = 512  # threads of a CTA from which on too few of them share an SM to keep memory busy
 NEIGHBOURS = 4  # of a sample, which share a sector of memory
 
 
@@ -191,6 +194,7 @@ class IndexTopk:
         self.words = self.held // 32  # of bits, one a thread at most
         # CTAs of an SM: 64 registers a thread, with which nothing spills
         self.programs = 1 if variant.eager else 1024 // config.threads
+        self.ahead = SM_COUNT["sm_90a"] * self.programs // config.cluster  # queries at a time
         self.carveout = -(-100 * self.programs * 24 // 228)  # per cent of what L1 and shared memory are
 
     @cute.jit
@@ -257,6 +261,10 @@ class IndexTopk:
             self.load_sample(source, limit, sample, tidx)
         keys = cute.make_rmem_tensor(c.each, Uint32)
         self.load(source, first, limit, keys, tidx)
+        if cutlass.const_expr(not self.variant.eager and c.threads >= SENT_FOR):
+            later = row + self.ahead
+            if tidx == 0 and later < cute.size(mPositions):
+                self.send_for(source + Int64(self.ahead) * stride * 4, first, limit)
         pages = table.toint() + Int64(cutlass.max(sequence, 0)) * table_stride * 4
         number = Int32(-1)  # of the page of this thread's word
         start = first + tidx * 32
@@ -281,6 +289,14 @@ class IndexTopk:
             cute.arch.sync_threads()
         target = out.toint() + Int64(row) * Int64(k) * 4
         self.write(sBits, sSlots, sSums, sNote, pages, number, target, first, k, k_seen, rank, tidx)
+
+    @cute.jit
+    def send_for(self, source, first, limit):
+        """This CTA's part of a later query on its way to L2: of as many scores as the present one has."""
+        start = source + Int64(first) * 4
+        size = (cutlass.min(limit - first, self.held) * 4 - Int32(start % 16 + 15)) // 16 * 16
+        if size > 0:
+            prefetch((start + 15) // 16 * 16, size)
 
     @cute.jit
     def load_sample(self, source, limit, sample, lane):

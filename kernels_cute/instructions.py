@@ -38,6 +38,14 @@ def create_policy(once: Boolean, *, loc=None, ip=None) -> Int64:
     return Int64(llvm.inline_asm(T.i64(), args, asm, "=l,r", loc=loc, ip=ip))
 
 
+@dsl_user_op
+def prefetch(address: Int64, size: Int32, *, loc=None, ip=None):
+    """Bytes of global memory to L2: the address and their number are multiples of 16."""
+    args = [address.ir_value(loc=loc, ip=ip), size.ir_value(loc=loc, ip=ip)]
+    asm = "cp.async.bulk.prefetch.L2.global [$0], $1;"
+    llvm.inline_asm(None, args, asm, "l,r", has_side_effects=True, loc=loc, ip=ip)
+
+
 # --- shared memory ----------------------------------------------------------------------------------------------------
 
 

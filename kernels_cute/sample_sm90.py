@@ -49,6 +49,7 @@ from .instructions import (
     load_words,
     mul,
     plus_zero,
+    prefetch,
     push,
     store_words,
 )
@@ -181,13 +182,6 @@ def fetch_bits(address: Int64, size: int, *, loc=None, ip=None) -> Uint32:
         asm = "{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h; }"
     args = _operands((address,), loc, ip)
     return Uint32(llvm.inline_asm(T.i32(), args, asm, "=r,l", has_side_effects=True, loc=loc, ip=ip))
-
-
-@dsl_user_op
-def prefetch(address: Int64, size: Int32, *, loc=None, ip=None):
-    """Bytes of global memory to L2, multiples of 16."""
-    asm = "cp.async.bulk.prefetch.L2.global [$0], $1;"
-    llvm.inline_asm(None, _operands((address, size), loc, ip), asm, "l,r", has_side_effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op

@@ -1,6 +1,5 @@
 """index_logits_sm90: its refusals, machine code and numbers anywhere, and its numbers on an sm_90 GPU."""
 
-import itertools
 import re
 from dataclasses import replace
 
@@ -122,12 +121,19 @@ def test_defaults_keep_products_on_their_way(problem, config):
     assert waits == ["1"] * (config.strips - 1) + ["0"]
 
 
-@pytest.mark.parametrize(("config", "schedule"), list(zip(CONFIGS, itertools.cycle(("late", "eager")))), ids=str)
+@pytest.mark.parametrize(
+    ("config", "schedule"),
+    list(zip((*CONFIGS, SINGLES), ("late", "eager", "late", "eager"), strict=True)),
+    ids=str,
+)
 def test_in_the_emulator(config, schedule, monkeypatch):
-    """Several items a CTA, more stages than fit; every score against FP64, every access against the others'."""
+    """Several items a CTA, more stages than fit; every score against FP64, every access against the others'.
+
+    In the last case a CTA has 24 items in a run, not every other one."""
     kernel.compiled.cache_clear()
     monkeypatch.setattr(kernel, "_max_ctas", lambda device: 2)
-    step = Step("cpu", *((64, 5) if config is CONFIGS[0] else (128, 2)))
+    monkeypatch.setattr(kernel, "IN_RUNS", 24)
+    step = Step("cpu", *{CONFIGS[0]: (64, 5), SINGLES: (64, 8)}.get(config, (128, 2)))
     if config is CONFIGS[0]:
         step.weights = behind_others(step.weights)
     with emulate("sm_90a", schedule=schedule) as gpu:
@@ -147,7 +153,7 @@ def test_weights_that_are_columns_are_not_copied(monkeypatch):
     seen = []
     monkeypatch.setattr(kernel, "_max_ctas", lambda device: 2)
     monkeypatch.setattr(kernel, "_arguments", lambda *given: seen.append(given) or ())
-    monkeypatch.setattr(kernel, "compiled", lambda config: lambda *args: None)
+    monkeypatch.setattr(kernel, "compiled", lambda *given: lambda *args: None)
     step = Step("cpu")
     apart, step.weights = step.weights, behind_others(step.weights)
     step.run(SINGLES)
@@ -184,7 +190,8 @@ def test_configs(config, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("m", "entries", "sequences"), [(1, 64, 1), (4, 30000, 4), (64, 3000, 64), (700, 3000, 3), (4096, 8192, 1)]
+    ("m", "entries", "sequences"),
+    [(1, 64, 1), (4, 30000, 4), (64, 3000, 64), (700, 3000, 3), (3001, 704, 1), (4096, 8192, 1)],
 )
 def test_real_sizes(m, entries, sequences, device):
     problem = IndexLogitsProblem(m=m, entries=entries, format="fp8", sequences=sequences, x="fp8")

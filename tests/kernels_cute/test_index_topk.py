@@ -90,6 +90,18 @@ def test_far_positions_other_ratios_and_strides(emulated):
         check(x, 16, Config(threads=128, each=4), ratio=ratio)
 
 
+def test_rows_that_are_sent_for_ahead(emulated, monkeypatch):
+    """By large CTAs of many queries, wherever a row begins: no byte outside of the tensor is asked for."""
+    sent, prefetch = [], kernel.prefetch
+    monkeypatch.setattr(kernel, "prefetch", lambda *asked: sent.append(asked) or prefetch(*asked))
+    monkeypatch.setattr(kernel, "compiled", kernel.compiled.__wrapped__)
+    monkeypatch.setattr(kernel, "FEW_QUERIES", 0)
+    monkeypatch.setattr(kernel, "SM_COUNT", {"sm_90a": 1})
+    x = {name: x if name == "block_table" else x[-3:] for name, x in rows(701, torch.device("cpu")).items()}
+    check(x, 16, Config(threads=512, each=1, cluster=2))
+    assert len(sent) == 1
+
+
 def test_entries_that_cannot_be_seen_do_not_count(emulated):
     x = rows(48, torch.device("cpu"))
     x["positions"][:] = 4 * 20
