@@ -55,8 +55,10 @@ _BOTH = ("sm_90a", "sm_100a")
 KERNELS: list[Kernel] = [
     Kernel("quantize_nvfp4", "triton_quantize_nvfp4", "kernels_triton.quantize_nvfp4", _BOTH, exact=True),
     Kernel("dequant_nvfp4", "triton_dequant_nvfp4", "kernels_triton.dequant_nvfp4", _BOTH, exact=True),
-    Kernel("rmsnorm_quantize", "triton_rmsnorm_quantize", "kernels_triton.rmsnorm_quantize", _BOTH, exact=True),
-    Kernel("rms_norm", "triton_rms_norm", "kernels_triton.rms_norm", _BOTH, exact=True),
+    Kernel(
+        "rmsnorm_quantize", "triton_rmsnorm_quantize", "kernels_triton.rmsnorm_quantize", _BOTH, exact=True, fitted=True
+    ),
+    Kernel("rms_norm", "triton_rms_norm", "kernels_triton.rms_norm", _BOTH, exact=True, fitted=True),
     Kernel("swiglu_quantize", "triton_swiglu_quantize", "kernels_triton.swiglu_quantize", _BOTH, exact=True),
     Kernel("swiglu", "triton_swiglu", "kernels_triton.swiglu", _BOTH, exact=True),
     Kernel("embed", "triton_embed", "kernels_triton.embed", _BOTH, exact=True),
@@ -107,7 +109,9 @@ KERNELS: list[Kernel] = [
         ("sm_90a",),
         fitted=True,
     ),
-    Kernel("hyper_connection_pre", "triton_hyper_connection_pre", "kernels_triton.hyper_connection_pre", _BOTH),
+    Kernel(
+        "hyper_connection_pre", "triton_hyper_connection_pre", "kernels_triton.hyper_connection_pre", _BOTH, fitted=True
+    ),
     Kernel(
         "hyper_connection_post",
         "triton_hyper_connection_post",
@@ -122,7 +126,13 @@ KERNELS: list[Kernel] = [
         ("sm_90a",),
         fitted=True,
     ),
-    Kernel("hyper_connection_head", "triton_hyper_connection_head", "kernels_triton.hyper_connection_head", _BOTH),
+    Kernel(
+        "hyper_connection_head",
+        "triton_hyper_connection_head",
+        "kernels_triton.hyper_connection_head",
+        _BOTH,
+        fitted=True,
+    ),
     Kernel(
         "hyper_connection_post_pre",
         "cute_hyper_connection_post_pre_sm90",
@@ -135,8 +145,9 @@ KERNELS: list[Kernel] = [
         "triton_hyper_connection_post_pre",
         "kernels_triton.hyper_connection_post_pre",
         _BOTH,
+        fitted=True,
     ),
-    Kernel("route", "triton_route", "kernels_triton.route", _BOTH, exact=True),
+    Kernel("route", "triton_route", "kernels_triton.route", _BOTH, exact=True, fitted=True),
     Kernel("permute", "triton_permute_small", "kernels_triton.permute_small", _BOTH, exact=True),
     Kernel("permute", "triton_permute", "kernels_triton.permute", _BOTH, exact=True),
     Kernel("combine", "triton_combine", "kernels_triton.combine", _BOTH, exact=True),
