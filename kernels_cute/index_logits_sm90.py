@@ -358,8 +358,8 @@ class IndexLogitsSm90:
         for token in cutlass.range(cta + ctas * warp, m, 3 * ctas, unroll=1):
             sequence, position = load_int(ids + Int64(token) * 4), load_int(positions + Int64(token) * 4)
             seen = Int32(0)
-            if sequence >= 0 and position >= 0:
-                seen = cute.ceil_div((position + 1) // ratio, TILE) * TILE
+            if sequence >= 0:
+                seen = cute.ceil_div(cutlass.max(position + 1, 0) // ratio, TILE) * TILE
             for at in cutlass.range(seen + 4 * lane, entries, 128, unroll=1):
                 store_hidden(out + (Int64(token) * Int64(entries) + Int64(at)) * 4)
 
@@ -463,10 +463,9 @@ class IndexLogitsSm90:
             each, by = cute.ceil_div(items, ctas), Int32(1)
             cta, items = cta * each, cutlass.min((cta + 1) * each, items)
         step, run, held = Int32(0), Int32(0), Int32(-1)
-        found = self.look_up(cta, by, items, addresses, sizes)
+        ahead = self.look_up(cta, by, items, addresses, sizes) if self.in_runs else (Int32(0),) * 6
         for start in cutlass.range(cta, items, by * batch, unroll=1):
-            if cutlass.const_expr(not self.in_runs):
-                found = self.look_up(start, by, items, addresses, sizes)
+            found = ahead if self.in_runs else self.look_up(start, by, items, addresses, sizes)
             first, entry, likely, page, sequence, position = found
             own = entry + lane % self.key_tiles * TILE
             last = (position + 1) // ratio
@@ -478,7 +477,7 @@ class IndexLogitsSm90:
                 page = Int32(-1)
             place = own % page_size // TILE
             if cutlass.const_expr(self.in_runs):  # the next ones are on their way while these are sent for
-                found = self.look_up(start + by * batch, by, items, addresses, sizes)
+                ahead = self.look_up(start + by * batch, by, items, addresses, sizes)
             for i in cutlass.range(cutlass.min(batch, (items - start + by - 1) // by), unroll=1):
                 of = i * self.key_tiles
                 query, at, show = (cute.arch.shuffle_sync(x, of) for x in (first, entry, seen))
