@@ -187,14 +187,14 @@ def log2_range(x):
 
 
 class IndexTopk:
-    def __init__(self, config: Config, variant: Variant):
+    def __init__(self, config: Config, variant: Variant, arch: str):
         self.config, self.variant = config, variant
         self.warps = config.threads // 32
         self.held = config.threads * config.each  # entries of a CTA
         self.words = self.held // 32  # of bits, one a thread at most
         # CTAs of an SM: 64 registers a thread, with which nothing spills
         self.programs = 1 if variant.eager else 1024 // config.threads
-        self.ahead = SM_COUNT["sm_90a"] * self.programs // config.cluster  # queries at a time
+        self.ahead = SM_COUNT[arch] * self.programs // config.cluster  # queries at a time
         self.carveout = -(-100 * self.programs * 24 // 228)  # per cent of what L1 and shared memory are
 
     @cute.jit
@@ -688,7 +688,7 @@ def build(problem: IndexTopkProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU. Raises ValueError for what `supports` refuses."""
     if reason := supports(problem, config):
         raise ValueError(reason)
-    kernel = IndexTopk(config, _variant(problem.m, problem.page_size))
+    kernel = IndexTopk(config, _variant(problem.m, problem.page_size), arch)
     return cross.build(kernel, *_fake_arguments(), arch=arch)
 
 
@@ -700,7 +700,7 @@ def build_key(problem: IndexTopkProblem, config: Config) -> tuple[Any, ...]:
 @functools.cache
 def compiled(config: Config, variant: Variant, arch: str) -> Any:
     """The compiled host function, for all sizes that the config holds."""
-    kernel, made_for = IndexTopk(config, variant), (config, variant)
+    kernel, made_for = IndexTopk(config, variant, arch), (config, variant)
     return cross.compiled(kernel, *_fake_arguments(), arch=arch, module=__name__, made_for=made_for)
 
 
