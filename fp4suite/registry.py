@@ -34,7 +34,7 @@ class Kernel:
 
     exact: any config gives the reference's bytes, row by row.
     any_m: `supports` says the same of every m.
-    fitted: its default goes by measured times, which no prediction overrules.
+    predicted: without a GPU the cost model chooses its config; else its default, which goes by measured times.
     """
 
     op: str
@@ -43,7 +43,7 @@ class Kernel:
     archs: tuple[str, ...]
     exact: bool = False
     any_m: bool = False
-    fitted: bool = False
+    predicted: bool = False
 
     @property
     def emulated(self) -> bool:
@@ -55,10 +55,8 @@ _BOTH = ("sm_90a", "sm_100a")
 KERNELS: list[Kernel] = [
     Kernel("quantize_nvfp4", "triton_quantize_nvfp4", "kernels_triton.quantize_nvfp4", _BOTH, exact=True),
     Kernel("dequant_nvfp4", "triton_dequant_nvfp4", "kernels_triton.dequant_nvfp4", _BOTH, exact=True),
-    Kernel(
-        "rmsnorm_quantize", "triton_rmsnorm_quantize", "kernels_triton.rmsnorm_quantize", _BOTH, exact=True, fitted=True
-    ),
-    Kernel("rms_norm", "triton_rms_norm", "kernels_triton.rms_norm", _BOTH, exact=True, fitted=True),
+    Kernel("rmsnorm_quantize", "triton_rmsnorm_quantize", "kernels_triton.rmsnorm_quantize", _BOTH, exact=True),
+    Kernel("rms_norm", "triton_rms_norm", "kernels_triton.rms_norm", _BOTH, exact=True),
     Kernel("swiglu_quantize", "triton_swiglu_quantize", "kernels_triton.swiglu_quantize", _BOTH, exact=True),
     Kernel("swiglu", "triton_swiglu", "kernels_triton.swiglu", _BOTH, exact=True),
     Kernel("embed", "triton_embed", "kernels_triton.embed", _BOTH, exact=True),
@@ -107,11 +105,8 @@ KERNELS: list[Kernel] = [
         "cute_hyper_connection_pre_sm90",
         "kernels_cute.hyper_connection_pre_sm90",
         ("sm_90a",),
-        fitted=True,
     ),
-    Kernel(
-        "hyper_connection_pre", "triton_hyper_connection_pre", "kernels_triton.hyper_connection_pre", _BOTH, fitted=True
-    ),
+    Kernel("hyper_connection_pre", "triton_hyper_connection_pre", "kernels_triton.hyper_connection_pre", _BOTH),
     Kernel(
         "hyper_connection_post",
         "triton_hyper_connection_post",
@@ -124,34 +119,30 @@ KERNELS: list[Kernel] = [
         "cute_hyper_connection_head_sm90",
         "kernels_cute.hyper_connection_head_sm90",
         ("sm_90a",),
-        fitted=True,
     ),
     Kernel(
         "hyper_connection_head",
         "triton_hyper_connection_head",
         "kernels_triton.hyper_connection_head",
         _BOTH,
-        fitted=True,
     ),
     Kernel(
         "hyper_connection_post_pre",
         "cute_hyper_connection_post_pre_sm90",
         "kernels_cute.hyper_connection_post_pre_sm90",
         ("sm_90a",),
-        fitted=True,
     ),
     Kernel(
         "hyper_connection_post_pre",
         "triton_hyper_connection_post_pre",
         "kernels_triton.hyper_connection_post_pre",
         _BOTH,
-        fitted=True,
     ),
-    Kernel("route", "triton_route", "kernels_triton.route", _BOTH, exact=True, fitted=True),
+    Kernel("route", "triton_route", "kernels_triton.route", _BOTH, exact=True),
     Kernel("permute", "triton_permute_small", "kernels_triton.permute_small", _BOTH, exact=True),
     Kernel("permute", "triton_permute", "kernels_triton.permute", _BOTH, exact=True),
     Kernel("combine", "triton_combine", "kernels_triton.combine", _BOTH, exact=True),
-    Kernel("sample", "cute_sample_sm90", "kernels_cute.sample_sm90", ("sm_90a",), exact=True, fitted=True),
+    Kernel("sample", "cute_sample_sm90", "kernels_cute.sample_sm90", ("sm_90a",), exact=True),
     Kernel("sample", "triton_sample", "kernels_triton.sample", _BOTH, exact=True),
     Kernel(
         "gemm_nvfp4",
@@ -159,19 +150,19 @@ KERNELS: list[Kernel] = [
         "kernels_cute.gemm_nvfp4_sm90_wgmma",
         ("sm_90a",),
         any_m=True,
-        fitted=True,
     ),
-    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_skinny", "kernels_cute.gemm_nvfp4_sm90_skinny", ("sm_90a",)),
-    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90", "kernels_cute.gemm_nvfp4_sm90", ("sm_90a",)),
+    Kernel(
+        "gemm_nvfp4", "cute_gemm_nvfp4_sm90_skinny", "kernels_cute.gemm_nvfp4_sm90_skinny", ("sm_90a",), predicted=True
+    ),
+    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90", "kernels_cute.gemm_nvfp4_sm90", ("sm_90a",), predicted=True),
     Kernel(
         "gemm_nvfp4",
         "cute_gemm_nvfp4_sm90_fp8",
         "kernels_cute.gemm_nvfp4_sm90_fp8",
         ("sm_90a",),
         any_m=True,
-        fitted=True,
     ),
-    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm100", "kernels_cute.gemm_nvfp4_sm100", ("sm_100a",)),
+    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm100", "kernels_cute.gemm_nvfp4_sm100", ("sm_100a",), predicted=True),
 ]
 
 

@@ -48,6 +48,7 @@ FEW = 128  # keys that are ranked among each other
 MOST = 32  # scores of a thread, which has 64 registers
 MOST_SLOTS = 2048  # of a query, which wait in shared memory for their order
 FEW_QUERIES = 132  # whose CTAs wait for memory rather than for each other
+RESIDENT = 1024  # threads that an SM holds, of 64 registers
 SAMPLES = 256  # of a row, by which the first warp guesses
 # words from one set of bins to the next: keys below count in 32 more, each lane in its own, those above in one
 PITCH = BINS + 64
@@ -92,12 +93,15 @@ def supports(problem: IndexTopkProblem, config: Config) -> str | None:
 
 
 def default(problem: IndexTopkProblem) -> Config:
-    """Of few queries, each gets many threads, and CTAs; many share an SM."""
+    """Of few queries, each gets many threads, and CTAs; many share an SM. Between, long rows get all SMs together."""
     if problem.m > FEW_QUERIES:
         shapes = [(128, 32, 1), (256, 32, 1), (512, 32, 1), (1024, 32, 1), (1024, 32, 2), (1024, 32, 4), (1024, 32, 8)]
+    elif problem.m <= FEW_QUERIES // 16:
+        shapes = [(512, 8, 1), (512, 16, 1), (512, 32, 1), (256, 16, 8), (512, 16, 8), (512, 32, 8), (512, 32, 16)]
     else:
-        shapes = [(512, 8, 1), (512, 16, 1), (512, 32, 1), (256, 16, 8), (512, 16, 8), (512, 32, 8)]
-        shapes.append((512, 32, 16) if problem.m <= FEW_QUERIES // 16 else (1024, 32, 8))
+        cluster = 4 if problem.m <= FEW_QUERIES // 3 else 2 if problem.m <= FEW_QUERIES * 2 // 3 else 1
+        shapes = [(512, 8, 1), (256, 32, 1), (512, 32, 1), (1024 // cluster, 32, cluster)]
+        shapes += [(512, 16, 8), (512, 32, 8), (1024, 32, 8)]
     configs = [Config(threads=t, each=e, cluster=c) for t, e, c in shapes]
     return next((c for c in configs if problem.entries <= c.capacity), configs[-1])
 
@@ -193,7 +197,7 @@ class IndexTopk:
         self.held = config.threads * config.each  # entries of a CTA
         self.words = self.held // 32  # of bits, one a thread at most
         # CTAs of an SM: 64 registers a thread, with which nothing spills
-        self.programs = 1 if variant.eager else 1024 // config.threads
+        self.programs = 1 if variant.eager else RESIDENT // config.threads
         self.ahead = SM_COUNT[arch] * self.programs // config.cluster  # queries at a time
         self.carveout = -(-100 * self.programs * 24 // 228)  # per cent of what L1 and shared memory are
 
@@ -680,21 +684,23 @@ def _fake_arguments() -> list[Any]:
     return [*_arguments((16,) * 5, (1, 1, 1, 1), (1, 1)), make_fake_stream()]
 
 
-def _variant(m: int, page_size: int) -> Variant:
-    return Variant(page=page_size, eager=m <= FEW_QUERIES)
+def _variant(m: int, page_size: int, config: Config, arch: str) -> Variant:
+    """Eager where all queries run at once: where they take turns, the next ones are on their way to L2."""
+    at_once = SM_COUNT[arch] * RESIDENT // (config.threads * config.cluster)
+    return Variant(page=page_size, eager=m <= min(FEW_QUERIES, at_once))
 
 
 def build(problem: IndexTopkProblem, config: Config, arch: str) -> Built:
     """Compiled for `arch` without a GPU. Raises ValueError for what `supports` refuses."""
     if reason := supports(problem, config):
         raise ValueError(reason)
-    kernel = IndexTopk(config, _variant(problem.m, problem.page_size), arch)
+    kernel = IndexTopk(config, _variant(problem.m, problem.page_size, config, arch), arch)
     return cross.build(kernel, *_fake_arguments(), arch=arch)
 
 
 def build_key(problem: IndexTopkProblem, config: Config) -> tuple[Any, ...]:
     """What of a problem `build` depends on."""
-    return problem.page_size, problem.m <= FEW_QUERIES
+    return tuple(_variant(problem.m, problem.page_size, config, arch) for arch in SM_COUNT)
 
 
 @functools.cache
@@ -729,7 +735,8 @@ def launch(
         (tokens, entries, k, ratio),
         (_row_stride(logits), _row_stride(block_table)),
     )
-    function = compiled(config, _variant(tokens, page_size), dispatch.target_of(out.device).arch)
+    arch = dispatch.target_of(out.device).arch
+    function = compiled(config, _variant(tokens, page_size, config, arch), arch)
     if out.device.type == "cuda":
         with torch.cuda.device(out.device):
             function(*arguments, cuda.CUstream(torch.cuda.current_stream().cuda_stream))

@@ -47,7 +47,7 @@ SPACE = {
 def default(problem: CombineProblem) -> Config:
     """One launch up to 128 tokens of six slots; a warp a tile, which waits for no other, while a search is short."""
     slots = problem.m * problem.topk
-    return Config(block_k=256, num_warps=1, search=True) if slots <= 512 else Config(search=slots <= 768)
+    return Config(block_k=256, num_warps=1, search=True) if slots <= 128 else Config(search=slots <= 768)
 
 
 def supports(problem: CombineProblem, config: Config) -> str | None:

@@ -96,8 +96,11 @@ def default(problem: IndexQueryProblem) -> Config:
     """One warp (four took twice as long): for many tokens four or eight heads at a time, for few as few columns a
     thread. What an H100 holds twice over need not be more programs: they take turns.
     """
-    many = problem.m * problem.heads >= 1 << 13 and problem.head_dim <= 256
-    config = Config(num_warps=1, lanes=(8 if problem.hadamard else 4) if many else 16)
+    heads = problem.m * problem.heads if problem.head_dim <= 256 else 0
+    lanes = 16
+    if heads >= 1 << (13 if problem.hadamard else 12):
+        lanes = 8 if problem.hadamard or heads <= 1 << 14 else 4
+    config = Config(num_warps=1, lanes=lanes)
     blocks = triton.cdiv(problem.heads, config.block_h)
     turns = max(1, min(blocks, MOST_TURNS, problem.m * blocks // PROGRAMS))
     return replace(config, turns=1 << turns.bit_length() - 1)

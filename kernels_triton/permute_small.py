@@ -37,7 +37,7 @@ SPACE = {"block_p": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)}
 
 def default(problem: PermuteProblem) -> Config:
     """Small programs while those of all slots and experts fit on a GPU at once."""
-    return Config(block_p=4 if problem.m * problem.topk <= 1024 else 16)
+    return Config(block_p=4 if problem.m * problem.topk <= 2048 else 16)
 
 
 def supports(problem: PermuteProblem, config: Config) -> str | None:

@@ -200,7 +200,7 @@ def _seeds(whole: Space, budget: Budget, winners: Sequence[Candidate], *, measur
     Measured, for three quarters of the budget: the default, earlier winners, then the model's favourites, kernel by
     kernel, with a neighbour of the default after every third.
     """
-    if not measured and registry.find(whole.default.kernel).fitted:
+    if not measured and not registry.find(whole.default.kernel).predicted:
         return (whole.default,)
     order = {c: i for i, c in enumerate(whole.candidates)}
     ranked = sorted(

@@ -6,7 +6,7 @@ import torch
 from fp4suite import registry
 from fp4suite.problem import GemmProblem
 
-FAKE = registry.Kernel("gemm_nvfp4", "fake_gemm", "tests.tuner.fake_kernel", ("sm_90a",))
+FAKE = registry.Kernel("gemm_nvfp4", "fake_gemm", "tests.tuner.fake_kernel", ("sm_90a",), predicted=True)
 
 
 @pytest.fixture(autouse=True)

@@ -562,7 +562,7 @@ def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path):
         "--op",
         "quantize_nvfp4",
         "--m",
-        "1",
+        "1,4096",
         "--trials",
         "3",
         "--quiet",
@@ -601,7 +601,7 @@ def test_a_prediction_does_not_overrule_a_default_that_was_measured():
     """Of 174 problems tuned on an H100, the winner had the default's tile in 112, that of the model's first in 41."""
     problem = GemmProblem(m=300, n=2624, k=7168, out="fp32", segments=5, order="fragments_sm90")
     whole, budget = space.of(problem, "sm_90a"), tune.BUDGETS["small"]
-    assert registry.find(whole.default.kernel).fitted
+    assert not registry.find(whole.default.kernel).predicted
     assert tune._seeds(whole, budget, [], measured=False) == (whole.default,)
     assert len(tune._seeds(whole, budget, [], measured=True)) > 1
     rows = GemmProblem(m=300, n=2624, k=7168)
