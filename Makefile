@@ -16,7 +16,7 @@ SETUP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tune bench report check lint format test test-gpu emulator-examples sweep wheel constraints clean
+.PHONY: help setup demo tune bench report check lint format test test-gpu sanitize emulator-examples sweep wheel constraints clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 20
@@ -60,6 +60,9 @@ test: $(SETUP)  ## all tests that need no GPU (they use one where it is there)
 test-gpu: $(SETUP)  ## all tests, on the GPU of this machine
 	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "test-gpu needs a GPU that PyTorch can use; here is none")'
 	$(PY) -m pytest -n 4 $(ARGS)
+
+sanitize: $(SETUP)  ## every op's kernel once under compute-sanitizer, on the GPU of this machine (10 minutes; ARGS: --op NAME)
+	compute-sanitizer --report-api-errors no --error-exitcode 1 $(PY) -m tests.one_of_each $(ARGS)
 
 emulator-examples: $(SETUP)  ## run the CuTe DSL examples of a checkout CUTLASS=PATH in ptx_emulator (ARGS: names, --schedule all)
 	$(PY) -m tests.ptx_emulator.examples --cutlass $(CUTLASS) $(ARGS)
