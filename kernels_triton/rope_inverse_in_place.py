@@ -26,7 +26,7 @@ class Config:
     """block_h heads of a token a program."""
 
     block_h: int = 8
-    num_warps: int = 4
+    num_warps: int = 1
 
 
 SPACE = {"block_h": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)}
@@ -41,7 +41,7 @@ def supports(problem: RopeInverseInPlaceProblem, config: Config) -> str | None:
 
 def default(problem: RopeInverseInPlaceProblem) -> Config:
     """Four warps a program: four numbers a thread, 16 where so many programs are there."""
-    return Config(block_h=32) if problem.m * problem.heads >= 1 << 15 else Config()
+    return Config(block_h=32 if problem.m * problem.heads >= 1 << 15 else 8, num_warps=4)
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])

@@ -1,4 +1,4 @@
-"""`python -m model check | make-checkpoint | convert | generate | bench | launches | demo`.
+"""`python -m model check | make-checkpoint | convert | generate | bench | agree | launches | demo`.
 
 Each has --help and --json (the last line of output is one JSON document). On failure each says why in one sentence and
 exits with 1.
@@ -166,6 +166,12 @@ def _launches(args: argparse.Namespace) -> dict[str, Any]:
     return run(args)
 
 
+def _agree(args: argparse.Namespace) -> dict[str, Any]:
+    from .agree import run
+
+    return run(args)
+
+
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
     from .demo import run
 
@@ -249,6 +255,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--context", type=int, default=256, help="tokens that decoding sequences have (default 256)")
     bench.add_argument("--repeats", type=int, default=5, help="timings a row (default 5)")
     runs(bench)
+
+    agree = command("agree", _agree, "How far a device's layers are from the CPU's, kind by kind.")
+    agree.add_argument("checkpoint", type=Path, metavar="DIR")
+    agree.add_argument("--tokens", type=int, default=656, help="of a random prompt (default 656)")
+    agree.add_argument("--new-tokens", type=int, default=16, help="generated greedily on both (default 16)")
+    runs(agree)
 
     launches = command("launches", _launches, "What a layer of each kind launches in a decode step.")
     launches.add_argument("--config", default="demo", metavar="NAME", help=a_config)
