@@ -62,6 +62,7 @@ from .instructions import (
     push,
     store_words,
 )
+from .overlap import OVERLAP, wait
 
 ARCH = "sm_90a"
 STREAMS = 4
@@ -266,13 +267,17 @@ class SplitFn:
     @cute.jit
     def __call__(self, fn: cute.Pointer, terms: cute.Pointer, stream: cuda.CUstream):
         self.kernel(fn.toint(), terms.toint()).launch(
-            grid=(STREAMS * self.d // GROUP, 1, 1), block=(self.rows * GROUP // 8, 1, 1), stream=stream
+            grid=(STREAMS * self.d // GROUP, 1, 1),
+            block=(self.rows * GROUP // 8, 1, 1),
+            stream=stream,
+            use_pdl=OVERLAP,
         )
 
     @cute.kernel
     def kernel(self, fn: Int64, terms: Int64):
         tidx, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
+        wait()
         cute.arch.griddepcontrol_launch_dependents()
         row, unit = tidx // 8, tidx % 8
         output = cutlass.min(row, self.outputs - 1) if cutlass.const_expr(self.rows > self.outputs) else row
@@ -882,7 +887,7 @@ def _fake_arguments() -> tuple[Any, ...]:
 def compiled_split(d: int, outputs: int) -> Any:
     """The compiled host function that makes fn's terms."""
     function, operands = SplitFn(d, outputs), (*_pointers((Float32, BFloat16), (16, 16)), make_fake_stream())
-    return cross.compiled(function, *operands, arch=ARCH, module=__name__, made_for=("fn", d, outputs))
+    return cross.compiled(function, *operands, arch=ARCH, module=__name__, made_for=("fn", d, outputs, OVERLAP))
 
 
 @functools.cache

@@ -42,6 +42,7 @@ from .instructions import (
     plus_zero,
     prefetch,
 )
+from .overlap import OVERLAP, begin
 
 BINS = 512
 FEW = 128  # keys that are ranked among each other
@@ -227,6 +228,7 @@ class IndexTopk:
             stream=stream,
             min_blocks_per_mp=self.programs,
             preferred_smem_carveout=self.carveout,
+            use_pdl=OVERLAP,
         )
 
     @cute.kernel
@@ -255,6 +257,7 @@ class IndexTopk:
         sList, sMore, sSlots = words(2 * FEW), words(2 * FEW), words(MOST_SLOTS)
         sSums, sNote = words(32 + 2 * 16), words(16)
 
+        begin()
         source = scores.toint() + Int64(row) * stride * 4
         position, sequence = mPositions[row], mIds[row]
         limit = entries  # of few queries all is read before it is known how much counts
@@ -706,7 +709,7 @@ def build_key(problem: IndexTopkProblem, config: Config) -> tuple[Any, ...]:
 @functools.cache
 def compiled(config: Config, variant: Variant, arch: str) -> Any:
     """The compiled host function, for all sizes that the config holds."""
-    kernel, made_for = IndexTopk(config, variant, arch), (config, variant)
+    kernel, made_for = IndexTopk(config, variant, arch), (config, variant, OVERLAP)
     return cross.compiled(kernel, *_fake_arguments(), arch=arch, module=__name__, made_for=made_for)
 
 

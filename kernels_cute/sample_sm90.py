@@ -53,6 +53,7 @@ from .instructions import (
     push,
     store_words,
 )
+from .overlap import OVERLAP, begin
 
 ARCH = "sm_90a"
 TYPES = {"fp32": (Float32, torch.float32), "bf16": (BFloat16, torch.bfloat16), "fp16": (Float16, torch.float16)}
@@ -336,6 +337,7 @@ class SampleSm90:
             stream=stream,
             min_blocks_per_mp=self.programs,
             preferred_smem_carveout=100,  # percent
+            use_pdl=OVERLAP,
         )
 
     @cute.kernel
@@ -368,6 +370,7 @@ class SampleSm90:
             at = (i * c.threads + tidx) * 16
             if at < 2 * LOW:
                 store_words(room["bins"] + at, zeros)
+        begin()
         if tidx == 0:  # what is asked for waits there, not in registers
             store_words(room["note"], [Uint32(0), Uint32(0), float_bits(asked[1][row]), float_bits(asked[2][row])])
         most = self.load_row(room["x"], source, n, tidx)
@@ -967,7 +970,7 @@ def _fake_arguments(x: str) -> list[Any]:
 def compiled(config: Config, x: str) -> Any:
     """The compiled host function, for all rows that the config holds."""
     kernel = SampleSm90(config, x)
-    return cross.compiled(kernel, *_fake_arguments(x), arch=ARCH, module=__name__, made_for=(config, x))
+    return cross.compiled(kernel, *_fake_arguments(x), arch=ARCH, module=__name__, made_for=(config, x, OVERLAP))
 
 
 def build(problem: SampleProblem, config: Config, arch: str | None = None) -> Built:

@@ -10,12 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .nvfp4 import AMAX_TO_ALPHA
+from .overlap import wait
 
 BLOCK = 2048
 
 
 @triton.jit(do_not_specialize=["COUNT"])
 def _alpha_of_tiles(bits_ptr, alpha_ptr, COUNT, BLOCK: tl.constexpr):
+    wait()
     most = tl.zeros([BLOCK], tl.int32)
     for start in range(0, COUNT, BLOCK):
         at = start + tl.arange(0, BLOCK)

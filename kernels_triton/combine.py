@@ -20,6 +20,7 @@ from fp4suite.problem import CombineProblem
 
 from . import host
 from .nvfp4 import narrow, widen
+from .overlap import begin
 
 LEAST_SEARCHED, MOST_SEARCHED = 32, 1024  # slots, all compared at once
 MOST_TOPK = 32
@@ -72,6 +73,7 @@ def supports(problem: CombineProblem, config: Config) -> str | None:
 
 @triton.jit(do_not_specialize=["slots"])
 def _turn_around(order_ptr, place_ptr, slots, TURN: tl.constexpr):
+    begin()
     places = tl.program_id(0) * TURN + tl.arange(0, TURN)
     slot = tl.load(order_ptr + places, mask=places < slots, other=-1)
     tl.store(place_ptr + slot, places, mask=(slot >= 0) & (slot < slots))
@@ -96,6 +98,7 @@ def _combine(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = rows < M
     cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -30,6 +30,7 @@ from fp4suite.reference import compressor
 from . import cache_rows, host
 from .hadamard import hadamard
 from .nvfp4 import CVT, LOG2E, SUM_CHUNK, exp2_times, row_sum, widen
+from .overlap import let_come, wait
 from .rope import load_angles, pair_angles, turn
 
 LANES = tl.constexpr(compressor.LANES)
@@ -360,8 +361,11 @@ def _compress_kv(
     PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
     E2M1_CVT: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr, KEPT_ROWS: tl.constexpr,
 ):  # fmt: skip
+    wait()
     if BLOCK_C < PADDED and CVT:
         tl.extra.cuda.gdc_launch_dependents()
+    else:
+        let_come()
     BLOCKS: tl.constexpr = PADDED // BLOCK_C
     cols = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     take_in(
@@ -492,6 +496,7 @@ def _finish_kv(
         )
         if CVT:
             tl.extra.cuda.gdc_wait()
+        let_come()
         entry = tl.load(pooled_ptr + program.to(tl.int64) * PADDED + tl.arange(0, PADDED)[None, :])
         _finish(
             entry, weight, cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE,
@@ -499,6 +504,7 @@ def _finish_kv(
         )  # fmt: skip
     elif CVT:
         tl.extra.cuda.gdc_wait()
+        let_come()
 
 
 def launch(

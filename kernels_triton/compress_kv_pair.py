@@ -22,6 +22,7 @@ from fp4suite.reference import CompressorStep, compressor
 
 from . import compress_kv, host
 from .compress_kv import COUNTS, entry_constants, page_of, pool_constants, programs_of, take_in
+from .overlap import begin
 
 # Of a thread. By itself ptxas stops at 168, so that three programs fit on an SM, and spills (sm_100a, `fp8_ds_mla`)
 MAX_REGISTERS = {"sm_100a": 192}
@@ -77,6 +78,7 @@ def _compress_kv_pair(
     KEY_ROPE_DIM: tl.constexpr, KEY_ROW_BYTES: tl.constexpr, KEY_SCALE_BYTES: tl.constexpr,
     KEY_PAGE_BYTES: tl.constexpr, KEY_PADDED: tl.constexpr, KEY_KEPT_ROWS: tl.constexpr,
 ):  # fmt: skip
+    begin()
     if tl.program_id(1) == 0:
         take_in(
             tl.program_id(0), tl.arange(0, PADDED), kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, weight_ptr,

@@ -19,6 +19,7 @@ from fp4suite.problem import CsaQueriesProblem
 from . import heads, host, index_query
 from .heads import turn_heads
 from .index_query import round_heads
+from .overlap import begin
 from .rope import head_strides
 
 
@@ -63,6 +64,7 @@ def _csa_queries(
     HEAD_DIM: tl.constexpr, INDEX_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
     PADDED: tl.constexpr, INDEX_BLOCK_H: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    begin()
     token, block, blocks = tl.program_id(0), tl.program_id(1), (HEADS + BLOCK_H - 1) // BLOCK_H
     if block < blocks:
         turn_heads(

@@ -17,6 +17,7 @@ from fp4suite.problem import EmbedProblem
 
 from . import host
 from .nvfp4 import narrow, widen
+from .overlap import begin
 from .rounding import CVT
 
 
@@ -43,6 +44,7 @@ def supports(problem: EmbedProblem, config: Config) -> str | None:
 def _embed(
     ids_ptr, stride_ids, weight_ptr, stride_row, out_ptr, VOCAB, K, STREAMS: tl.constexpr, BLOCK_K: tl.constexpr
 ):
+    begin()
     # int64 before the multiply: streams of a long batch pass 2**31 elements, as may the table
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)

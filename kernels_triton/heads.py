@@ -17,6 +17,7 @@ from fp4suite.problem import QnormRopeProblem, RopeInverseProblem
 
 from . import host
 from .nvfp4 import narrow, widen
+from .overlap import begin
 from .rope import head_strides, load_angles, pair_angles, refuse_heads, rms_normed, turn
 from .rounding import CVT
 
@@ -51,6 +52,7 @@ def _heads(
     x_ptr, stride_m, stride_h, positions_ptr, table_ptr, eps, out_ptr, HEADS, INVERSE: tl.constexpr,
     HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
+    begin()
     turn_heads(
         tl.program_id(0), tl.program_id(1), x_ptr, stride_m, stride_h, positions_ptr, table_ptr, eps, out_ptr, HEADS,
         INVERSE, HEAD_DIM, ROPE_DIM, BLOCK_H, PADDED,

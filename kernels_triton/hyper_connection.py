@@ -33,6 +33,7 @@ from fp4suite.problem import (
 
 from . import host
 from .nvfp4 import narrow, widen
+from .overlap import begin, let_come, wait
 from .rounding import CVT
 
 FoldProblem = HyperConnectionPreProblem | HyperConnectionHeadProblem | HyperConnectionPostPreProblem
@@ -414,6 +415,7 @@ def _sums(
     product of all streams, next to each other.
     """
     WIDTH: tl.constexpr = 8 if HEAD else 32
+    wait()
     if CVT:
         tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0) % PARTS
@@ -594,6 +596,7 @@ def _y(
     base, scale = _base_and_scale(base_ptr, scale_ptr, WIDTH)
     if CVT:
         tl.extra.cuda.gdc_wait()
+    let_come()
     for chunk in tl.static_range(CHUNKS if MADE else 0):
         cols = chunk * CHUNK + tl.arange(0, CHUNK)
         held += (_streams_at(h_at + cols, stride_n, cols < D, MANY),)
@@ -659,6 +662,7 @@ def _fold(
     elif post_ptr is not None:
         if CVT:
             tl.extra.cuda.gdc_wait()
+        let_come()
         token -= M
         sums = _sums_of(parts_ptr + token * (PARTS * WIDTH), PARTS, WIDTH)
         tokens = token + tl.arange(0, 1)
@@ -670,6 +674,7 @@ def _fold(
 @triton.jit(do_not_specialize=["M", "iterations"])
 def _sinkhorn(sums_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr, M, D, norm_eps, eps, iterations):
     """post and comb of many tokens, whose sums folds have left."""
+    begin()
     tokens = tl.program_id(0) * SINKHORN_TOKENS + tl.arange(0, SINKHORN_TOKENS).to(tl.int64)
     at = sums_ptr + tokens[:, None] * 32 + tl.arange(0, 32)[None, :]
     sums = tl.load(at, mask=(tokens < M)[:, None], other=0.0)

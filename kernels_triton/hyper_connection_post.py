@@ -18,6 +18,7 @@ from fp4suite.problem import HyperConnectionPostProblem
 from . import host
 from .hyper_connection import STREAMS, N, closed, strides
 from .nvfp4 import narrow, widen
+from .overlap import begin
 from .rounding import CVT
 
 
@@ -56,6 +57,7 @@ def _hyper_connection_post(
     D,
     BLOCK_D: tl.constexpr,
 ):
+    begin()
     blocks = (D + BLOCK_D - 1) // BLOCK_D
     # int64 before the multiply: a long batch passes 2**31 elements
     token = (tl.program_id(0) // blocks).to(tl.int64)

@@ -27,6 +27,7 @@ from fp4suite.problem import IndexLogitsProblem
 from . import host
 from .cache_rows import MX_BLOCK
 from .nvfp4 import BLOCK, e4m3_to_f32, times_e2m1, widen
+from .overlap import begin
 from .rounding import CVT
 
 
@@ -258,6 +259,7 @@ def _index_logits(
     SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, TENSOR_MEMORY: tl.constexpr, BLOCK_M: tl.constexpr,
     N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
+    begin()
     entries = tl.program_id(1) * N + tl.arange(0, N)
     cols = tl.arange(0, D)
     heads = tl.arange(0, H)

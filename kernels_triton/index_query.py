@@ -23,6 +23,7 @@ from fp4suite.problem import IndexQueryProblem
 from . import host
 from .cache_rows import FP8_FLOOR, MX_FLOOR, at_least
 from .nvfp4 import e2m1_round, e4m3_to_f32, magnitude_bits, most_of_eight, narrow, widen
+from .overlap import begin
 from .rope import head_strides, refuse_heads, turn_pairs
 from .rounding import CVT, bf16_bits, e4m3_bits, e8m0_of_6, e8m0_of_448, e8m0_reciprocal, rounded
 
@@ -129,6 +130,7 @@ def _index_query(
     FORMAT: tl.constexpr, HADAMARD: tl.constexpr, HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, LANES: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
+    begin()
     for turn in range(TURNS):
         round_heads(
             tl.program_id(0), tl.program_id(1) * TURNS + turn, q_ptr, stride_m, stride_h, positions_ptr, table_ptr,

@@ -23,6 +23,7 @@ from fp4suite.built import Built
 from fp4suite.problem import IndexTopkProblem
 
 from . import host
+from .overlap import begin, let_come, wait
 from .rounding import CVT
 
 LOWEST = tl.constexpr(-(2**31) + 0x7FFFFF)  # -inf by _order
@@ -227,6 +228,7 @@ def _maxima(
     GROUP: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, EAGER: tl.constexpr,
 ):  # fmt: skip
     """Maxima of GROUP scores, and tops of GROUP maxima unless tops_ptr is None, as far as they are visible."""
+    wait()
     if CVT:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(1).to(tl.int64)  # before the multiply: long prompts pass 2**31 scores
@@ -308,6 +310,8 @@ def _index_topk(
     COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, EAGER: tl.constexpr,
 ):  # fmt: skip
     """A query. TOP: its scores, or the maxima of the last level that is not None; MEMBERS: of K groups; WIDTH >= K."""
+    if maxima_ptr is None:
+        begin()
     # int64 before the multiply: long prompts pass 2**31 scores
     row = tl.program_id(0).to(tl.int64)
     visible = _visible(positions_ptr, sequence_ids_ptr, row, ENTRIES, ratio)
@@ -329,6 +333,7 @@ def _index_topk(
     at = tl.arange(0, TOP // columns)[:, None] * columns + tl.arange(0, columns)[None, :]
     if maxima_ptr is not None and CVT:
         tl.extra.cuda.gdc_wait()  # for the maxima
+        let_come()
     # of few queries everything is read before it is known how much can be seen
     limit = end if EAGER else count
     x = tl.load(source + at, mask=at < (_padded(limit) if ALIGNED or maxima_ptr is not None else limit), other=0.0)

@@ -20,6 +20,7 @@ from fp4suite.problem import KvNormRopeInsertProblem
 from . import cache_rows, host, normed_rows
 from .normed_rows import load_tile, load_words, widened_late, word_factors
 from .nvfp4 import widen
+from .overlap import begin
 from .rope import block_angles, load_angles, pair_angles, refuse_heads, rms_normed, turn, turn_blocks
 
 
@@ -98,6 +99,7 @@ def _kv_norm_rope_insert(
     SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr, BLOCK_M: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
+    begin()
     insert_rows(
         tl.program_id(0), kv_ptr, stride_m, weight_ptr, positions_ptr, table_ptr, eps, slots_ptr, cache_ptr, M,
         FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, BLOCK_M, PADDED,
@@ -112,6 +114,7 @@ def _by_blocks(
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """A row of BF16 to nvfp4."""
+    begin()
     tl.static_assert(FORMAT == "nvfp4" and BLOCK_M == 1)
     BLOCKS: tl.constexpr = PADDED // 16
     first = tl.program_id(0)

@@ -24,6 +24,7 @@ from fp4suite.problem import PermuteProblem
 
 from . import host
 from .nvfp4 import CVT
+from .overlap import let_come, wait
 
 MOST_EXPERTS = 2047
 COMPARED = 32  # slots that those of a block are compared with at a time
@@ -71,6 +72,7 @@ def _sort(
     ids_ptr, numbers_ptr, sorted_ptr, begins_ptr, ends_ptr, slots, E,
     BINS: tl.constexpr, BLOCK: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
+    wait()
     block = tl.program_id(0)
     bins, nth = tl.arange(0, BINS), tl.arange(0, BLOCK)
     begins_ptr += block.to(tl.int64) * BINS
@@ -128,6 +130,7 @@ def _place(
     bins, nth = tl.arange(0, BINS), tl.arange(0, BLOCK)
     if CVT:
         tl.extra.cuda.gdc_wait()
+        let_come()
     numbers = tl.load(sorted_ptr + block * BLOCK + nth)
     bases, totals = tl.load(bases_ptr + block.to(tl.int64) * BINS + bins), tl.load(totals_ptr + bins)
     first = tl.cumsum(totals, axis=0) - totals

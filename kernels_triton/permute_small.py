@@ -18,6 +18,7 @@ from fp4suite.built import Built
 from fp4suite.problem import PermuteProblem
 
 from . import host
+from .overlap import begin
 
 MOST_SLOTS = 4096  # then three launches that sort are faster; and an expert with an index fits into int32
 MOST_EXPERTS = 4096
@@ -59,6 +60,7 @@ def _rank(ids, index, slots, E):
 
 @triton.jit(do_not_specialize=["slots"])
 def _permute_small(ids_ptr, order_ptr, offsets_ptr, slots, E, BLOCK: tl.constexpr, COMPARED: tl.constexpr):
+    begin()
     own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_slot = own < slots
     ids = tl.load(ids_ptr + own, mask=is_slot, other=0)

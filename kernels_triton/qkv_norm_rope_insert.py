@@ -19,6 +19,7 @@ from fp4suite.problem import QkvNormRopeInsertProblem
 
 from . import host, kv_norm_rope_insert, normed_rows, rms_norm
 from .kv_norm_rope_insert import constants_of, empty_cache, insert_rows
+from .overlap import begin
 from .rms_norm import norm_row
 
 
@@ -72,6 +73,7 @@ def _qkv_norm_rope_insert(
     PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
     E2M1_CVT: tl.constexpr, BLOCK_M: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
+    begin()
     program = tl.program_id(0)
     inserting = tl.cdiv(M, BLOCK_M)
     if program < inserting:

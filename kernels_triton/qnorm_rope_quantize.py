@@ -20,6 +20,7 @@ from fp4suite.problem import QnormRopeQuantizeProblem
 from . import cache_rows, host, normed_rows
 from .normed_rows import load_words, widened_late, word_factors
 from .nvfp4 import widen
+from .overlap import begin
 from .rope import (
     block_angles,
     head_strides,
@@ -85,6 +86,7 @@ def _by_blocks(
     PADDED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Heads of BF16 of one token, a grid's width apart. AHEAD: of more than one the next is on its way meanwhile."""
+    begin()
     tl.static_assert(FORMAT == "nvfp4" and BLOCK_H == 1)
     BLOCKS: tl.constexpr = PADDED // 16
     token = tl.program_id(0).to(tl.int64)  # before the multiply: a long batch passes 2**31 elements
@@ -115,6 +117,7 @@ def _qnorm_rope_quantize(
     SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr, BLOCK_H: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
+    begin()
     # int64 before the multiply: a long batch passes 2**31 elements
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)

@@ -19,6 +19,7 @@ from fp4suite.reference import fp8
 
 from . import host
 from .nvfp4 import E4M3_MAX, MAGNITUDE, e4m3_encode, magnitude_bits, widen
+from .overlap import begin
 
 LEAST_AMAX = tl.constexpr(fp8.LEAST_AMAX)
 
@@ -70,6 +71,7 @@ def _quantize_fp8(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin()
     # int64 before the multiply: many tokens pass 2**31 elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_K)

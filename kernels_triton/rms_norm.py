@@ -19,6 +19,7 @@ from fp4suite.problem import RmsNormProblem
 from . import host, normed_rows
 from .normed_rows import factors, load_rows, normed_tile, pointers
 from .nvfp4 import CVT, narrow
+from .overlap import begin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,7 @@ def _rms_norm(
     x_ptr, stride_m, weight_ptr, eps, out_ptr, M, K: tl.constexpr, SUM_K: tl.constexpr, TILE_K: tl.constexpr,
     TILES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
+    begin()
     norm_row(
         tl.program_id(0), tl.program_id(1), x_ptr, stride_m, weight_ptr, eps, out_ptr, M, K, SUM_K, TILE_K, TILES, HELD
     )

@@ -19,6 +19,7 @@ from fp4suite.problem import RmsnormQuantizeProblem, Rule
 from . import amax, host, normed_rows
 from .normed_rows import factors, load_rows, normed_tile, pointers
 from .nvfp4 import magnitude_bits, store_quantized
+from .overlap import begin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,7 @@ def _rmsnorm_quantize(
     SF_BLOCKED: tl.constexpr, E2M1_CVT: tl.constexpr, BLOCK_M: tl.constexpr, SUM_K: tl.constexpr, TILE_K: tl.constexpr,
     TILES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
+    begin()
     # int64 before the multiply: a long batch passes 2**31 elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     at, weight_at = pointers(x_ptr, stride_m, weight_ptr, rows, M, BLOCK_M)

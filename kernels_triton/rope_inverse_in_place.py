@@ -17,6 +17,7 @@ from fp4suite.problem import RopeInverseInPlaceProblem
 
 from . import host
 from .nvfp4 import narrow, widen
+from .overlap import begin
 from .rope import head_strides, load_angles, pair_angles, refuse_heads, turn
 from .rounding import CVT
 
@@ -50,6 +51,7 @@ def _turn_back(
     ROPE_DIM: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """o_ptr: the first dim that is turned, of the first head."""
+    begin()
     # int64 before the multiply: a long batch passes 2**31 elements
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)

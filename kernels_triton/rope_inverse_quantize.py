@@ -18,6 +18,7 @@ from fp4suite.problem import RopeInverseQuantizeProblem, Rule
 
 from . import amax, host
 from .nvfp4 import magnitude_bits, store_quantized, widen
+from .overlap import begin
 from .rope import head_strides, refuse_heads, turn_pairs
 from .rounding import rounded
 
@@ -54,6 +55,7 @@ def _rope_inverse_quantize(
     HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, RULE: tl.constexpr, SF_BLOCKED: tl.constexpr,
     E2M1_CVT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    begin()
     # int64 before the multiply: a long batch passes 2**31 elements
     group = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -27,6 +27,7 @@ from fp4suite.reference import router
 
 from . import host
 from .nvfp4 import CVT, LOG2E, exp_neg, pair_sum, widen
+from .overlap import begin
 
 MOST_EXPERTS = 1024
 MOST_TOPK = 32
@@ -222,6 +223,7 @@ def _route(
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    begin()
     # int64 before the multiply: a long batch of logits and a large table pass 2**31 elements
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = first + tl.arange(0, ROWS)
@@ -437,6 +439,7 @@ def _route_in_lanes(
     EXPERT_BITS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """As `_route` by scores, candidates by rough keys first. A lane has what is known of one, then of one chosen."""
+    begin()
     lane = tl.arange(0, LANES)[None, :]
     added = _added(bias_ptr, E, BIASED, BLOCK_M, CHUNKS, CHUNK)
     # int64 before the multiply: a long batch of logits passes 2**31 elements

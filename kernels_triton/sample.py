@@ -25,7 +25,7 @@ from fp4suite.built import Built
 from fp4suite.problem import SampleProblem
 from fp4suite.reference.sample import MASS_BITS
 
-from . import host
+from . import host, overlap
 from .nvfp4 import LOG2E, exp2_times, widen
 
 RUNGS = 16
@@ -186,6 +186,7 @@ def _survey(
     logits_ptr, stride_m, heat_ptr, most_ptr, where_ptr, rough_ptr, V,
     CHUNK: tl.constexpr, TILE: tl.constexpr, RUNGS: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
+    overlap.begin()
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heat = tl.load(heat_ptr + row)
     lane = tl.arange(0, TILE)
@@ -332,6 +333,7 @@ def _bound(
     heat_ptr, top_p_ptr, uniform_ptr, most_ptr, where_ptr, rough_ptr, bounds_ptr, listed_ptr, out_ptr, chunks,
     CHUNKS: tl.constexpr, RUNGS: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
+    overlap.begin()
     row = tl.program_id(0).to(tl.int64)
     nth = tl.arange(0, CHUNKS)
     heat = tl.load(heat_ptr + row)
@@ -383,6 +385,7 @@ def _weigh(
     logits_ptr, stride_m, heat_ptr, bounds_ptr, mass_ptr, listed_ptr, list_ptr, V,
     CHUNK: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
+    overlap.begin()
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, TILE)
     heat = tl.load(heat_ptr + row)
@@ -582,6 +585,7 @@ def _finish(
     out_ptr, chunks, V,
     CHUNKS: tl.constexpr, LISTED: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
+    overlap.begin()
     row = tl.program_id(0).to(tl.int64)
     heat, top_p, uniform = tl.load(heat_ptr + row), tl.load(top_p_ptr + row), tl.load(uniform_ptr + row)
     if heat != 0.0:

@@ -18,6 +18,7 @@ from fp4suite.problem import SwigluProblem
 
 from . import host
 from .nvfp4 import narrow, widen
+from .overlap import begin
 from .rounding import CVT
 from .silu import MOST_BOUNDED, gated
 
@@ -51,6 +52,7 @@ def supports(problem: SwigluProblem, config: Config) -> str | None:
 
 @triton.jit(do_not_specialize=["M"])
 def _swiglu(x_ptr, stride_m, out_ptr, M, K, limit, BOUNDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    begin()
     # int64 before the multiply: a long batch passes 2**31 elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -20,6 +20,7 @@ from fp4suite.problem import Rule, SwigluQuantizeProblem
 from . import amax, host
 from .near import near_blocks
 from .nvfp4 import CVT, load_half, magnitude_bits, quantize_blocks, store_blocks
+from .overlap import begin
 from .silu import MOST_BOUNDED, gated
 
 
@@ -63,6 +64,7 @@ def _swiglu_quantize(
     BLOCK_K: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
+    begin()
     # int64 before the multiply: a long batch passes 2**31 elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     blocks = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)

@@ -1,0 +1,36 @@
+"""Programmatic dependent launch: a kernel is on the GPU, and waits, when the one before it ends.
+
+What a launch takes, a microsecond of each kernel of a decode step, then passes while the kernel before runs. Every
+kernel that is launched so begins with `begin` or `wait` and touches nothing of global memory before. The wait comes
+first, so that whatever ran before the kernel before has ended, too, when a kernel comes: the second launch of an op
+may read what the op was given at once. GEMMs read weights before they wait, so what may have written them does not
+let the next kernel come: it has `wait` alone.
+"""
+
+import triton
+import triton.language as tl
+
+from fp4suite import env
+
+OVERLAP = tl.constexpr(env.overlaps() and not triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def wait():
+    """Until the kernel before has ended, and all that it wrote can be read."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_come():
+    """The next kernel may come: for one that has waited."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def begin():
+    """`wait`; then the next kernel may come. It waits for the end of this one."""
+    wait()
+    let_come()

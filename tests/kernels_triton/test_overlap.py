@@ -1,0 +1,166 @@
+"""Launches that overlap: no kernel may touch global memory before it has waited for the one before."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kernels_triton
+from fp4suite import env
+
+FOLDER = Path(kernels_triton.__file__).parent
+# launched behind another kernel of the same op, which has waited: they wait where they need what that one makes
+SECOND = {"_finish_kv", "_fold", "_scan", "_place", "_index_topk"}
+WAITS_ALONE = {"_quantize_nvfp4", "_alpha_of_tiles"}  # make what a GEMM may read before it waits
+LEADS = {"_compress_kv", "_maxima", "_sort", "_sums"}  # wait, then let the second kernel of their op come
+
+OVERLAPPED = """
+import re, sys
+from fp4suite import problem, registry
+from kernels_cute import index_topk
+from kernels_triton import quantize_nvfp4, rms_norm, route, swiglu
+
+PROBLEMS = [
+    (rms_norm, problem.RmsNormProblem(m=4, k=512)),
+    (swiglu, problem.SwigluProblem(m=4, k=256)),
+    (route, problem.RouteProblem(m=4, experts=16, topk=4, choice="table")),
+    (quantize_nvfp4, problem.QuantizeProblem(m=4, k=512)),
+    (index_topk, problem.IndexTopkProblem(m=4, entries=512, topk=32, page_size=64)),
+]
+for module, p in PROBLEMS:
+    for arch in ("sm_90a", "sm_100a"):
+        ptx = module.build(p, registry.default_config(module, p), arch).ptx
+        first = re.search(r"\\b(ld|st|red|atom|cp|prefetch)[.\\w]*\\.global", ptx).start()
+        lets = ptx.find("griddepcontrol.launch_dependents")
+        assert 0 <= ptx.find("griddepcontrol.wait") < first, (p, arch)
+        assert (lets == -1) == (module is quantize_nvfp4), (p, arch)
+        assert lets == -1 or ptx.find("griddepcontrol.wait") < lets, (p, arch)
+print("in order")
+"""
+
+CHAINS = """
+import torch
+from fp4suite import ops
+from kernels_triton.overlap import OVERLAP
+
+assert OVERLAP.value
+gen = torch.Generator(device="cuda").manual_seed(0)
+random = lambda *shape: torch.randn(shape, generator=gen, device="cuda")
+table, weight = random(512, 1024).bfloat16(), random(1024).bfloat16()
+fn, base, scale = random(24, 4096), random(24), random(3)
+alpha = torch.tensor(0.01, device="cuda")
+
+def chain(ids):
+    h = ops.embed(ids, table, streams=4)
+    y, post, comb = ops.hyper_connection_pre(h, fn, base, scale, weight, norm_eps=1e-6, eps=1e-6, iterations=20)
+    n = ops.rms_norm(y, weight, 1e-6)
+    q = ops.rmsnorm_quantize(n, weight, 1e-6, alpha=alpha)
+    a = ops.quantize_nvfp4(n, alpha=alpha)
+    h = ops.hyper_connection_post(n, h, post, comb)
+    f = ops.quantize_fp8(h[:, 1])
+    s = ops.swiglu(torch.stack([y, n], 1).flatten(1).float())
+    return [h, y, n, q.data, q.sf.view(torch.uint8), a.data, a.sf.view(torch.uint8), f.data.view(torch.uint8), s]
+
+def bits(tensors):
+    return [t.clone().view(torch.uint8) for t in tensors]
+
+for m in (1, 5, 64, 700):
+    ids = torch.randint(512, (m,), generator=gen, device="cuda")
+    chain(ids)  # compiles
+    torch.cuda.synchronize()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = chain(ids)
+    for turn in range(50):
+        ids.copy_(torch.randint(512, (m,), generator=gen, device="cuda"))
+        graph.replay()
+        got = bits(out)
+        torch.cuda.synchronize()
+        wanted = []
+        with torch.cuda.stream(stream):
+            wanted = bits(chain(ids))
+        torch.cuda.synchronize()
+        for i, (a, b) in enumerate(zip(got, wanted)):
+            assert torch.equal(a, b), (m, turn, i)
+        if turn % 10 == 0:  # one kernel at a time: every launch is waited for
+            torch.cuda.synchronize()
+            from fp4suite import reference
+            assert torch.equal(out[2], reference.rms_norm(out[1], weight, 1e-6)), (m, turn)
+            assert torch.equal(out[5], reference.quantize_nvfp4(out[2], alpha=alpha).data), (m, turn)
+            assert torch.equal(out[3], reference.rmsnorm_quantize(out[2], weight, 1e-6, alpha=alpha).data), (m, turn)
+print("equal")
+"""
+
+
+def entry_points() -> dict[str, ast.FunctionDef]:
+    """Functions of device code that no other names: those that the host launches."""
+    defined: dict[str, ast.FunctionDef] = {}
+    named: set[str] = set()
+    for path in sorted(FOLDER.glob("*.py")):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        own = {n.name: n for n in body if isinstance(n, ast.FunctionDef) and jitted(n)}
+        imported = {x.name: n.module for n in body if isinstance(n, ast.ImportFrom) and n.level for x in n.names}
+        defined |= {f"{path.stem}.{name}": node for name, node in own.items()}
+        for n in (n for node in own.values() for n in ast.walk(node)):
+            if isinstance(n, ast.Name):  # called, or given to a reduction
+                named.add(f"{path.stem if n.id in own else imported.get(n.id)}.{n.id}")
+            elif isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name):
+                named.add(f"{n.value.id}.{n.attr}")
+    return {name: node for name, node in defined.items() if name not in named}
+
+
+def jitted(node: ast.FunctionDef) -> bool:
+    return any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+
+
+ENTRY_POINTS = entry_points()
+
+
+def test_entry_points_are_the_kernels():
+    assert {"rms_norm._rms_norm", "sample._survey", "permute._sort", "amax._alpha_of_tiles"} <= ENTRY_POINTS.keys()
+    assert len(ENTRY_POINTS) >= 41
+    assert {node.name for node in ENTRY_POINTS.values()} >= SECOND | WAITS_ALONE | LEADS
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_every_kernel_waits_first(name: str):
+    node = ENTRY_POINTS[name]
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    if node.name in SECOND:
+        assert "gdc_wait" in ast.unparse(node) or node.name == "_fold", name  # `_y` of a fold waits
+        return
+    statements = [s for s in body if not isinstance(s, ast.AnnAssign)]  # constants of the compilation
+    first = ast.unparse(statements[0])
+    assert first in (("wait()",) if node.name in WAITS_ALONE | LEADS else ("begin()", "overlap.begin()")), first
+    assert ("launch_dependents" in ast.unparse(node)) == (node.name in LEADS), name
+
+
+def overlapped(script: str) -> str:
+    """Output of a process in which launches overlap and nothing is interpreted."""
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"FP4SUITE_OVERLAP": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_in_machine_code_too_nothing_comes_before_the_wait():
+    assert "in order" in overlapped(OVERLAPPED)
+
+
+@pytest.mark.gpu
+def test_chains_of_kernels_have_the_bits_of_kernels_one_by_one():
+    assert "equal" in overlapped(CHAINS)
+
+
+def test_the_variable(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("FP4SUITE_OVERLAP", raising=False)
+    assert not env.overlaps()
+    monkeypatch.setenv("FP4SUITE_OVERLAP", "1")
+    assert env.overlaps()
+    monkeypatch.setenv("FP4SUITE_OVERLAP", "yes")
+    with pytest.raises(ValueError, match=re.escape("FP4SUITE_OVERLAP must be 0 or 1, got 'yes'")):
+        env.overlaps()
