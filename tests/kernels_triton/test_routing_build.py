@@ -91,6 +91,7 @@ def test_candidates_in_lanes(turns, pool):
     code = re.findall(r"/\*[0-9a-f]{4}\*/\s+(.*?);", built.sass(b))
     found = [re.search(r"LDG\.E\.128|REDUX|BAR|STS|LDS|EXIT", line) for line in code]
     marks = [mark[0] for mark in found if mark]
+    marks = marks[marks.index("LDG.E.128") :]  # a program without a token may leave before
     loads = marks.index("REDUX") if turns == 1 else 6
     assert marks[:loads] == ["LDG.E.128"] * 6
     rounds = [i for i, mark in enumerate(marks) if mark == "REDUX"]
