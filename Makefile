@@ -11,6 +11,8 @@ PEERS ?=
 ARGS ?=
 CUTLASS ?=
 
+NEEDS_GPU = $(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "$@ needs a GPU that PyTorch can use; here is none")'
+
 ifeq ($(PY),$(VENV)/bin/python)
 SETUP := $(VENV)/.installed
 endif
@@ -58,10 +60,11 @@ test: $(SETUP)  ## all tests that need no GPU (they use one where it is there)
 	PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(ARGS)
 
 test-gpu: $(SETUP)  ## all tests, on the GPU of this machine
-	@$(PY) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "test-gpu needs a GPU that PyTorch can use; here is none")'
+	@$(NEEDS_GPU)
 	$(PY) -m pytest -n 4 $(ARGS)
 
-sanitize: $(SETUP)  ## every op's kernel once under compute-sanitizer, on the GPU of this machine (10 minutes; ARGS: --op NAME)
+sanitize: $(SETUP)  ## every op's kernel once under compute-sanitizer, on the GPU of this machine (ARGS: --op NAME, --m 3,300)
+	@$(NEEDS_GPU)
 	compute-sanitizer --report-api-errors no --error-exitcode 1 $(PY) -m tests.one_of_each $(ARGS)
 
 emulator-examples: $(SETUP)  ## run the CuTe DSL examples of a checkout CUTLASS=PATH in ptx_emulator (ARGS: names, --schedule all)

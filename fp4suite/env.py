@@ -5,7 +5,7 @@ FP4SUITE_CACHE_DIR   where compiled results and logs are kept; default: the user
 FP4SUITE_KEEP        0: kernels of CuTe DSL are compiled in every process, not kept in the cache and loaded from there
 FP4SUITE_BATCH_INVARIANT
                      1: results of a row do not depend on the other rows (`fp4suite.batch_invariant`)
-FP4SUITE_OVERLAP     1: kernels are launched while the ones before them run, and wait on the GPU for their end
+FP4SUITE_OVERLAP     1: kernels of ops are launched while the ones before run, and wait on the GPU; not measured yet
 FP4SUITE_COMMIT      the commit that results name where the sources are no git checkout (a copy, an installed wheel)
 """
 

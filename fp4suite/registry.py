@@ -34,7 +34,8 @@ class Kernel:
 
     exact: any config gives the reference's bytes, row by row.
     any_m: `supports` says the same of every m.
-    predicted: without a GPU the cost model chooses its config; else its default, which goes by measured times.
+    predicted: without a GPU the cost model chooses its config; else its default, which goes by times
+    measured on an H100.
     """
 
     op: str
@@ -63,25 +64,13 @@ KERNELS: list[Kernel] = [
     Kernel("quantize_fp8", "triton_quantize_fp8", "kernels_triton.quantize_fp8", _BOTH, exact=True),
     Kernel("qnorm_rope", "triton_qnorm_rope", "kernels_triton.qnorm_rope", _BOTH, exact=True),
     Kernel(
-        "qnorm_rope_quantize",
-        "triton_qnorm_rope_quantize",
-        "kernels_triton.qnorm_rope_quantize",
-        _BOTH,
-        exact=True,
+        "qnorm_rope_quantize", "triton_qnorm_rope_quantize", "kernels_triton.qnorm_rope_quantize", _BOTH, exact=True
     ),
     Kernel(
-        "kv_norm_rope_insert",
-        "triton_kv_norm_rope_insert",
-        "kernels_triton.kv_norm_rope_insert",
-        _BOTH,
-        exact=True,
+        "kv_norm_rope_insert", "triton_kv_norm_rope_insert", "kernels_triton.kv_norm_rope_insert", _BOTH, exact=True
     ),
     Kernel(
-        "qkv_norm_rope_insert",
-        "triton_qkv_norm_rope_insert",
-        "kernels_triton.qkv_norm_rope_insert",
-        _BOTH,
-        exact=True,
+        "qkv_norm_rope_insert", "triton_qkv_norm_rope_insert", "kernels_triton.qkv_norm_rope_insert", _BOTH, exact=True
     ),
     Kernel("rope_inverse", "triton_rope_inverse", "kernels_triton.rope_inverse", _BOTH, exact=True),
     Kernel("rope_inverse_", "triton_rope_inverse_in_place", "kernels_triton.rope_inverse_in_place", _BOTH, exact=True),
@@ -101,10 +90,7 @@ KERNELS: list[Kernel] = [
     Kernel("index_topk", "cute_index_topk", "kernels_cute.index_topk", _BOTH, exact=True),
     Kernel("index_topk", "triton_index_topk", "kernels_triton.index_topk", _BOTH, exact=True),
     Kernel(
-        "hyper_connection_pre",
-        "cute_hyper_connection_pre_sm90",
-        "kernels_cute.hyper_connection_pre_sm90",
-        ("sm_90a",),
+        "hyper_connection_pre", "cute_hyper_connection_pre_sm90", "kernels_cute.hyper_connection_pre_sm90", ("sm_90a",)
     ),
     Kernel("hyper_connection_pre", "triton_hyper_connection_pre", "kernels_triton.hyper_connection_pre", _BOTH),
     Kernel(
@@ -120,12 +106,7 @@ KERNELS: list[Kernel] = [
         "kernels_cute.hyper_connection_head_sm90",
         ("sm_90a",),
     ),
-    Kernel(
-        "hyper_connection_head",
-        "triton_hyper_connection_head",
-        "kernels_triton.hyper_connection_head",
-        _BOTH,
-    ),
+    Kernel("hyper_connection_head", "triton_hyper_connection_head", "kernels_triton.hyper_connection_head", _BOTH),
     Kernel(
         "hyper_connection_post_pre",
         "cute_hyper_connection_post_pre_sm90",
@@ -144,24 +125,12 @@ KERNELS: list[Kernel] = [
     Kernel("combine", "triton_combine", "kernels_triton.combine", _BOTH, exact=True),
     Kernel("sample", "cute_sample_sm90", "kernels_cute.sample_sm90", ("sm_90a",), exact=True),
     Kernel("sample", "triton_sample", "kernels_triton.sample", _BOTH, exact=True),
-    Kernel(
-        "gemm_nvfp4",
-        "cute_gemm_nvfp4_sm90_wgmma",
-        "kernels_cute.gemm_nvfp4_sm90_wgmma",
-        ("sm_90a",),
-        any_m=True,
-    ),
+    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_wgmma", "kernels_cute.gemm_nvfp4_sm90_wgmma", ("sm_90a",), any_m=True),
     Kernel(
         "gemm_nvfp4", "cute_gemm_nvfp4_sm90_skinny", "kernels_cute.gemm_nvfp4_sm90_skinny", ("sm_90a",), predicted=True
     ),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90", "kernels_cute.gemm_nvfp4_sm90", ("sm_90a",), predicted=True),
-    Kernel(
-        "gemm_nvfp4",
-        "cute_gemm_nvfp4_sm90_fp8",
-        "kernels_cute.gemm_nvfp4_sm90_fp8",
-        ("sm_90a",),
-        any_m=True,
-    ),
+    Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm90_fp8", "kernels_cute.gemm_nvfp4_sm90_fp8", ("sm_90a",), any_m=True),
     Kernel("gemm_nvfp4", "cute_gemm_nvfp4_sm100", "kernels_cute.gemm_nvfp4_sm100", ("sm_100a",), predicted=True),
 ]
 

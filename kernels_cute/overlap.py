@@ -7,8 +7,14 @@ from fp4suite import env
 OVERLAP = env.overlaps()  # of a launch: `use_pdl`; of a compiled function: what it is made for
 
 
-def begin() -> None:
-    """Waits for the end of the kernel before; then the next one may come, and wait for the end of this one."""
+def wait() -> None:
+    """For the end of the kernel before, and all that it wrote."""
     if OVERLAP:
         cute.arch.griddepcontrol_wait()
+
+
+def begin() -> None:
+    """`wait`; then the next kernel may come, and wait for the end of this one."""
+    wait()
+    if OVERLAP:
         cute.arch.griddepcontrol_launch_dependents()

@@ -29,8 +29,8 @@ from fp4suite.reference import compressor
 
 from . import cache_rows, host
 from .hadamard import hadamard
-from .nvfp4 import CVT, LOG2E, SUM_CHUNK, exp2_times, row_sum, widen
-from .overlap import let_come, wait
+from .nvfp4 import LOG2E, SUM_CHUNK, exp2_times, row_sum, widen
+from .overlap import begin
 from .rope import load_angles, pair_angles, turn
 
 LANES = tl.constexpr(compressor.LANES)
@@ -361,11 +361,7 @@ def _compress_kv(
     PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr,
     E2M1_CVT: tl.constexpr, PADDED: tl.constexpr, BLOCK_C: tl.constexpr, KEPT_ROWS: tl.constexpr,
 ):  # fmt: skip
-    wait()
-    if BLOCK_C < PADDED and CVT:
-        tl.extra.cuda.gdc_launch_dependents()
-    else:
-        let_come()
+    begin(FOLLOWED=BLOCK_C < PADDED)
     BLOCKS: tl.constexpr = PADDED // BLOCK_C
     cols = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     take_in(
@@ -494,17 +490,14 @@ def _finish_kv(
         slot, cos, sin = _of_entry(
             token, position, slots_ptr, sequence_ids_ptr, table_ptr, POSITIONS, RATIO, TURNED, HEAD_DIM, PADDED
         )
-        if CVT:
-            tl.extra.cuda.gdc_wait()
-        let_come()
+        begin(FOLLOWS=True)
         entry = tl.load(pooled_ptr + program.to(tl.int64) * PADDED + tl.arange(0, PADDED)[None, :])
         _finish(
             entry, weight, cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE,
             ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
         )  # fmt: skip
-    elif CVT:
-        tl.extra.cuda.gdc_wait()
-        let_come()
+    else:
+        begin(FOLLOWS=True)
 
 
 def launch(
@@ -545,8 +538,7 @@ def launch(
     )  # fmt: skip
     if pooled is not None:
         operands = (pooled, weight, table, eps, cache.data, *rows, slots, *counts)
-        options = {"num_warps": FINISH_WARPS, **host.OPTIONS, **({"launch_pdl": True} if CVT else {})}
-        _finish_kv[(programs,)](*operands, **constants, **options)
+        _finish_kv[(programs,)](*operands, **constants, num_warps=FINISH_WARPS, **host.FOLLOWING)
 
 
 def programs_of(tokens: int, sequences: int, ratio: int, overlaps: int) -> int:

@@ -12,14 +12,16 @@ from triton.compiler import ASTSource
 from fp4suite import arch as archs
 from fp4suite.built import Built
 
-from .overlap import OVERLAP
+from .overlap import COMPILED, OVERLAP
 
 CAPABILITY = {"sm_90a": 90, "sm_100a": 100}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SF_ROWS, SF_COLUMNS = 128, 64  # m and k are padded to these where scales are blocked_128x4
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}  # a multiply-add of the compiler's own would change bytes
+# of a kernel that is launched beside the one before, and waits for it: `overlap`
+FOLLOWING = OPTIONS | ({"launch_pdl": True} if COMPILED.value else {})
 if OVERLAP.value:
-    OPTIONS["launch_pdl"] = True  # so every kernel has to begin with `overlap.begin` or `wait`
+    OPTIONS = FOLLOWING
 LEAST, MOST = 8, 64  # elements of a tile one thread may hold
 
 

@@ -33,7 +33,7 @@ from fp4suite.problem import (
 
 from . import host
 from .nvfp4 import narrow, widen
-from .overlap import OVERLAP, begin, let_come
+from .overlap import begin
 from .rounding import CVT
 
 FoldProblem = HyperConnectionPreProblem | HyperConnectionHeadProblem | HyperConnectionPostPreProblem
@@ -256,8 +256,10 @@ def _output(place):
 
 
 @triton.jit
-def _fn_at(fn_ptr, part, D, TERMS: tl.constexpr, JOINED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Where fn has the columns of a part, of all streams next to each other or of the first; what of it is there."""
+def _factors_of_part(
+    fn_ptr, part, D, TERMS: tl.constexpr, JOINED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """What fn has in the columns of a part: factors of all streams, next to each other, or of each."""
     PADDED: tl.constexpr = 16 if HEAD else 32  # what tl.dot takes at least
     column = tl.arange(0, 4 * PADDED if TERMS == 4 else PADDED)
     output, is_output = _output(column % PADDED)
@@ -265,37 +267,11 @@ def _fn_at(fn_ptr, part, D, TERMS: tl.constexpr, JOINED: tl.constexpr, HEAD: tl.
     FLAT: tl.constexpr = N * BLOCK_D if JOINED else BLOCK_D  # columns of a product
     cols = part * BLOCK_D + tl.arange(0, FLAT) % BLOCK_D
     at = fn_ptr + output[:, None] * (N * D) + (tl.arange(0, FLAT) // BLOCK_D * D + cols)[None, :]
-    return at, is_output[:, None] & (cols < D)[None, :]
-
-
-@triton.jit
-def _factors_of_part(
-    fn_ptr, part, D, TERMS: tl.constexpr, JOINED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """What fn has in the columns of a part: factors of all streams, next to each other, or of each."""
-    at, inside = _fn_at(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
+    inside = is_output[:, None] & (cols < D)[None, :]
     factors = _nothing()
     for k in tl.static_range(1 if JOINED else N):
         fn = _wide(tl.load(at + k * D, mask=inside, other=0.0))
         factors += (_factors(fn, TERMS),)
-    return factors
-
-
-@triton.jit
-def _fn_of_part(fn_ptr, part, D, TERMS: tl.constexpr, JOINED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What `_all_factors` makes the same of, when it is there."""
-    at, inside = _fn_at(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
-    fn = _nothing()
-    for k in tl.static_range(1 if JOINED else N):
-        fn += (tl.load(at + k * D, mask=inside, other=0.0),)
-    return fn
-
-
-@triton.jit
-def _all_factors(fn, TERMS: tl.constexpr):
-    factors = _nothing()
-    for k in tl.static_range(len(fn)):
-        factors += (_factors(_wide(fn[k]), TERMS),)
     return factors
 
 
@@ -436,27 +412,20 @@ def _sums(
     AHEAD: tl.constexpr,
 ):
     """A row of parts is WIDTH numbers: the sum of squares, pre from 1 on, post from 8 and comb from 16. JOINED: one
-    product of all streams, next to each other. Where launches overlap, fn comes while the kernel before runs.
+    product of all streams, next to each other.
     """
+    begin(FOLLOWED=True)
     WIDTH: tl.constexpr = 8 if HEAD else 32
-    if CVT and not OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0) % PARTS
     place, row = tl.arange(0, 16 if HEAD else 32), tl.arange(0, BLOCK_M)
     # int64 before the multiply: a long batch passes 2**31 elements
     first = tl.program_id(0) // PARTS * tl.full([], BLOCK_M, tl.int64)
     if AHEAD:
-        if OVERLAP:
-            fn = _fn_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
-            begin()
         streams, site = _read(
             part, first, h_ptr, stride_m, stride_n, y_ptr, stride_y, post_ptr, comb_ptr, M, D, POST, JOINED, WHOLE,
             BLOCK_M, BLOCK_D,
         )  # fmt: skip
-        if OVERLAP:
-            factors = _all_factors(fn, TERMS)
-        else:
-            factors = _factors_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
+        factors = _factors_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
         total = _part_of(
             factors, streams, site, part, first, out_ptr, M, D, TERMS, POST, JOINED, HEAD, WHOLE, BLOCK_M, BLOCK_D
         )  # fmt: skip
@@ -464,7 +433,6 @@ def _sums(
         tl.store(at, total, mask=(row < M - first)[:, None] & (place < WIDTH)[None, :])
     else:
         factors = _factors_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
-        begin()
         for block in range(tl.program_id(0) // PARTS, (M + BLOCK_M - 1) // BLOCK_M, GROUPS):
             start = block * tl.full([], BLOCK_M, tl.int64)
             streams, site = _read(
@@ -624,9 +592,7 @@ def _y(
         if weight_ptr is not None:
             weights += (tl.load(weight_ptr + cols, mask=cols < D, other=0.0),)
     base, scale = _base_and_scale(base_ptr, scale_ptr, WIDTH)
-    if CVT:
-        tl.extra.cuda.gdc_wait()
-    let_come()
+    begin(FOLLOWS=True)
     for chunk in tl.static_range(CHUNKS if MADE else 0):
         cols = chunk * CHUNK + tl.arange(0, CHUNK)
         held += (_streams_at(h_at + cols, stride_n, cols < D, MANY),)
@@ -690,9 +656,7 @@ def _fold(
             y_ptr + token * D, sums_at, D, norm_eps, eps, MADE, PARTS, WIDTH, CHUNK, CHUNKS, MANY,
         )  # fmt: skip
     elif post_ptr is not None:
-        if CVT:
-            tl.extra.cuda.gdc_wait()
-        let_come()
+        begin(FOLLOWS=True)
         token -= M
         sums = _sums_of(parts_ptr + token * (PARTS * WIDTH), PARTS, WIDTH)
         tokens = token + tl.arange(0, 1)
@@ -727,7 +691,6 @@ def launch(
     """y [tokens, d], and post and comb if out has room for them, of h [tokens, 4, d].
 
     site: a site's output y, post and comb, and room for the streams that it leaves of h: these are then folded.
-    fn may be read before earlier work on the stream has ended, where launches overlap (`overlap`).
     """
     tokens, weights, numbers, made = h.shape[0], (base, scale, weight), (norm_eps, eps, iterations), site is not None
     few = tokens <= FEW
@@ -790,7 +753,7 @@ def launch_fold(
     sinkhorn = len(out) == 3
     y, post, comb = out if sinkhorn else (*out, None, None)
     operands = (h, *strides(h), parts, *weights, y, post, comb, sums, tokens, d, *numbers)
-    options = {"num_warps": config.fold_warps, **host.OPTIONS, **({"launch_pdl": True} if CVT else {})}
+    options = {"num_warps": config.fold_warps, **host.FOLLOWING}
     constants = {"MADE": made, **_fold_constants(parts.shape[2], d, config), "MANY": tokens > FEW}
     _fold[(fold_programs(tokens, sinkhorn=sinkhorn),)](*operands, **constants, **options)
 

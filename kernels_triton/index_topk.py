@@ -23,8 +23,7 @@ from fp4suite.built import Built
 from fp4suite.problem import IndexTopkProblem
 
 from . import host
-from .overlap import begin, let_come, wait
-from .rounding import CVT
+from .overlap import begin
 
 LOWEST = tl.constexpr(-(2**31) + 0x7FFFFF)  # -inf by _order
 HIGHEST = tl.constexpr(0x7F800000)  # +inf
@@ -228,9 +227,7 @@ def _maxima(
     GROUP: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr, EAGER: tl.constexpr,
 ):  # fmt: skip
     """Maxima of GROUP scores, and tops of GROUP maxima unless tops_ptr is None, as far as they are visible."""
-    wait()
-    if CVT:
-        tl.extra.cuda.gdc_launch_dependents()
+    begin(FOLLOWED=True)
     row = tl.program_id(1).to(tl.int64)  # before the multiply: long prompts pass 2**31 scores
     visible = _visible(positions_ptr, sequence_ids_ptr, row, ENTRIES, ratio)
     COUNT: tl.constexpr = TILE // GROUP
@@ -331,9 +328,8 @@ def _index_topk(
 
     columns: tl.constexpr = min(TOP, COLUMNS)
     at = tl.arange(0, TOP // columns)[:, None] * columns + tl.arange(0, columns)[None, :]
-    if maxima_ptr is not None and CVT:
-        tl.extra.cuda.gdc_wait()  # for the maxima
-        let_come()
+    if maxima_ptr is not None:
+        begin(FOLLOWS=True)
     # of few queries everything is read before it is known how much can be seen
     limit = end if EAGER else count
     x = tl.load(source + at, mask=at < (_padded(limit) if ALIGNED or maxima_ptr is not None else limit), other=0.0)
@@ -398,9 +394,7 @@ def launch(
     rows = block_table, host.row_stride(block_table), positions, sequence_ids
     constants = _constants(tokens, entries, k, page_size, aligned, config)
     options = _options(constants, archs.of(out.device), config)
-    _index_topk[(tokens,)](
-        logits, stride, *maxima, *rows, out, entries, k, ratio, **constants, **options, **host.OPTIONS
-    )
+    _index_topk[(tokens,)](logits, stride, *maxima, *rows, out, entries, k, ratio, **constants, **options)
 
 
 def warm(problem: IndexTopkProblem, config: Config) -> None:
@@ -463,9 +457,9 @@ def _constants(m: int, entries: int, k: int, page_size: int, aligned: bool, conf
     }
 
 
-def _options(constants: dict[str, Any], arch: str, config: Config) -> dict[str, int]:
+def _options(constants: dict[str, Any], arch: str, config: Config) -> dict[str, Any]:
     most = min(65536 // (32 * config.num_warps), 255)
     if arch in REGISTERS and not constants["MEMBERS"] and not constants["EAGER"]:  # few rows need not share an SM
         most = min(REGISTERS[arch][constants["TOP"] > 32 * 32 * config.num_warps], most)
     options = {"num_warps": config.num_warps, "maxnreg": most}
-    return options | ({"launch_pdl": True} if CVT and constants["MEMBERS"] else {})
+    return options | (host.FOLLOWING if constants["MEMBERS"] else host.OPTIONS)

@@ -23,8 +23,7 @@ from fp4suite.built import Built
 from fp4suite.problem import PermuteProblem
 
 from . import host
-from .nvfp4 import CVT
-from .overlap import let_come, wait
+from .overlap import begin, let_come, wait
 
 MOST_EXPERTS = 2047
 COMPARED = 32  # slots that those of a block are compared with at a time
@@ -80,8 +79,7 @@ def _sort(
     numbers_ptr += block * BLOCK
     sorted_ptr += block * BLOCK
     own = _numbers(ids_ptr, block * BLOCK + nth, slots, E, BLOCK)
-    if CVT:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_come(FOLLOWED=True)
     tl.store(numbers_ptr + nth, own)
     tl.store(begins_ptr + bins, tl.zeros((BINS,), tl.int16))
     tl.store(ends_ptr + bins, tl.zeros((BINS,), tl.int16))
@@ -107,9 +105,8 @@ def _scan(
 ):  # fmt: skip
     bins = tl.program_id(0) * SCANNED_BINS + tl.arange(0, SCANNED_BINS)
     total = tl.full((SCANNED_BINS,), 0, tl.int32)
-    if CVT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    let_come(FOLLOWED=True)  # which touches nothing before it has waited for this one
+    wait(FOLLOWS=True)
     for start in range(0, blocks, SCANNED):
         block = start + tl.arange(0, SCANNED)
         inside = (block < blocks)[:, None]
@@ -128,9 +125,7 @@ def _place(
 ):  # fmt: skip
     block = tl.program_id(0)
     bins, nth = tl.arange(0, BINS), tl.arange(0, BLOCK)
-    if CVT:
-        tl.extra.cuda.gdc_wait()
-        let_come()
+    begin(FOLLOWS=True)
     numbers = tl.load(sorted_ptr + block * BLOCK + nth)
     bases, totals = tl.load(bases_ptr + block.to(tl.int64) * BINS + bins), tl.load(totals_ptr + bins)
     first = tl.cumsum(totals, axis=0) - totals
@@ -162,7 +157,7 @@ def launch(topk_ids: Tensor, experts: int, out: tuple[Tensor, Tensor], config: C
     )
     for kernel, programs, operands in launches:
         constants = _constants(kernel, experts, config)
-        options = host.OPTIONS | ({"launch_pdl": True} if CVT and kernel is not _sort else {})
+        options = host.OPTIONS if kernel is _sort else host.FOLLOWING
         kernel[(programs,)](*operands, **constants, num_warps=_warps(kernel, config), **options)
 
 

@@ -8,7 +8,7 @@ a device that computes what the CPU does is as near to it as the CPU is.
 import argparse
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .checkpoint import load
 from .checkpoint.load import default_act_format
 from .config import ModelConfig
 from .generate import Sampling, generate
-from .runtime import pick_device, reference_where_no_kernel, text_table
+from .runtime import expect_positions, pick_device, reference_where_no_kernel, text_table
 from .transformer import Layer, Site, Transformer
 
 PARTS = ("attention", "experts", "streams")  # outputs of a layer's two blocks; the streams that it leaves behind
@@ -30,6 +30,7 @@ CHUNK = 256  # tokens of a prefill step
 DECODED = 16  # tokens, one a step
 
 Outputs = tuple[Tensor, Tensor, Tensor]  # of PARTS
+Formats = tuple[KVFormat, IndexFormat]  # of cache rows and indexer keys
 
 
 @dataclass(slots=True)
@@ -55,18 +56,17 @@ class Share:
         return {name: (getattr(self, name) / self.exact) ** 0.5 for name in names}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Side:
-    """A model, its caches, and the step that it is in."""
+    """A model, its caches, and the sequence in them."""
 
     model: Transformer
     cache: KVCache
-    slots: list[int] = field(default_factory=list)
+    sequence: int
 
     def prepare(self, ids: Sequence[int]) -> Batch:
-        if not self.slots:
-            self.slots = [self.cache.open()]
-        return self.cache.prepare([(self.slots[0], list(ids))])
+        """The step of the sequence's next tokens."""
+        return self.cache.prepare([(self.sequence, list(ids))])
 
     def layer(self, index: int, h: Tensor, last: Site | None, batch: Batch) -> tuple[Tensor, Site, Tensor]:
         """Streams and open site behind the layer, and its attention's output."""
@@ -125,21 +125,25 @@ def prompt(config: ModelConfig, tokens: int, seed: int = 0) -> list[int]:
 
 def in_steps(ids: Sequence[int]) -> list[list[int]]:
     """A prefill in chunks, then DECODED tokens one by one."""
-    prefill = list(ids[: -DECODED or None])
-    chunks = [prefill[i : i + CHUNK] for i in range(0, len(prefill), CHUNK)]
-    return chunks + [[token] for token in ids[len(prefill) :]]
+    prefill, decoded = ids[:-DECODED], ids[-DECODED:]
+    chunks = [list(prefill[i : i + CHUNK]) for i in range(0, len(prefill), CHUNK)]
+    return chunks + [[token] for token in decoded]
 
 
-def side(
-    model: Transformer, tokens: int, kv_format: KVFormat, index_format: IndexFormat, device: torch.device | str
-) -> Side:
-    """A model with an empty cache for a sequence of `tokens`."""
-    cache = KVCache(model.config, max_tokens=tokens, kv_format=kv_format, index_format=index_format, device=device)
-    return Side(model, cache)
+def empty_cache(model: Transformer, tokens: int, formats: Formats, device: torch.device | str) -> KVCache:
+    """For a sequence of `tokens`."""
+    kv, index = formats
+    return KVCache(model.config, max_tokens=tokens, kv_format=kv, index_format=index, device=device)
+
+
+def side(model: Transformer, tokens: int, formats: Formats, device: torch.device | str) -> Side:
+    """A model at the beginning of a sequence of `tokens`."""
+    cache = empty_cache(model, tokens, formats, device)
+    return Side(model, cache, cache.open())
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Loads the three models, prints a table, returns the same as data. Raises ValueError for too few tokens."""
+    """Loads the three models, prints a table, returns the same as data. ValueError for too few tokens, or too many."""
     if args.tokens <= DECODED:
         raise ValueError(f"--tokens must be more than the {DECODED} that are decoded, got {args.tokens}")
     device = pick_device(args.device)
@@ -148,11 +152,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     theirs = load(None, args.checkpoint, device, weights=args.weights, act_format=act, progress=progress)
     ours = load(None, args.checkpoint, weights=args.weights, act_format=act, progress=progress)
     full = load(None, args.checkpoint, weights="fp32", progress=progress)
+    expect_positions(ours, args.tokens + args.new_tokens)
     ids = prompt(ours.config, args.tokens)
     with reference_where_no_kernel(device) as without:
-        three = (side(theirs, len(ids), *formats, device), side(ours, len(ids), *formats, "cpu"))
-        found = compare(*three, side(full, len(ids), "fp32", "fp32", "cpu"), in_steps(ids))
-        same = _same_tokens(theirs, ours, ids, args.new_tokens, device, formats)
+        two = side(theirs, len(ids), formats, device), side(ours, len(ids), formats, "cpu")
+        found = compare(*two, side(full, len(ids), ("fp32", "fp32"), "cpu"), in_steps(ids))
+        same = _same_tokens(((theirs, device), (ours, "cpu")), ids, args.new_tokens, formats)
     rows = [(k, part, *share.relative().values()) for k, parts in found.items() for part, share in parts.items()]
     print(f"\n{args.checkpoint}: {len(ids)} tokens, root mean square differences, relative")
     print(text_table(("layers", "of", f"{device} - cpu", "cpu - FP32", f"{device} - FP32"), rows))
@@ -170,16 +175,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _same_tokens(
-    theirs: Transformer,
-    ours: Transformer,
-    ids: list[int],
-    count: int,
-    device: torch.device,
-    formats: tuple[KVFormat, IndexFormat],
+    models: Sequence[tuple[Transformer, torch.device | str]], ids: list[int], count: int, formats: Formats
 ) -> int:
     """How many of the tokens that both continue with are the same, up to the first that is not."""
     told = []
-    for model, where in ((theirs, device), (ours, torch.device("cpu"))):
-        own = side(model, len(ids) + count, *formats, where)
-        told.append(generate(model, own.cache, [ids], Sampling(max_new_tokens=count), chunk=CHUNK)[0])
+    for model, device in models:
+        cache = empty_cache(model, len(ids) + count, formats, device)
+        told.append(generate(model, cache, [ids], Sampling(max_new_tokens=count), chunk=CHUNK)[0])
     return next((i for i, (a, b) in enumerate(zip(*told, strict=True)) if a != b), count)

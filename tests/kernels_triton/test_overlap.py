@@ -15,10 +15,8 @@ from fp4suite import env
 FOLDER = Path(kernels_triton.__file__).parent
 # launched behind another kernel of the same op, which has waited: they wait where they need what that one makes
 SECOND = {"_finish_kv", "_fold", "_scan", "_place", "_index_topk"}
-# make weights, which some kernels read before they wait (quantize_nvfp4 on sm_90a)
-WAITS_ALONE = {"_quantize_nvfp4", "_dequant_nvfp4", "_alpha_of_tiles"}
-LEADS = {"_compress_kv", "_maxima", "_sort"}  # wait, then let the second kernel of their op come
-READS_WEIGHTS = {"_sums": ("_fn_of_part", "_factors_of_part")}  # before it waits, by these and nothing else
+LEADS = {"_compress_kv", "_maxima", "_sort", "_sums"}  # the first ones
+WAITS_ALONE = {"_quantize_nvfp4", "_alpha_of_tiles"}  # make what a GEMM of sm_90a may read before it waits
 
 OVERLAPPED = """
 import re, sys
@@ -130,25 +128,21 @@ ENTRY_POINTS = entry_points()
 def test_entry_points_are_the_kernels():
     assert {"rms_norm._rms_norm", "sample._survey", "permute._sort", "amax._alpha_of_tiles"} <= ENTRY_POINTS.keys()
     assert len(ENTRY_POINTS) >= 41
-    assert {node.name for node in ENTRY_POINTS.values()} >= SECOND | WAITS_ALONE | LEADS | READS_WEIGHTS.keys()
+    assert {node.name for node in ENTRY_POINTS.values()} >= SECOND | WAITS_ALONE | LEADS
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_every_kernel_waits_first(name: str):
     node = ENTRY_POINTS[name]
-    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    text = ast.unparse(node)
     if node.name in SECOND:
-        assert "gdc_wait" in ast.unparse(node) or node.name == "_fold", name  # `_y` of a fold waits
+        assert re.search(r"(wait|begin)\(FOLLOWS=True\)", text) or node.name == "_fold", name  # `_y` of a fold waits
         return
-    if node.name in READS_WEIGHTS:
-        first, second, _ = ast.unparse(node).split("begin()")
-        assert [f in part for part, f in zip((first, second), READS_WEIGHTS[node.name], strict=True)] == [True, True]
-        assert not re.search(r"tl\.(load|store)|_read\(|_part_of\(", first), name
-        return
-    statements = [s for s in body if not isinstance(s, ast.AnnAssign)]  # constants of the compilation
-    first = ast.unparse(statements[0])
-    assert first in (("wait()",) if node.name in WAITS_ALONE | LEADS else ("begin()", "overlap.begin()")), first
-    assert ("launch_dependents" in ast.unparse(node)) == (node.name in LEADS), name
+    first = ast.unparse(node.body[1 if ast.get_docstring(node) is not None else 0])
+    wanted = r"(overlap\.)?begin\((FOLLOWED=.*)?\)|wait\(\)"
+    assert re.fullmatch(wanted, first), first
+    assert ("FOLLOWED" in text) == (node.name in LEADS), name
+    assert ("begin" not in first) == (node.name in WAITS_ALONE or name == "permute._sort"), name
 
 
 def overlapped(script: str) -> str:

@@ -35,7 +35,7 @@ def test_a_fault_is_seen_where_it_is_and_nowhere_else(checkpoint: Path):
     layer = next(i for i in range(TINY.num_hidden_layers) if TINY.kind(i) == "csa")
     device.layers[layer].attn.kv_norm.mul_(1.25)
     ids = prompt(TINY, TOKENS)
-    sides = [side(m, len(ids), f, f, "cpu") for m, f in ((device, "bf16"), (cpu, "bf16"), (exact, "fp32"))]
+    sides = [side(m, len(ids), (f, f), "cpu") for m, f in ((device, "bf16"), (cpu, "bf16"), (exact, "fp32"))]
     found = compare(*sides, in_steps(ids))
     assert found.keys() == {"swa", "csa", "hca"}
     for kind, parts in found.items():
