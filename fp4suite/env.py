@@ -5,7 +5,7 @@ FP4SUITE_CACHE_DIR   where compiled results and logs are kept; default: the user
 FP4SUITE_KEEP        0: kernels of CuTe DSL are compiled in every process, not kept in the cache and loaded from there
 FP4SUITE_BATCH_INVARIANT
                      1: results of a row do not depend on the other rows (`fp4suite.batch_invariant`)
-FP4SUITE_OVERLAP     1: kernels of ops are launched while the ones before run, and wait on the GPU; not measured yet
+FP4SUITE_OVERLAP     0: kernels of ops are launched when the ones before have ended, not while they still run
 FP4SUITE_COMMIT      the commit that results name where the sources are no git checkout (a copy, an installed wheel)
 """
 
@@ -41,8 +41,8 @@ def batch_invariant() -> bool:
 
 
 def overlaps() -> bool:
-    """FP4SUITE_OVERLAP. Raises ValueError for a value other than 0 or 1."""
-    value = os.environ.get("FP4SUITE_OVERLAP") or "0"
+    """FP4SUITE_OVERLAP, true unless it is 0. Raises ValueError for a value other than 0 or 1."""
+    value = os.environ.get("FP4SUITE_OVERLAP") or "1"
     if value not in ("0", "1"):
         raise ValueError(f"FP4SUITE_OVERLAP must be 0 or 1, got {value!r}")
     return value == "1"

@@ -62,7 +62,7 @@ from .instructions import (
     push,
     store_words,
 )
-from .overlap import OVERLAP, wait
+from .overlap import OVERLAP, let_come, wait
 
 ARCH = "sm_90a"
 STREAMS = 4
@@ -277,12 +277,12 @@ class SplitFn:
     def kernel(self, fn: Int64, terms: Int64):
         tidx, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
-        wait()
-        cute.arch.griddepcontrol_launch_dependents()
         row, unit = tidx // 8, tidx % 8
         output = cutlass.min(row, self.outputs - 1) if cutlass.const_expr(self.rows > self.outputs) else row
         at = fn + (Int64(output) * (STREAMS * self.d) + block * GROUP + 8 * unit) * 4
-        x = [*fetch_words(at), *fetch_words(at + 16)]
+        x = [*fetch_words(at), *fetch_words(at + 16)]  # fn, a weight, comes while the kernel before runs
+        wait()
+        cute.arch.griddepcontrol_launch_dependents()
         pairs = [split(x[i], x[i + 1]) for i in range(0, 8, 2)]
         to = terms + Int64(block) * term_bytes(self.outputs) + row * (GROUP * 2) + (unit ^ (row % 8)) * 16
         for t in cutlass.range_constexpr(TERMS):
@@ -359,6 +359,7 @@ class HyperConnectionSm90:
         block, _, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(tidx // 32)
         rank = block % c.cluster
+        let_come()
         smem = SmemAllocator()
         barriers = smem.allocate_tensor(Int64, cute.make_layout(BARRIER_BYTES // 8), byte_alignment=1024).iterator
         layout = self.layout(self.slots)

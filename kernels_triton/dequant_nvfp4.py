@@ -18,7 +18,7 @@ from fp4suite.problem import DequantProblem
 
 from . import host
 from .nvfp4 import e4m3_to_f32, sf_offsets
-from .overlap import begin
+from .overlap import wait
 
 SIGNS = tl.constexpr(0x80008000 - 2**32)  # of two halves
 
@@ -85,7 +85,7 @@ def _dequant_nvfp4(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    begin()
+    wait()
     BLOCKS: tl.constexpr = BLOCK_K // 16
     expert = tl.program_id(2).to(tl.int64)  # int64 before the multiply: stacked experts pass 2**31 elements
     nth = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

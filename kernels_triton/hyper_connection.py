@@ -256,10 +256,8 @@ def _output(place):
 
 
 @triton.jit
-def _factors_of_part(
-    fn_ptr, part, D, TERMS: tl.constexpr, JOINED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """What fn has in the columns of a part: factors of all streams, next to each other, or of each."""
+def _fn_of_part(fn_ptr, part, D, TERMS: tl.constexpr, JOINED: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What fn has in the columns of a part: of all streams, next to each other, or of each."""
     PADDED: tl.constexpr = 16 if HEAD else 32  # what tl.dot takes at least
     column = tl.arange(0, 4 * PADDED if TERMS == 4 else PADDED)
     output, is_output = _output(column % PADDED)
@@ -268,10 +266,17 @@ def _factors_of_part(
     cols = part * BLOCK_D + tl.arange(0, FLAT) % BLOCK_D
     at = fn_ptr + output[:, None] * (N * D) + (tl.arange(0, FLAT) // BLOCK_D * D + cols)[None, :]
     inside = is_output[:, None] & (cols < D)[None, :]
-    factors = _nothing()
+    fn = _nothing()
     for k in tl.static_range(1 if JOINED else N):
-        fn = _wide(tl.load(at + k * D, mask=inside, other=0.0))
-        factors += (_factors(fn, TERMS),)
+        fn += (tl.load(at + k * D, mask=inside, other=0.0),)
+    return fn
+
+
+@triton.jit
+def _all_factors(fn, TERMS: tl.constexpr):
+    factors = _nothing()
+    for k in tl.static_range(len(fn)):
+        factors += (_factors(_wide(fn[k]), TERMS),)
     return factors
 
 
@@ -412,27 +417,28 @@ def _sums(
     AHEAD: tl.constexpr,
 ):
     """A row of parts is WIDTH numbers: the sum of squares, pre from 1 on, post from 8 and comb from 16. JOINED: one
-    product of all streams, next to each other.
+    product of all streams, next to each other. fn, a weight, comes while the kernel before runs.
     """
-    begin(FOLLOWED=True)
     WIDTH: tl.constexpr = 8 if HEAD else 32
     part = tl.program_id(0) % PARTS
     place, row = tl.arange(0, 16 if HEAD else 32), tl.arange(0, BLOCK_M)
     # int64 before the multiply: a long batch passes 2**31 elements
     first = tl.program_id(0) // PARTS * tl.full([], BLOCK_M, tl.int64)
+    fn = _fn_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
+    begin(FOLLOWED=True)
     if AHEAD:
         streams, site = _read(
             part, first, h_ptr, stride_m, stride_n, y_ptr, stride_y, post_ptr, comb_ptr, M, D, POST, JOINED, WHOLE,
             BLOCK_M, BLOCK_D,
         )  # fmt: skip
-        factors = _factors_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
+        factors = _all_factors(fn, TERMS)
         total = _part_of(
             factors, streams, site, part, first, out_ptr, M, D, TERMS, POST, JOINED, HEAD, WHOLE, BLOCK_M, BLOCK_D
         )  # fmt: skip
         at = parts_ptr + (first * PARTS + part) * WIDTH + (row * (PARTS * WIDTH))[:, None] + place[None, :]
         tl.store(at, total, mask=(row < M - first)[:, None] & (place < WIDTH)[None, :])
     else:
-        factors = _factors_of_part(fn_ptr, part, D, TERMS, JOINED, HEAD, BLOCK_D)
+        factors = _all_factors(fn, TERMS)
         for block in range(tl.program_id(0) // PARTS, (M + BLOCK_M - 1) // BLOCK_M, GROUPS):
             start = block * tl.full([], BLOCK_M, tl.int64)
             streams, site = _read(
@@ -691,6 +697,7 @@ def launch(
     """y [tokens, d], and post and comb if out has room for them, of h [tokens, 4, d].
 
     site: a site's output y, post and comb, and room for the streams that it leaves of h: these are then folded.
+    fn may be read before earlier work on the stream has ended (`overlap`).
     """
     tokens, weights, numbers, made = h.shape[0], (base, scale, weight), (norm_eps, eps, iterations), site is not None
     few = tokens <= FEW

@@ -3,10 +3,10 @@
 What a launch takes, a microsecond of each kernel of a decode step, then passes while the kernel before runs. Every
 kernel that is launched so begins with `begin` or `wait` and touches nothing of global memory before. The wait comes
 first, so that whatever ran before the kernel before has ended, too, when a kernel comes: the second launch of an op
-may read what the op was given at once. GEMMs of sm_90a read weights before they wait, so what may have written them
-does not let the next kernel come there: it has `wait` alone.
+may read what the op was given at once. GEMMs of sm_90a and the products of hyper-connections read weights before they
+wait, so what may have written weights does not let the next kernel come there: it has `wait` alone.
 
-The launches of one op overlap always, those of different ops with FP4SUITE_OVERLAP=1.
+The launches of one op overlap always, those of different ops unless FP4SUITE_OVERLAP=0.
 """
 
 import triton

@@ -16,7 +16,8 @@ FOLDER = Path(kernels_triton.__file__).parent
 # launched behind another kernel of the same op, which has waited: they wait where they need what that one makes
 SECOND = {"_finish_kv", "_fold", "_scan", "_place", "_index_topk"}
 LEADS = {"_compress_kv", "_maxima", "_sort", "_sums"}  # the first ones
-WAITS_ALONE = {"_quantize_nvfp4", "_alpha_of_tiles"}  # make what a GEMM of sm_90a may read before it waits
+WAITS_ALONE = {"_quantize_nvfp4", "_dequant_nvfp4", "_alpha_of_tiles"}  # make weights, which some read before they wait
+READS_WEIGHTS = {"_sums": "_fn_of_part"}  # by this, before it waits
 
 OVERLAPPED = """
 import re, sys
@@ -128,7 +129,7 @@ ENTRY_POINTS = entry_points()
 def test_entry_points_are_the_kernels():
     assert {"rms_norm._rms_norm", "sample._survey", "permute._sort", "amax._alpha_of_tiles"} <= ENTRY_POINTS.keys()
     assert len(ENTRY_POINTS) >= 41
-    assert {node.name for node in ENTRY_POINTS.values()} >= SECOND | WAITS_ALONE | LEADS
+    assert {node.name for node in ENTRY_POINTS.values()} >= SECOND | WAITS_ALONE | LEADS | READS_WEIGHTS.keys()
 
 
 @pytest.mark.parametrize("name", ENTRY_POINTS)
@@ -139,6 +140,12 @@ def test_every_kernel_waits_first(name: str):
         assert re.search(r"(wait|begin)\(FOLLOWS=True\)", text) or node.name == "_fold", name  # `_y` of a fold waits
         return
     first = ast.unparse(node.body[1 if ast.get_docstring(node) is not None else 0])
+    if node.name in READS_WEIGHTS:
+        before, after = text.split("begin(", 1)
+        assert f"{READS_WEIGHTS[node.name]}(fn_ptr, " in before, name
+        assert not re.search(r"tl\.(load|store|atomic)|_read\(|_part_of\(", before), name
+        assert "fn_ptr" not in after, name
+        first = "begin(" + after.splitlines()[0]
     wanted = r"(overlap\.)?begin\((FOLLOWED=.*)?\)|wait\(\)"
     assert re.fullmatch(wanted, first), first
     assert ("FOLLOWED" in text) == (node.name in LEADS), name
@@ -147,7 +154,7 @@ def test_every_kernel_waits_first(name: str):
 
 def overlapped(script: str) -> str:
     """Output of a process in which launches overlap and nothing is interpreted."""
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"FP4SUITE_OVERLAP": "1"}
+    variables = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FP4SUITE_OVERLAP")}
     done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -164,9 +171,9 @@ def test_chains_of_kernels_have_the_bits_of_kernels_one_by_one():
 
 def test_the_variable(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("FP4SUITE_OVERLAP", raising=False)
-    assert not env.overlaps()
-    monkeypatch.setenv("FP4SUITE_OVERLAP", "1")
     assert env.overlaps()
+    monkeypatch.setenv("FP4SUITE_OVERLAP", "0")
+    assert not env.overlaps()
     monkeypatch.setenv("FP4SUITE_OVERLAP", "yes")
     with pytest.raises(ValueError, match=re.escape("FP4SUITE_OVERLAP must be 0 or 1, got 'yes'")):
         env.overlaps()
