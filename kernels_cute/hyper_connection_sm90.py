@@ -62,7 +62,7 @@ from .instructions import (
     push,
     store_words,
 )
-from .overlap import OVERLAP, let_come, wait
+from .overlap import OVERLAP, wait
 
 ARCH = "sm_90a"
 STREAMS = 4
@@ -359,7 +359,6 @@ class HyperConnectionSm90:
         block, _, _ = cute.arch.block_idx()
         warp = cute.arch.make_warp_uniform(tidx // 32)
         rank = block % c.cluster
-        let_come()
         smem = SmemAllocator()
         barriers = smem.allocate_tensor(Int64, cute.make_layout(BARRIER_BYTES // 8), byte_alignment=1024).iterator
         layout = self.layout(self.slots)

@@ -14,7 +14,7 @@ Entries are the rows of the MMA: 64 of a warpgroup and strip, in registers (oper
     hide       three warps: −inf for what a query does not see
 
 Items are those that some query of theirs sees: of how many tiles that is, all warps find out from the positions first.
-All CTAs have as many of them, and of those that are left as many queries, or where these are single as many entries.
+All CTAs have as many of them, and of those that are left as many queries.
 
 Heads pass through TMA in an order in which a thread's 16 of 64 columns are two runs of neighbouring heads: their
 weights are four loads of 16 bytes, and those of the lanes of a quad lie in different banks.
@@ -52,7 +52,7 @@ WARPGROUP = 128
 KEY_BYTES = HEAD_DIM + 4
 QUERY_BYTES = HEADS * (HEAD_DIM + 4)
 # beside a tile of keys: the run's first query and its end, the entry, and how many entries the run sees; or, where
-# queries are single, bits: whether it is another one than before, then for each warpgroup whether its entries count
+# queries are single, whether it is another one than before
 NOTE_WORDS = 4
 BARRIER_BYTES = 1024
 MOST_BLOCKS = 512  # of queries, whose tiles are counted in shared memory
@@ -249,27 +249,14 @@ class IndexLogitsSm90:
         items = tiles * cute.ceil_div(m, c.queries)  # at most: items of one MMA
         addresses = (table.toint(), positions.toint(), sequence_ids.toint(), out.toint())
         sizes = (m, entries, block_m, page_size, ratio, table_stride, tiles, sequences)
-        ctas = cutlass.min(items, max_ctas)
-        self.kernel(atoms, addresses, sizes, self.shares(items, ctas), scale).launch(
-            grid=(ctas, 1, 1),
+        self.kernel(atoms, addresses, sizes, scale).launch(
+            grid=(cutlass.min(items, max_ctas), 1, 1),
             block=(c.threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
             preferred_smem_carveout=100,  # percent
             use_pdl=True,
         )
-
-    @cute.jit
-    def shares(self, items, ctas):
-        """How many of `items` of single queries each CTA has, and how many parts of items, each a warpgroup's entries,
-        are then shared out. In runs: the items of a CTA, and those of all."""
-        whole, groups = items // ctas, self.config.groups
-        if cutlass.const_expr(self.in_runs):
-            return cute.ceil_div(items, ctas), items
-        parts = (items - whole * ctas) * groups
-        if parts > ctas * (groups - 1):  # where some CTA has as many as are a whole item, parts save nothing
-            parts = Int32(0)
-        return whole, parts
 
     def query_box(self):
         return HEAD_DIM, 2, 4, HEADS // 8, self.config.queries
@@ -279,7 +266,7 @@ class IndexLogitsSm90:
         return cute.make_composed_layout(cute.make_swizzle(3, 4, 3), 0, cute.make_layout(shape))
 
     @cute.kernel
-    def kernel(self, atoms: Any, addresses: Any, sizes: Any, shares: Any, scale: Float32):
+    def kernel(self, atoms: Any, addresses: Any, sizes: Any, scale: Float32):
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(tidx // 32)
@@ -327,7 +314,7 @@ class IndexLogitsSm90:
             if warp > 4 * c.groups:
                 self.hide(addresses, sizes, warp - (4 * c.groups + 1))
             elif cutlass.const_expr(c.block_m == 1):
-                self.load_singles(atoms, shared, bars, addresses, sizes, shares)
+                self.load_singles(atoms, shared, bars, addresses, sizes)
             else:
                 self.load(atoms, shared, bars, addresses, sizes, before)
         else:
@@ -461,7 +448,7 @@ class IndexLogitsSm90:
         return block
 
     @cute.jit
-    def load_singles(self, atoms, shared, bars, addresses, sizes, shares):
+    def load_singles(self, atoms, shared, bars, addresses, sizes):
         """The same where an item has one query: pages of several items are looked up at once, each by a lane, and a
         query is sent for once for the items that follow each other."""
         c = self.config
@@ -471,32 +458,32 @@ class IndexLogitsSm90:
         ctas, _, _ = cute.arch.grid_dim()
         lane = cute.arch.lane_idx()
         batch = 32 // self.key_tiles
-        share = self.share_of(cta, ctas, m * tiles, shares)
-        turns = share[2]
+        items, by = m * tiles, ctas  # from one item of this CTA to the next
+        if cutlass.const_expr(self.in_runs):
+            each, by = cute.ceil_div(items, ctas), Int32(1)
+            cta, items = cta * each, cutlass.min((cta + 1) * each, items)
         step, run, held = Int32(0), Int32(0), Int32(-1)
-        ahead = self.look_up(Int32(0), share, addresses, sizes) if self.in_runs else (Int32(0),) * 8
-        for start in cutlass.range(0, turns, batch, unroll=1):
-            found = ahead if self.in_runs else self.look_up(start, share, addresses, sizes)
-            first, entry, likely, page, sequence, position, begin, end = found
-            group = lane % self.key_tiles // c.strips
+        ahead = self.look_up(cta, by, items, addresses, sizes) if self.in_runs else (Int32(0),) * 6
+        for start in cutlass.range(cta, items, by * batch, unroll=1):
+            found = ahead if self.in_runs else self.look_up(start, by, items, addresses, sizes)
+            first, entry, likely, page, sequence, position = found
             own = entry + lane % self.key_tiles * TILE
             last = (position + 1) // ratio
-            seen = Int32(sequence >= 0) * Int32(last > entry + begin * (TILE * c.strips))
-            there = seen * Int32(own < cutlass.min(last, entries)) * Int32(group >= begin) * Int32(group < end)
-            bits = ((Int32(1) << end) - (Int32(1) << begin)) * 2
+            seen = Int32(sequence >= 0) * Int32(last > entry)
+            there = seen * Int32(own < cutlass.min(last, entries))
             if there == 1 and sequence != likely:
                 page = self.page_of(sequence, own, addresses, sizes)
             if there == 0:
                 page = Int32(-1)
             place = own % page_size // TILE
             if cutlass.const_expr(self.in_runs):  # the next ones are on their way while these are sent for
-                ahead = self.look_up(start + batch, share, addresses, sizes)
-            for i in cutlass.range(cutlass.min(batch, turns - start), unroll=1):
+                ahead = self.look_up(start + by * batch, by, items, addresses, sizes)
+            for i in cutlass.range(cutlass.min(batch, (items - start + by - 1) // by), unroll=1):
                 of = i * self.key_tiles
-                query, at, show, count = (cute.arch.shuffle_sync(x, of) for x in (first, entry, seen, bits))
+                query, at, show = (cute.arch.shuffle_sync(x, of) for x in (first, entry, seen))
                 if show == 1:
                     slot = self.free(key_empty, run, c.key_stages)
-                    note = [query, query + 1, at, Int32(held != query) + count]
+                    note = [query, query + 1, at, Int32(held != query)]
                     self.load_keys(atoms, shared, key_full + slot, slot, note, page, place, of, sizes)
                     run += 1
                     if held != query:
@@ -507,48 +494,17 @@ class IndexLogitsSm90:
         self.say_done(shared, bars, run)
 
     @cute.jit
-    def share_of(self, cta, ctas, items, shares):
-        """A CTA's items: its first one, how many are `ctas` apart (in runs next to each other), and how many there are
-        with those of which it has a part or what is left; of these the first one, and which parts of it and of those
-        behind it: from `begin` to `end`."""
-        groups = self.config.groups
-        if cutlass.const_expr(self.in_runs):
-            each, _ = shares
-            turns = cutlass.max(cutlass.min(items - cta * each, each), 0)
-            return cta * each, turns, turns, items, Int32(0), Int32(0)
-        whole, parts = shares
-        nth, begin, end = cta, Int32(0), Int32(groups) * Int32(whole * ctas + cta < items)
-        if parts > 0:
-            begin, end = cta * parts // ctas, (cta + 1) * parts // ctas
-            nth = begin // groups
-            begin, end = begin - nth * groups, end - nth * groups
-        turns = whole + (cute.ceil_div(end, groups) if end > begin else Int32(0))
-        return cta, whole, turns, whole * ctas + nth, begin, end
-
-    @cute.jit
-    def look_up(self, start, share, addresses, sizes):
+    def look_up(self, start, by, items, addresses, sizes):
         """Of a lane's item and tile of keys: query, entry, the sequence that it is likely to be of and its page there,
-        its sequence and its position, and which warpgroups' entries count."""
-        (_, positions, ids, _), (m, entries, _, _, _, _, tiles, sequences) = addresses, sizes
-        first, whole, turns, rest, begin, end = share
-        lane, groups = cute.arch.lane_idx(), self.config.groups
-        ctas, _, _ = cute.arch.grid_dim()
-        turn = cutlass.min(start + lane // self.key_tiles, turns - 1)
-        item = first + turn * (1 if cutlass.const_expr(self.in_runs) else ctas)
-        since, upto = Int32(0), Int32(groups)
-        if cutlass.const_expr(not self.in_runs):  # noqa: SIM102
-            if turn >= whole:
-                nth = turn - whole
-                item = rest + nth
-                since = cutlass.max(begin - nth * groups, 0)
-                upto = cutlass.min(end - nth * groups, groups)
-        item = cutlass.min(item, m * tiles - 1)  # where nothing is looked for
+        its sequence and its position."""
+        (_, positions, ids, _), (_, entries, _, _, _, _, tiles, sequences) = addresses, sizes
+        lane = cute.arch.lane_idx()
+        item = cutlass.min(start + lane // self.key_tiles * by, items - 1)
         query, entry = item // tiles, item % tiles * self.config.tile_n
         likely = cutlass.min(query, sequences - 1)  # mostly each query has the sequence of its number
         own = cutlass.min(entry + lane % self.key_tiles * TILE, entries - 1)
         page = self.page_of(likely, own, addresses, sizes)
-        sequence, position = load_int(ids + Int64(query) * 4), load_int(positions + Int64(query) * 4)
-        return query, entry, likely, page, sequence, position, since, upto
+        return query, entry, likely, page, load_int(ids + Int64(query) * 4), load_int(positions + Int64(query) * 4)
 
     @cute.jit
     def free(self, empty, index, stages: cutlass.Constexpr):
@@ -675,18 +631,15 @@ class IndexLogitsSm90:
                     since[s] = (entry + s * TILE + row + 1) * ratio - 1
                 self.release(key_empty + slot, lane)
                 if cutlass.const_expr(c.block_m == 1):  # noqa: SIM102
-                    if told % 2 == 1:  # another query
+                    if told == 1:  # another query
                         if step > 0:
                             self.release(bars[1] + (step - 1) % c.stages, lane)
                         cute.arch.mbarrier_wait(bars[0] + step % c.stages, step // c.stages % 2)
                         step += 1
                 where = (first, stop, entry, row, lane)
-                counts = entry < told
-                if cutlass.const_expr(c.block_m == 1):
-                    counts = told >> (group + 1) & 1 == 1
-                if counts:
+                if cutlass.const_expr(c.block_m == 1) or entry < told:
                     self.score(frag, factors, since, shared, bars, addresses, sizes, where, step)
-                elif cutlass.const_expr(c.block_m > 1):  # no query sees any of this warpgroup's entries
+                else:  # no query sees any of this warpgroup's entries
                     self.pass_over(bars, first, stop, step, lane)
                 if cutlass.const_expr(c.block_m > 1):
                     step += (stop - first + c.queries - 1) // c.queries

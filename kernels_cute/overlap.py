@@ -13,13 +13,8 @@ def wait() -> None:
         cute.arch.griddepcontrol_wait()
 
 
-def let_come() -> None:
-    """The next kernel may come, and wait for the end of this one."""
+def begin() -> None:
+    """`wait`; then the next kernel may come, and wait for the end of this one."""
+    wait()
     if OVERLAP:
         cute.arch.griddepcontrol_launch_dependents()
-
-
-def begin() -> None:
-    """`wait`; then the next kernel may come."""
-    wait()
-    let_come()

@@ -143,25 +143,6 @@ def test_in_the_emulator(config, schedule, monkeypatch):
     assert gpu.launches[-1].bank_conflicts == 0
 
 
-@pytest.mark.parametrize(("ctas", "in_runs"), [(9, 99), (16, 99), (13, 99), (32, 99), (7, 3)])
-def test_single_queries_left_over(ctas, in_runs, monkeypatch):
-    """24 items: 2 of 9 CTAs and 6 more, in parts, some CTAs parts of two; 1 of 16 and 8 more, a half of each; 1 of 13
-    and 11 more, too many for parts; less than CTAs; runs of 4, and none for the last CTA. Nothing is multiplied twice.
-    """
-    config = replace(SINGLES, groups=4)
-    kernel.compiled.cache_clear()
-    monkeypatch.setattr(kernel, "_max_ctas", lambda device: ctas)
-    monkeypatch.setattr(kernel, "IN_RUNS", in_runs)
-    step = Step("cpu", 64, 8)
-    with emulate("sm_90a", schedule="late") as gpu:
-        got = step.run(config)
-    kernel.compiled.cache_clear()
-    step.check(got)
-    assert gpu.launches[-1].bank_conflicts == 0
-    unseen = {16: 2}.get(ctas, 0)  # parts of a query that sees one entry, in a CTA without the part that has it
-    assert gpu.launches[-1].events["MMAs"] == 4 * (11 * 4 - unseen)  # steps of K; items that are seen, warpgroups
-
-
 def behind_others(weights: Tensor) -> Tensor:
     """The same as the last columns of one tensor, whose others are NaN."""
     return torch.cat((torch.full((len(weights), 2560), torch.nan), weights), dim=1)[:, 2560:]
