@@ -34,13 +34,16 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+OF_OP = {"index_query_fp8": "index_query", "csa_queries_fp8": "csa_queries"}  # public functions with an op's kernels
+
+
 def ops_without_kernel(device: torch.device) -> list[str]:
     """The ops that have no kernel on this device's architecture; none on a CPU, where the reference is the rule."""
     target = arch.of(device)
     if target == "cpu":
         return []
     public = (name for name, f in inspect.getmembers(ops, inspect.isfunction) if f.__module__ == ops.__name__)
-    return [name for name in public if not name.startswith("_") and not registry.kernels(name, target)]
+    return [name for name in public if not name.startswith("_") and not registry.kernels(OF_OP.get(name, name), target)]
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from fp4suite import dispatch, registry, testing
 from fp4suite.problem import PROBLEMS
 from tuner import measure, targets
 
-LARGEST = 5e10  # of a problem's flops
+LARGEST = 5e9  # of a problem's flops
 
 
 def main() -> int:

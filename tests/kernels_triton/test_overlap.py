@@ -101,6 +101,51 @@ for m in (1, 5, 64, 700):
 print("equal")
 """
 
+FORKED = """
+import torch
+from fp4suite import ops
+
+gen = torch.Generator(device="cuda").manual_seed(0)
+random = lambda *shape: torch.randn(shape, generator=gen, device="cuda")
+table, weight = random(512, 1024).bfloat16(), random(1024).bfloat16()
+post, comb = random(64, 4), random(64, 4, 4)
+alpha = torch.tensor(0.01, device="cuda")
+side = torch.cuda.Stream()
+
+def forked(ids, side):
+    # two branches of kernels that follow each other closely, one on another stream, and what reads both
+    here = torch.cuda.current_stream()
+    h = ops.embed(ids, table, streams=4)
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        a = ops.rms_norm(ops.rms_norm(h[:, 0], weight, 1e-6), weight, 1e-6)
+        q = ops.rmsnorm_quantize(a, weight, 1e-6, alpha=alpha)
+    b = ops.rms_norm(h[:, 1], weight, 1e-6)
+    here.wait_stream(side)
+    c = ops.hyper_connection_post(a, h, post[: len(ids)], comb[: len(ids)])
+    d = ops.rms_norm(ops.hyper_connection_post(b, c, post[: len(ids)], comb[: len(ids)])[:, 2], weight, 1e-6)
+    return a, q.data, q.sf.view(torch.uint8), b, c, d
+
+for m in (1, 64):
+    ids = torch.randint(512, (m,), generator=gen, device="cuda")
+    forked(ids, side)
+    torch.cuda.synchronize()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
+        held = forked(ids, side)
+    for turn in range(50):
+        ids.copy_(torch.randint(512, (m,), generator=gen, device="cuda"))
+        wanted = [t.clone() for t in forked(ids, torch.cuda.current_stream())]
+        torch.cuda.synchronize()
+        eager = forked(ids, side)
+        graph.replay()
+        torch.cuda.synchronize()
+        for i, three in enumerate(zip(held, eager, wanted, strict=True)):
+            x, y, z = (t.view(torch.uint8) for t in three)
+            assert torch.equal(x, z) and torch.equal(y, z), (m, turn, i)
+print("equal")
+"""
+
 
 def entry_points() -> dict[str, ast.FunctionDef]:
     """Functions of device code that no other names: those that the host launches."""
@@ -153,7 +198,7 @@ def test_every_kernel_waits_first(name: str):
 
 
 def overlapped(script: str) -> str:
-    """Output of a process in which launches overlap and nothing is interpreted."""
+    """Output of a process in which launches overlap, as they do by default, and nothing is interpreted."""
     variables = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FP4SUITE_OVERLAP")}
     done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -167,6 +212,12 @@ def test_in_machine_code_too_nothing_comes_before_the_wait():
 @pytest.mark.gpu
 def test_chains_of_kernels_have_the_bits_of_kernels_one_by_one():
     assert "equal" in overlapped(CHAINS)
+
+
+@pytest.mark.gpu
+def test_branches_on_two_streams():
+    """Beside the launch before on the same stream there is an event of another one to wait for, in graphs, too."""
+    assert "equal" in overlapped(FORKED)
 
 
 def test_the_variable(monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ import torch
 from model.__main__ import main
 from model.config import ModelConfig
 from model.launches import OURS, Call, Recorder, counted
+from model.runtime import ops_without_kernel
 from model.transformer import Transformer
 
 DEMO = ModelConfig.named("demo")
@@ -31,6 +32,14 @@ def split(calls: list[Call]) -> tuple[Counter[str], Counter[str]]:
     names = [call.op for call in calls]
     ours = Counter(n.removeprefix(f"{OURS}.") for n in names if n.startswith(OURS))
     return ours, Counter(n for n in names if not n.startswith(OURS))
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_ops_without_a_kernel(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions with the kernels of another op, index queries in FP8, are not among them."""
+    assert ops_without_kernel(torch.device("cpu")) == []
+    monkeypatch.setattr("model.runtime.arch.of", lambda device: arch)
+    assert ops_without_kernel(torch.device("cuda")) == ["grouped_gemm_nvfp4", "moe_nvfp4", "sparse_attention"]
 
 
 def test_operators_without_a_gpu() -> None:
