@@ -6,8 +6,8 @@ first, so that whatever ran before the kernel before has ended, too, when a kern
 may read what the op was given at once. GEMMs of sm_90a and the products of hyper-connections read weights before they
 wait, so what may have written weights does not let the next kernel come there: it has `wait` alone.
 
-The launches of one op overlap always, those of different ops unless FP4SUITE_OVERLAP=0. There only the last programs let
-the next kernel come: each that does takes 1.2 ns of a kernel of very many, others 0.9 (H100).
+The launches of one op overlap always, those of several unless FP4SUITE_OVERLAP=0. There only the last programs let the
+next kernel come: each that does takes 1.2 ns of a kernel of very many, others 0.9 (H100).
 """
 
 import triton

@@ -146,6 +146,51 @@ for m in (1, 64):
 print("equal")
 """
 
+WRITTEN = """
+import torch
+from fp4suite import ops, weight_layout
+
+gen = torch.Generator(device="cuda").manual_seed(0)
+random = lambda *shape: torch.randn(shape, generator=gen, device="cuda")
+TURNS = 6
+h, weight, base, scale = random(4, 4, 1024).bfloat16(), random(1024).bfloat16(), random(24), random(3)
+numbers = {"norm_eps": 1e-6, "eps": 1e-6, "iterations": 20}
+fns, fn = random(TURNS, 24, 4096), torch.empty(24, 4096, device="cuda")
+layout = weight_layout(1024, 1024, h.device)
+given = [
+    ops.quantize_nvfp4(random(1024, 1024).bfloat16(), alpha=torch.tensor(0.01, device="cuda")).lay_out_(layout)
+    for _ in range(TURNS)
+]
+w = ops.quantize_nvfp4(random(1024, 1024).bfloat16(), alpha=given[0].alpha).lay_out_(layout)
+x = h[:, 0].contiguous()
+if torch.cuda.get_device_capability()[0] == 10:
+    x = ops.quantize_nvfp4(x)
+
+def turn(i, between=lambda: None):
+    # what is read before the wait is written by the kernel before, PyTorch's
+    fn.copy_(fns[i])
+    between()
+    folded = ops.hyper_connection_pre(h, fn, base, scale, weight, **numbers)
+    between()
+    for of in ("data", "sf"):
+        getattr(w, of).view(torch.uint8).copy_(getattr(given[i], of).view(torch.uint8))
+    between()
+    made = (*folded, ops.gemm_nvfp4(x, w))
+    between()
+    return made
+
+wanted = [[t.clone() for t in turn(i, torch.cuda.synchronize)] for i in range(TURNS)]
+graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+with torch.cuda.graph(graph, stream=stream):
+    made = [turn(i) for i in range(TURNS)]
+for _ in range(100):
+    graph.replay()
+    torch.cuda.synchronize()
+    for x, y in zip(made, wanted, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(x, y, strict=True))
+print("equal")
+"""
+
 
 def entry_points() -> dict[str, ast.FunctionDef]:
     """Functions of device code that no other names: those that the host launches."""
@@ -218,6 +263,12 @@ def test_chains_of_kernels_have_the_bits_of_kernels_one_by_one():
 def test_branches_on_two_streams():
     """Beside the launch before on the same stream there is an event of another one to wait for, in graphs, too."""
     assert "equal" in overlapped(FORKED)
+
+
+@pytest.mark.gpu
+def test_weights_that_were_just_written():
+    """By a kernel that lets nobody come before it ends: PyTorch's."""
+    assert "equal" in overlapped(WRITTEN)
 
 
 def test_the_variable(monkeypatch: pytest.MonkeyPatch):
