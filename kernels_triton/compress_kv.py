@@ -100,20 +100,15 @@ def _larger_of_both(a, b, c, d):
 
 
 @triton.jit
-def _read_run(sequence_ids_ptr, positions_ptr, run, TOKENS, RATIO: tl.constexpr, POOLED: tl.constexpr):
-    """Of RATIO tokens their numbers, sequences, the sequence of the oldest row of each one's pool, and positions."""
+def _of_run(sequence_ids_ptr, positions_ptr, run, TOKENS, RATIO: tl.constexpr, POOLED: tl.constexpr):
+    """The token that completes an entry of tokens of this step alone, among RATIO tokens, and its position; of both
+    -1 where none does. The position comes with it, so that no load in between others waits for this one."""
     i = tl.arange(0, triton.next_power_of_2(RATIO))
     at = run * RATIO + i
     inside = (i < RATIO) & (at < TOKENS)
     sequences = tl.load(sequence_ids_ptr + at, mask=inside, other=-1)
     oldest = tl.load(sequence_ids_ptr + at - (POOLED - 1), mask=inside & (at >= POOLED - 1), other=-1)
-    return at, sequences, oldest, tl.load(positions_ptr + at, mask=inside, other=0)
-
-
-@triton.jit
-def _of_run(at, sequences, oldest, positions, RATIO: tl.constexpr):
-    """The token that completes an entry of tokens of this step alone, among those of a run, and its position; of both
-    -1 where none does. The position comes with it, so that no load in between others waits for this one."""
+    positions = tl.load(positions_ptr + at, mask=inside, other=0)
     whole = (sequences >= 0) & (sequences == oldest) & ((positions + 1) % RATIO == 0)
     return tl.reduce((tl.where(whole, at, -1), tl.where(whole, positions, -1)), 0, _larger_of_both)
 
@@ -144,8 +139,7 @@ def _rows(
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Values, gates, and what is added to these, of rows j of the pool that ends with `token`: 0 and -infinity where
-    there is none; j int32 [rows, 1], cols [1, BLOCK_C]. WHOLE: all rows are in the step, or token is -1 and nothing is
-    read."""
+    there is none; j int32 [rows, 1], cols [1, BLOCK_C]. WHOLE: all rows are in the step."""
     WIDTH: tl.constexpr = OVERLAPS * HEAD_DIM
     POOLED: tl.constexpr = OVERLAPS * RATIO
     FIRST: tl.constexpr = (POOLED - 1) * -1
@@ -158,13 +152,12 @@ def _rows(
     gate_rows = j * stride_gate
     ape_at = ape_ptr + (j % RATIO) * WIDTH + channels
     if WHOLE and (POOLED + LANES - 1) // LANES * LANES == POOLED and HEAD_DIM % BLOCK_C == 0:
-        kv = widen(tl.load(kv_at + kv_rows + channels, mask=token >= 0, other=0.0))
-        gate = widen(tl.load(gate_at + gate_rows + channels, mask=token >= 0, other=0.0))
+        kv = widen(tl.load(kv_at + kv_rows + channels))
+        gate = widen(tl.load(gate_at + gate_rows + channels))
         ape = tl.load(ape_at)
     else:
         inside = (j < POOLED) & (cols < HEAD_DIM)
         if WHOLE:
-            inside &= token >= 0
             new = inside
         else:
             new = token + FIRST + j >= begin
@@ -410,70 +403,14 @@ def take_in(
             sequence_ids_ptr, cols, RATIO, OVERLAPS, RING, HEAD_DIM, KEPT_ROWS,
         )  # fmt: skip
     else:
-        run = program - 2 * SEQUENCES
-        at, sequences, oldest, positions = _read_run(sequence_ids_ptr, positions_ptr, run, TOKENS, RATIO, POOLED)
-        if BLOCK_C == PADDED and POOLED <= 2 * LANES:
-            # the last token's entry, most likely: then its rows need not wait for what the tokens are
-            likely = run * RATIO + RATIO - 1
-            likely = tl.where((EACH >= POOLED) & (likely >= POOLED - 1) & (likely < TOKENS), likely, -1)
-            _emit_run(
-                at, sequences, oldest, positions, likely, state_ptr, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr,
-                weight_ptr, table_ptr, eps, cache_ptr, sequence_ids_ptr, slots_ptr, cols, POSITIONS, RATIO, OVERLAPS,
-                RING, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES,
-                E2M1_CVT, PADDED,
+        token, position = _of_run(sequence_ids_ptr, positions_ptr, program - 2 * SEQUENCES, TOKENS, RATIO, POOLED)
+        if token >= 0:
+            _emit(
+                token, token + tl.num_programs(2), position, 0, state_ptr, program, kv_ptr, stride_kv, gate_ptr,
+                stride_gate, ape_ptr, weight_ptr, table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr,
+                slots_ptr, cols, POSITIONS, True, RATIO, OVERLAPS, RING, TURNED, HADAMARD, FORMAT, HEAD_DIM, ROPE_DIM,
+                PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C,
             )  # fmt: skip
-        else:
-            token, position = _of_run(at, sequences, oldest, positions, RATIO)
-            if token >= 0:
-                _emit(
-                    token, token + tl.num_programs(2), position, 0, state_ptr, program, kv_ptr, stride_kv, gate_ptr,
-                    stride_gate, ape_ptr, weight_ptr, table_ptr, eps, cache_ptr, pooled_ptr, sequence_ids_ptr,
-                    slots_ptr, cols, POSITIONS, True, RATIO, OVERLAPS, RING, TURNED, HADAMARD, FORMAT, HEAD_DIM,
-                    ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED, BLOCK_C,
-                )  # fmt: skip
-
-
-@triton.jit
-def _emit_run(
-    tokens, sequences, oldest, positions, likely, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, weight_ptr,
-    table_ptr, eps, cache_ptr, sequence_ids_ptr, slots_ptr, cols, POSITIONS, RATIO: tl.constexpr,
-    OVERLAPS: tl.constexpr, RING: tl.constexpr, TURNED: tl.constexpr, HADAMARD: tl.constexpr, FORMAT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr,
-    SCALE_BYTES: tl.constexpr, PAGE_BYTES: tl.constexpr, E2M1_CVT: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Store the entry that a token of a run completes, if one does. Its rows are asked for beside what the tokens are,
-    as if it were the `likely` one (-1: none), and again if it is another one.
-
-    In two laps of a loop, as ptxas moves no load into one (see `_emit`): it would else wait for the tokens first.
-    No compiler may know of the first one which it is: the grid's third dimension is 1.
-    """
-    values, gates, added = _all_rows(
-        likely, 0, 0, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols, True, RATIO, OVERLAPS, RING,
-        HEAD_DIM, PADDED,
-    )  # fmt: skip
-    weight = _load_weight(weight_ptr, HEAD_DIM, PADDED)
-    token, position, slot = likely, likely, likely
-    cos = tl.zeros([1, PADDED // 2], tl.float32)
-    sin = cos
-    lap = tl.num_programs(2) - 1
-    while lap < 2:
-        if lap == 0:
-            token, position = _of_run(tokens, sequences, oldest, positions, RATIO)
-            slot, cos, sin = _of_entry(
-                tl.maximum(token, 0), position, slots_ptr, sequence_ids_ptr, table_ptr, POSITIONS, RATIO, TURNED,
-                HEAD_DIM, PADDED,
-            )  # fmt: skip
-            if token != likely:
-                values, gates, added = _all_rows(
-                    token, 0, 0, ring, kv_ptr, stride_kv, gate_ptr, stride_gate, ape_ptr, cols, True, RATIO, OVERLAPS,
-                    RING, HEAD_DIM, PADDED,
-                )  # fmt: skip
-        elif token >= 0:
-            _finish(
-                _pool(values, gates, added, PADDED), weight, cos, sin, slot, eps, cache_ptr, TURNED, HADAMARD, FORMAT,
-                HEAD_DIM, ROPE_DIM, PAGE_SIZE, ROW_BYTES, SCALE_BYTES, PAGE_BYTES, E2M1_CVT, PADDED,
-            )  # fmt: skip
-        lap += 1
 
 
 @triton.jit
@@ -545,10 +482,7 @@ def _finish_kv(
         position += token - first
         limit = tl.minimum(end, first + POOLED - 1)
     else:
-        at, sequences, oldest, positions = _read_run(
-            sequence_ids_ptr, positions_ptr, program - 2 * SEQUENCES, TOKENS, RATIO, POOLED
-        )
-        token, position = _of_run(at, sequences, oldest, positions, RATIO)
+        token, position = _of_run(sequence_ids_ptr, positions_ptr, program - 2 * SEQUENCES, TOKENS, RATIO, POOLED)
         limit = token + 1
         token = tl.where(token >= 0, token, 0)
     if token < limit:
