@@ -435,7 +435,8 @@ def hyper_connection_pre(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A site's normed input y [tokens, d], post [tokens, n] and comb [tokens, n, n] of streams h [tokens, n, d].
 
-    A token with an infinity or NaN in its streams gets NaN in y, post and comb.
+    fn is a weight: on a GPU it may be read while the op launched last still runs, so that op must not have made it. A
+    token with an infinity or NaN in its streams gets NaN in y, post and comb.
     """
     _check_fold(h, fn, base, scale, weight, sites=h.shape[1] + 2)
     return _ops.hyper_connection_pre(h, fn, base, scale, weight, norm_eps, eps, iterations)
@@ -450,7 +451,9 @@ def hyper_connection_post(y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> T
 def hyper_connection_head(
     h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor | None, *, norm_eps: float, eps: float
 ) -> Tensor:
-    """The streams h [tokens, n, d] folded and normed for the language-model head: [tokens, d]."""
+    """The streams h [tokens, n, d] folded and normed for the language-model head: [tokens, d]. fn: as for
+    `hyper_connection_pre`.
+    """
     _check_fold(h, fn, base, scale, weight, sites=1)
     return _ops.hyper_connection_head(h, fn, base, scale, weight, norm_eps, eps)
 

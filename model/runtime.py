@@ -18,6 +18,7 @@ from .transformer import Transformer
 
 KV_FORMATS: tuple[KVFormat, ...] = ("fp32", "bf16", "fp8_ds_mla", "nvfp4")
 INDEX_FORMATS: tuple[IndexFormat, ...] = ("fp32", "bf16", "fp8", "mxfp4")
+OF_OP = {"index_query_fp8": "index_query", "csa_queries_fp8": "csa_queries"}  # public functions with an op's kernels
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -32,9 +33,6 @@ def pick_device(name: str | None) -> torch.device:
         raise ValueError("--device cuda: PyTorch finds no GPU here")
     arch.of(device)  # UnsupportedError for a GPU that nothing here runs on
     return device
-
-
-OF_OP = {"index_query_fp8": "index_query", "csa_queries_fp8": "csa_queries"}  # public functions with an op's kernels
 
 
 def ops_without_kernel(device: torch.device) -> list[str]:

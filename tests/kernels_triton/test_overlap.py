@@ -43,9 +43,9 @@ for module, p in PROBLEMS:
 print("in order")
 """
 
-CHAINS = """
+OPERANDS = """
 import torch
-from fp4suite import ops
+from fp4suite import ops, weight_layout
 from kernels_triton.overlap import OVERLAP
 
 assert OVERLAP.value
@@ -54,6 +54,10 @@ random = lambda *shape: torch.randn(shape, generator=gen, device="cuda")
 table, weight = random(512, 1024).bfloat16(), random(1024).bfloat16()
 fn, base, scale = random(24, 4096), random(24), random(3)
 alpha = torch.tensor(0.01, device="cuda")
+numbers = {"norm_eps": 1e-6, "eps": 1e-6, "iterations": 20}
+"""
+
+CHAINS = """
 positions, angles = torch.arange(700, device="cuda").int(), random(700, 64)
 
 def chain(ids, between=lambda: None):
@@ -64,9 +68,7 @@ def chain(ids, between=lambda: None):
         between()
         return x
     h = step(ops.embed(ids, table, streams=4))
-    y, post, comb = step(
-        ops.hyper_connection_pre(h, fn, base, scale, weight, norm_eps=1e-6, eps=1e-6, iterations=20)
-    )
+    y, post, comb = step(ops.hyper_connection_pre(h, fn, base, scale, weight, **numbers))
     n = step(ops.rms_norm(y, weight, 1e-6))
     q = ops.rmsnorm_quantize(n, weight, 1e-6, alpha=alpha)
     step((q.data, q.sf.view(torch.uint8)))
@@ -102,14 +104,7 @@ print("equal")
 """
 
 FORKED = """
-import torch
-from fp4suite import ops
-
-gen = torch.Generator(device="cuda").manual_seed(0)
-random = lambda *shape: torch.randn(shape, generator=gen, device="cuda")
-table, weight = random(512, 1024).bfloat16(), random(1024).bfloat16()
 post, comb = random(64, 4), random(64, 4, 4)
-alpha = torch.tensor(0.01, device="cuda")
 side = torch.cuda.Stream()
 
 def forked(ids, side):
@@ -147,21 +142,12 @@ print("equal")
 """
 
 WRITTEN = """
-import torch
-from fp4suite import ops, weight_layout
-
-gen = torch.Generator(device="cuda").manual_seed(0)
-random = lambda *shape: torch.randn(shape, generator=gen, device="cuda")
 TURNS = 6
-h, weight, base, scale = random(4, 4, 1024).bfloat16(), random(1024).bfloat16(), random(24), random(3)
-numbers = {"norm_eps": 1e-6, "eps": 1e-6, "iterations": 20}
-fns, fn = random(TURNS, 24, 4096), torch.empty(24, 4096, device="cuda")
+h, fns = random(4, 4, 1024).bfloat16(), random(TURNS, 24, 4096)
 layout = weight_layout(1024, 1024, h.device)
-given = [
-    ops.quantize_nvfp4(random(1024, 1024).bfloat16(), alpha=torch.tensor(0.01, device="cuda")).lay_out_(layout)
-    for _ in range(TURNS)
-]
-w = ops.quantize_nvfp4(random(1024, 1024).bfloat16(), alpha=given[0].alpha).lay_out_(layout)
+w, *given = (
+    ops.quantize_nvfp4(random(1024, 1024).bfloat16(), alpha=alpha).lay_out_(layout) for _ in range(TURNS + 1)
+)
 x = h[:, 0].contiguous()
 if torch.cuda.get_device_capability()[0] == 10:
     x = ops.quantize_nvfp4(x)
@@ -256,19 +242,19 @@ def test_in_machine_code_too_nothing_comes_before_the_wait():
 
 @pytest.mark.gpu
 def test_chains_of_kernels_have_the_bits_of_kernels_one_by_one():
-    assert "equal" in overlapped(CHAINS)
+    assert "equal" in overlapped(OPERANDS + CHAINS)
 
 
 @pytest.mark.gpu
 def test_branches_on_two_streams():
     """Beside the launch before on the same stream there is an event of another one to wait for, in graphs, too."""
-    assert "equal" in overlapped(FORKED)
+    assert "equal" in overlapped(OPERANDS + FORKED)
 
 
 @pytest.mark.gpu
 def test_weights_that_were_just_written():
     """By a kernel that lets nobody come before it ends: PyTorch's."""
-    assert "equal" in overlapped(WRITTEN)
+    assert "equal" in overlapped(OPERANDS + WRITTEN)
 
 
 def test_the_variable(monkeypatch: pytest.MonkeyPatch):
