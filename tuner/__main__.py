@@ -50,6 +50,9 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
     from . import targets, tune
 
     began = time.monotonic()
+    for name, default in {"layers_of": None, "tp": 1, "order": None, "act": None, "batch_invariant": None}.items():
+        if args.stale and getattr(args, name) != default:
+            raise ValueError(f"--stale goes by what the table has, and takes no --{name.replace('_', '-')}")
     devices = args.devices.split(",") if args.devices else []
     if devices:
         rest = [a for i, a in enumerate(argv[1:], 1) if not (a.startswith("--devices") or argv[i - 1] == "--devices")]
@@ -67,10 +70,11 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
     if args.trials is not None:
         budget = tune.replace_trials(budget, args.trials)
     results = provenance.results_dir()
+    models = args.layers_of or (["pro", "flash"] if not measured else ["pro"])
     options = tune.Options(
-        configs=targets.load_configs(args.layers_of or (["pro", "flash"] if not measured else ["pro"])),
+        configs={} if args.stale else targets.load_configs(models),
         ops=targets.check_ops(args.op),
-        m=tuple(args.m) if args.m else budget.m,
+        m=tuple(args.m or (() if args.stale else budget.m)),
         tp=args.tp,
         budget=budget,
         jobs=args.jobs or max(1, _cores() - measured),
@@ -82,6 +86,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
         order=args.order,
         act=args.act,
         invariant=_wanted(args.batch_invariant),
+        stale=args.stale,
     )
     report = tune.run(chosen, options)
     print(tune.render(report, SHOWN))
@@ -103,7 +108,9 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
         "seconds": round(time.monotonic() - began, 1),
         "rows": report.rows,
     }
-    if not report.rows and not report.failed:
+    if args.stale and not (report.rows or report.failed or report.unsupported or report.left):
+        print("no entry is stale: the kernels of all are what they were")
+    elif not report.rows and not report.failed:
         raise ValueError("nothing was tuned: no problem has a kernel, or the time was too short for any")
     return (1 if report.failed else 0), document
 
@@ -275,6 +282,11 @@ def _parser() -> argparse.ArgumentParser:
     where(tune)
     tune.add_argument(
         "--op", action="append", metavar="NAME", help=f"all (default), or one of {', '.join(PROBLEMS)}; may be repeated"
+    )
+    tune.add_argument(
+        "--stale",
+        action="store_true",
+        help="in place of a model's layers, what the table has entries of whose kernel has changed since",
     )
     tune.add_argument("--budget", choices=("small", "normal", "large"), help="default: normal")
     tune.add_argument("--trials", type=_positive, help="candidates a problem, instead of the budget's")

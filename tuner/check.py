@@ -64,7 +64,7 @@ def run(where: Path, device: str | None = None, stale_is_wrong: bool = True) -> 
                 continue
             sound.append((label, entry))
             if entry.source_hash != registry.source_hash(entry.kernel):
-                stale = f"{label}: {entry.kernel} has changed since it was tuned ({entry.source_hash}); tune again"
+                stale = f"{label}: {entry.kernel} has changed since it was tuned ({entry.source_hash}): tune --stale"
                 (found.problems if stale_is_wrong else found.notes).append(stale)
         if here is not None and read.device in (here["device"], here["arch"]):
             _run_all(sound, here["cuda"], found)

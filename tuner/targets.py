@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import torch
 
-from fp4suite import arch as archs, dispatch, shapes
+from fp4suite import arch as archs, dispatch, problem as known, registry, shapes, table
 from fp4suite.formats import WeightLayout
 from fp4suite.layouts import Order
 from fp4suite.problem import PROBLEMS, Act, GemmProblem, Problem
@@ -98,6 +98,21 @@ def problems(
                 names, calls = joined.get(one, ([], 0))
                 joined[one] = (names + [f"{model}.{name}" for name in p.layers], calls + count)
     return joined
+
+
+def stale(path: Path, ops: Sequence[str], m: Sequence[int]) -> dict[Problem, tuple[list[str], int]]:
+    """As `problems`, those of a table's entries whose kernel has changed since, or is no more: of these ops, and of
+    these numbers of tokens, if any. Entries for batch-invariant mode are left out, as several of them go together.
+    """
+    if not path.exists():
+        raise ValueError(f"--stale: there is no table {path}")
+    found: dict[Problem, tuple[list[str], int]] = {}
+    for e in table.read(path).entries:
+        current = {row.name for row in registry.kernels(e.op)}
+        changed = e.kernel not in current or e.source_hash != registry.source_hash(e.kernel)
+        if changed and not e.invariant and e.op in ops and (not m or e.problem["m"] in m):
+            found[known.from_dims(e.op, e.problem)] = [], 0
+    return found
 
 
 def _laid_out(problem: Problem, target: Target, order: Order | None) -> Problem:

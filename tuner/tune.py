@@ -40,7 +40,7 @@ from .evaluate import DefaultFailed, Measured, Predicted, build_of
 from .rejection import Rejected
 from .search import Search, Task, open_storage
 from .space import Candidate, Space
-from .targets import Target, problems
+from .targets import Target, problems, stale
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class Options:
     order: Order | None = None  # of a GEMM's weights; None: as a loader lays them out
     act: Act | None = None  # of a GEMM's activations; None: what the architecture runs
     invariant: agreement.Wanted | None = None  # for batch-invariant mode: how all m of a weight are to sum
+    stale: bool = False  # what the table has of kernels that have changed since, in place of the configs' problems
 
 
 @dataclass(slots=True)
@@ -141,8 +142,11 @@ def run(chosen: Sequence[Target], options: Options) -> Report:
 def _tasks(target: Target, options: Options, path: Path, report: Report) -> list[Task]:
     """One task a problem, whichever and however many of the models have it."""
     found: dict[Problem, tuple[list[str], int]] = {}
-    for op in options.ops:
-        found |= problems(options.configs, op, target, options.m, options.tp, options.order, options.act)
+    if options.stale:
+        found = stale(path, options.ops, options.m)
+    else:
+        for op in options.ops:
+            found |= problems(options.configs, op, target, options.m, options.tp, options.order, options.act)
     agreed: dict[Problem, agreement.Agreed] = {}
     if options.invariant is not None:
         agreed, refused = agreement.agree(

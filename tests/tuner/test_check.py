@@ -67,7 +67,7 @@ def test_each_way_to_be_wrong_is_named(fake, tmp_path, change, table_of, message
 def test_stale_entries_may_be_allowed_but_are_told(fake, tmp_path):
     found = checked(tmp_path, entry(source_hash="old"), stale_is_wrong=False)
     assert not found.problems
-    assert "tune again" in found.notes[0]
+    assert "tune --stale" in found.notes[0]
 
 
 def test_a_table_that_cannot_be_read_is_wrong_and_does_not_hide_the_next(fake, tmp_path):

@@ -224,6 +224,36 @@ def test_entries_of_other_problems_stay(compiled, config, tmp_path, capsys):
     assert {e.problem["m"] for e in table.read(tmp_path / "t.json").entries} == {1, 64}
 
 
+def test_stale_entries_alone_are_tuned_again(compiled, config, tmp_path, capsys, monkeypatch):
+    """Those of kernels that have changed since or are no more, of the ops and numbers of tokens that are asked for."""
+    path = tmp_path / "t.json"
+    command = ("--arch", "sm_90a", "--op", "gemm_nvfp4", "--trials", 3, "--out", path)
+    run(capsys, "--layers-of", config, "--m", "1,64", *command)
+    first = table.read(path).entries
+
+    assert run(capsys, "--stale", *command)[0] == 0  # nothing is
+    assert table.read(path).entries == first
+
+    shapes_at_64 = [e for e in first if e.problem["m"] == 64]
+    spoiled = {
+        shapes_at_64[0].key(): {"source_hash": "of before"},
+        shapes_at_64[1].key(): {"kernel": "gone"},
+        next(e for e in first if e.problem["m"] == 1).key(): {"source_hash": "of before"},
+    }
+    for e in first:
+        if e.key() in spoiled:
+            table.merge(path, "sm_90a", "sm_90a", [msgspec.structs.replace(e, commit="old", **spoiled[e.key()])])
+    code, document = run(capsys, "--stale", "--m", "64", *command)
+    assert (code, document["problems"]) == (0, 2)
+    assert [e.commit == "old" for e in table.read(path).entries] == [
+        e.key() in spoiled and e.problem["m"] == 1 for e in first
+    ]
+    assert run(capsys, "--stale", *command)[1]["problems"] == 1
+    assert [(e.key(), e.config, e.source_hash) for e in table.read(path).entries] == [
+        (e.key(), e.config, e.source_hash) for e in first
+    ]
+
+
 def test_a_promise_below_the_margin_keeps_the_default(compiled, config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tune, "PREDICTED_MARGIN", 0.99)
     _, document = run(
@@ -455,6 +485,9 @@ def test_several_gpus_get_a_worker_each_and_a_last_run_to_finish(gpu, config, tm
         (("--out", "x.json"), "there are 2 targets"),
         (("--device", "cuda:0"), "sees no GPU"),
         (("--layers-of", "demo", "--tp", "7"), "tp must divide"),
+        (("--stale", "--layers-of", "demo"), "takes no --layers-of"),
+        (("--stale", "--tp", "2"), "takes no --tp"),
+        (("--stale", "--arch", "sm_90a", "--out", "nowhere.json"), "there is no table nowhere.json"),
     ],
 )
 def test_wrong_arguments_get_one_sentence_and_exit_code_1(arguments, message, capsys):
