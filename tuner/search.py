@@ -62,13 +62,15 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
-    """A problem on a target. `seeds` are tried first, in this order."""
+    """A problem on a target. `seeds` are tried first, in this order; `incumbent` is what the table says of it, unless
+    that is the default."""
 
     space: Space
     device: str
     layers: tuple[str, ...] = ()
     count: int = 1
     seeds: tuple[Candidate, ...] = ()
+    incumbent: Candidate | None = None
 
     @property
     def problem(self) -> Problem:
@@ -193,6 +195,11 @@ class Search:
     def evaluated(self) -> int:
         """Candidates with a result."""
         return len(self._by_state(DONE))
+
+    def may_end(self) -> bool:
+        """Whether enough was tried for a final: without what the table says so far, a loser might replace that."""
+        tried = self._by_state(DONE)
+        return bool(tried) and (self.task.incumbent is None or self.task.incumbent in tried)
 
     def running_elsewhere(self) -> bool:
         """Whether another live worker has a trial of this study in hand."""

@@ -168,7 +168,16 @@ def _tasks(target: Target, options: Options, path: Path, report: Report) -> list
             report.unsupported.append(f"{target.arch}: {e}")
             continue
         seeds = _seeds(whole, options.budget, _winners(problem, path), measured=target.cuda is not None)
-        tasks.append(Task(space=whole, device=target.device, layers=tuple(names), count=count, seeds=seeds))
+        tasks.append(
+            Task(
+                space=whole,
+                device=target.device,
+                layers=tuple(names),
+                count=count,
+                seeds=seeds,
+                incumbent=_incumbent(whole, path),
+            )
+        )
     return tasks
 
 
@@ -197,6 +206,18 @@ def _winners(problem: Problem, path: Path) -> list[Candidate]:
     return list(dict.fromkeys(_as_candidate(e) for e in found))
 
 
+def _incumbent(whole: Space, path: Path) -> Candidate | None:
+    """What the table says of this very problem, where that is another candidate than the default."""
+    if not path.exists():
+        return None
+    key = (whole.problem.op, whole.problem.dims(), whole.agreed is not None)
+    for e in table.read(path).entries:
+        if (e.op, e.problem, e.invariant) == key and e.kernel in whole.choices:
+            found = _as_candidate(e)
+            return found if found in whole.candidates and found != whole.default else None
+    return None
+
+
 def _seeds(whole: Space, budget: Budget, winners: Sequence[Candidate], *, measured: bool) -> tuple[Candidate, ...]:
     """What to try first. Predicted: the model's order, which leaves nothing for a sampler to learn; of a kernel whose
     default goes by measured times that alone.
@@ -218,7 +239,7 @@ def _seeds(whole: Space, budget: Budget, winners: Sequence[Candidate], *, measur
     neighbours = itertools.chain(whole.neighbours(whole.default), itertools.repeat(None))
     turns = [c for three, near in zip(threes, neighbours, strict=False) for c in (*three, near) if c is not None]
     known = [c for c in winners if c in order]
-    return tuple(dict.fromkeys((whole.default, *known, *turns, *ranked)))[: max(1, 3 * budget.trials // 4)]
+    return tuple(dict.fromkeys((whole.default, *known, *turns, *ranked)))[: max(2, 3 * budget.trials // 4)]
 
 
 # --- without a GPU ---
@@ -303,7 +324,8 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
                     share += STARTUP_S  # of the child: imports, the device, the first compilation
                 judge = Measured(task, target.cuda, options.budget.rounds, child, seed=options.seed)
                 try:
-                    search = Search(task, storage, options.budget.trials, options.seed)
+                    least = 1 if task.incumbent is None else 2
+                    search = Search(task, storage, max(least, options.budget.trials), options.seed)
                     search.run(
                         judge,
                         deadline=time.monotonic() + share,
@@ -314,7 +336,7 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
                     )
                     if attempt == 0:
                         bar.update((index + 1) * options.budget.trials - bar.n)
-                    if search.evaluated() == 0:
+                    if not search.may_end():
                         left.append(task)
                         continue
                     if search.running_elsewhere():

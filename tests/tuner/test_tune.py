@@ -439,6 +439,30 @@ def test_a_problem_that_had_to_wait_gets_the_time_that_others_left(gpu, config, 
     assert found[512] >= 1
 
 
+def test_no_entry_gives_way_before_it_was_tried_itself(gpu, config, tmp_path, capsys, monkeypatch):
+    """What the table says does not compile in time: it stays, however much faster than the default others are."""
+    monkeypatch.setattr(shapes, "linears", lambda c, tp=1: [shapes.Linear(name="q_a", n=512, k=512, count=1)])
+    monkeypatch.setattr(tune, "STARTUP_S", 0.0)
+    before = table.Entry(
+        op="gemm_nvfp4", problem=GemmProblem(m=1, n=512, k=512).dims(), kernel="fake_gemm", config={"tile_k": 128},
+        measured=True, source_hash="of before", median_us=1.0, default_us=1.0,
+    )  # fmt: skip
+    table.merge(tmp_path / "some-gpu.json", "some-gpu", "sm_90a", [before])
+    stuck = Future()
+    alike = space.candidate("fake_gemm", fake_kernel.Config(tile_k=128))
+    monkeypatch.setattr(tune, "_begin", lambda ahead, turn, task, c: stuck if c == alike else builds.prepared())
+    arguments = ("--stale", "--op", "gemm_nvfp4", "--storage", tmp_path / "j.log", "--out", tmp_path, "--jobs", 1)
+    code = main(["tune", *map(str, arguments), "--trials", "6", "--seconds", "6", "--quiet"])
+    assert code == 1  # nothing was tuned
+    assert table.read(tmp_path / "some-gpu.json").entries == [before]
+
+    stuck.set_result(None)
+    code, document = run(capsys, *arguments, "--trials", 6)
+    assert (code, document["left"]) == (0, 0)
+    (entry,) = table.read(tmp_path / "some-gpu.json").entries
+    assert (entry.trials, entry.source_hash) == (6, registry.source_hash("fake_gemm"))
+
+
 def test_a_wrong_default_is_a_failure_and_no_entry(gpu, config, tmp_path, capsys, monkeypatch):
     class Broken(evaluate.Measured):
         def _ready(self):
