@@ -5,7 +5,8 @@ FP4SUITE_CACHE_DIR   where compiled results and logs are kept; default: the user
 FP4SUITE_KEEP        0: kernels of CuTe DSL are compiled in every process, not kept in the cache and loaded from there
 FP4SUITE_BATCH_INVARIANT
                      1: results of a row do not depend on the other rows (`fp4suite.batch_invariant`)
-FP4SUITE_OVERLAP     0: kernels of ops are launched when the ones before have ended, not while they still run
+FP4SUITE_OVERLAP     0: fusions are launched when the kernel before has ended, not while it still runs; GEMMs and index
+                     scores, and the second launches of an op, as ever
 FP4SUITE_COMMIT      the commit that results name where the sources are no git checkout (a copy, an installed wheel)
 """
 

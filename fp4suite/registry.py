@@ -16,6 +16,8 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import io
+import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -199,22 +201,42 @@ def config_of(kernel: str, problem: Any, wanted: str) -> Any | None:
 
 @functools.cache
 def source_hash(name: str) -> str:
-    """SHA-256 (12 hex digits) of the kernel's source file and of the files of its package that it imports, also by way
-    of others: what decides which machine code comes out, beside config and compilers.
+    """SHA-256 (12 hex digits) of the code in the kernel's source file and in the files of its package that it imports,
+    also by way of others: what decides which machine code comes out, beside config and compilers.
     """
     module = find(name).module
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"kernel {name} names the module {module}, which is not installed")
-    return files_hash(sources(Path(spec.origin)))
+    return _hash((path.name, code(path.read_text(encoding="utf-8")).encode()) for path in sources(Path(spec.origin)))
 
 
 def files_hash(paths: Iterable[Path]) -> str:
     """SHA-256 (12 hex digits) of files: their names and what is in them, in this order."""
+    return _hash((path.name, path.read_bytes()) for path in paths)
+
+
+def _hash(parts: Iterable[tuple[str, bytes]]) -> str:
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, text in parts:
+        digest.update(name.encode() + b"\0" + text + b"\0")
     return digest.hexdigest()[:12]
+
+
+def code(source: str) -> str:
+    """A source without comments, docstrings and empty lines, which no machine code depends on."""
+    lines = source.split("\n")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = node.body[0] if node.body else None
+            if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
+                assert text.end_lineno is not None
+                lines[text.lineno - 1 : text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def sources(own: Path) -> list[Path]:

@@ -55,10 +55,7 @@ def supports(problem: QkvNormRopeInsertProblem, config: Config) -> str | None:
 
 
 def default(problem: QkvNormRopeInsertProblem) -> Config:
-    """Programs of one warp. Few tokens: q's rows in parts of 16 columns a thread. Many: a warp holds a row of q.
-
-    Predicted, not measured.
-    """
+    """Programs of one warp. Few tokens: q's rows in parts of 16 columns a thread. Many: a warp holds a row of q."""
     if problem.m <= rms_norm.FEW_ROWS:
         return Config(parts=triton.cdiv(problem.k, Config().norm.tile_k))
     held = Config(held=True)

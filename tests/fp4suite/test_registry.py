@@ -55,6 +55,45 @@ def test_a_kernel_is_its_file_and_what_it_imports(package: Path, changed: str, s
     assert {name for name, value in before.items() if registry.source_hash(name) != value} == seen
 
 
+DOCUMENTED = '''"""A module
+of two lines."""
+
+
+def f(x):  # of x
+    """What it is."""
+
+    asm = "# no comment"  # one
+    """no docstring, but nobody minds it"""
+    return asm, x
+
+
+class C:
+    """One."""
+
+    x: int = 1  # of these
+'''
+BARE = '''def f(x):
+    asm = "# no comment"
+    """no docstring, but nobody minds it"""
+    return asm, x
+class C:
+    x: int = 1'''
+
+
+def test_what_is_hashed_is_code() -> None:
+    assert registry.code(DOCUMENTED) == BARE
+    assert registry.code(DOCUMENTED.replace("# no comment", "# another")) != BARE
+    assert registry.code(DOCUMENTED.replace("return asm", "return  asm")) != BARE
+
+
+def test_a_comment_changes_no_hash(package: Path) -> None:
+    before = registry.source_hash("one")
+    path = package / "helper.py"
+    path.write_text('"""Of x."""\n\n' + path.read_text() + "# the end\n")
+    registry.source_hash.cache_clear()
+    assert registry.source_hash("one") == before
+
+
 def test_a_module_may_have_a_default_of_its_own_for_each_problem() -> None:
     plain = SimpleNamespace(Config=lambda: "plain")
     choosy = SimpleNamespace(Config=lambda: "plain", default=lambda problem: f"for {problem}")
