@@ -48,7 +48,7 @@ from .problem import (
     SwigluProblem,
     SwigluQuantizeProblem,
 )
-from .reference.compressor import CompressorStep, check_compressor
+from .reference.compressor import CompressorStep
 from .reference.quant import global_scale, rmsnorm_fp32, swiglu_fp32
 
 _lib = torch.library.Library("fp4suite", "DEF")
@@ -137,6 +137,7 @@ def _nvfp4_alpha(x: Tensor, segments: list[int]) -> Tensor:
 def _rmsnorm_alpha(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _refuse_alpha_of_all_rows()
     choice = dispatch.choose("rmsnorm_quantize", _rmsnorm_problem(x, "linear", "absmax"), x.device)
+    weight = weight.contiguous()
     return _alpha(choice, lambda: global_scale(rmsnorm_fp32(x, weight, eps)), x.device, x, weight, eps)
 
 
@@ -183,6 +184,7 @@ def _rmsnorm_quantize(
 ) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     choice = dispatch.choose("rmsnorm_quantize", _rmsnorm_problem(x, sf_layout, rule), x.device)
+    weight = weight.contiguous()
     plain = lambda: reference.rmsnorm_quantize(x, weight, eps, alpha=alpha, sf_layout=sf_layout, rule=rule)  # noqa: E731
     return _quantizing(choice, plain, m, k, alpha, sf_layout, (x, weight, eps, alpha), rule)
 
@@ -432,7 +434,6 @@ def _compress_kv(
             cu_seqlens=cu_seqlens, state_slots=state_slots, slots=slots, ratio=ratio, hadamard=hadamard,
         )  # fmt: skip
         return
-    check_compressor(kv, state, cache, ratio)
     integers = (t.contiguous() for t in (positions, sequence_ids, cu_seqlens, state_slots, slots))
     with _on(kv.device):
         choice.module.launch(
@@ -496,11 +497,6 @@ def _index_logits(
         if choice.invariant:
             return cast(Tensor, by_token.run("index_logits", _reference_index_logits, args))
         return _reference_index_logits(*args)
-    if q.shape[2] != head_dim or list(weights.shape) != [m, heads]:
-        raise ValueError(
-            f"q must be [tokens, heads, {head_dim}] and weights [tokens, heads], "
-            f"got {list(q.shape)} and {list(weights.shape)}"
-        )
     out = torch.empty(m, pages * page_size, dtype=torch.float32, device=q.device)
     with _on(q.device):
         choice.module.launch(
@@ -541,8 +537,6 @@ def _index_query_fp8(
     q: Tensor, weights: Tensor, positions: Tensor, table: Tensor, hadamard: bool
 ) -> tuple[Tensor, Tensor]:
     (m, heads, head_dim), kind = q.shape, dtype_name(q, "q")
-    if list(weights.shape) != [m, heads]:
-        raise ValueError(f"weights must be {[m, heads]}, as many as q has heads, got {list(weights.shape)}")
     problem = IndexQueryProblem(
         m=m, format="fp8", hadamard=int(hadamard), heads=heads, head_dim=head_dim, rope_dim=table.shape[1], x=kind,
         codes=1,
@@ -596,7 +590,8 @@ def _hyper_connection_pre(
     out = _fake_pre(h, fn, base, scale, weight, norm_eps, eps, iterations)
     numbers = (norm_eps, eps, iterations)
     with _on(h.device):
-        choice.module.launch(_unit_stride(h), *_fp32(fn, base, scale), _dense(weight), *numbers, out, choice.config)
+        operands = (_unit_stride(h), *_product(fn, base, scale), _dense(weight))
+        choice.module.launch(*operands, *numbers, out, choice.config)
     return out
 
 
@@ -624,7 +619,7 @@ def _hyper_connection_head(
         return _reference(choice, plain, (h, fn, base, scale, weight))
     out = h.new_empty(h.shape[0], h.shape[2])
     with _on(h.device):
-        operands = (_unit_stride(h), *_fp32(fn, base, scale), _dense(weight))
+        operands = (_unit_stride(h), *_product(fn, base, scale), _dense(weight))
         choice.module.launch(*operands, norm_eps, eps, out, choice.config)
     return out
 
@@ -644,8 +639,9 @@ def _hyper_connection_post_pre(
 
         return _reference(choice, plain, (y, h, post, comb, fn, base, scale, weight))
     out = _fake_post_pre(y, h, post, comb, fn, base, scale, weight, norm_eps, eps, iterations)
-    operands = (_unit_stride(y), _unit_stride(h), *_fp32(post, comb, fn, base, scale), _dense(weight))
     with _on(h.device):
+        site = _unit_stride(y), _unit_stride(h), *_fp32(post, comb)
+        operands = *site, *_product(fn, base, scale), _dense(weight)
         choice.module.launch(*operands, norm_eps, eps, iterations, out, choice.config)
     return out
 
@@ -653,6 +649,17 @@ def _hyper_connection_post_pre(
 def _fp32(*tensors: Tensor) -> list[Tensor]:
     """Coefficients as kernels read them: FP32, contiguous. They are so already where a model keeps them."""
     return [t.float().contiguous() for t in tensors]
+
+
+def _product(fn: Tensor, base: Tensor, scale: Tensor) -> list[Tensor]:
+    """The same of a product's operands, and fn from 16 bytes on.
+
+    Kernels read fn before they wait for the launch before. Where it has to be copied, another comes between.
+    """
+    read = fn.float().contiguous()
+    if read.data_ptr() % 16:
+        read = read.clone()
+    return [read, *_fp32(base if read is fn else base.clone(), scale)]
 
 
 def _dense(weight: Tensor | None) -> Tensor | None:

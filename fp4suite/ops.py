@@ -12,11 +12,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import layouts
+from . import checks, layouts
 from .formats import BLOCK, FP8RowTensor, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, SfLayout
 from .operators import as_nvfp4, dtype_name
 from .problem import Rule
-from .reference.compressor import CompressorStep, check_compressor
+from .reference.compressor import CompressorStep
 from .reference.gemm import check_segments
 
 _ops: Any = torch.ops.fp4suite  # typed as Any: the operators are made at run time
@@ -39,12 +39,13 @@ def quantize_nvfp4(
     Raises ValueError for k or alpha of another shape, TypeError for another dtype.
     """
     dtype_name(x, "x")
+    checks.nvfp4(sf_layout, rule)
     if x.ndim < 2 or x.shape[-1] % BLOCK:
         raise ValueError(f"x must be [..., m, k] with k a multiple of {BLOCK}, got {list(x.shape)}")
-    runs = list(segments or [])
+    runs = _runs(segments, x.shape[-2])
     if alpha is None:
         alpha = _ops.nvfp4_alpha(_rows(x) if x.ndim == 2 else x, runs)
-    _check_alpha(alpha, x)
+    checks.alpha(alpha, x)
     if alpha.ndim == 0 and (x.ndim == 2 or sf_layout == "linear"):
         data, sf = _ops.quantize_nvfp4(_rows(x), alpha, sf_layout, rule)
     else:  # one launch for each alpha: weights, not activations
@@ -76,14 +77,15 @@ def dequant_nvfp4(
     segments: as for `quantize_nvfp4`. Raises ValueError for a weight in another order than "rows".
     """
     dtype_name(dtype, "dtype")
-    _expect_rows(t, "t")
+    checks.order_of_rows(t, "t")
+    runs = _runs(segments, t.shape[-2])
     if t.alpha.ndim == 0 and (t.data.ndim == 2 or t.sf_layout == "linear"):
         rows = t.data.flatten(0, -2)
         sf = t.sf.flatten(0, -2) if t.sf_layout == "linear" else t.sf
         out = _ops.dequant_nvfp4(rows, sf.view(torch.uint8), t.alpha, t.sf_layout, dtype)
     else:
-        data = _pieces(t.data, t.alpha, list(segments or []))
-        scales = _pieces(t.with_sf_layout("linear").sf.view(torch.uint8), t.alpha, list(segments or []))
+        data = _pieces(t.data, t.alpha, runs)
+        scales = _pieces(t.with_sf_layout("linear").sf.view(torch.uint8), t.alpha, runs)
         out = torch.cat(
             [_ops.dequant_nvfp4(d, sf, own, "linear", dtype) for (d, own), (sf, _) in zip(data, scales, strict=True)]
         )
@@ -104,14 +106,16 @@ def rmsnorm_quantize(
     alpha: float32 []; None takes it from the normed rows, which costs another pass over x.
     """
     dtype_name(x, "x")
+    checks.nvfp4(sf_layout, rule)
     if x.ndim < 2 or x.shape[-1] % BLOCK or list(weight.shape) != [x.shape[-1]]:
         raise ValueError(
             f"x must be [..., m, k] with k a multiple of {BLOCK} and weight [k], "
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
+    checks.kind(weight, "weight", x)
     if alpha is None:
         alpha = _ops.rmsnorm_alpha(_rows(x), weight, eps)
-    _check_alpha(alpha, x, scalar=True)
+    checks.alpha(alpha, x, scalar=True)
     data, sf = _ops.rmsnorm_quantize(_rows(x), weight, eps, alpha, sf_layout, rule)
     return _unflatten(data, sf, alpha, sf_layout, x.shape[:-1])
 
@@ -123,7 +127,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if x.ndim < 2:
         raise ValueError(f"x must be [..., m, k], got {list(x.shape)}")
-    _check_norm(x, weight, "x", "weight")
+    checks.norm(x, weight, "x", "weight")
     return _ops.rms_norm(_rows(x), weight, eps).view(x.shape)
 
 
@@ -140,13 +144,14 @@ def swiglu_quantize(
     alpha: float32 []; None takes it from the activations, which costs another pass over x.
     """
     dtype_name(x, "x")
+    checks.nvfp4(sf_layout, rule)
     if x.ndim < 2 or x.shape[-1] % (2 * BLOCK):
         raise ValueError(f"x must be [..., m, 2 k] with k a multiple of {BLOCK}, got {list(x.shape)}")
     if not limit > 0:
         raise ValueError(f"limit must be positive, got {limit}")
     if alpha is None:
         alpha = _ops.swiglu_alpha(_rows(x), limit)
-    _check_alpha(alpha, x, scalar=True)
+    checks.alpha(alpha, x, scalar=True)
     data, sf = _ops.swiglu_quantize(_rows(x), limit, alpha, sf_layout, rule)
     return _unflatten(data, sf, alpha, sf_layout, x.shape[:-1])
 
@@ -236,7 +241,8 @@ def gemm_nvfp4(
 
     a: a float tensor (W4A16; bfloat16 on a GPU) or an NVFP4Tensor [m, k] with one alpha (W4A4). b.alpha is one number,
     or one for each of `segments`, runs of output columns that sum to n. Sums in FP32, alpha in FP32, rounded once.
-    b's order says which kernels can run: UnsupportedError on a GPU where none reads it.
+    b's order says which kernels can run: UnsupportedError on a GPU where none reads it. b is a weight, which a GPU may
+    read before the launches before have ended: synchronise once it is written, before ops are launched.
     act: "fp8" quantises a float a by `quantize_fp8` and rounds b to E4M3 row by row, for Hopper's FP8 tensor cores: an
     error of 3.4 % on Gaussian data. So with an FP8RowTensor for a. b is as `NVFP4Tensor.prepare_fp8` gives it, k a
     multiple of 64, on a GPU in the order "fragments_sm90_fp8". Kernels for bfloat16 do not read that one: `with_order`
@@ -244,10 +250,12 @@ def gemm_nvfp4(
     out_alpha: float32 [], the global scale of an NVFP4 result, n a multiple of 16. It is quantised by rule "absmax"
     from FP32 sums times alpha, not rounded in between, in the kernel where one can; `out_dtype` then counts nothing.
     """
+    if not isinstance(b, NVFP4Tensor):
+        raise TypeError(f"b must be an NVFP4Tensor, as quantize_nvfp4 gives it, got {type(b).__name__}")
     if b.data.ndim != 2:
         raise ValueError(f"b must be one [n, k] matrix, got {list(b.shape)}; stacked experts go to grouped_gemm_nvfp4")
     n, k = b.shape
-    if a.shape[-1] != k:
+    if list(a.shape[-1:]) != [k]:
         raise ValueError(f"a [..., k] and b [n, k] must agree in k, got {list(a.shape)} and {list(b.shape)}")
     check_segments(b.alpha, n, segments)
     if a.device != b.device:
@@ -266,7 +274,7 @@ def gemm_nvfp4(
             raise ValueError(f"act={act!r} is of float activations, got an NVFP4Tensor")
         if a.data.ndim != 2 or a.alpha.ndim:
             raise ValueError(f"an NVFP4 a must be [m, k] with alpha [], got {list(a.shape)} with {list(a.alpha.shape)}")
-        _expect_rows(a, "a")
+        checks.order_of_rows(a, "a")
         left = a.data, a.sf.view(torch.uint8), a.alpha, a.sf_layout
     else:
         dtype_name(a, "a")
@@ -275,7 +283,7 @@ def gemm_nvfp4(
         return _ops.gemm_w4a16(a, *right, out_dtype) if left is None else _ops.gemm_w4a4(*left, *right, out_dtype)
     if n % BLOCK:
         raise ValueError(f"an NVFP4 result needs n in multiples of {BLOCK}, got {n}")
-    _check_alpha(out_alpha, a, scalar=True)
+    checks.alpha(out_alpha, a, scalar=True)
     if left is None:
         whole = _rows(_ops.gemm_w4a16(a, *right, torch.float32))
         data, sf = _ops.quantize_nvfp4(whole, out_alpha, out_sf_layout, "absmax")
@@ -302,7 +310,7 @@ def _gemm_fp8(
         return out.view(*lead, n)
     if n % BLOCK:
         raise ValueError(f"an NVFP4 result needs n in multiples of {BLOCK}, got {n}")
-    _check_alpha(out_alpha, a, scalar=True)
+    checks.alpha(out_alpha, a, scalar=True)
     data, sf = _ops.quantize_nvfp4(out, out_alpha, out_sf_layout, "absmax")
     return _unflatten(data, sf, out_alpha, out_sf_layout, lead)
 
@@ -322,8 +330,11 @@ def grouped_gemm_nvfp4(
     """
     if b.data.ndim != 3 or a.shape[-1] != b.shape[-1]:
         raise ValueError(f"a [slots, k] and b [experts, n, k] must agree in k, got {list(a.shape)} and {list(b.shape)}")
+    checks.matrix(a, "a", b.shape[-1], b)
     if offsets.dtype != torch.int32 or list(offsets.shape) != [b.shape[0] + 1]:
         raise ValueError(f"offsets must be int32 [{b.shape[0] + 1}], got {offsets.dtype} {list(offsets.shape)}")
+    if offsets.device != b.device:
+        raise ValueError(f"offsets must be on {b.device} beside b, got {offsets.device}")
     parts = _parts(a)
     return _ops.grouped_gemm_nvfp4(*parts, *_weight(b), offsets, list(segments or []), out_dtype)
 
@@ -348,11 +359,8 @@ def moe_nvfp4(
             f"w13 {list(w13.shape)} needs w2 [{experts}, {hidden}, {wide // 2}] and x [tokens, {hidden}], "
             f"got {list(w2.shape)} and {list(x.shape)}"
         )
-    if topk_ids.dtype != torch.int32 or topk_weights.shape != topk_ids.shape:
-        raise ValueError(
-            f"topk_ids must be int32 [tokens, topk] and topk_weights of its shape, "
-            f"got {topk_ids.dtype} {list(topk_ids.shape)} and {list(topk_weights.shape)}"
-        )
+    checks.matrix(x, "x", hidden, w13)
+    checks.choices(topk_ids, topk_weights)
     return _ops.moe_nvfp4(*_parts(x), *_weight(w13), *_weight(w2), topk_ids, topk_weights, limit)
 
 
@@ -371,16 +379,15 @@ def route(
     """
     if logits.ndim != 2 or not 1 <= topk <= logits.shape[1]:
         raise ValueError(f"logits must be [tokens, {topk} or more experts], got {list(logits.shape)}")
-    if bias is not None and list(bias.shape) != [logits.shape[1]]:
-        raise ValueError(f"bias must be [{logits.shape[1]}], got {list(bias.shape)}")
+    checks.kind(logits, "logits", logits)
+    if bias is not None:
+        checks.floats(bias, "bias", [logits.shape[1]], logits)
     if (token_ids is None) != (table is None):
         raise ValueError("token_ids and table go together: one was given without the other")
     if table is not None and bias is not None:
         raise ValueError("experts are chosen by bias or by table, not by both")
-    if table is not None and table.shape[1] != topk:
-        raise ValueError(f"table must be [vocab, {topk}], got {list(table.shape)}")
-    if token_ids is not None and list(token_ids.shape) != [len(logits)]:
-        raise ValueError(f"token_ids must be [{len(logits)}], got {list(token_ids.shape)}")
+    if table is not None and token_ids is not None:
+        checks.by_table(logits, topk, token_ids, table)
     return _ops.route(logits, topk, scale, bias, token_ids, table)
 
 
@@ -389,10 +396,8 @@ def permute(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
     On a GPU an id of `experts` or above counts as -1, in place of the CPU's error.
     """
-    if topk_ids.dtype != torch.int32 or topk_ids.ndim != 2:
-        raise ValueError(f"topk_ids must be int32 [tokens, topk], got {topk_ids.dtype} {list(topk_ids.shape)}")
-    if experts < 1:
-        raise ValueError(f"experts must be positive, got {experts}")
+    checks.choices(topk_ids)
+    checks.positive(experts=experts)
     return _ops.permute(topk_ids, experts)
 
 
@@ -403,19 +408,17 @@ def combine(
 
     topk_ids: int32, topk_weights: float32 [tokens, topk]; shared: [tokens, hidden].
     """
-    if topk_ids.dtype != torch.int32 or topk_ids.ndim != 2 or topk_weights.shape != topk_ids.shape:
-        raise ValueError(
-            f"topk_ids must be int32 [tokens, topk] and topk_weights of its shape, "
-            f"got {topk_ids.dtype} {list(topk_ids.shape)} and {list(topk_weights.shape)}"
-        )
+    checks.choices(topk_ids, topk_weights)
     slots = topk_ids.numel()
     if y.ndim != 2 or len(y) != slots or order.dtype != torch.int32 or list(order.shape) != [slots]:
         raise ValueError(
             f"y must be [{slots}, hidden] and order int32 [{slots}], "
             f"got {list(y.shape)} and {order.dtype} {list(order.shape)}"
         )
-    if shared is not None and list(shared.shape) != [len(topk_ids), y.shape[1]]:
-        raise ValueError(f"shared must be [{len(topk_ids)}, {y.shape[1]}], got {list(shared.shape)}")
+    checks.kind(y, "y", topk_ids)
+    checks.beside(order, "order", y)
+    if shared is not None:
+        checks.floats(shared, "shared", [len(topk_ids), y.shape[1]], y)
     return _ops.combine(y, order, topk_ids, topk_weights, shared)
 
 
@@ -435,16 +438,16 @@ def hyper_connection_pre(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A site's normed input y [tokens, d], post [tokens, n] and comb [tokens, n, n] of streams h [tokens, n, d].
 
-    fn is a weight: on a GPU it may be read while the op launched last still runs, so that op must not have made it. A
-    token with an infinity or NaN in its streams gets NaN in y, post and comb.
+    fn is a weight, which a GPU may read before the launches before have ended: synchronise once it is written, before
+    ops are launched. A token with an infinity or NaN in its streams gets NaN in y, post and comb.
     """
-    _check_fold(h, fn, base, scale, weight, sites=h.shape[1] + 2)
+    checks.fold(h, fn, base, scale, weight)
     return _ops.hyper_connection_pre(h, fn, base, scale, weight, norm_eps, eps, iterations)
 
 
 def hyper_connection_post(y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """Streams after a site [tokens, n, d]: post_k y + sum_j comb[j, k] h_j. Infinities and NaN spread along columns."""
-    _check_site(y, h, post, comb)
+    checks.site(y, h, post, comb)
     return _ops.hyper_connection_post(y, h, post, comb)
 
 
@@ -454,7 +457,7 @@ def hyper_connection_head(
     """The streams h [tokens, n, d] folded and normed for the language-model head: [tokens, d]. fn: as for
     `hyper_connection_pre`.
     """
-    _check_fold(h, fn, base, scale, weight, sites=1)
+    checks.fold(h, fn, base, scale, weight, head=True)
     return _ops.hyper_connection_head(h, fn, base, scale, weight, norm_eps, eps)
 
 
@@ -474,33 +477,12 @@ def hyper_connection_post_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`hyper_connection_post` of a site, and `hyper_connection_pre` of the next on what it leaves.
 
-    Returns the streams [tokens, n, d] and the next site's y [tokens, d], post [tokens, n] and comb [tokens, n, n].
+    fn: as for `hyper_connection_pre`. Returns the streams [tokens, n, d] and the next site's y [tokens, d], post
+    [tokens, n] and comb [tokens, n, n].
     """
-    _check_site(y, h, post, comb)
-    _check_fold(h, fn, base, scale, weight, sites=h.shape[1] + 2)
+    checks.site(y, h, post, comb)
+    checks.fold(h, fn, base, scale, weight)
     return _ops.hyper_connection_post_pre(y, h, post, comb, fn, base, scale, weight, norm_eps, eps, iterations)
-
-
-def _check_fold(h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor | None, *, sites: int) -> None:
-    """h [tokens, n, d] and what a product of `sites` n coefficients of it takes."""
-    if h.ndim != 3:
-        raise ValueError(f"h must be [tokens, n, d], got {list(h.shape)}")
-    _, n, d = h.shape
-    wanted = {"fn": (fn, [sites * n, n * d]), "base": (base, [sites * n]), "scale": (scale, [1 if sites == 1 else 3])}
-    wanted |= {"weight": (weight, [d])} if weight is not None else {}
-    for name, (given, shape) in wanted.items():
-        if list(given.shape) != shape:
-            raise ValueError(f"h {list(h.shape)} needs {name} {shape}, got {list(given.shape)}")
-
-
-def _check_site(y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> None:
-    """The output y of a site, its streams h [tokens, n, d] and its coefficients."""
-    if h.ndim != 3:
-        raise ValueError(f"h must be [tokens, n, d], got {list(h.shape)}")
-    tokens, n, d = h.shape
-    for name, given, shape in (("y", y, [tokens, d]), ("post", post, [tokens, n]), ("comb", comb, [tokens, n, n])):
-        if list(given.shape) != shape:
-            raise ValueError(f"h {list(h.shape)} needs {name} {shape}, got {list(given.shape)}")
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -512,8 +494,8 @@ def qnorm_rope(q: Tensor, positions: Tensor, table: Tensor, eps: float) -> Tenso
     positions: int32 [tokens], each less than the length of table, float32 [positions, rope_dim] of
     `reference.rope_table`.
     """
-    _check_heads(q, "q")
-    _check_rope(q, positions, table)
+    checks.heads(q, "q")
+    checks.rope(q, positions, table)
     return _ops.qnorm_rope(q, positions, table, eps)
 
 
@@ -522,10 +504,12 @@ def qnorm_rope_quantize(q: Tensor, positions: Tensor, table: Tensor, eps: float)
 
     A head becomes a row of an `nvfp4` cache (`formats.kv_layout`), 384 bytes of 512 dims with 64 of RoPE: codes, E4M3
     scales, the head's own alpha, RoPE dims in BF16. `reference.read_rows` decodes them, from a PagedCache of page_size
-    1. ValueError where the dims beside RoPE are no multiple of 16 (kernels take those of 32).
+    1. ValueError where the dims beside RoPE are none, or no multiple of 16 (kernels take those of 32).
     """
-    _check_heads(q, "q")
-    _check_rope(q, positions, table)
+    checks.heads(q, "q")
+    checks.rope(q, positions, table)
+    if q.shape[2] == table.shape[1]:
+        raise ValueError(f"q's heads must have dims beside the {table.shape[1]} of RoPE, got {list(q.shape)}")
     return _ops.qnorm_rope_quantize(q, positions, table, eps)
 
 
@@ -537,7 +521,7 @@ def kv_norm_rope_insert(
     weight: [head_dim]; positions: int32 [tokens]; table: as for `qnorm_rope`; slots: int32 [tokens], -1 stores nothing;
     those that are stored to differ from each other and lie in the cache. See `reference.cache` for infinities and NaN.
     """
-    _check_insert(kv, weight, positions, table, cache, slots)
+    checks.insert(kv, weight, positions, table, cache, slots)
     _ops.kv_norm_rope_insert(kv, weight, positions, table, eps, cache.data, *_geometry(cache), slots)
 
 
@@ -549,32 +533,15 @@ def qkv_norm_rope_insert(
 
     q and kv, of one dtype, are usually columns of one tensor: rows may have any stride. Gives [tokens, k], contiguous.
     """
-    _check_insert(kv, kv_weight, positions, table, cache, slots)
+    checks.insert(kv, kv_weight, positions, table, cache, slots, "kv_weight")
     if q.ndim != 2 or len(q) != len(kv):
         raise ValueError(f"q must be [{len(kv)}, k], a row for each of kv, got {list(q.shape)}")
     if q.dtype != kv.dtype or q.device != kv.device:
         raise ValueError(f"q and kv must share dtype and device, got {q.dtype} {q.device} and {kv.dtype} {kv.device}")
-    _check_norm(q, q_weight, "q", "q_weight")
+    checks.norm(q, q_weight, "q", "q_weight")
     return _ops.qkv_norm_rope_insert(
         q, q_weight, kv, kv_weight, positions, table, eps, cache.data, *_geometry(cache), slots
     )
-
-
-def _check_insert(
-    kv: Tensor, weight: Tensor, positions: Tensor, table: Tensor, cache: PagedCache, slots: Tensor
-) -> None:
-    if kv.ndim != 2 or kv.shape[1] != cache.head_dim or list(weight.shape) != [cache.head_dim]:
-        raise ValueError(
-            f"kv must be [tokens, {cache.head_dim}] and weight [{cache.head_dim}], "
-            f"got {list(kv.shape)} and {list(weight.shape)}"
-        )
-    _check_rope(kv, positions, table)
-    if table.shape[1] != cache.rope_dim:
-        raise ValueError(f"the cache has {cache.rope_dim} RoPE dims, table {table.shape[1]}")
-    if slots.dtype != torch.int32 or list(slots.shape) != [len(kv)]:
-        raise ValueError(f"slots must be int32 [{len(kv)}], got {slots.dtype} {list(slots.shape)}")
-    if not cache.data.is_contiguous():
-        raise ValueError(f"cache.data must be contiguous, got strides {cache.data.stride()}")
 
 
 def compress_kv(
@@ -597,8 +564,12 @@ def compress_kv(
 ) -> None:
     """Take in a step's rows and store the entries that they complete; changes state and cache.data.
 
-    See `reference.compress_kv` for the shapes.
+    See `reference.compress_kv` for the shapes. kv and gate are of one dtype, state and cache.data contiguous. Raises
+    ValueError or TypeError, with nothing changed, for any that do not fit; values of tensors are not looked at.
     """
+    own = CompressorStep(kv, gate, ape, weight, state, cache, hadamard)
+    checks.compressor(own, ratio)
+    checks.joint(own, table, positions, sequence_ids, cu_seqlens, state_slots, slots)
     _ops.compress_kv(
         kv, gate, ape, weight, table, eps, state, cache.data, *_geometry(cache),
         positions, sequence_ids, cu_seqlens, state_slots, slots, ratio, hadamard,
@@ -624,16 +595,8 @@ def compress_kv_pair(
     own cache. Raises ValueError where shapes do not fit, or where the two differ in tokens, overlap or page size, and
     TypeError where they differ in the dtypes of kv, gate or weight.
     """
-    _check_pair(entries, keys, ratio)
-    _check_rope(entries.kv, positions, table)
-    tokens, sequences = positions.shape[0], state_slots.shape[0]
-    for name, given, length in (
-        ("sequence_ids", sequence_ids, tokens),
-        ("slots", slots, tokens),
-        ("cu_seqlens", cu_seqlens, sequences + 1),
-    ):
-        if given.dtype != torch.int32 or list(given.shape) != [length]:
-            raise ValueError(f"{name} must be int32 [{length}], got {given.dtype} {list(given.shape)}")
+    checks.pair(entries, keys, ratio)
+    checks.joint(entries, table, positions, sequence_ids, cu_seqlens, state_slots, slots)
     _ops.compress_kv_pair(
         *_step_parts(entries), *_step_parts(keys), table, eps, positions, sequence_ids, cu_seqlens, state_slots, slots,
         ratio,
@@ -643,7 +606,11 @@ def compress_kv_pair(
 def index_query(
     q: Tensor, positions: Tensor, table: Tensor, *, format: IndexFormat = "bf16", hadamard: bool = False
 ) -> Tensor:
-    """RoPE, optionally Hadamard, then an index format's rounding: q [tokens, heads, head_dim] -> the same."""
+    """RoPE, optionally Hadamard, then an index format's rounding: q [tokens, heads, head_dim] -> the same.
+
+    positions and table: as for `qnorm_rope`. ValueError for dims that the format or the Hadamard transform cannot take.
+    """
+    checks.query(q, positions, table, format, hadamard)
     return _ops.index_query(q, positions, table, format, hadamard)
 
 
@@ -651,6 +618,8 @@ def index_query_fp8(
     q: Tensor, weights: Tensor, positions: Tensor, table: Tensor, *, hadamard: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`index_query` in fp8 as float8_e4m3fn codes, and float32 weights [tokens, heads] that hold their scales."""
+    checks.query(q, positions, table, "fp8", hadamard)
+    checks.floats(weights, "weights", list(q.shape[:2]), q)
     codes, scaled = _ops.index_query_fp8(q, weights, positions, table, hadamard)
     return codes.view(torch.float8_e4m3fn), scaled
 
@@ -670,7 +639,7 @@ def csa_queries(
 
     positions and table: as for `qnorm_rope`. Raises TypeError unless q and index_q have one dtype.
     """
-    _check_queries(q, index_q, positions, table)
+    checks.queries(q, index_q, positions, table, format, hadamard)
     first, second = _ops.csa_queries(q, index_q, positions, table, eps, format, hadamard)
     return first, second
 
@@ -689,9 +658,8 @@ def csa_queries_fp8(
 
     See `csa_queries`.
     """
-    _check_queries(q, index_q, positions, table)
-    if list(weights.shape) != list(index_q.shape[:2]):
-        raise ValueError(f"weights must be {list(index_q.shape[:2])}, as index_q is, got {list(weights.shape)}")
+    checks.queries(q, index_q, positions, table, "fp8", hadamard)
+    checks.floats(weights, "weights", list(index_q.shape[:2]), q)
     first, codes, scaled = _ops.csa_queries_fp8(q, index_q, weights, positions, table, eps, hadamard)
     return first, codes.view(torch.float8_e4m3fn), scaled
 
@@ -709,8 +677,11 @@ def index_logits(
 ) -> Tensor:
     """Float32 [tokens, pages * page_size] scores of the block table's entries, -inf where not visible.
 
-    q in float8_e4m3fn, for keys in fp8 alone, is multiplied as it is: the scale of a head belongs into its weight.
+    q in float8_e4m3fn, for keys in fp8 alone, is multiplied as it is: the scale of a head belongs into its weight. The
+    rest as for `reference.index_logits`; a sequence id is less than the rows of block_table, which nothing checks.
     """
+    checks.keys(q, weights, cache)
+    checks.tokens(q, block_table, positions, sequence_ids, ratio)
     return _ops.index_logits(
         q, weights, cache.data, cache.format, cache.page_size, cache.head_dim,
         block_table, positions, sequence_ids, ratio, scale,
@@ -727,7 +698,21 @@ def index_topk(
     topk: int,
     page_size: int,
 ) -> Tensor:
-    """Cache slots int32 [tokens, min(topk, entries)] of the highest visible scores, entries rising, -1 behind."""
+    """Cache slots int32 [tokens, min(topk, entries)] of the highest visible scores, entries rising, -1 behind.
+
+    logits: float32 [tokens, entries], no more than block_table [sequences, pages] has; the rest as for `index_logits`.
+    """
+    if logits.ndim != 2 or logits.dtype != torch.float32:
+        raise TypeError(f"logits must be float32 [tokens, entries], got {logits.dtype} {list(logits.shape)}")
+    checks.positive(topk=topk, page_size=page_size)
+    checks.tokens(logits, block_table, positions, sequence_ids, ratio)
+    if logits.shape[1] > block_table.shape[1] * page_size:
+        raise ValueError(
+            f"block_table {list(block_table.shape)} has pages of {page_size} for "
+            f"{block_table.shape[1] * page_size} entries, logits {logits.shape[1]}"
+        )
+    if not len(block_table):  # padding tokens alone
+        return logits.new_full((len(logits), min(topk, logits.shape[1])), -1, dtype=torch.int32)
     return _ops.index_topk(logits, block_table, positions, sequence_ids, ratio, topk, page_size)
 
 
@@ -740,6 +725,7 @@ def sparse_attention(
     """
     if len(caches) != len(indices) or not caches:
         raise ValueError(f"caches and indices go in pairs, got {len(caches)} and {len(indices)}")
+    checks.gathered(q, indices, sink)
     return _ops.sparse_attention(
         q,
         [c.data for c in caches],
@@ -756,8 +742,8 @@ def rope_inverse(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
 
     positions and table: as for `qnorm_rope`.
     """
-    _check_heads(o, "o")
-    _check_rope(o, positions, table)
+    checks.heads(o, "o")
+    checks.rope(o, positions, table)
     return _ops.rope_inverse(o, positions, table)
 
 
@@ -766,11 +752,9 @@ def rope_inverse_(o: Tensor, positions: Tensor, table: Tensor) -> Tensor:
 
     o: of any strides whose last is 1, no two elements in one place. ValueError for any other.
     """
-    _check_heads(o, "o")
-    _check_rope(o, positions, table)
-    shared = any(n > 1 and not stride for n, stride in zip(o.shape, o.stride(), strict=True))
-    if shared or (o.shape[2] > 1 and o.stride(2) != 1):
-        raise ValueError(f"o is changed in place: its dims must be adjacent, its heads apart, got strides {o.stride()}")
+    checks.heads(o, "o")
+    checks.rope(o, positions, table)
+    checks.turned_in_place(o)
     _ops.rope_inverse_(o, positions, table)
     return o
 
@@ -790,14 +774,15 @@ def rope_inverse_quantize(
     alpha: float32 []; None takes it from all of o, which costs another pass over it.
     """
     dtype_name(o, "o")
-    _check_heads(o, "o")
-    _check_rope(o, positions, table)
+    checks.nvfp4(sf_layout, rule)
+    checks.heads(o, "o")
+    checks.rope(o, positions, table)
     _, heads, head_dim = o.shape
     if groups < 1 or heads % groups or heads // groups * head_dim % BLOCK:
         raise ValueError(f"heads={heads} of {head_dim} dims do not make {groups} groups in blocks of {BLOCK}")
     if alpha is None:
         alpha = _ops.rope_inverse_alpha(o, positions, table, groups)
-    _check_alpha(alpha, o, scalar=True)
+    checks.alpha(alpha, o, scalar=True)
     data, sf = _ops.rope_inverse_quantize(o, positions, table, groups, alpha, sf_layout, rule)
     return as_nvfp4(data, sf, alpha, sf_layout)
 
@@ -805,67 +790,21 @@ def rope_inverse_quantize(
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     """Next tokens int64 [rows] from logits [rows, vocab]: greedy at temperature 0, else nucleus sampling.
 
-    temperature, top_p, uniform: float32 [rows]; see `reference.sample`. The same tokens on every device.
+    temperature, top_p, uniform: float32 [rows]; see `reference.sample`. The same tokens on every device. Where the
+    reference refuses numbers with ValueError, a GPU, which looks at none on the host, may give any token.
     """
     if logits.ndim != 2 or not logits.shape[1]:
         raise ValueError(f"logits must be [rows, vocab], got {list(logits.shape)}")
+    checks.kind(logits, "logits", logits)
     for name, given in (("temperature", temperature), ("top_p", top_p), ("uniform", uniform)):
+        checks.tensor(given, name)
         if given.dtype != torch.float32 or list(given.shape) != [len(logits)]:
             raise ValueError(f"{name} must be float32 [{len(logits)}], got {given.dtype} {list(given.shape)}")
+        checks.beside(given, name, logits)
     return _ops.sample(logits, temperature, top_p, uniform)
 
 
 # --- containers and tensors -------------------------------------------------------------------------------------------
-
-
-def _check_alpha(alpha: Tensor, x: Tensor | NVFP4Tensor | FP8RowTensor, *, scalar: bool = False) -> None:
-    if alpha.dtype != torch.float32:
-        raise TypeError(f"alpha must be float32, got {alpha.dtype}")
-    if alpha.device != x.device:
-        raise ValueError(f"alpha must be on {x.device} beside x, got {alpha.device}")
-    if scalar and alpha.ndim:
-        raise ValueError(f"alpha must be one number [], got {list(alpha.shape)}")
-
-
-def _check_heads(x: Tensor, name: str) -> None:
-    if x.ndim != 3:
-        raise ValueError(f"{name} must be [tokens, heads, head_dim], got {list(x.shape)}")
-
-
-def _check_norm(x: Tensor, weight: Tensor, name: str, weight_name: str) -> None:
-    """Rows x [..., k] and the weight of their norm."""
-    k, given = x.shape[-1], f"{list(x.shape)} and {list(weight.shape)}"
-    if not k or list(weight.shape) != [k]:
-        raise ValueError(f"{name} must be [..., k] with k positive and {weight_name} [k], got {given}")
-    for t, what in ((x, name), (weight, weight_name)):
-        if x.dtype != torch.float64:  # which the reference takes
-            dtype_name(t, what)
-    if x.device != weight.device:
-        raise ValueError(f"{weight_name} must be on {x.device} beside its rows, got {weight.device}")
-
-
-def _check_queries(q: Tensor, index_q: Tensor, positions: Tensor, table: Tensor) -> None:
-    for name, x in (("q", q), ("index_q", index_q)):
-        _check_heads(x, name)
-        _check_rope(x, positions, table)
-    if q.dtype != index_q.dtype:
-        raise TypeError(f"q and index_q must have one dtype, got {q.dtype} and {index_q.dtype}")
-
-
-def _check_rope(x: Tensor, positions: Tensor, table: Tensor) -> None:
-    """positions of the tokens of x [tokens, ..., head_dim], and RoPE's table."""
-    if positions.dtype != torch.int32 or list(positions.shape) != [x.shape[0]]:
-        raise ValueError(f"positions must be int32 [{x.shape[0]}], got {positions.dtype} {list(positions.shape)}")
-    rope = table.shape[-1]
-    if table.dtype != torch.float32 or table.ndim != 2 or rope % 2 or rope > x.shape[-1] or not table.is_contiguous():
-        raise ValueError(
-            f"table must be float32 [positions, an even number of up to {x.shape[-1]} dims], contiguous, "
-            f"got {table.dtype} {list(table.shape)}"
-        )
-    if not x.device == positions.device == table.device:
-        raise ValueError(
-            f"positions and table must be on {x.device} beside their rows, got {positions.device}, {table.device}"
-        )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -874,15 +813,22 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _runs(segments: Sequence[int] | None, m: int) -> list[int]:
+    runs = list(segments or [])
+    if runs and (sum(runs) != m or min(runs) < 1):
+        raise ValueError(f"segments {runs} must be positive runs of rows that sum to m={m}")
+    return runs
+
+
 def _pieces(x: Tensor, alpha: Tensor, segments: list[int]) -> list[tuple[Tensor, Tensor]]:
     """x [..., m, c] cut into the runs of rows that have one alpha: ([rows, c], alpha []), in row-major order."""
     lead, runs = x.shape[:-2], segments or [x.shape[-2]]
     want = (*lead, len(runs)) if segments else lead
-    if sum(runs) != x.shape[-2] or min(runs) < 0:
-        raise ValueError(f"segments {runs} must be runs of rows that sum to m={x.shape[-2]}")
     if alpha.ndim and alpha.shape != want:
         raise ValueError(f"alpha must be [] or {list(want)}, got {list(alpha.shape)}")
-    matrices = x.reshape(-1, *x.shape[-2:])
+    matrices = (x if x.stride(-1) == 1 else x.contiguous()).flatten(0, -3) if lead else _rows(x)[None]
+    if not len(matrices):
+        return [(matrices.flatten(0, 1), alpha.new_ones(()))]
     own = alpha.expand(want).reshape(len(matrices), len(runs))
     return [(part, own[i, j]) for i in range(len(matrices)) for j, part in enumerate(matrices[i].split(runs))]
 
@@ -902,29 +848,6 @@ def _step_parts(step: CompressorStep) -> tuple[Any, ...]:
     return (*rows, step.cache.data, *_geometry(step.cache), step.hadamard)
 
 
-def _check_pair(entries: CompressorStep, keys: CompressorStep, ratio: int) -> None:
-    """What each compressor of a step has for itself, and that both can be of one step."""
-    for name, step in (("entries", entries), ("keys", keys)):
-        head_dim = step.cache.head_dim
-        check_compressor(step.kv, step.state, step.cache, ratio)
-        shape = list(step.kv.shape)
-        for what, given, wanted in (
-            ("gate", step.gate, shape),
-            ("ape", step.ape, [ratio, shape[1]]),
-            ("weight", step.weight, [head_dim]),
-        ):
-            if list(given.shape) != wanted:
-                raise ValueError(f"{name}: kv {shape} needs {what} {wanted}, got {list(given.shape)}")
-        if not step.state.is_contiguous() or not step.cache.data.is_contiguous():
-            raise ValueError(f"{name}: state and cache.data must be contiguous, as both are changed")
-    a, b = ([*s.kv.shape[:1], s.kv.shape[1] // s.cache.head_dim, s.cache.page_size] for s in (entries, keys))
-    if a != b:
-        raise ValueError(f"entries and keys must have the same tokens, overlap and page size, got {a} and {b}")
-    kinds = [[s.kv.dtype, s.gate.dtype, s.weight.dtype] for s in (entries, keys)]
-    if kinds[0] != kinds[1]:
-        raise TypeError(f"entries and keys must agree in the dtypes of kv, gate and weight, got {kinds[0]}, {kinds[1]}")
-
-
 def _geometry(cache: PagedCache | IndexCache) -> tuple[str, int, int, int]:
     """format, page_size, head_dim and rope_dim; rope_dim 0 says that it is an index cache."""
     rope = cache.rope_dim if isinstance(cache, PagedCache) else 0
@@ -934,7 +857,7 @@ def _geometry(cache: PagedCache | IndexCache) -> tuple[str, int, int, int]:
 def _parts(x: Tensor | NVFP4Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A float tensor, or the parts of an NVFP4 one with linear scales."""
     if isinstance(x, NVFP4Tensor):
-        _expect_rows(x, "the activations")
+        checks.order_of_rows(x, "the activations")
         x = x.with_sf_layout("linear")
         return x.data, x.sf.view(torch.uint8), x.alpha
     return x, None, None
@@ -942,10 +865,3 @@ def _parts(x: Tensor | NVFP4Tensor) -> tuple[Tensor, Tensor | None, Tensor | Non
 
 def _weight(w: NVFP4Tensor) -> tuple[Tensor, Tensor, Tensor, str, str]:
     return w.data, w.sf.view(torch.uint8), w.alpha, w.sf_layout, w.order
-
-
-def _expect_rows(t: NVFP4Tensor, name: str) -> None:
-    if t.order != "rows":
-        raise ValueError(
-            f'{name} must be in the order "rows", got "{t.order}": with_order("rows") makes a copy that is'
-        )

@@ -4,7 +4,8 @@ What a launch takes, a microsecond of each kernel of a decode step, then passes 
 kernel that is launched so begins with `begin` or `wait` and touches nothing of global memory before. The wait comes
 first, so that whatever ran before the kernel before has ended, too, when a kernel comes: the second launch of an op
 may read what the op was given at once. GEMMs of sm_90a and the products of hyper-connections read weights before they
-wait, so what may have written weights does not let the next kernel come there: it has `wait` alone.
+wait, so what may have written weights does not let the next kernel come there: it has `wait` alone. These GEMMs let the
+next kernel come before they wait, so that a weight has to be complete longer before: see `ops.gemm_nvfp4`.
 
 The launches of one op overlap always, those of several unless FP4SUITE_OVERLAP=0. There only the last programs let the
 next kernel come: each that does takes 1.2 ns of a kernel of very many, others 0.9 (H100).

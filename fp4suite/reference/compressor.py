@@ -77,7 +77,7 @@ def compress_kv(
     hadamard:     turn the entry by the orthonormal Hadamard matrix before it is stored (indexer keys)
     """
     check_compressor(kv, state, cache, ratio)
-    tokens, width = kv.shape
+    width = kv.shape[1]
     ring, overlaps = state.shape[1], width // cache.head_dim
     pooled = overlaps * ratio  # tokens in a full pool
     positions, sequences = positions.long(), sequence_ids.long()
@@ -104,8 +104,9 @@ def compress_kv(
     write_rows(cache, slots[emits], hadamard_transform(entry) if hadamard else entry)
 
     # the ring is written last: a step longer than it would overwrite rows that the gather above still needs
-    left = cu_seqlens.long()[sequences.clamp(min=0) + 1] - torch.arange(tokens, device=kv.device)
-    kept = torch.nonzero(real & (left <= ring)).squeeze(1)
+    token = torch.nonzero(real).squeeze(1)
+    left = cu_seqlens.long()[sequences[token] + 1] - token
+    kept = token[left <= ring]
     state[state_slots.long()[sequences[kept]], positions[kept] % ring] = rows[kept]
 
 

@@ -20,9 +20,11 @@ def permute(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
     topk_ids: int32 [tokens, topk]. Returns order int32 [tokens · topk], the flat slot (token · topk + choice) at each
     sorted place, stable, slots of id -1 last; and offsets int32 [experts + 1], the first place of each expert and the
-    end of the last.
+    end of the last. Raises IndexError for an id of `experts` or more.
     """
     ids = topk_ids.flatten().long()
+    if ids.numel() and ids.max() >= experts:
+        raise IndexError(f"topk_ids must be less than experts={experts}, got {int(ids.max())}")
     key = torch.where(ids < 0, experts, ids)
     order = torch.sort(key, stable=True).indices
     counts = torch.zeros(experts + 1, dtype=torch.long, device=ids.device).scatter_add_(0, key, torch.ones_like(key))

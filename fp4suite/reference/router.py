@@ -59,6 +59,8 @@ def route(
     if table is not None and token_ids is not None:
         if table.shape[1] != topk:
             raise ValueError(f"table must be [vocab, {topk}], got {list(table.shape)}")
+        if token_ids.numel() and not 0 <= token_ids.min() <= token_ids.max() < len(table):
+            raise IndexError(f"token_ids must be in 0 .. {len(table) - 1}, as table has rows")
         ids = table[token_ids.long()].long()
     else:
         ranked = score if bias is None else score + bias.to(score.dtype)

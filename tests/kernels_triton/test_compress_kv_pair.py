@@ -190,7 +190,16 @@ def test_refusals(device):
         ({"weight": slice(0, 63)}, ValueError, r"needs weight \[64\], got \[63\]"),
         ({"state": slice(None, None, 2)}, ValueError, "keys: state and cache.data must be contiguous"),
         ({"kv": slice(0, 4), "gate": slice(0, 4)}, ValueError, r"same tokens, .* got \[5, 2, 8\] and \[4, 2, 8\]"),
-        ({"kv": torch.float16}, TypeError, r"agree in the dtypes of kv, gate and weight, got .*float32.*float16"),
+        (
+            {"kv": torch.float16},
+            TypeError,
+            "keys: kv and gate must have one dtype, got torch.float16 and torch.float32",
+        ),
+        (
+            {"kv": torch.float16, "gate": torch.float16},
+            TypeError,
+            r"agree in the dtypes of kv, gate and weight, got .*float32.*float16",
+        ),
     ],
     ids=lambda x: str(x)[:12],
 )

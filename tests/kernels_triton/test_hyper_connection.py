@@ -295,7 +295,7 @@ def test_ops_refuse_what_does_not_fit(device):
     h, fn = torch.zeros(2, 4, 16, device=device), torch.zeros(24, 64, device=device)
     base, scale, numbers = torch.zeros(24, device=device), torch.zeros(3, device=device), {"norm_eps": 1.0, "eps": 1.0}
     for wrong, message in (
-        ((h[0], fn, base, scale, None), r"h must be \[tokens, n, d\], got \[4, 16\]"),
+        ((h[0], fn, base, scale, None), r"h must be \[tokens, n, d\], n and d positive, got \[4, 16\]"),
         ((h, fn[:4], base, scale, None), r"h \[2, 4, 16\] needs fn \[24, 64\], got \[4, 64\]"),
         ((h, fn, base[:4], scale, None), r"needs base \[24\], got \[4\]"),
         ((h, fn, base, scale[:1], None), r"needs scale \[3\], got \[1\]"),

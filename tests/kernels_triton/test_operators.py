@@ -4,7 +4,10 @@ On a GPU as dispatch has it; without one the same launches, on CPU tensors in th
 """
 
 import contextlib
+import dataclasses
+import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from fp4suite import ops, registry
 from fp4suite.dispatch import on_target, override, recording
+from fp4suite.reference import CompressorStep
 
 from ..fp4suite.op_arguments import arguments, assert_same, moved
 
@@ -31,6 +35,43 @@ def test_exact_ops(name: str, device: torch.device) -> None:
     assert choices
     assert not any(c.is_reference for c in choices)
     assert_same(moved((got, given, more), torch.device("cpu")), (want, args, kwargs))
+
+
+CONTIGUOUS = {"table", "state"}  # what has to be
+
+
+def scattered(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, two places from each to the next along the last axis, others between."""
+    wide = torch.full((*x.shape, 2), -7, dtype=torch.float32, device=x.device).to(x.dtype)
+    wide[..., 0] = x
+    return wide[..., 0]
+
+
+def scattered_operands(name: str, device: torch.device) -> dict[str, Any]:
+    """Arguments of an op by name: tensors, and those of compressors' steps, with strides where they may have any."""
+    args, kwargs = moved(arguments(name), device)
+    given = dict(inspect.signature(getattr(ops, name)).bind(*args, **kwargs).arguments)
+    in_place = {"o"} if name == "rope_inverse_" else {"weight"} if name == "embed" else set()
+
+    def spread(key: str, x: Any) -> Any:
+        if isinstance(x, CompressorStep):
+            return CompressorStep(*(spread(f.name, getattr(x, f.name)) for f in dataclasses.fields(x)))
+        return scattered(x) if isinstance(x, torch.Tensor) and key not in CONTIGUOUS | in_place else x
+
+    return {key: spread(key, x) for key, x in given.items()}
+
+
+@pytest.mark.parametrize("name", sorted(EXACT.keys() - {"dequant_nvfp4"}))
+def test_operands_of_any_stride(name: str, device: torch.device) -> None:
+    """Weights and integers, too: a kernel that takes them contiguous gets copies."""
+    args, kwargs = arguments(name)
+    want = getattr(ops, name)(*args, **kwargs)
+    given = scattered_operands(name, device)
+    target = contextlib.nullcontext() if device.type == "cuda" else on_target("sm_90a")
+    with target, override(op=name, kernel=EXACT[name]):
+        got = getattr(ops, name)(**given)
+    changed = dict(inspect.signature(getattr(ops, name)).bind(*args, **kwargs).arguments)
+    assert_same(moved((got, given), torch.device("cpu")), (want, changed))
 
 
 # Triton launches of a call; a global scale that is not given takes two

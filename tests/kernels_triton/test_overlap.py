@@ -142,7 +142,7 @@ print("equal")
 """
 
 WRITTEN = """
-TURNS = 6
+TURNS, other = 6, random(64)
 h, fns = random(4, 4, 1024).bfloat16(), random(TURNS, 24, 4096)
 layout = weight_layout(1024, 1024, h.device)
 w, *given = (
@@ -153,15 +153,19 @@ if torch.cuda.get_device_capability()[0] == 10:
     x = ops.quantize_nvfp4(x)
 
 def turn(i, between=lambda: None):
-    # what is read before the wait is written by the kernel before, PyTorch's
-    fn.copy_(fns[i])
+    # what is read before the wait is written by the last kernel but one, PyTorch's
+    torch.mul(fns[i], 1, out=fn)
+    other.add_(1)
     between()
     folded = ops.hyper_connection_pre(h, fn, base, scale, weight, **numbers)
     between()
-    for of in ("data", "sf"):
-        getattr(w, of).view(torch.uint8).copy_(getattr(given[i], of).view(torch.uint8))
+    converted = ops.hyper_connection_pre(h, fns[i].bfloat16(), base, scale, weight, **numbers)
     between()
-    made = (*folded, ops.gemm_nvfp4(x, w))
+    for of in ("data", "sf"):
+        torch.bitwise_or(getattr(given[i], of).view(torch.uint8), 0, out=getattr(w, of).view(torch.uint8))
+    other.add_(1)
+    between()
+    made = (*folded, *converted, ops.gemm_nvfp4(x, w))
     between()
     return made
 
@@ -253,7 +257,7 @@ def test_branches_on_two_streams():
 
 @pytest.mark.gpu
 def test_weights_that_were_just_written():
-    """By a kernel that lets nobody come before it ends: PyTorch's."""
+    """By kernels that let nobody come before they end, PyTorch's, with another between; and fn that is converted."""
     assert "equal" in overlapped(OPERANDS + WRITTEN)
 
 

@@ -180,7 +180,7 @@ def test_operator_refuses(device):
     refused(ValueError, r"q_weight \[k\], got \[3, 208\] and \[512\]", q_weight=kv_weight)
     refused(ValueError, "share dtype and device, got torch.float32 .* and torch.bfloat16", q=q.float())
     refused(TypeError, "q_weight must be one of bfloat16, .*float64", q_weight=q_weight.double())
-    refused(ValueError, r"kv must be \[tokens, 512\] and weight \[512\]", kv=kv[:, :256])
+    refused(ValueError, r"kv must be \[tokens, 512\] and kv_weight \[512\]", kv=kv[:, :256])
     refused(ValueError, r"slots must be int32 \[3\], got torch.int64", slots=slots.long())
 
 
