@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, arch, registry, support, table
+from . import __version__, arch, command_line, dispatch, registry, support, table
 from .errors import TableError, UnsupportedError
 
 
@@ -32,11 +32,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     problems = support.problems()
+    in_force: list[tuple[str, Path]] = []
+    try:
+        in_force = dispatch.tables(_target())
+    except TableError as e:
+        problems.append(str(e))
     facts: dict[str, Any] = {
         "fp4suite": __version__,
         **support.versions(),
         "device": torch.cuda.get_device_name() if support.gpu() else "cpu",
         "tables": sorted(p.stem for p in table.shipped_dir().glob("*.json")),
+        "in_force": [f"{path} ({why})" for why, path in in_force],
         "problems": problems,
     }
     if args.json:
@@ -45,6 +51,8 @@ def _info(args: argparse.Namespace) -> int:
         for name, value in facts.items():
             if name != "problems":
                 print(f"{name:10} {', '.join(value) or '-' if isinstance(value, list) else value}")
+        if facts["device"] == "cpu":
+            print("no GPU: on the CPU the reference runs, whatever tables say")
         for sentence in problems:
             print(sentence, file=sys.stderr)
     return 1 if problems else 0
@@ -77,21 +85,19 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 def _table(args: argparse.Namespace) -> int:
-    path = args.path
+    path, why = args.path, None
     if path is None:
-        own = table.shipped_dir() / f"{arch.device_name('cuda') if support.gpu() else 'sm_90a'}.json"
-        path = own if own.exists() else table.shipped_dir() / f"{arch.current()}.json"
+        why, path = _table_in_force()
     elif str(path) in arch.GPU_ARCHS:
         path = table.shipped_dir() / f"{path}.json"
     t = table.read(path)
     rows: list[dict[str, Any]] = []
     for e in t.entries:
-        stale = not _known(e.kernel) or e.source_hash != registry.source_hash(e.kernel)
-        rows.append({f: getattr(e, f) for f in e.__struct_fields__} | {"stale": stale})
+        rows.append({f: getattr(e, f) for f in e.__struct_fields__} | {"stale": table.is_stale(e)})
     if args.json:
-        print(json.dumps({"path": str(path), "device": t.device, "arch": t.arch, "entries": rows}))
+        print(json.dumps({"path": str(path), "why": why, "device": t.device, "arch": t.arch, "entries": rows}))
         return 0
-    print(f"{path}: {t.device} ({t.arch}), {len(rows)} entries")
+    print(f"{path}{f' ({why})' if why else ''}: {t.device} ({t.arch}), {len(rows)} entries")
     for row in rows:
         time = f"{row['median_us']:9.2f} us" if row["measured"] else f"{row['predicted_us'] or 0:9.2f} us predicted"
         dims = " ".join(f"{k}={v}" for k, v in row["problem"].items())
@@ -100,13 +106,28 @@ def _table(args: argparse.Namespace) -> int:
     return 0
 
 
+def _target() -> dispatch.Target:
+    """What a program here runs on that takes a GPU where there is one."""
+    return dispatch.target_of(support.gpu() or "cpu")
+
+
+def _table_in_force() -> tuple[str, Path]:
+    """The table that is asked first here, and why; without a GPU that of an H100's architecture.
+
+    Raises TableError where there is none.
+    """
+    here, shipped = _target(), table.shipped_dir()
+    found = dispatch.tables(here)
+    if found:
+        return found[0]
+    if here.arch == "cpu":
+        return "no GPU here", shipped / "sm_90a.json"
+    raise TableError(f"no table of {here.device} or {here.arch} in {shipped}")
+
+
 def _knobs(config: dict[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in config.items())
 
 
-def _known(kernel: str) -> bool:
-    return any(k.name == kernel for k in registry.KERNELS)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-from . import arch as archs, env, registry, table
+from . import arch as archs, env, reference, registry, table
 from .errors import TableError, UnsupportedError
 from .formats import WeightLayout
-from .problem import Act, GemmProblem, Problem
+from .problem import PROBLEMS, Act, GemmProblem, Problem
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class _Override:
-    op: str | None
+    op: str
     kernel: str | None
     config: Any
 
@@ -208,21 +208,43 @@ def override(*, op: str | None = None, kernel: str | None = None, config: Any = 
 
     kernel="reference" needs `op` and runs fp4suite.reference on any device: the way to ask for it on a GPU. With
     `config` alone the kernel is chosen as usual. Overrides nest, the innermost that fits wins.
+
+    Raises ValueError for an op or a kernel that there is not, TypeError for a config that is not of these kernels.
     """
-    if kernel is None and config is None:
-        raise ValueError("override needs a kernel, a config or both")
-    if kernel is not None and kernel != registry.REFERENCE:
-        own = registry.find(kernel).op
-        if op not in (None, own):
-            raise ValueError(f"{kernel} is a kernel of {own}, not of {op}")
-        op = own
-    elif op is None:
-        raise ValueError("override of the reference, or of a config alone, needs op=")
-    token = _overrides.set((*_overrides.get(), _Override(op, kernel, config)))
+    token = _overrides.set((*_overrides.get(), _checked(op, kernel, config)))
     try:
         yield
     finally:
         _overrides.reset(token)
+
+
+def _checked(op: str | None, kernel: str | None, config: Any) -> _Override:
+    if kernel is None and config is None:
+        raise ValueError("override needs a kernel, a config or both")
+    if op is not None and not callable(vars(reference).get(op)):
+        raise ValueError(f"override: op must be one of {', '.join(PROBLEMS)}, or another of fp4suite.ops, got {op!r}")
+    if kernel is not None and kernel != registry.REFERENCE:
+        try:
+            row = registry.find(kernel)
+        except ValueError as e:
+            raise ValueError(f"override(kernel={kernel!r}): {e}") from None
+        if op not in (None, row.op):
+            raise ValueError(f"override(op={op!r}): {kernel} is a kernel of {row.op}, not of {op}")
+        rows = [row]
+    elif op is None:
+        raise ValueError("override of the reference, or of a config alone, needs op=")
+    else:
+        rows = registry.kernels(op) if kernel is None else []
+    if config is not None and not any(_is_config(config, row) for row in rows):
+        wanted = " or ".join(f"{row.module}.Config" for row in rows) or f"None, as {kernel or op} has none"
+        raise TypeError(f"override: config must be {wanted}, got {type(config).__name__}: {config!r}")
+    return _Override(op or rows[0].op, kernel, config)
+
+
+def _is_config(config: Any, row: registry.Kernel) -> bool:
+    """Whether it is of this kernel. Who has made one has imported the module, so that nothing is imported here."""
+    module = sys.modules.get(row.module)
+    return module is not None and isinstance(config, module.Config)
 
 
 @contextlib.contextmanager
@@ -265,6 +287,10 @@ def _overridden(
         if kernel == registry.REFERENCE:
             raise ValueError(f"override of {op} gives a config, but the reference is chosen here, which has none")
         module = registry.load(kernel)
+        if o.config is not None and not isinstance(o.config, module.Config):
+            raise ValueError(
+                f"override of {op} gives a {type(o.config).__module__}.Config, but {kernel} is chosen here"
+            )
         refusals = []
         for asked in _ways(problem):
             config = o.config
@@ -410,8 +436,16 @@ def _unsupported(op: str, problem: Problem | None, target: Target, refusals: lis
     )
 
 
+def tables(target: Target) -> list[tuple[str, Path]]:
+    """The tables that are asked on `target`, in order, each with the words that say which it is.
+
+    Raises TableError if FP4SUITE_TABLE names none, or one of another architecture.
+    """
+    return list(_tables(target, _user_table, env.table_path()))
+
+
 def _tables(target: Target, user: Path | None, from_env: Path | None) -> Iterator[tuple[str, Path]]:
-    """Tables to ask, in order, each with the words that say which it is."""
+    """As `tables`, one by one."""
     shipped = table.shipped_dir()
     for label, path in (
         ("table", user),
@@ -420,7 +454,22 @@ def _tables(target: Target, user: Path | None, from_env: Path | None) -> Iterato
         ("architecture table", shipped / f"{target.arch}.json"),
     ):
         if path is not None and (path.exists() or not label.startswith(("device", "arch"))):
+            if path is from_env:
+                _check_from_env(path, target)
             yield label, path
+
+
+def _check_from_env(path: Path, target: Target) -> None:
+    try:
+        t, _ = _index(path)
+    except TableError as e:
+        raise TableError(f"FP4SUITE_TABLE: {e}") from e
+    if target.arch not in (t.arch, "cpu"):
+        raise TableError(f"FP4SUITE_TABLE: {_of_another(path, t, target)}")
+
+
+def _of_another(path: Path, t: table.Table, target: Target) -> str:
+    return f"{path} is of {t.device} ({t.arch}); this is {target.device} ({target.arch})"
 
 
 @functools.cache
@@ -441,7 +490,7 @@ def _entries(path: Path, op: str, problem: Problem, target: Target) -> Iterator[
     """A table's entries that differ from `problem` in m alone, the nearest first, with kernel and config."""
     t, by_rest = _index(path)
     if t.arch != target.arch:
-        raise TableError(f"{path} is of {t.device} ({t.arch}); this is {target.device} ({target.arch})")
+        raise TableError(_of_another(path, t, target))
     dims = problem.dims()
     m = problem.m
     entries = by_rest.get(_rest(op, dims), [])

@@ -1,6 +1,7 @@
 """Every environment variable that fp4suite reads, in one place. Arguments beat them.
 
-FP4SUITE_TABLE       a tuned table (JSON file) that is asked before the shipped ones
+FP4SUITE_TABLE       a tuned table (JSON file) that is asked before the shipped ones (`python -m fp4suite info` says
+                     which is in force)
 FP4SUITE_CACHE_DIR   where compiled results and logs are kept; default: the user's cache directory
 FP4SUITE_KEEP        0: kernels of CuTe DSL are compiled in every process, not kept in the cache and loaded from there
 FP4SUITE_BATCH_INVARIANT

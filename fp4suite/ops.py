@@ -790,8 +790,8 @@ def rope_inverse_quantize(
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
     """Next tokens int64 [rows] from logits [rows, vocab]: greedy at temperature 0, else nucleus sampling.
 
-    temperature, top_p, uniform: float32 [rows]; see `reference.sample`. The same tokens on every device. Where the
-    reference refuses numbers with ValueError, a GPU, which looks at none on the host, may give any token.
+    temperature, top_p, uniform: float32 [rows], finite; see `reference.sample`. The same tokens on every device. That
+    they are finite nothing checks, as no value is read on the host: of others a kernel may give any token, or -1.
     """
     if logits.ndim != 2 or not logits.shape[1]:
         raise ValueError(f"logits must be [rows, vocab], got {list(logits.shape)}")

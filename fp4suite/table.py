@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import filelock
 import msgspec
 
+from . import registry
 from .errors import TableError
 from .problem import complete
 
@@ -94,6 +95,12 @@ def read(path: str | Path) -> Table:
             raise TableError(f"{path}: two entries for {entry.op} {entry.problem}")
         seen.add(entry.key())
     return table
+
+
+def is_stale(entry: Entry) -> bool:
+    """Whether its kernel has changed since it was tuned, or is no more."""
+    current = {row.name for row in registry.kernels(entry.op)}
+    return entry.kernel not in current or entry.source_hash != registry.source_hash(entry.kernel)
 
 
 def _completed(entry: Entry) -> Entry:

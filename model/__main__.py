@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fp4suite import command_line
 from fp4suite.errors import TableError, UnsupportedError
 
 from .cache import OutOfPages
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, OutOfPages, TableError, UnsupportedError, torch.OutOfMemoryError) as error:
+        if isinstance(error, BrokenPipeError) and command_line.output_is_closed():
+            raise
         print(f"python -m {__package__} {args.name}: {error}", file=sys.stderr)
         document, code = {"error": str(error)}, 1
     if args.json:
@@ -276,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--max-new-tokens", type=int, default=32)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-    demo.add_argument("--tune-seconds", type=float, default=45, help="time for tuning (default 45)")
+    demo.add_argument("--tune-seconds", type=command_line.seconds, default=45, help="time for tuning (default 45)")
     return parser
 
 
@@ -291,4 +294,4 @@ def _sizes(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

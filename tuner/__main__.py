@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fp4suite import arch as archs
+from fp4suite import arch as archs, command_line
 from fp4suite.errors import UnsupportedError
 from fp4suite.layouts import ORDERS
 from fp4suite.problem import ACTS, PROBLEMS, GemmProblem
@@ -20,6 +20,7 @@ from fp4suite.problem import ACTS, PROBLEMS, GemmProblem
 from . import provenance, worker
 
 EXTRA = ("optuna", "scipy", "pandas", "matplotlib", "tabulate")  # what [tune] brings
+MOST_SEED = (1 << 32) - 1  # what NumPy takes, and so Optuna
 SHOWN = 24  # rows of a summary; the tables and --json have them all
 
 
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, OSError, UnsupportedError, worker.StartFailed, worker.WorkerDied, worker.RemoteError) as e:
+        if isinstance(e, BrokenPipeError) and command_line.output_is_closed():
+            raise
         document, code = {"error": str(e)}, 1
         print(f"{_parser().prog} {args.name}: {e}", file=sys.stderr)
     except ModuleNotFoundError as e:
@@ -53,44 +56,19 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
     for name, default in {"layers_of": None, "tp": 1, "order": None, "act": None, "batch_invariant": None}.items():
         if args.stale and getattr(args, name) != default:
             raise ValueError(f"--stale goes by what the table has, and takes no --{name.replace('_', '-')}")
-    devices = args.devices.split(",") if args.devices else []
-    if devices:
-        rest = [a for i, a in enumerate(argv[1:], 1) if not (a.startswith("--devices") or argv[i - 1] == "--devices")]
-        jobs = args.jobs or max(1, _cores() // len(devices) - 1)
-        code = tune.run_on_devices(
-            [d if ":" in d else f"cuda:{d}" for d in devices],
-            [*(a for a in rest if a != "--json"), "--jobs", str(jobs)],
-        )
+    if args.devices:
+        code = _tune_on_devices(args, argv)
         if code:
             return code, {"error": "a worker failed, see above"}
-        args.device = devices[0] if ":" in devices[0] else f"cuda:{devices[0]}"
     chosen = targets.targets(args.arch, args.device)
     measured = any(t.cuda for t in chosen)
-    budget = tune.BUDGETS[args.budget or "normal"]
-    if args.trials is not None:
-        budget = tune.replace_trials(budget, args.trials)
-    results = provenance.results_dir()
-    models = args.layers_of or (["pro", "flash"] if not measured else ["pro"])
-    options = tune.Options(
-        configs={} if args.stale else targets.load_configs(models),
-        ops=targets.check_ops(args.op),
-        m=tuple(args.m or (() if args.stale else budget.m)),
-        tp=args.tp,
-        budget=budget,
-        jobs=args.jobs or max(1, _cores() - measured),
-        seed=args.seed,
-        deadline=time.monotonic() + (args.seconds if args.seconds is not None else math.inf),
-        storage=(args.storage or results / "studies" / "journal.log") if measured else None,
-        out=args.out or results / "tables",
-        quiet=args.quiet,
-        order=args.order,
-        act=args.act,
-        invariant=_wanted(args.batch_invariant),
-        stale=args.stale,
-    )
-    report = tune.run(chosen, options)
-    print(tune.render(report, SHOWN))
-    if not measured:
+    report = tune.run(chosen, _tune_options(args, measured))
+    asked = [f" --op {op}" for op in args.op or ()] + [f" --m {','.join(map(str, args.m or ()))}"] * bool(args.m)
+    for line in tune.render_stale(report, " with" * bool(asked) + "".join(asked)):
+        print(line)
+    if report.rows or not args.stale:
+        print(tune.render(report, SHOWN))
+    if report.rows and not measured:
         print("No GPU here: times are predicted by a cost model, and the tables say so (measured: false).")
     for line in report.unsupported:
         print(f"no kernel: {line}")
@@ -108,11 +86,55 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any
         "seconds": round(time.monotonic() - began, 1),
         "rows": report.rows,
     }
-    if args.stale and not (report.rows or report.failed or report.unsupported or report.left):
-        print("no entry is stale: the kernels of all are what they were")
-    elif not report.rows and not report.failed:
+    if args.stale:
+        document["stale"] = [tune.stale_document(s) for s in (*report.stale, *report.stale_beside)]
+    nothing_to_do = args.stale and not (report.left or report.unsupported)
+    if not (report.rows or report.failed or nothing_to_do):
         raise ValueError("nothing was tuned: no problem has a kernel, or the time was too short for any")
     return (1 if report.failed else 0), document
+
+
+def _tune_on_devices(args: argparse.Namespace, argv: list[str]) -> int:
+    """A worker on each of --devices; what they leave is then for the first of them. Returns the worst exit code."""
+    from . import tune
+
+    devices = args.devices.split(",")
+    rest = [a for i, a in enumerate(argv[1:], 1) if not (a.startswith("--devices") or argv[i - 1] == "--devices")]
+    jobs = args.jobs or max(1, _cores() // len(devices) - 1)
+    code = tune.run_on_devices(
+        [d if ":" in d else f"cuda:{d}" for d in devices],
+        [*(a for a in rest if a != "--json"), "--jobs", str(jobs)],
+    )
+    args.device = devices[0] if ":" in devices[0] else f"cuda:{devices[0]}"
+    return code
+
+
+def _tune_options(args: argparse.Namespace, measured: bool) -> Any:
+    """The command line's `tune.Options`."""
+    from . import targets, tune
+
+    budget = tune.BUDGETS[args.budget or "normal"]
+    if args.trials is not None:
+        budget = tune.replace_trials(budget, args.trials)
+    results = provenance.results_dir()
+    models = args.layers_of or (["pro", "flash"] if not measured else ["pro"])
+    return tune.Options(
+        configs={} if args.stale else targets.load_configs(models),
+        ops=targets.check_ops(args.op),
+        m=tuple(args.m or (() if args.stale else budget.m)),
+        tp=args.tp,
+        budget=budget,
+        jobs=args.jobs or max(1, _cores() - measured),
+        seed=args.seed,
+        deadline=time.monotonic() + (args.seconds if args.seconds is not None else math.inf),
+        storage=(args.storage or results / "studies" / "journal.log") if measured else None,
+        out=args.out or results / "tables",
+        quiet=args.quiet,
+        order=args.order,
+        act=args.act,
+        invariant=_wanted(args.batch_invariant),
+        stale=args.stale,
+    )
 
 
 def _bench(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, Any]]:
@@ -245,7 +267,7 @@ def _check(args: argparse.Namespace, argv: list[str]) -> tuple[int, dict[str, An
     found = check.run(where, device=args.device, stale_is_wrong=not args.allow_stale)
     for line in found.problems:
         print(f"wrong: {line}", file=sys.stderr)
-    for line in found.notes:
+    for line in (*found.notes, *(found.stale if args.verbose else ())):
         print(line)
     print(f"{found.tables} tables, {found.entries} entries, {found.ran} run on the GPU, {len(found.problems)} wrong")
     return (1 if found.problems else 0), found.document()
@@ -260,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         sub.add_argument("--json", action="store_true", help="print one JSON document as the last line")
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
-        sub.add_argument("--verbose", action="store_true", help="say why each candidate was rejected")
+        sub.add_argument("--verbose", action="store_true", help="why each candidate was rejected, each stale entry")
         return sub
 
     def where(sub: argparse.ArgumentParser) -> None:
@@ -271,12 +293,12 @@ def _parser() -> argparse.ArgumentParser:
             help="pro, flash, demo, tiny, a config.json, or a checkpoint's folder",
         )
         sub.add_argument("--m", type=_ints, metavar="1,16,...", help="numbers of tokens")
-        sub.add_argument("--tp", type=int, default=1, help="tensor parallel ranks (default 1)")
+        sub.add_argument("--tp", type=_positive, default=1, help="tensor parallel ranks (default 1)")
         sub.add_argument("--order", choices=ORDERS, help="of a GEMM's weights (default: as a loader lays them out)")
         sub.add_argument("--act", choices=ACTS, help="of a GEMM's activations (default: what the architecture runs)")
         sub.add_argument("--arch", choices=archs.GPU_ARCHS, help="one architecture; predicted unless its GPU is here")
         sub.add_argument("--device", metavar="cuda:N", help="the GPU to measure on (default cuda:0 if there is one)")
-        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--seed", type=_seed, default=0)
 
     tune = command("tune", _tune, "Search the kernels' configs for a model's layer shapes and write tuned tables.")
     where(tune)
@@ -290,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--budget", choices=("small", "normal", "large"), help="default: normal")
     tune.add_argument("--trials", type=_positive, help="candidates a problem, instead of the budget's")
-    tune.add_argument("--seconds", type=float, help="stop after this long; the same command goes on later")
+    tune.add_argument("--seconds", type=command_line.seconds, help="stop after this long (a later run goes on)")
     tune.add_argument("--jobs", type=_positive, help="compiling processes (default: the cores, less one on a GPU)")
     tune.add_argument("--devices", metavar="0,1,...", help="several GPUs of this host, one worker each")
     tune.add_argument(
@@ -319,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
         help="all that are installed, or these (names, or modules such as vllm)",
     )
     beside.add_argument("--layers", metavar="NAME,...", help="only shapes of these layers: q_b, pro.o_b (default all)")
-    beside.add_argument("--seconds", type=float, default=420.0, help="time for the run (default 420)")
+    beside.add_argument("--seconds", type=command_line.seconds, default=420.0, help="time for the run (default 420)")
     beside.add_argument("--jobs", type=_positive, help="processes that compile ahead (default: the cores)")
     beside.add_argument("--resume", action="store_true", help="keep the cells that this commit has already timed")
 
@@ -362,9 +384,15 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) > MOST_SEED:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to {MOST_SEED}, got {text!r}")
+    return int(text)
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

@@ -9,11 +9,11 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fp4suite import dispatch, registry, table
+from fp4suite import dispatch, registry
 from fp4suite.errors import UnsupportedError
 from fp4suite.problem import Problem, from_dims
 from fp4suite.table import Entry
@@ -40,6 +40,7 @@ def agree(
     target: Target,
     wanted: Wanted,
     path: Path,
+    entries: Sequence[Entry],
     *,
     rounds: int,
     seed: int,
@@ -48,7 +49,7 @@ def agree(
     """Kernel and arithmetic of each problem that has them, and why others have none.
 
     Problems whose kernel gives the reference's bytes anyway are in neither: the entries of any mode serve them. path:
-    the table that is tuned.
+    the table that is tuned, with its entries.
     """
     where, asked = dispatch.Target(target.arch, target.device), path if path.exists() else None
     families: dict[tuple[Any, ...], dict[Problem, Agreed]] = {}
@@ -71,7 +72,7 @@ def agree(
             child = stack.enter_context(contextlib.closing(worker.Worker())) if target.cuda is not None else None
             for family in families.values():
                 if time.monotonic() < deadline:
-                    family.update(dict.fromkeys(family, _best(family, target, asked, child, rounds, seed)))
+                    family.update(dict.fromkeys(family, _best(family, target, entries, child, rounds, seed)))
     return {problem: agreed for family in families.values() for problem, agreed in family.items()}, refused
 
 
@@ -90,14 +91,14 @@ def _sums(entry: Entry) -> tuple[str, str | None]:
 def _best(
     family: Mapping[Problem, Agreed],
     target: Target,
-    path: Path | None,
+    entries: Sequence[Entry],
     child: worker.Worker | None,
     rounds: int,
     seed: int,
 ) -> Agreed:
     """The arithmetic with the least geometric mean of times over the family's m; what is in force among equals."""
     kernel, in_force = next(iter(family.values()))
-    configs = _candidates(family, kernel, in_force, path)
+    configs = _candidates(family, kernel, in_force, entries)
     lost = dict.fromkeys(configs, 0.0)
     for i, problem in enumerate(family):
         mine = {arithmetic: per_m[i] for arithmetic, per_m in configs.items()}
@@ -115,12 +116,11 @@ def _best(
 
 
 def _candidates(
-    family: Mapping[Problem, Agreed], kernel: str, in_force: str, path: Path | None
+    family: Mapping[Problem, Agreed], kernel: str, in_force: str, entries: Sequence[Entry]
 ) -> dict[str, list[Any]]:
     """Every arithmetic that defaults and winners of this kernel have somewhere, with its default config for each m."""
     found: dict[str | None, None] = {in_force: None}
     problem = next(iter(family))
-    entries = table.read(path).entries if path is not None else []
     for entry in entries:
         if entry.kernel == kernel and weight(entry.op, entry.problem) == weight(problem.op, problem.dims()):
             found[_sums(entry)[1]] = None

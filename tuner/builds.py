@@ -8,7 +8,8 @@ has kernels compiled into the caches from which a process that times them loads 
 import dataclasses
 import functools
 import json
-from collections.abc import Generator, Iterable, Iterator
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,15 @@ class Build:
 
 
 def compile_all(
-    builds: Iterable[Build], jobs: int, timeout: float = TIMEOUT_S
+    builds: Iterable[Build],
+    jobs: int,
+    timeout: float = TIMEOUT_S,
+    patience: Callable[[], float] = lambda: math.inf,
 ) -> Generator[tuple[Build, Resources | Rejected], None, None]:
     """The resource use of each build, or why it has none; cached ones first, builds of one key together.
 
     jobs: child processes; 0 compiles here, for tests of modules that no child can import.
+    patience: the seconds that there still are for compiling, builds that are under way included.
     """
     todo: dict[str, list[Build]] = {}
     for b in builds:
@@ -74,7 +79,7 @@ def compile_all(
             yield from ((b, found) for b in todo.pop(key))
     keys = list(todo)
     firsts = [todo[key][0] for key in keys]
-    for index, outcome in _outcomes(firsts, jobs, timeout):
+    for index, outcome in _outcomes(firsts, jobs, timeout, patience):
         result = _judge(outcome)
         store(keys[index], result)
         yield from ((b, result) for b in todo[keys[index]])
@@ -163,15 +168,20 @@ def _conclude(mine: "Future[Rejected | None]", compiled: "Future[None]") -> None
         mine.set_exception(error)
 
 
-def _outcomes(builds: list[Build], jobs: int, timeout: float) -> Iterator[tuple[int, Any]]:
+def _outcomes(
+    builds: list[Build], jobs: int, timeout: float, patience: Callable[[], float]
+) -> Iterator[tuple[int, Any]]:
     calls = [
         (compile_one, (b.kernel, b.problem.op, b.problem.dims(), dataclasses.asdict(b.config), b.arch)) for b in builds
     ]
     if jobs:
         # the interpreter of Triton, should someone have it on, has nothing to compile
-        yield from worker.run_all(calls, min(jobs, len(calls)), timeout, COMPILES | {"TRITON_INTERPRET": "0"})
+        environment = COMPILES | {"TRITON_INTERPRET": "0"}
+        yield from worker.run_all(calls, min(jobs, len(calls)), timeout, environment, patience)
         return
     for index, (function, args) in enumerate(calls):
+        if patience() <= 0:
+            return
         try:
             yield index, function(*args)
         except Exception as e:  # as a child would hand it over; `_judge` makes a rejection of it

@@ -5,6 +5,8 @@ problem; it was tuned from the kernel's present source; `measured` goes with the
 (or architecture) every entry is run and compared with the reference.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,14 @@ RUN_S = 300.0
 
 @dataclass(slots=True)
 class Found:
-    """problems are wrong; notes are worth knowing."""
+    """problems are wrong; notes are worth knowing. stale: the entries that notes count, where that is not wrong."""
 
     tables: int = 0
     entries: int = 0
     ran: int = 0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
         return {
@@ -37,6 +40,7 @@ class Found:
             "ran": self.ran,
             "problems": self.problems,
             "notes": self.notes,
+            "stale": self.stale,
         }
 
 
@@ -63,12 +67,29 @@ def run(where: Path, device: str | None = None, stale_is_wrong: bool = True) -> 
                 found.problems.append(f"{label}: {wrong}")
                 continue
             sound.append((label, entry))
-            if entry.source_hash != registry.source_hash(entry.kernel):
-                stale = f"{label}: {entry.kernel} has changed since it was tuned ({entry.source_hash}): tune --stale"
-                (found.problems if stale_is_wrong else found.notes).append(stale)
+        stale = [(label, entry) for label, entry in sound if table.is_stale(entry)]
+        (found.problems if stale_is_wrong else found.stale).extend(
+            f"{label}: {entry.kernel} has changed since it was tuned ({entry.source_hash}): {_again(entry)}"
+            for label, entry in stale
+        )
+        if stale and not stale_is_wrong:
+            found.notes += _summary(path.name, [entry for _, entry in stale])
         if here is not None and read.device in (here["device"], here["arch"]):
             _run_all(sound, here["cuda"], found)
     return found
+
+
+def _again(entry: Entry) -> str:
+    return "tune --batch-invariant" if entry.invariant else "tune --stale"
+
+
+def _summary(name: str, stale: Sequence[Entry]) -> list[str]:
+    """How many entries of a table are stale and what becomes of them, then how many of each kernel."""
+    ways = " and ".join(f"`tuner {way}`" for way in dict.fromkeys(map(_again, stale)))
+    head = (
+        f"{len(stale)} entries of {name} are stale: their kernels changed since they were tuned; tune again with {ways}"
+    )
+    return [head, *(f"{count:6} {kernel}" for kernel, count in Counter(e.kernel for e in stale).most_common())]
 
 
 def _why_wrong(read: Table, entry: Entry) -> str | None:

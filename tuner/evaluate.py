@@ -38,7 +38,7 @@ class Predicted:
             raise DefaultFailed(f"{task.space.default} for {task.problem.op} ({task.problem}): {why.detail}")
         self.default_us = self.us(task.space.default)
 
-    def evaluate(self, candidate: Candidate, stop: Callable[[int, float], bool]) -> float | Rejected:
+    def evaluate(self, candidate: Candidate) -> float | Rejected:
         """Predicted time over the default's."""
         return self._refusal(candidate) or self.us(candidate) / self.default_us
 

@@ -7,6 +7,10 @@ from typing import Any
 from . import bench, fusion_rows, peers_plot, peers_rows
 
 MOST_LINES = 8  # shapes in one plot: more cannot be told apart
+MOST_RUNS = 3  # that a line of the summary names
+MEANING = """Rows of `tuner bench`, the newest of each problem; date and commit say of which run.
+share of roof: the least time that a problem's bytes or flops can take, over ours
+speed-up: the time of what it is over, in the same run, over ours; below 1 ours is slower"""
 
 
 def write(rows_dir: Path, plots_dir: Path) -> tuple[str, list[Path]]:
@@ -52,7 +56,7 @@ def _without_peers(files: list[Path], plots_dir: Path) -> tuple[list[str], list[
         _plot(group, plots_dir / f"{device}{'' if measured else '-predicted'}-{op}.svg")
         for (device, measured, op), group in frame.groupby(["device", "measured", "op"])
     ]
-    return text, plots
+    return [MEANING, *text], plots
 
 
 def _summary(rows: Any, device: str, measured: bool) -> str:
@@ -71,11 +75,20 @@ def _summary(rows: Any, device: str, measured: bool) -> str:
                 f"{100 * group['share_of_roof'].min():.0f} .. {100 * group['share_of_roof'].max():.0f} %",
                 f"{float(np.exp(np.log(faster.dropna()).mean())):.2f}x" if faster.notna().any() else "-",
                 group["baseline"].iloc[0] or "-",
-                group["date"].max(),
+                _runs(group),
             ]
         )
-    headers = ["op", "rows", "share of roof (median)", "range", "speed-up (geometric mean)", "over", "newest row"]
-    return f"{device}, {'measured' if measured else 'PREDICTED, not measured'}\n" + tabulate(lines, headers=headers)
+    headers = ["op", "rows", "share of roof (median)", "range", "speed-up (geometric mean)", "over", "rows of"]
+    return f"{device}, {'measured' if measured else 'PREDICTED, not measured'}\n" + tabulate(
+        lines, headers=headers, disable_numparse=True
+    )
+
+
+def _runs(rows: Any) -> str:
+    """Date and commit of the runs that rows come from, the newest first, each with its rows where there are several."""
+    runs = rows.groupby(["date", "commit"]).size().sort_index(ascending=False)
+    named = [f"{date} {commit}" + f" ({count})" * (len(runs) > 1) for (date, commit), count in runs.items()]
+    return ", ".join(named[:MOST_RUNS]) + f", {len(named) - MOST_RUNS} older" * (len(named) > MOST_RUNS)
 
 
 def _plot(rows: Any, path: Path) -> Path:

@@ -1,5 +1,6 @@
 """What a command is about: the devices, the models' configs and the ops, as named on the command line."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import msgspec
 import torch
 
-from fp4suite import arch as archs, dispatch, problem as known, registry, shapes, table
+from fp4suite import arch as archs, dispatch, problem as known, shapes, table
 from fp4suite.formats import WeightLayout
 from fp4suite.layouts import Order
 from fp4suite.problem import PROBLEMS, Act, GemmProblem, Problem
+from fp4suite.table import Entry
 
 from . import measure, worker
 
@@ -23,6 +25,20 @@ class Target:
     arch: str
     device: str
     cuda: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """What is stale (`table.is_stale`) in a table, of the ops and numbers of tokens that were asked for.
+
+    entries: how many there are of those, stale or not. problems: of the stale ones. invariant: how many more are stale
+    for batch-invariant mode, where all m of a weight go together.
+    """
+
+    path: Path
+    entries: int
+    problems: tuple[Problem, ...]
+    invariant: int
 
 
 def targets(arch: str | None, device: str | None) -> list[Target]:
@@ -100,19 +116,21 @@ def problems(
     return joined
 
 
-def stale(path: Path, ops: Sequence[str], m: Sequence[int]) -> dict[Problem, tuple[list[str], int]]:
-    """As `problems`, those of a table's entries whose kernel has changed since, or is no more: of these ops, and of
-    these numbers of tokens, if any. Entries for batch-invariant mode are left out, as several of them go together.
-    """
-    if not path.exists():
-        raise ValueError(f"--stale: there is no table {path}")
-    found: dict[Problem, tuple[list[str], int]] = {}
-    for e in table.read(path).entries:
-        current = {row.name for row in registry.kernels(e.op)}
-        changed = e.kernel not in current or e.source_hash != registry.source_hash(e.kernel)
-        if changed and not e.invariant and e.op in ops and (not m or e.problem["m"] in m):
-            found[known.from_dims(e.op, e.problem)] = [], 0
-    return found
+def stale(path: Path, entries: Sequence[Entry], ops: Sequence[str], m: Sequence[int]) -> Stale:
+    """What is stale among the entries of the table at `path`, of these ops, and of these numbers of tokens, if any."""
+    asked = [e for e in entries if e.op in ops and (not m or e.problem["m"] in m)]
+    changed = [e for e in asked if table.is_stale(e)]
+    found = tuple(known.from_dims(e.op, e.problem) for e in changed if not e.invariant)
+    return Stale(path, len(asked), found, len(changed) - len(found))
+
+
+def stale_beside(paths: Sequence[Path], ops: Sequence[str], m: Sequence[int]) -> list[Stale]:
+    """As `stale`, of the other tables in the folders of these; what cannot be read is for `check` to say."""
+    found = []
+    for other in sorted({other for path in paths for other in path.parent.glob("*.json")} - set(paths)):
+        with contextlib.suppress(ValueError):
+            found.append(stale(other, table.read(other).entries, ops, m))
+    return [s for s in found if s.problems or s.invariant]
 
 
 def _laid_out(problem: Problem, target: Target, order: Order | None) -> Problem:

@@ -3,8 +3,9 @@
 On a GPU: search, then final rounds among the fastest (fresh samples, signed-rank test against the default), then the
 regret of running a bucket's config in the next bucket. An entry goes into the table as soon as its problem is finished.
 Candidates are compiled in a pool of processes, ahead of the one that times them.
-Without one, for each architecture: compile, drop what does not fit, rank by the cost model. Trials lie in the study and
-builds in the cache, so that an interrupted run loses nothing.
+Without one, for each architecture: compile, drop what does not fit, rank by the cost model; entries go into the table
+when all is compiled, the time is over or the run is interrupted. Trials lie in the study and builds in the cache, so
+that an interrupted run loses nothing.
 """
 
 import contextlib
@@ -24,7 +25,6 @@ from subprocess import Popen
 from typing import Any
 
 import msgspec
-import optuna
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -40,13 +40,13 @@ from .evaluate import DefaultFailed, Measured, Predicted, build_of
 from .rejection import Rejected
 from .search import Search, Task, open_storage
 from .space import Candidate, Space
-from .targets import Target, problems, stale
+from .targets import Stale, Target, problems, stale, stale_beside
 
 log = logging.getLogger(__name__)
 
 IN_HAND = 8  # candidates of a problem that are compiled or timed at once: the sampler proposes more without results
 STARTUP_S = 20.0  # what the first problem may take longer
-PATIENCE_S = 30.0  # with a problem that nothing is compiled of yet, should that be more than its share
+PATIENCE_S = 30.0  # with what nothing is compiled of yet, a problem or an architecture, should that be beyond its time
 OWN_WINNERS, NEAR_WINNERS = 3, 2  # of a problem at several m, and of the nearest others, that are tried again
 PREDICTED_MARGIN = 0.05  # a model's opinion has to promise this much before it moves a default
 
@@ -111,6 +111,8 @@ class Report:
     failed: list[str] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
     left: int = 0  # problems that the deadline left without an entry
+    stale: list[Stale] = field(default_factory=list)  # with Options.stale: in the tables that are tuned
+    stale_beside: list[Stale] = field(default_factory=list)  # and in others of the same folder
 
 
 def table_path(out: Path, target: Target, count: int) -> Path:
@@ -126,24 +128,36 @@ def run(chosen: Sequence[Target], options: Options) -> Report:
     """Tune everything on every target: they are all predicted, or it is one GPU."""
     report = Report()
     paths = {target: table_path(options.out, target, len(chosen)) for target in chosen}
-    tasks = {target: _tasks(target, options, paths[target], report) for target in chosen}
+    tasks = {}
+    for turn, target in enumerate(chosen):
+        share = (options.deadline - time.monotonic()) / (len(chosen) - turn)
+        tasks[target] = _tasks(target, options, paths[target], report, time.monotonic() + share)
+    if options.stale and options.out.suffix != ".json":
+        report.stale_beside = stale_beside(list(paths.values()), options.ops, options.m)
     if any(target.cuda is not None for target in chosen):
         for target in chosen:
             _measure(target, tasks[target], options, paths[target], report)
     else:
         by_turns = itertools.zip_longest(*tasks.values())  # a deadline leaves each target something
-        compiled = _compile([t for turn in by_turns for t in turn if t is not None], options)
-        for target in chosen:
-            _predict(target, tasks[target], compiled, paths[target], report)
+        compiled: dict[Build, Resources | Rejected] = {}
+        try:
+            _compile([t for turn in by_turns for t in turn if t is not None], options, compiled)
+        finally:  # interrupted too: what was compiled by then says something
+            for target in chosen:
+                _predict(target, tasks[target], compiled, paths[target], report)
     report.tables = [path for path in paths.values() if path.exists()]
     return report
 
 
-def _tasks(target: Target, options: Options, path: Path, report: Report) -> list[Task]:
-    """One task a problem, whichever and however many of the models have it."""
+def _tasks(target: Target, options: Options, path: Path, report: Report, until: float) -> list[Task]:
+    """One task a problem, whichever and however many of the models have it; one at least, others until then."""
+    entries = table.read(path).entries if path.exists() else []
     found: dict[Problem, tuple[list[str], int]] = {}
     if options.stale:
-        found = stale(path, options.ops, options.m)
+        if not path.exists():
+            raise ValueError(f"--stale: there is no table {path}")
+        report.stale.append(stale(path, entries, options.ops, options.m))
+        found = {problem: ([], 0) for problem in report.stale[-1].problems}
     else:
         for op in options.ops:
             found |= problems(options.configs, op, target, options.m, options.tp, options.order, options.act)
@@ -154,20 +168,24 @@ def _tasks(target: Target, options: Options, path: Path, report: Report) -> list
             target,
             options.invariant,
             path,
+            entries,
             rounds=options.budget.final_rounds,
             seed=options.seed,
             deadline=options.deadline,
         )
         report.unsupported += refused
         found = {problem: found[problem] for problem in agreed}
-    tasks = []
+    tasks: list[Task] = []
     for problem, (names, count) in found.items():
+        if tasks and time.monotonic() > until:
+            report.left += 1
+            continue
         try:
             whole = space.of(problem, target.arch, agreed.get(problem))
         except space.NoKernel as e:
             report.unsupported.append(f"{target.arch}: {e}")
             continue
-        seeds = _seeds(whole, options.budget, _winners(problem, path), measured=target.cuda is not None)
+        seeds = _seeds(whole, options.budget, _winners(problem, entries), measured=target.cuda is not None)
         tasks.append(
             Task(
                 space=whole,
@@ -175,22 +193,20 @@ def _tasks(target: Target, options: Options, path: Path, report: Report) -> list
                 layers=tuple(names),
                 count=count,
                 seeds=seeds,
-                incumbent=_incumbent(whole, path),
+                incumbent=_incumbent(whole, entries),
             )
         )
     return tasks
 
 
-def _winners(problem: Problem, path: Path) -> list[Candidate]:
+def _winners(problem: Problem, entries: Sequence[Entry]) -> list[Candidate]:
     """What the table already says of this problem and of the nearest other m, then of the nearest other shapes."""
-    if not path.exists():
-        return []
     known = {row.name for row in registry.kernels(problem.op)}
     dims = problem.dims()
     rest = {k: v for k, v in dims.items() if k != "m"}
     names = {k: v for k, v in dims.items() if isinstance(v, str)}
     own, near = [], []
-    for e in table.read(path).entries:
+    for e in entries:
         if e.op != problem.op or e.kernel not in known:
             continue
         if {k: v for k, v in e.problem.items() if k != "m"} == rest:
@@ -206,12 +222,10 @@ def _winners(problem: Problem, path: Path) -> list[Candidate]:
     return list(dict.fromkeys(_as_candidate(e) for e in found))
 
 
-def _incumbent(whole: Space, path: Path) -> Candidate | None:
+def _incumbent(whole: Space, entries: Sequence[Entry]) -> Candidate | None:
     """What the table says of this very problem, where that is another candidate than the default."""
-    if not path.exists():
-        return None
     key = (whole.problem.op, whole.problem.dims(), whole.agreed is not None)
-    for e in table.read(path).entries:
+    for e in entries:
         if (e.op, e.problem, e.invariant) == key and e.kernel in whole.choices:
             found = _as_candidate(e)
             return found if found in whole.candidates and found != whole.default else None
@@ -248,10 +262,11 @@ def _seeds(whole: Space, budget: Budget, winners: Sequence[Candidate], *, measur
 def _predict(
     target: Target, tasks: list[Task], compiled: Mapping[Build, Resources | Rejected], path: Path, report: Report
 ) -> None:
+    """Store entries of the tasks whose default is compiled, and what the table has of them, where that is a seed."""
     entries = []
     for task in tasks:
         tried = [c for c in task.seeds if build_of(task, c) in compiled]
-        if task.space.default not in tried:
+        if not {task.space.default, task.incumbent}.intersection(task.seeds) <= set(tried):
             report.left += 1
             continue
         try:
@@ -259,39 +274,47 @@ def _predict(
         except DefaultFailed as e:
             report.failed.append(f"{target.arch}: {e}")
             continue
-        # in memory: what takes time here is compiling, and that is kept in the cache
-        search = Search(dataclasses.replace(task, seeds=tuple(tried)), optuna.storages.InMemoryStorage(), len(tried))
-        search.run(judge)
-        best, ratio = search.feasible()[0]
-        if ratio > 1 - PREDICTED_MARGIN:
-            best = task.space.default
-        entry = _entry(task, best, search, measured=False, predicted_us=round(judge.us(best), 3))
+        ratios = {c: judge.evaluate(c) for c in tried}
+        best = _least(task, {c: ratio for c, ratio in ratios.items() if not isinstance(ratio, Rejected)})
+        reasons = Counter(why.reason for why in ratios.values() if isinstance(why, Rejected))
+        rejected = dict(sorted(reasons.items()))
+        entry = _entry(task, best, len(tried), rejected, measured=False, predicted_us=round(judge.us(best), 3))
         entries.append(msgspec.structs.replace(entry, default_us=round(judge.default_us, 3)))
-        report.rows.append(_row(task, entries[-1], search, target))
+        report.rows.append(_row(task, entries[-1], rejected, target))
     if entries:
         _keep(path, target, entries)
 
 
-def _compile(tasks: list[Task], options: Options) -> dict[Build, Resources | Rejected]:
-    """Compile the tasks' seeds: all defaults first, then every task's next best in turn, until the deadline; one for
-    each architecture whatever it takes.
+def _least(task: Task, ratios: Mapping[Candidate, float]) -> Candidate:
+    """The fastest, the first in the space's order among equals; the default, unless it is slower by the margin."""
+    least = min(ratios.values())
+    if least > 1 - PREDICTED_MARGIN:
+        return task.space.default
+    return min((c for c, ratio in ratios.items() if ratio == least), key=task.space.candidates.index)
+
+
+def _compile(tasks: list[Task], options: Options, compiled: dict[Build, Resources | Rejected]) -> None:
+    """Compile the tasks' seeds: all defaults first, then every task's next best in turn, until the deadline; the first
+    of each architecture may take longer. What is compiled goes into `compiled`.
     """
     turns = itertools.zip_longest(*([build_of(t, c) for c in t.seeds] for t in tasks))
     wanted = list(dict.fromkeys(b for turn in turns for b in turn if b is not None))
-    compiled: dict[Build, Resources | Rejected] = {}
     kinds = {b: b.key for b in wanted}  # one binary may serve many
     seen: set[str] = set()
+    without = {b.arch for b in wanted}
+
+    def patience() -> float:
+        return options.deadline + (PATIENCE_S if without else 0.0) - time.monotonic()
+
     bar = tqdm(
         total=len(set(kinds.values())), desc="compile", unit="kernel", disable=options.quiet or None, smoothing=0.1
     )
-    with bar, contextlib.closing(builds.compile_all(wanted, options.jobs)) as done:
+    with bar, contextlib.closing(builds.compile_all(wanted, options.jobs, patience=patience)) as done:
         for b, result in done:
             compiled[b] = result
+            without.discard(b.arch)
             bar.update(kinds[b] not in seen)
             seen.add(kinds[b])
-            if time.monotonic() > options.deadline and len({b.arch for b in compiled}) == len({b.arch for b in wanted}):
-                break
-    return compiled
 
 
 # --- on a GPU ---
@@ -346,7 +369,7 @@ def _measure(target: Target, tasks: list[Task], options: Options, path: Path, re
                     report.failed.append(f"{target.device}: {e}")
                     continue
                 _keep(path, target, [entries[task]])
-                report.rows.append(_row(task, entries[task], search, target))
+                report.rows.append(_row(task, entries[task], search.rejected(), target))
         report.left += len(left)
         try:
             _add_regret(target, entries, options, path, child)
@@ -378,7 +401,7 @@ def final(search: Search, judge: Measured, budget: Budget) -> Entry:
         log.info("%s: %.3f of the default, p = %.2g", candidate, verdict.ratio, verdict.p)
     won = stats.summary(samples[winner])
     baseline = next((name for name in samples if isinstance(name, str)), None)
-    entry = _entry(task, winner, search, measured=True)
+    entry = _entry(task, winner, search.evaluated(), search.rejected(), measured=True)
     return msgspec.structs.replace(
         entry,
         median_us=round(won.median_us, 3),
@@ -443,7 +466,15 @@ def _steps_from_default(task: Task, candidate: Candidate) -> int:
 # --- entries ---
 
 
-def _entry(task: Task, best: Candidate, search: Search, *, measured: bool, predicted_us: float | None = None) -> Entry:
+def _entry(
+    task: Task,
+    best: Candidate,
+    trials: int,
+    rejected: Mapping[str, int],
+    *,
+    measured: bool,
+    predicted_us: float | None = None,
+) -> Entry:
     return Entry(
         op=task.problem.op,
         problem=task.problem.dims(),
@@ -453,8 +484,8 @@ def _entry(task: Task, best: Candidate, search: Search, *, measured: bool, predi
         measured=measured,
         invariant=task.space.agreed is not None,
         predicted_us=predicted_us,
-        trials=search.evaluated(),
-        rejected=sum(search.rejected().values()),
+        trials=trials,
+        rejected=sum(rejected.values()),
         versions=provenance.versions() if measured else provenance.compilers(),
         commit=provenance.commit(),
         date=provenance.today(),
@@ -482,7 +513,7 @@ def _keep(path: Path, target: Target, new: list[Entry]) -> None:
         )
 
 
-def _row(task: Task, entry: Entry, search: Search, target: Target) -> dict[str, Any]:
+def _row(task: Task, entry: Entry, rejected: dict[str, int], target: Target) -> dict[str, Any]:
     best = entry.median_us if entry.measured else entry.predicted_us
     default = entry.default_us
     assert best is not None
@@ -500,7 +531,7 @@ def _row(task: Task, entry: Entry, search: Search, target: Target) -> dict[str, 
         "gain": round(default / best - 1, 4),
         "measured": entry.measured,
         "trials": entry.trials,
-        "rejected": search.rejected(),
+        "rejected": rejected,
         "baseline": entry.baseline,
         "baseline_us": entry.baseline_us,
     }
@@ -552,6 +583,30 @@ def render(report: Report, most: int) -> str:
         if len(changed) > most:
             text += f"\n... and {len(changed) - most} more that left the default"
     return text
+
+
+def render_stale(report: Report, asked: str) -> list[str]:
+    """With --stale a line a table: what is stale in it, of the entries that were asked for, and who sees to it."""
+    lines = []
+    for found in (*report.stale, *report.stale_beside):
+        line = f"{found.path}: {len(found.problems)} stale of {found.entries} entries{asked}"
+        if found.invariant:
+            line += (
+                f", and {found.invariant} for batch-invariant mode, which --stale leaves out: "
+                "tune --batch-invariant --layers-of MODEL times all m of a weight again"
+            )
+        lines.append(line + "; left alone: it is of another device" * (found in report.stale_beside))
+    return lines
+
+
+def stale_document(found: Stale) -> dict[str, Any]:
+    """As --json has it."""
+    return {
+        "table": str(found.path),
+        "entries": found.entries,
+        "stale": len(found.problems),
+        "batch_invariant": found.invariant,
+    }
 
 
 # --- several GPUs of one host ---

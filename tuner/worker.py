@@ -7,6 +7,7 @@ never touched a GPU.
 """
 
 import itertools
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -164,10 +165,12 @@ def run_all(
     jobs: int,
     timeout: float,
     environment: dict[str, str] | None = None,
+    patience: Callable[[], float] = lambda: math.inf,
 ) -> Iterator[tuple[int, Any]]:
     """Run calls on `jobs` children; yields (index, result) as they end, the result being an exception where one came.
 
-    The exception is a WorkerDied or a RemoteError. Children are ended when the iterator is closed.
+    The exception is a WorkerDied or a RemoteError. Children are ended when the iterator is closed, and when the seconds
+    that `patience` still gives are none: the rest is then left out.
     """
     waiting = iter(enumerate(calls))
     idle = [Worker(environment) for _ in range(jobs)]
@@ -180,8 +183,11 @@ def run_all(
                 busy[index].start(function, *args, timeout=timeout)
             if not busy:
                 return
-            patience = min(w.remaining for w in busy.values())
-            ready = multiprocessing.connection.wait([w.pipe for w in busy.values()], patience)
+            left = patience()
+            if left <= 0:
+                return
+            overdue = min(w.remaining for w in busy.values())
+            ready = multiprocessing.connection.wait([w.pipe for w in busy.values()], min(left, overdue))
             for index, worker in list(busy.items()):
                 outcome: Any
                 try:

@@ -135,17 +135,6 @@ def test_what_else_is_refused(op: str, change: Any, message: str):
     assert_same(flat(given), before)
 
 
-@pytest.mark.parametrize("how", ["temperature", "top_p", "uniform"])
-@pytest.mark.parametrize("number", [float("nan"), -1.0, float("inf")])
-def test_numbers_that_sampling_refuses(how: str, number: float):
-    given = named("sample")
-    given[how] = torch.full_like(given[how], number)
-    if how == "top_p" and number == number:  # as 0 or 1
-        assert ops.sample(**given).shape == (5,)
-    else:
-        refuses("sample", given, how)
-
-
 def test_ids_that_no_table_has():
     with pytest.raises(IndexError, match=r"token_ids must be in 0 \.\. 8"):
         ops.route(torch.zeros(1, 4), topk=2, scale=1.0, token_ids=torch.tensor([-1]), table=torch.zeros(9, 2).int())

@@ -188,13 +188,65 @@ def test_overrides_nest_and_beat_tables(fakes: Path) -> None:
     [
         ({}, "needs a kernel, a config or both"),
         ({"kernel": "nothing"}, "no kernel is called 'nothing'"),
+        ({"kernel": "nothing"}, r"override\(kernel='nothing'\)"),
         ({"kernel": "reference"}, "needs op="),
         ({"kernel": "fake_any", "op": "route"}, "is a kernel of gemm_nvfp4, not of route"),
+        ({"op": "gemm", "kernel": "reference"}, "op must be one of quantize_nvfp4, .* got 'gemm'"),
+        ({"op": "gemm_nvpf4", "config": FakeConfig()}, "op must be one of .* got 'gemm_nvpf4'"),
     ],
 )
 def test_wrong_overrides(fakes: Path, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message), override(**arguments):
-        pass
+        pytest.fail("told only once an op runs")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"op": "gemm_nvfp4"}, r"must be fakes.fake_small.Config or fakes.fake_any.Config, got dict: \{'tile': 64\}"),
+        ({"kernel": "fake_any"}, "must be fakes.fake_any.Config, got dict"),
+        ({"op": "gemm_nvfp4", "kernel": "reference"}, "must be None, as reference has none, got dict"),
+        ({"op": "sparse_attention"}, "must be None, as sparse_attention has none, got dict"),
+    ],
+)
+def test_a_config_of_another_type_is_refused_where_it_is_given(fakes: Path, arguments: dict, message: str) -> None:
+    for row in registry.kernels("gemm_nvfp4"):
+        registry.load(row.name)
+    with pytest.raises(TypeError, match=message), override(config={"tile": 64}, **arguments):
+        pytest.fail("told only once an op runs")
+
+
+def test_a_config_of_a_kernel_that_is_not_chosen_is_refused(fakes: Path) -> None:
+    class Another:
+        tile = 64
+
+    registry.load("fake_any").Config = Another
+    p = GemmProblem(m=8, n=256, k=512)
+    with on_target("sm_90a", H100.device), override(op="gemm_nvfp4", config=Another()):
+        with pytest.raises(ValueError, match=r"override of gemm_nvfp4 gives a .*Config, but fake_small is chosen here"):
+            choose("gemm_nvfp4", p, "cpu")
+        assert choose("gemm_nvfp4", dataclasses.replace(p, m=17), "cpu").kernel == "fake_any"
+
+
+def test_an_override_for_what_has_no_kernel_takes_the_reference(fakes: Path) -> None:
+    for op in ("sparse_attention", "moe_nvfp4", "index_query_fp8", "rope_inverse_"):
+        with override(op=op, kernel="reference"):
+            assert choose(op, None, "cpu").is_reference
+
+
+def test_a_wrong_table_of_the_environment_names_its_variable(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FP4SUITE_TABLE", str(fakes / "none.json"))
+    with pytest.raises(TableError, match=r"FP4SUITE_TABLE: .*none.json: cannot be read \(No such file"):
+        _choose(8)
+    other = _write(fakes / "b200.json", _entry(8, 64), device="nvidia-b200", arch="sm_100a")
+    monkeypatch.setenv("FP4SUITE_TABLE", str(other))
+    with pytest.raises(TableError, match=r"FP4SUITE_TABLE: .* is of nvidia-b200 \(sm_100a\); this is nvidia-h100"):
+        _choose(8)
+    mine = _write(fakes / "mine.json", _entry(8, 256))
+    monkeypatch.setenv("FP4SUITE_TABLE", str(mine))
+    assert _choose(8).reason == "table of FP4SUITE_TABLE mine (measured)"
+    shipped = _write(fakes / f"{H100.device}.json", _entry(8, 64))
+    assert dispatch.tables(H100) == [("table of FP4SUITE_TABLE", mine), ("device table", shipped)]
 
 
 def test_nothing_fits(fakes: Path) -> None:

@@ -88,7 +88,8 @@ def test_a_draw_of_nothing_but_the_best_is_greedy(model: Transformer) -> None:
     ("values", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be positive"),
-        ({"temperature": -0.1}, "temperature must be 0 or more"),
+        ({"temperature": -0.1}, "temperature must be 0 or more and finite"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more and finite, got nan"),
         ({"top_p": 0.0}, "top_p must lie"),
         ({"top_p": 1.5}, "top_p must lie"),
     ],

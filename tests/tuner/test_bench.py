@@ -109,6 +109,17 @@ def test_measured_rows_show_their_baseline_in_the_report(rows, tmp_path):
     assert "some-gpu-gemm_nvfp4.svg" in {p.name for p in plots}
 
 
+def test_the_report_says_what_its_figures_are_and_which_runs_its_rows_are_of(rows, tmp_path):
+    gemm = [row for row in rows["rows"] if row["op"] == "gemm_nvfp4"]
+    old, new = {"commit": "older", "date": "2026-01-02"}, {"commit": "newer", "date": "2026-03-04"}
+    measured = [row | (old if i < 3 else new) | {"device": "some-gpu", "measured": True} for i, row in enumerate(gemm)]
+    bench.store(tmp_path / "bench" / "some-gpu" / "gemm_nvfp4.csv", measured)
+    text, _ = report.write(tmp_path / "bench", tmp_path / "plots")
+    assert text.startswith("Rows of `tuner bench`, the newest of each problem")
+    assert "speed-up: the time of what it is over, in the same run, over ours; below 1 ours is slower" in text
+    assert f"2026-03-04 newer ({len(gemm) - 3}), 2026-01-02 older (3)" in text
+
+
 def test_report_without_rows_is_one_sentence(tmp_path, capsys):
     assert main(["report", "--results", str(tmp_path)]) == 1
     assert "run bench first" in capsys.readouterr().err

@@ -65,9 +65,39 @@ def test_each_way_to_be_wrong_is_named(fake, tmp_path, change, table_of, message
 
 
 def test_stale_entries_may_be_allowed_but_are_told(fake, tmp_path):
-    found = checked(tmp_path, entry(source_hash="old"), stale_is_wrong=False)
+    found = checked(
+        tmp_path,
+        entry(source_hash="old"),
+        entry(source_hash="old", problem=entry().problem | {"m": 32}),
+        entry(source_hash="old", invariant=True),
+        entry(problem=entry().problem | {"m": 64}),
+        stale_is_wrong=False,
+    )
     assert not found.problems
-    assert "tune --stale" in found.notes[0]
+    assert found.notes == [
+        "3 entries of sm_90a.json are stale: their kernels changed since they were tuned; "
+        "tune again with `tuner tune --stale` and `tuner tune --batch-invariant`",
+        "     3 fake_gemm",
+    ]
+    assert len(found.stale) == 3
+    assert "m=32" in found.stale[1]
+
+
+def test_stale_entries_are_counted_and_listed_on_request(fake, tmp_path, capsys):
+    checked(tmp_path, entry(source_hash="old"))
+    arguments = ["check", "--tables", str(tmp_path), "--allow-stale"]
+    assert main(arguments) == 0
+    short = capsys.readouterr().out.splitlines()
+    assert short[0] == (
+        "1 entries of sm_90a.json are stale: their kernels changed since they were tuned; "
+        "tune again with `tuner tune --stale`"
+    )
+    assert main([*arguments, "--verbose"]) == 0
+    long = capsys.readouterr().out.splitlines()
+    assert [line for line in long if line not in short] == [
+        "sm_90a.json: gemm_nvfp4 m=16 n=512 k=512 act=bf16 out=bf16 segments=1 order=rows: "
+        "fake_gemm has changed since it was tuned (old): tune --stale"
+    ]
 
 
 def test_a_table_that_cannot_be_read_is_wrong_and_does_not_hide_the_next(fake, tmp_path):

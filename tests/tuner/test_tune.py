@@ -66,7 +66,7 @@ def compiled(fake, monkeypatch):
         )
 
     monkeypatch.setattr(builds, "compile_one", compile_one)
-    monkeypatch.setattr(builds, "compile_all", lambda wanted, jobs: compile_all(wanted, 0))
+    monkeypatch.setattr(builds, "compile_all", lambda wanted, jobs, **more: compile_all(wanted, 0, **more))
     return seen
 
 
@@ -252,6 +252,112 @@ def test_stale_entries_alone_are_tuned_again(compiled, config, tmp_path, capsys,
     assert [(e.key(), e.config, e.source_hash) for e in table.read(path).entries] == [
         (e.key(), e.config, e.source_hash) for e in first
     ]
+
+
+def test_stale_says_which_tables_and_which_entries_it_looked_at(compiled, config, tmp_path, capsys):
+    """Of a run that has nothing to do too: what a filter left out, another device's table, batch-invariant mode."""
+    out = tmp_path / "tables"
+    path, other = out / "sm_90a.json", out / "some-gpu.json"
+    command = ("--arch", "sm_90a", "--op", "gemm_nvfp4", "--trials", 3, "--out", out)
+    run(capsys, "--layers-of", config, "--m", "1,64", *command)
+    first = table.read(path).entries
+    count = sum(e.problem["m"] == 1 for e in first)
+    old = [msgspec.structs.replace(e, source_hash="of before") for e in first if e.problem["m"] == 64]
+    table.merge(other, "some-gpu", "sm_90a", old)
+    table.merge(path, "sm_90a", "sm_90a", [msgspec.structs.replace(old[0], invariant=True)])
+
+    assert main([str(a) for a in ("tune", "--stale", "--quiet", *command)]) == 0
+    one, two = capsys.readouterr().out.splitlines()
+    assert one.startswith(
+        f"{path}: 0 stale of {len(first) + 1} entries with --op gemm_nvfp4, and 1 for batch-invariant mode, "
+    )
+    assert "tune --batch-invariant --layers-of MODEL times all m of a weight again" in one
+    assert two == (
+        f"{other}: {len(old)} stale of {len(old)} entries with --op gemm_nvfp4; left alone: it is of another device"
+    )
+    assert main([str(a) for a in ("tune", "--stale", "--quiet", "--m", "1", *command)]) == 0
+    assert capsys.readouterr().out == f"{path}: 0 stale of {count} entries with --op gemm_nvfp4 --m 1\n"
+    _, document = run(capsys, "--stale", "--m", "64", *command)
+    assert [(s["table"], s["stale"], s["batch_invariant"]) for s in document["stale"]] == [
+        (str(path), 0, 1),
+        (str(other), len(old), 0),
+    ]
+
+
+def test_the_table_is_read_once_whatever_the_number_of_problems(compiled, config, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "t.json"
+    command = ("--layers-of", config, "--arch", "sm_90a", "--op", "gemm_nvfp4", "--trials", 3, "--out", path)
+    run(capsys, *command, "--m", "1")
+    reads = []
+    monkeypatch.setattr(tune.table, "read", lambda p, read=table.read: reads.append(p) or read(p))
+    _, document = run(capsys, *command, "--m", "1")
+    assert document["problems"] > 4
+    assert len(reads) == 2  # before the search, and before what changed is stored
+
+
+def test_an_interrupted_run_stores_what_it_has_compiled(compiled, config, tmp_path, capsys, monkeypatch):
+    path, whole = tmp_path / "t.json", builds.compile_one
+    command = ("tune", "--layers-of", config, "--arch", "sm_90a", "--op", "gemm_nvfp4", "--m", "1,64", "--out", path)
+    monkeypatch.setattr(fake_kernel, "build_key", lambda problem, config: problem)
+
+    def compile_one(*arguments):
+        if len(compiled) == 5:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(builds, "compile_one", compile_one)
+    assert main([str(a) for a in (*command, "--quiet")]) == 130
+    kept = table.read(path).entries
+    assert [e.trials for e in kept] == [1] * 5  # defaults come first
+    monkeypatch.setattr(builds, "compile_one", whole)
+    assert main([str(a) for a in (*command, "--quiet")]) == 0
+    assert {e.key() for e in table.read(path).entries} > {e.key() for e in kept}
+
+
+def test_a_prediction_does_not_give_way_before_it_was_compiled_again(compiled, config, tmp_path, capsys, monkeypatch):
+    """An interrupted run has tried the defaults alone: entries that are better stay."""
+    path, whole = tmp_path / "t.json", builds.compile_one
+    command = ("--layers-of", config, "--arch", "sm_90a", "--op", "gemm_nvfp4", "--m", "64", "--out", path)
+    _, document = run(capsys, *command)
+    assert all(row["changed"] for row in document["rows"])
+    first = path.read_bytes()
+
+    def compile_one(kernel, op, dims, knobs, arch):
+        if knobs != dataclasses.asdict(fake_kernel.Config()):
+            raise KeyboardInterrupt
+        return whole(kernel, op, dims, knobs, arch)
+
+    monkeypatch.setattr(builds, "compile_one", compile_one)
+    monkeypatch.setenv("FP4SUITE_CACHE_DIR", str(tmp_path / "another"))
+    assert main([str(a) for a in ("tune", *command, "--quiet")]) == 130
+    assert path.read_bytes() == first
+
+
+def test_a_run_that_predicts_keeps_to_its_seconds(compiled, config, tmp_path, capsys, monkeypatch):
+    """A kernel that takes the compiler for ever costs no more than what is left; what was compiled before it counts."""
+    monkeypatch.setattr(fake_kernel, "build_key", lambda problem, config: problem)
+
+    def compile_some(wanted, jobs, patience):
+        yield from compile_all(wanted[:3], 0, patience=patience)
+        while patience() > 0:
+            time.sleep(0.05)
+
+    monkeypatch.setattr(builds, "compile_all", compile_some)
+    command = ("--layers-of", config, "--arch", "sm_90a", "--op", "gemm_nvfp4", "--m", "1,64", "--out", tmp_path)
+    code, document = run(capsys, *command, "--seconds", 1.5)
+    assert 1.4 < document["seconds"] < 10
+    assert (code, document["problems"]) == (0, 3)
+    assert document["left"] > 0
+    assert len(table.read(tmp_path / "sm_90a.json").entries) == 3
+
+
+def test_problems_beyond_the_time_are_left(compiled, config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tune.space, "of", lambda *a, of=space.of: time.sleep(0.5) or of(*a))
+    command = ("--layers-of", config, "--op", "gemm_nvfp4", "--m", "1,2,4,8,16", "--arch", "sm_90a", "--out", tmp_path)
+    code, document = run(capsys, *command, "--seconds", 1)
+    assert (code, document["seconds"] < 5) == (0, True)
+    assert document["problems"] >= 1
+    assert document["left"] > 20
 
 
 def test_a_promise_below_the_margin_keeps_the_default(compiled, config, tmp_path, capsys, monkeypatch):
@@ -522,11 +628,35 @@ def test_wrong_arguments_get_one_sentence_and_exit_code_1(arguments, message, ca
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("arguments", [("--m", "1,x"), ("--m", "0"), ("--trials", "0"), ("--budget", "vast")])
-def test_malformed_arguments_are_usage_errors(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--m=1,x", "wanted integers separated by commas"),
+        ("--m=0", "must be positive"),
+        ("--trials=0", "must be a positive integer, got '0'"),
+        ("--trials=-3", "must be a positive integer, got '-3'"),
+        ("--jobs=0", "must be a positive integer"),
+        ("--tp=0", "must be a positive integer"),
+        ("--seconds=-1", "must be a positive number of seconds, got '-1'"),
+        ("--seconds=0", "must be a positive number of seconds"),
+        ("--seconds=nan", "must be a positive number of seconds"),
+        ("--seconds=soon", "must be a positive number of seconds, got 'soon'"),
+        ("--seed=-1", "must be an integer from 0 to 4294967295, got '-1'"),
+        ("--budget=vast", "invalid choice"),
+    ],
+)
+def test_malformed_arguments_are_usage_errors(arguments, message, capsys):
     with pytest.raises(SystemExit) as e:
-        main(["tune", *arguments])
+        main(["tune", arguments])
     assert e.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_benchmark_takes_positive_seconds(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["bench", "--op", "gemm_nvfp4", "--peers", "--seconds=-1"])
+    assert e.value.code == 2
+    assert "must be a positive number of seconds" in capsys.readouterr().err
 
 
 def test_a_config_that_is_not_json_is_refused(tmp_path, capsys):
@@ -604,6 +734,10 @@ def gone(group, seconds=15.0):
     return False
 
 
+def entries_in(folder):
+    return sum(len(table.read(path).entries) for path in folder.glob("sm_*.json"))
+
+
 def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path):
     """The real command with real kernels, interrupted as a terminal does it: the whole process group."""
     cache = tmp_path / "cache"
@@ -639,11 +773,14 @@ def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path):
     assert "Traceback" not in err
     kept = {p: p.stat().st_mtime_ns for p in cache.rglob("*.json")}
     assert len(kept) >= 3
+    stored = entries_in(tmp_path)
+    assert stored > 0
     assert gone(child.pid)
 
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "measured: false" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in kept} == kept  # and not one of them was compiled again
+    assert entries_in(tmp_path) > stored
     assert len(list(cache.rglob("*.json"))) > len(kept)
 
 
@@ -684,7 +821,7 @@ def test_winners_from_before_a_knob_and_of_no_kernel_any_more(tmp_path):
             median_us=1.0,
         )
         table.merge(path, "some-gpu", "sm_90a", [entry])
-    assert tune._winners(problem, path) == [winner]
+    assert tune._winners(problem, table.read(path).entries) == [winner]
 
 
 def test_winners_of_the_nearest_shapes_come_after_those_of_other_m(tmp_path):
@@ -709,5 +846,5 @@ def test_winners_of_the_nearest_shapes_come_after_those_of_other_m(tmp_path):
     store(64, m=128)
     store(128, m=128, n=65536, segments=1)  # the same once more
     store(64, out="fp32")  # of another kind
-    found = [dict(c.knobs)["tile_k"] for c in tune._winners(problem, path)]
+    found = [dict(c.knobs)["tile_k"] for c in tune._winners(problem, table.read(path).entries)]
     assert found == [64, 128]

@@ -99,6 +99,21 @@ def test_closing_a_pool_early_ends_its_children():
         os.kill(first, 0)
 
 
+def test_a_pool_ends_when_patience_does_whatever_its_children_are_at():
+    calls, found, ended = [(pid, ()), (sleep, (600,)), (sleep, (600,))], {}, []
+
+    def patience():
+        return 1 + ended[0] - time.monotonic() if ended else 60
+
+    for index, result in worker.run_all(calls, jobs=1, timeout=600, patience=patience):
+        found[index] = result
+        ended.append(time.monotonic())
+    assert list(found) == [0]
+    assert 1 <= time.monotonic() - ended[0] < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(found[0], 0)
+
+
 @pytest.fixture
 def pool():
     p = worker.Pool(1, timeout=30)
