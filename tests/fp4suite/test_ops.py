@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from fp4suite import UnsupportedError, dispatch, ops, override, reference
 from fp4suite.dispatch import on_target
 from fp4suite.layouts import Order
 from fp4suite.problem import GemmProblem
+from fp4suite.reference import CompressorStep
 
 from .op_arguments import OPCHECKS, PUBLIC, arguments, assert_same, g, weight
 
@@ -68,6 +69,41 @@ def test_compiles_as_one_graph(name: str) -> None:
     compiled = torch.compile(lambda: getattr(ops, name)(*args, **kwargs), fullgraph=True, backend="aot_eager")
     assert_same(compiled(), want)
     assert_same((args, kwargs), (want_args, want_kwargs))
+    torch._dynamo.reset()
+
+
+def twice(x: object) -> object:
+    """Arguments of twice as many tokens: five of them, or their ten slots."""
+    if isinstance(x, torch.Tensor):
+        more = len(x) if list(x.shape) == [10] else 0  # an order of slots
+        return torch.cat((x, x + more)) if x.ndim and len(x) in (5, 10) else x
+    if isinstance(x, CompressorStep):
+        return CompressorStep(*(twice(getattr(x, f.name)) for f in fields(x)))
+    return type(x)(twice(part) for part in x) if isinstance(x, tuple | list) else x
+
+
+# where `twice` makes columns of one tensor tensors of their own, which have other strides
+GRAPHS = {"qkv_norm_rope_insert": 2}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_one_graph_for_any_number_of_tokens(name: str) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(ops, name), fullgraph=True, dynamic=True, backend=backend)
+    for change in (lambda x: x, twice):
+        args, kwargs = arguments(name)
+        more = [change(x) for x in args], {key: change(x) for key, x in kwargs.items()}
+        args, kwargs = arguments(name)
+        again = [change(x) for x in args], {key: change(x) for key, x in kwargs.items()}
+        assert_same(compiled(*more[0], **more[1]), getattr(ops, name)(*again[0], **again[1]))
+        assert_same(more, again)
+    assert len(graphs) == GRAPHS.get(name, 1)
     torch._dynamo.reset()
 
 
