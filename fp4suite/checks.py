@@ -5,15 +5,14 @@ of another dtype. No value of a tensor is read. FP64, which the reference takes,
 """
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .formats import FP8RowTensor, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, SfLayout, index_layout
+from .formats import FP8RowTensor, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, index_layout
 from .operators import dtype_name
-from .problem import RULES
-from .reference.compressor import CompressorStep, check_compressor
+from .reference.compressor import CompressorStep, check_compressor, check_hadamard
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -23,9 +22,9 @@ def tensor(x: Any, name: str) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
-def beside(x: Tensor, name: str, rows: Tensor | NVFP4Tensor | FP8RowTensor) -> None:
+def beside(x: Tensor | NVFP4Tensor, name: str, rows: Tensor | NVFP4Tensor | FP8RowTensor) -> None:
     if x.device != rows.device:
-        raise ValueError(f"{name} must be on {rows.device} beside its rows, got {x.device}")
+        raise ValueError(f"{name} must be on {rows.device} as what it goes with, got {x.device}")
 
 
 def integers(x: Tensor, name: str, shape: list[int], rows: Tensor) -> None:
@@ -36,17 +35,25 @@ def integers(x: Tensor, name: str, shape: list[int], rows: Tensor) -> None:
 
 
 def floats(x: Tensor, name: str, shape: list[int], rows: Tensor) -> None:
-    """BF16, FP16 or FP32."""
     tensor(x, name)
     if list(x.shape) != shape:
         raise ValueError(f"{name} must be {shape}, got {list(x.shape)}")
-    kind(x, name, rows)
+    floating(x, name, rows)
 
 
-def kind(x: Tensor, name: str, rows: Tensor) -> None:
+def floating(x: Tensor, name: str, rows: Tensor) -> None:
+    """BF16, FP16 or FP32, beside rows that it belongs to."""
     if rows.dtype != torch.float64:
         dtype_name(x, name)
     beside(x, name, rows)
+
+
+def needs(rows: Tensor, name: str, wanted: dict[str, tuple[Tensor, list[int]]], of: str = "") -> None:
+    """Floats of the shapes that go with rows; of: what names begin with."""
+    for other, (x, shape) in wanted.items():
+        if list(x.shape) != shape:
+            raise ValueError(f"{of}{name} {list(rows.shape)} needs {other} {shape}, got {list(x.shape)}")
+        floating(x, f"{of}{other}", rows)
 
 
 def positive(**numbers: int) -> None:
@@ -55,22 +62,11 @@ def positive(**numbers: int) -> None:
             raise ValueError(f"{name} must be positive, got {number}")
 
 
-# --- quantising ------------------------------------------------------------------------------------------------------
-
-
-def nvfp4(sf_layout: SfLayout, rule: str = "absmax") -> None:
-    if sf_layout not in get_args(SfLayout):
-        raise ValueError(f'sf_layout must be "linear" or "blocked_128x4", got {sf_layout!r}')
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-
-
 def alpha(given: Tensor, x: Tensor | NVFP4Tensor | FP8RowTensor, *, scalar: bool = False) -> None:
     tensor(given, "alpha")
     if given.dtype != torch.float32:
         raise TypeError(f"alpha must be float32, got {given.dtype}")
-    if given.device != x.device:
-        raise ValueError(f"alpha must be on {x.device} beside x, got {given.device}")
+    beside(given, "alpha", x)
     if scalar and given.ndim:
         raise ValueError(f"alpha must be one number [], got {list(given.shape)}")
 
@@ -90,7 +86,7 @@ def heads(x: Tensor, name: str) -> None:
     if x.ndim != 3:
         raise ValueError(f"{name} must be [tokens, heads, head_dim], got {list(x.shape)}")
     if x.dtype != torch.float8_e4m3fn:
-        kind(x, name, x)
+        floating(x, name, x)
 
 
 def norm(x: Tensor, weight: Tensor, name: str, weight_name: str) -> None:
@@ -98,12 +94,12 @@ def norm(x: Tensor, weight: Tensor, name: str, weight_name: str) -> None:
     k, given = x.shape[-1], f"{list(x.shape)} and {list(weight.shape)}"
     if not k or list(weight.shape) != [k]:
         raise ValueError(f"{name} must be [..., k] with k positive and {weight_name} [k], got {given}")
-    kind(x, name, x)
-    kind(weight, weight_name, x)
+    floating(x, name, x)
+    floating(weight, weight_name, x)
 
 
-def rope(x: Tensor, positions: Tensor, table: Tensor) -> None:
-    """positions of the tokens of x [tokens, ..., head_dim], and RoPE's table."""
+def rope(x: Tensor, positions: Tensor, table: Tensor, cache: PagedCache | IndexCache | None = None) -> None:
+    """positions of the tokens of x [tokens, ..., head_dim], and RoPE's table; cache: where x is stored."""
     if positions.dtype != torch.int32 or list(positions.shape) != [x.shape[0]]:
         raise ValueError(f"positions must be int32 [{x.shape[0]}], got {positions.dtype} {list(positions.shape)}")
     turned = table.shape[-1] if table.ndim == 2 else 0
@@ -117,6 +113,8 @@ def rope(x: Tensor, positions: Tensor, table: Tensor) -> None:
         raise ValueError(
             f"positions and table must be on {x.device} beside their rows, got {positions.device}, {table.device}"
         )
+    if isinstance(cache, PagedCache) and turned != cache.rope_dim:
+        raise ValueError(f"the cache has {cache.rope_dim} RoPE dims, table {turned}")
 
 
 def turned_in_place(o: Tensor) -> None:
@@ -139,11 +137,9 @@ def insert(
             f"kv must be [tokens, {cache.head_dim}] and {weight_name} [{cache.head_dim}], "
             f"got {list(kv.shape)} and {list(weight.shape)}"
         )
-    kind(kv, "kv", kv)
-    kind(weight, weight_name, kv)
-    rope(kv, positions, table)
-    if table.shape[1] != cache.rope_dim:
-        raise ValueError(f"the cache has {cache.rope_dim} RoPE dims, table {table.shape[1]}")
+    floating(kv, "kv", kv)
+    floating(weight, weight_name, kv)
+    rope(kv, positions, table, cache)
     integers(slots, "slots", [len(kv)], kv)
     stored(cache, kv)
 
@@ -164,26 +160,19 @@ def fold(h: Tensor, fn: Tensor, base: Tensor, scale: Tensor, weight: Tensor | No
     made = n if head else n * (n + 2)
     wanted = {"fn": (fn, [made, n * d]), "base": (base, [made]), "scale": (scale, [1 if head else 3])}
     wanted |= {"weight": (weight, [d])} if weight is not None else {}
-    _of_streams(h, wanted)
+    needs(h, "h", wanted)
 
 
 def site(y: Tensor, h: Tensor, post: Tensor, comb: Tensor) -> None:
     """The output y of a site, its streams h [tokens, n, d] and its coefficients."""
     streams(h)
     tokens, n, d = h.shape
-    _of_streams(h, {"y": (y, [tokens, d]), "post": (post, [tokens, n]), "comb": (comb, [tokens, n, n])})
+    needs(h, "h", {"y": (y, [tokens, d]), "post": (post, [tokens, n]), "comb": (comb, [tokens, n, n])})
 
 
 def streams(h: Tensor) -> None:
     if h.ndim != 3 or not h.shape[1] * h.shape[2]:
         raise ValueError(f"h must be [tokens, n, d], n and d positive, got {list(h.shape)}")
-
-
-def _of_streams(h: Tensor, wanted: dict[str, tuple[Tensor, list[int]]]) -> None:
-    for name, (given, shape) in wanted.items():
-        if list(given.shape) != shape:
-            raise ValueError(f"h {list(h.shape)} needs {name} {shape}, got {list(given.shape)}")
-        kind(given, name, h)
 
 
 # --- compressor ------------------------------------------------------------------------------------------------------
@@ -196,13 +185,10 @@ def compressor(step: CompressorStep, ratio: int, of: str = "") -> None:
     if kv.ndim != 2:
         raise ValueError(f"{of}kv must be [tokens, {head_dim}] or twice as wide, got {list(kv.shape)}")
     check_compressor(kv, step.state, step.cache, ratio)
-    shape = list(kv.shape)
-    wanted = {"gate": (step.gate, shape), "ape": (step.ape, [ratio, shape[1]]), "weight": (step.weight, [head_dim])}
-    for name, (given, size) in wanted.items():
-        if list(given.shape) != size:
-            raise ValueError(f"{of}kv {shape} needs {name} {size}, got {list(given.shape)}")
     dtype_name(kv, f"{of}kv")
-    dtype_name(step.weight, f"{of}weight")
+    shape, ape = list(kv.shape), [ratio, kv.shape[1]]
+    wanted = {"gate": (step.gate, shape), "ape": (step.ape, ape), "weight": (step.weight, [head_dim])}
+    needs(kv, "kv", wanted, of)
     if step.gate.dtype != kv.dtype:
         raise TypeError(f"{of}kv and gate must have one dtype, got {kv.dtype} and {step.gate.dtype}")
     for name, own in (("ape", step.ape), ("state", step.state)):
@@ -210,11 +196,10 @@ def compressor(step: CompressorStep, ratio: int, of: str = "") -> None:
             raise TypeError(f"{of}{name} must be float32, got {own.dtype}")
     if not step.state.is_contiguous() or not step.cache.data.is_contiguous():
         raise ValueError(f"{of}state and cache.data must be contiguous, as both are changed")
-    for name in ("gate", "ape", "weight", "state"):
-        beside(getattr(step, name), f"{of}{name}", kv)
+    beside(step.state, f"{of}state", kv)
     beside(step.cache.data, f"{of}cache.data", kv)
     if step.hadamard:
-        hadamard(head_dim)
+        check_hadamard(head_dim)
 
 
 def pair(entries: CompressorStep, keys: CompressorStep, ratio: int) -> None:
@@ -236,10 +221,7 @@ def joint(
 ) -> None:  # fmt: skip
     """What compressors of a step have in common; step: what one of them has for itself."""
     kv, tokens = step.kv, len(step.kv)
-    entries = kv[:, : step.cache.head_dim]
-    rope(entries, positions, table)
-    if isinstance(step.cache, PagedCache) and table.shape[1] != step.cache.rope_dim:
-        raise ValueError(f"the cache has {step.cache.rope_dim} RoPE dims, table {table.shape[1]}")
+    rope(kv[:, : step.cache.head_dim], positions, table, step.cache)
     if state_slots.ndim != 1:
         raise ValueError(f"state_slots must be int32 [sequences], got {list(state_slots.shape)}")
     sequences = len(state_slots)
@@ -247,11 +229,6 @@ def joint(
     integers(slots, "slots", [tokens], kv)
     integers(cu_seqlens, "cu_seqlens", [sequences + 1], kv)
     integers(state_slots, "state_slots", [sequences], kv)
-
-
-def hadamard(n: int) -> None:
-    if n & (n - 1):
-        raise ValueError(f"a Hadamard transform needs a power of two, got {n}")
 
 
 # --- indexer ---------------------------------------------------------------------------------------------------------
@@ -263,7 +240,7 @@ def query(q: Tensor, positions: Tensor, table: Tensor, format: IndexFormat, turn
     rope(q, positions, table)
     index_layout(format, 1, q.shape[2])  # raises ValueError for another format, or dims that it cannot hold
     if turn:
-        hadamard(q.shape[2])
+        check_hadamard(q.shape[2])
 
 
 def queries(q: Tensor, index_q: Tensor, positions: Tensor, table: Tensor, format: IndexFormat, turn: bool) -> None:
@@ -275,7 +252,7 @@ def queries(q: Tensor, index_q: Tensor, positions: Tensor, table: Tensor, format
     query(index_q, positions, table, format, turn)
 
 
-def tokens(rows: Tensor, block_table: Tensor, positions: Tensor, sequence_ids: Tensor, ratio: int) -> None:
+def visible(rows: Tensor, block_table: Tensor, positions: Tensor, sequence_ids: Tensor, ratio: int) -> None:
     """Which entries the tokens of rows [tokens, ...] can see, and where they lie."""
     positive(ratio=ratio)
     if block_table.dtype != torch.int32 or block_table.ndim != 2:
@@ -299,7 +276,7 @@ def keys(q: Tensor, weights: Tensor, cache: IndexCache) -> None:
         raise TypeError(f"q in float8_e4m3fn is for keys in fp8, got keys in {cache.format}")
     if q.dtype == torch.float64:
         dtype_name(q, "q")
-    kind(weights, "weights", q)
+    floating(weights, "weights", q)
     stored(cache, q)
 
 
@@ -334,9 +311,8 @@ def matrix(x: Tensor | NVFP4Tensor, name: str, k: int, weights: NVFP4Tensor) -> 
     if len(x.shape) != 2 or x.shape[-1] != k:
         raise ValueError(f"{name} must be [rows, {k}], got {list(x.shape)}")
     if isinstance(x, Tensor):
-        kind(x, name, x)
-    if x.device != weights.device:
-        raise ValueError(f"{name} must be on {weights.device} beside the weights, got {x.device}")
+        floating(x, name, x)
+    beside(x, name, weights)
 
 
 def by_table(logits: Tensor, topk: int, token_ids: Tensor, table: Tensor) -> None:

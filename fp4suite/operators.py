@@ -590,7 +590,7 @@ def _hyper_connection_pre(
     out = _fake_pre(h, fn, base, scale, weight, norm_eps, eps, iterations)
     numbers = (norm_eps, eps, iterations)
     with _on(h.device):
-        operands = (_unit_stride(h), *_product(fn, base, scale), _dense(weight))
+        operands = (_unit_stride(h), *_product_operands(fn, base, scale), _dense(weight))
         choice.module.launch(*operands, *numbers, out, choice.config)
     return out
 
@@ -619,7 +619,7 @@ def _hyper_connection_head(
         return _reference(choice, plain, (h, fn, base, scale, weight))
     out = h.new_empty(h.shape[0], h.shape[2])
     with _on(h.device):
-        operands = (_unit_stride(h), *_product(fn, base, scale), _dense(weight))
+        operands = (_unit_stride(h), *_product_operands(fn, base, scale), _dense(weight))
         choice.module.launch(*operands, norm_eps, eps, out, choice.config)
     return out
 
@@ -641,7 +641,7 @@ def _hyper_connection_post_pre(
     out = _fake_post_pre(y, h, post, comb, fn, base, scale, weight, norm_eps, eps, iterations)
     with _on(h.device):
         site = _unit_stride(y), _unit_stride(h), *_fp32(post, comb)
-        operands = *site, *_product(fn, base, scale), _dense(weight)
+        operands = *site, *_product_operands(fn, base, scale), _dense(weight)
         choice.module.launch(*operands, norm_eps, eps, iterations, out, choice.config)
     return out
 
@@ -651,8 +651,8 @@ def _fp32(*tensors: Tensor) -> list[Tensor]:
     return [t.float().contiguous() for t in tensors]
 
 
-def _product(fn: Tensor, base: Tensor, scale: Tensor) -> list[Tensor]:
-    """The same of a product's operands, and fn from 16 bytes on.
+def _product_operands(fn: Tensor, base: Tensor, scale: Tensor) -> list[Tensor]:
+    """As `_fp32`, and fn aligned to 16 bytes.
 
     Kernels read fn before they wait for the launch before. Where it has to be copied, another comes between.
     """

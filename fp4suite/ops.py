@@ -15,9 +15,10 @@ from torch import Tensor
 from . import checks, layouts
 from .formats import BLOCK, FP8RowTensor, IndexCache, IndexFormat, NVFP4Tensor, PagedCache, SfLayout
 from .operators import as_nvfp4, dtype_name
-from .problem import Rule
+from .problem import Rule, check_rule
 from .reference.compressor import CompressorStep
 from .reference.gemm import check_segments
+from .reference.quant import check_runs
 
 _ops: Any = torch.ops.fp4suite  # typed as Any: the operators are made at run time
 
@@ -39,7 +40,7 @@ def quantize_nvfp4(
     Raises ValueError for k or alpha of another shape, TypeError for another dtype.
     """
     dtype_name(x, "x")
-    checks.nvfp4(sf_layout, rule)
+    check_rule(rule)
     if x.ndim < 2 or x.shape[-1] % BLOCK:
         raise ValueError(f"x must be [..., m, k] with k a multiple of {BLOCK}, got {list(x.shape)}")
     runs = _runs(segments, x.shape[-2])
@@ -106,13 +107,13 @@ def rmsnorm_quantize(
     alpha: float32 []; None takes it from the normed rows, which costs another pass over x.
     """
     dtype_name(x, "x")
-    checks.nvfp4(sf_layout, rule)
+    check_rule(rule)
     if x.ndim < 2 or x.shape[-1] % BLOCK or list(weight.shape) != [x.shape[-1]]:
         raise ValueError(
             f"x must be [..., m, k] with k a multiple of {BLOCK} and weight [k], "
             f"got {list(x.shape)} and {list(weight.shape)}"
         )
-    checks.kind(weight, "weight", x)
+    checks.floating(weight, "weight", x)
     if alpha is None:
         alpha = _ops.rmsnorm_alpha(_rows(x), weight, eps)
     checks.alpha(alpha, x, scalar=True)
@@ -144,7 +145,7 @@ def swiglu_quantize(
     alpha: float32 []; None takes it from the activations, which costs another pass over x.
     """
     dtype_name(x, "x")
-    checks.nvfp4(sf_layout, rule)
+    check_rule(rule)
     if x.ndim < 2 or x.shape[-1] % (2 * BLOCK):
         raise ValueError(f"x must be [..., m, 2 k] with k a multiple of {BLOCK}, got {list(x.shape)}")
     if not limit > 0:
@@ -333,8 +334,7 @@ def grouped_gemm_nvfp4(
     checks.matrix(a, "a", b.shape[-1], b)
     if offsets.dtype != torch.int32 or list(offsets.shape) != [b.shape[0] + 1]:
         raise ValueError(f"offsets must be int32 [{b.shape[0] + 1}], got {offsets.dtype} {list(offsets.shape)}")
-    if offsets.device != b.device:
-        raise ValueError(f"offsets must be on {b.device} beside b, got {offsets.device}")
+    checks.beside(offsets, "offsets", b)
     parts = _parts(a)
     return _ops.grouped_gemm_nvfp4(*parts, *_weight(b), offsets, list(segments or []), out_dtype)
 
@@ -379,7 +379,7 @@ def route(
     """
     if logits.ndim != 2 or not 1 <= topk <= logits.shape[1]:
         raise ValueError(f"logits must be [tokens, {topk} or more experts], got {list(logits.shape)}")
-    checks.kind(logits, "logits", logits)
+    checks.floating(logits, "logits", logits)
     if bias is not None:
         checks.floats(bias, "bias", [logits.shape[1]], logits)
     if (token_ids is None) != (table is None):
@@ -415,7 +415,7 @@ def combine(
             f"y must be [{slots}, hidden] and order int32 [{slots}], "
             f"got {list(y.shape)} and {order.dtype} {list(order.shape)}"
         )
-    checks.kind(y, "y", topk_ids)
+    checks.floating(y, "y", topk_ids)
     checks.beside(order, "order", y)
     if shared is not None:
         checks.floats(shared, "shared", [len(topk_ids), y.shape[1]], y)
@@ -681,7 +681,7 @@ def index_logits(
     rest as for `reference.index_logits`; a sequence id is less than the rows of block_table, which nothing checks.
     """
     checks.keys(q, weights, cache)
-    checks.tokens(q, block_table, positions, sequence_ids, ratio)
+    checks.visible(q, block_table, positions, sequence_ids, ratio)
     return _ops.index_logits(
         q, weights, cache.data, cache.format, cache.page_size, cache.head_dim,
         block_table, positions, sequence_ids, ratio, scale,
@@ -702,10 +702,12 @@ def index_topk(
 
     logits: float32 [tokens, entries], no more than block_table [sequences, pages] has; the rest as for `index_logits`.
     """
-    if logits.ndim != 2 or logits.dtype != torch.float32:
-        raise TypeError(f"logits must be float32 [tokens, entries], got {logits.dtype} {list(logits.shape)}")
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be [tokens, entries], got {list(logits.shape)}")
+    if logits.dtype != torch.float32:
+        raise TypeError(f"logits must be float32, got {logits.dtype}")
     checks.positive(topk=topk, page_size=page_size)
-    checks.tokens(logits, block_table, positions, sequence_ids, ratio)
+    checks.visible(logits, block_table, positions, sequence_ids, ratio)
     if logits.shape[1] > block_table.shape[1] * page_size:
         raise ValueError(
             f"block_table {list(block_table.shape)} has pages of {page_size} for "
@@ -774,7 +776,7 @@ def rope_inverse_quantize(
     alpha: float32 []; None takes it from all of o, which costs another pass over it.
     """
     dtype_name(o, "o")
-    checks.nvfp4(sf_layout, rule)
+    check_rule(rule)
     checks.heads(o, "o")
     checks.rope(o, positions, table)
     _, heads, head_dim = o.shape
@@ -795,7 +797,7 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
     """
     if logits.ndim != 2 or not logits.shape[1]:
         raise ValueError(f"logits must be [rows, vocab], got {list(logits.shape)}")
-    checks.kind(logits, "logits", logits)
+    checks.floating(logits, "logits", logits)
     for name, given in (("temperature", temperature), ("top_p", top_p), ("uniform", uniform)):
         checks.tensor(given, name)
         if given.dtype != torch.float32 or list(given.shape) != [len(logits)]:
@@ -815,8 +817,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _runs(segments: Sequence[int] | None, m: int) -> list[int]:
     runs = list(segments or [])
-    if runs and (sum(runs) != m or min(runs) < 1):
-        raise ValueError(f"segments {runs} must be positive runs of rows that sum to m={m}")
+    if runs:
+        check_runs(m, runs)
     return runs
 
 

@@ -44,6 +44,11 @@ class Problem:
         return " ".join(f"{k}={v}" for k, v in self.dims().items())
 
 
+def check_rule(rule: str) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+
+
 def nvfp4_bytes(m: int, k: int, sf_layout: SfLayout = "linear") -> int:
     """Codes and block scales of an [m, k] NVFP4 matrix."""
     sf = m * (k // BLOCK) if sf_layout == "linear" else blocked_128x4_bytes(m, k // BLOCK)

@@ -27,7 +27,7 @@ from typing import Any
 from .formats import WeightLayout
 
 _EXACT = "as the reference"  # the arithmetic of exact kernels
-DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 REFERENCE = "reference"  # the kernel name under which fp4suite.reference can be asked for
 
 
@@ -232,7 +232,7 @@ def code(source: str) -> str:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+        if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             text = node.body[0]
             assert text.end_lineno is not None
             lines[text.lineno - 1 : text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)

@@ -164,11 +164,15 @@ def _sum_of_rows(x: Tensor) -> Tensor:
     return pair_sum(lanes.transpose(1, 2))
 
 
+def check_hadamard(n: int) -> None:
+    if n & (n - 1):
+        raise ValueError(f"a Hadamard transform needs a power of two, got {n}")
+
+
 def hadamard_transform(x: Tensor) -> Tensor:
     """x [..., n] times the Sylvester matrix of order n (a power of two) over sqrt(n), which is its own inverse."""
     n = x.shape[-1]
-    if n & (n - 1):
-        raise ValueError(f"a Hadamard transform needs a power of two, got {n}")
+    check_hadamard(n)
     y, step = x, 1
     while step < n:
         a, b = y.unflatten(-1, (-1, 2, step)).unbind(-2)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..formats import BLOCK, E2M1_MAX, E2M1_VALUES, E4M3_MAX
-from ..problem import RULES, Rule
+from ..problem import Rule, check_rule
 
 MAX = E2M1_MAX
 ALPHA_MIN = 2.0**-117  # from here on 1 / (2^-9 * alpha) is finite and 2^-9 * alpha is normal
@@ -75,6 +75,7 @@ def quantize_blocks(x: Tensor, alpha: Tensor, rule: Rule = "absmax") -> tuple[Te
 
     Raises ValueError for another rule or a k that is not a multiple of 16.
     """
+    check_rule(rule)
     if x.shape[-1] % BLOCK:
         raise ValueError(f"k must be a multiple of {BLOCK}, got {x.shape[-1]}")
     blocks = x.unflatten(-1, (x.shape[-1] // BLOCK, BLOCK))
@@ -89,15 +90,13 @@ def quantize_blocks(x: Tensor, alpha: Tensor, rule: Rule = "absmax") -> tuple[Te
         scale = (sf.float() * alpha)[..., None]
         y = torch.where(usable[..., None], blocks / scale, 0.0)
         codes = encode(y + 0.0)  # -0 + 0 = 0
-    elif rule in RULES:
+    else:
         inv = torch.where(usable, one / alpha, 0.0)
         t = amax * constant(1 / 6, x.device) * inv
         sf = torch.where(t <= E4M3_MAX, t, E4M3_MAX).to(torch.float8_e4m3fn)
         if rule == "mse":
             sf = _least_squares(blocks, sf, alpha, inv)
         codes = encode(blocks * _reciprocal(sf, alpha)[..., None])
-    else:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     return codes.flatten(-2), sf
 
 

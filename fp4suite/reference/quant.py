@@ -121,7 +121,7 @@ def row_alpha(alpha: Tensor, shape: Sequence[int], segments: Sequence[int] | Non
         raise TypeError(f"alpha must be float32, got {alpha.dtype}")
     if segments is not None and tuple(alpha.shape) == (*lead, len(segments)):
         counts = torch.tensor(list(segments), device=alpha.device)
-        _check_segments(m, segments)
+        check_runs(m, segments)
         return alpha.repeat_interleave(counts, dim=-1, output_size=m)[..., None]
     if alpha.ndim == 0 or (segments is None and tuple(alpha.shape) == lead):
         return alpha[..., None, None]
@@ -191,10 +191,11 @@ def _fp32(x: Tensor, name: str) -> Tensor:
 
 
 def _split(x: Tensor, segments: Sequence[int]) -> tuple[Tensor, ...]:
-    _check_segments(x.shape[-2], segments)
+    check_runs(x.shape[-2], segments)
     return x.split(list(segments), dim=-2)
 
 
-def _check_segments(m: int, segments: Sequence[int]) -> None:
+def check_runs(m: int, segments: Sequence[int]) -> None:
+    """Raises ValueError unless `segments` are positive runs of rows that sum to m."""
     if sum(segments) != m or min(segments, default=0) <= 0:
         raise ValueError(f"segments {list(segments)} must be positive runs of rows that sum to m={m}")

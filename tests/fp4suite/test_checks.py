@@ -34,6 +34,10 @@ def tensors(given: dict[str, Any]) -> Iterator[tuple[str, str, Tensor]]:
                     yield key, field.name, part
 
 
+def at(given: dict[str, Any], key: str, field: str) -> Tensor:
+    return getattr(given[key], field) if field else given[key]
+
+
 def changed(given: dict[str, Any], key: str, field: str, x: Tensor) -> dict[str, Any]:
     return {**given, key: dataclasses.replace(given[key], **{field: x}) if field else x}
 
@@ -52,14 +56,13 @@ def refuses(op: str, given: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize(("op", "key", "field"), CASES)
 def test_another_dtype(op: str, key: str, field: str):
     given = named(op)
-    x = getattr(given[key], field) if field else given[key]
-    refuses(op, changed(given, key, field, x.to(torch.int8)), field or key)
+    refuses(op, changed(given, key, field, at(given, key, field).to(torch.int8)), field or key)
 
 
 @pytest.mark.parametrize(("op", "key", "field"), CASES)
 def test_another_number_of_axes(op: str, key: str, field: str):
     given = named(op)
-    x = getattr(given[key], field) if field else given[key]
+    x = at(given, key, field)
     some = x.ndim if op == "gemm_nvfp4" else x.ndim - 1  # which takes any but none
     other = x[None, None, None] if x.ndim < 2 else x[(0,) * some]
     refuses(op, changed(given, key, field, other), field or key)
@@ -68,8 +71,7 @@ def test_another_number_of_axes(op: str, key: str, field: str):
 @pytest.mark.parametrize(("op", "key", "field"), SEVERAL)
 def test_another_device(op: str, key: str, field: str):
     given = named(op)
-    x = getattr(given[key], field) if field else given[key]
-    refuses(op, changed(given, key, field, x.to("meta")), "meta")
+    refuses(op, changed(given, key, field, at(given, key, field).to("meta")), "meta")
 
 
 def pads(op: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -154,12 +156,12 @@ def test_stacks_of_nothing(shape: tuple[int, ...], sf_layout: Any):
 def test_a_products_operands():
     """fn that has to be converted is made with something behind it: kernels read fn before they wait."""
     fn, base, scale = torch.zeros(24, 64), torch.zeros(24), torch.zeros(3)
-    read = operators._product(fn, base, scale)
+    read = operators._product_operands(fn, base, scale)
     assert read[0] is fn
     assert read[1] is base
     assert read[2] is scale
     for other in (fn.bfloat16(), fn.T.contiguous().T, torch.zeros(24 * 64 + 1)[1:].view(24, 64)):
-        read = operators._product(other, base, scale)
+        read = operators._product_operands(other, base, scale)
         assert read[0].dtype == torch.float32
         assert read[0].is_contiguous()
         assert read[0].data_ptr() % 16 == 0
