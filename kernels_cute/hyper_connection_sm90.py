@@ -75,11 +75,13 @@ WARPGROUP = 128
 TOKENS = 16  # that a warpgroup mixes
 BARRIER_BYTES = 1024
 OWNERS = 2  # warps
+NORMS = 2  # steps whose sums of squares of y are on their way
 # 64 tokens: Triton's kernels 10.5 and 13.4 us, these 14.6 and 17.7; 256: 22.1 and 34.6, 21.5 and 28.6; the head of 512
 # tokens 26.7 and 27.1, of 1024 52.0 and 41.1 (H100, d=7168)
 LEAST_TOKENS, LEAST_TOKENS_OF_HEAD = 256, 768
 # of threads that mix, that multiply and that load or own, by warpgroups that mix; launched with as many, where not here
 THREAD_REGISTERS: dict[int, tuple[int, ...]] = {2: (136, 144, 96), 3: (104, 136, 32)}
+REGISTERS_APART = {False: (64, 88, 136, 40), True: (88, 80, 112, 32)}  # without and with a site to close
 LOG2_E = 1.4426950408889634
 
 FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem | HyperConnectionHeadProblem
@@ -88,22 +90,28 @@ FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem | HyperC
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """block_m: tokens of a step; cluster: CTAs that share their columns; stages: room for fn's terms in a group of
-    columns of a stream.
+    columns of a stream; apart: streams are folded by warps of their own, while others are at the next step.
     """
 
     block_m: int = 48
     cluster: int = 16
     stages: int = 4
+    apart: bool = False
 
     @property
     def mixing(self) -> int:
-        """Warpgroups that mix."""
+        """Warpgroups that make streams, and, all the same or others, that fold them."""
         return self.block_m // TOKENS
+
+    @property
+    def mixers(self) -> int:
+        """Warpgroups of both."""
+        return self.mixing * (1 + self.apart)
 
     @property
     def threads(self) -> int:
         """First those that mix, then those that multiply, then those that load or own."""
-        return WARPGROUP * (self.mixing + 2)
+        return WARPGROUP * (self.mixers + 2)
 
     @property
     def slot_bytes(self) -> int:
@@ -116,7 +124,7 @@ class Config:
         return self.block_m // self.cluster
 
 
-SPACE = {"block_m": (16, 32, 48), "cluster": (8, 16), "stages": (3, 4, 5)}
+SPACE = {"block_m": (16, 32, 48), "cluster": (8, 16), "stages": (3, 4, 5), "apart": (False, True)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +158,7 @@ def other_bytes(d: int, config: Config, outputs: int) -> int:
     """Shared memory beside the streams."""
     c = config
     inbox = OWNERS * c.block_m * (outputs + 1) * 4
-    small = c.block_m * 16 + c.cluster * c.block_m * 4 + d // c.cluster * 2 + 64
+    small = c.block_m * 16 + NORMS * c.cluster * c.block_m * 4 + d // c.cluster * 2 + 64
     return BARRIER_BYTES + c.stages * term_bytes(outputs) + inbox + small
 
 
@@ -177,6 +185,8 @@ def refusal(problem: FoldProblem, config: Config) -> str | None:
         return f"k={p.k} is not a multiple of {GROUP} columns for each of {c.cluster} CTAs"
     if c.owned > 4:
         return f"{c.block_m} tokens are more than 4 for each of {c.cluster} CTAs"
+    if c.apart and c.block_m > 2 * TOKENS:
+        return f"apart, for up to {2 * TOKENS} tokens a step: shared memory holds no other step beside {c.block_m}"
     groups, held = p.k // c.cluster // GROUP, slots(p.k, c, Variant.of(p, norm=True).outputs)
     if held < groups:
         return f"shared memory holds {held} of {groups} groups of columns of {c.block_m} tokens"
@@ -244,12 +254,13 @@ def upper_halves(low, high):
 
 
 def split(x, y):
-    """Two FP32 numbers, given as words, as sums of three BF16 numbers: words of both, the smallest first."""
-    high = upper_halves(x, y)
-    x, y = (float_bits(bits_float(v) - bits_float(v & Uint32(0xFFFF0000))) for v in (x, y))
-    middle = upper_halves(x, y)
-    x, y = (float_bits(bits_float(v) - bits_float(v & Uint32(0xFFFF0000))) for v in (x, y))
-    return upper_halves(x, y), middle, high
+    """Two FP32 numbers, given as words, as sums of TERMS BF16 numbers, the last of them rounded: words of both, the
+    smallest first."""
+    words = []
+    for _ in range(TERMS - 1):
+        words.insert(0, upper_halves(x, y))
+        x, y = (float_bits(bits_float(v) - bits_float(v & Uint32(0xFFFF0000))) for v in (x, y))
+    return [pack_bf16(bits_float(x), bits_float(y)), *words]
 
 
 # --- fn's terms -------------------------------------------------------------------------------------------------------
@@ -302,7 +313,7 @@ class HyperConnectionSm90:
         self.outputs, self.rows = variant.outputs, term_rows(variant.outputs)
         self.term_bytes = term_bytes(variant.outputs)
         self.slots = slots(variant.d, config, variant.outputs)
-        self.mixers = 4 * config.mixing  # warps
+        self.makers, self.mixers = 4 * config.mixing, 4 * config.mixers  # warps
         self.stream_bytes = config.block_m * GROUP * 2  # of a slot
 
     @cute.jit
@@ -370,7 +381,7 @@ class HyperConnectionSm90:
             "sums": OWNERS * c.block_m * self.outputs,
             "squares": OWNERS * c.block_m,
             "pre": c.block_m * STREAMS,
-            "norms": c.cluster * c.block_m,
+            "norms": NORMS * c.cluster * c.block_m,
             "weight": self.columns // 2,
         }
         room = {
@@ -380,18 +391,18 @@ class HyperConnectionSm90:
         full, empty, made = barriers, barriers + self.slots, barriers + 2 * self.slots
         term_full = barriers + 3 * self.slots
         term_empty = term_full + c.stages
-        received = term_empty + c.stages  # sums, of each owning warp; pre; sums of squares of y
+        received = term_empty + c.stages  # sums, of each owning warp; pre; sums of squares of y, of every other step
         bars = (full, empty, made, term_full, term_empty, received)
         if warp == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.slots):
                     cute.arch.mbarrier_init(full + i, 1)
-                    cute.arch.mbarrier_init(empty + i, self.mixers + int(self.variant.post))
-                    cute.arch.mbarrier_init(made + i, self.mixers)
+                    cute.arch.mbarrier_init(empty + i, self.makers + int(self.variant.post))
+                    cute.arch.mbarrier_init(made + i, self.makers)
                 for i in cutlass.range_constexpr(c.stages):
                     cute.arch.mbarrier_init(term_full + i, 1)
                     cute.arch.mbarrier_init(term_empty + i, 4)
-                for i in cutlass.range_constexpr(OWNERS + 2):
+                for i in cutlass.range_constexpr(OWNERS + 1 + NORMS):
                     cute.arch.mbarrier_init(received + i, 1)
                     cute.arch.mbarrier_arrive_and_expect_tx(received + i, self.expected(i))
         if cutlass.const_expr(self.variant.norm):  # noqa: SIM102
@@ -401,18 +412,19 @@ class HyperConnectionSm90:
         cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive()  # nobody may signal a barrier that is not there yet
         cute.arch.cluster_wait()
-        registers = THREAD_REGISTERS.get(c.mixing, ())
-        if warp < self.mixers:
-            if cutlass.const_expr(registers):
-                cute.arch.setmaxregister_increase(registers[0])
-            self.mix(streams, room, bars, addresses, sizes, numbers, rank, tidx)
+        registers = self.registers()
+        if warp < self.makers:
+            self.have(registers[0])
+            self.mix(streams, room, bars, addresses, sizes, numbers, rank, tidx, makes=True, folds=not c.apart)
+        elif warp < self.mixers:
+            self.have(registers[1])
+            thread = tidx - WARPGROUP * c.mixing
+            self.mix(streams, room, bars, addresses, sizes, numbers, rank, thread, makes=False, folds=True)
         elif warp < self.mixers + 4:
-            if cutlass.const_expr(registers):
-                cute.arch.setmaxregister_increase(registers[1])
-            self.multiply(tmas, streams, terms, room, bars, sizes, rank, tidx - WARPGROUP * c.mixing)
+            self.have(registers[2])
+            self.multiply(tmas, streams, terms, room, bars, sizes, rank, tidx - WARPGROUP * c.mixers)
         else:
-            if cutlass.const_expr(registers):
-                cute.arch.setmaxregister_decrease(registers[2])
+            self.have(registers[3])
             if warp == self.mixers + 4:
                 self.load_streams(tmas[0], streams, bars, sizes, rank)
             elif warp == self.mixers + 5:
@@ -426,7 +438,8 @@ class HyperConnectionSm90:
     def expected(self, kind: int) -> int:
         """Bytes of a step that a barrier waits for: see `received`."""
         c = self.config
-        return (*[c.block_m * (self.outputs + 1) * 4] * OWNERS, c.block_m * 16, c.cluster * c.block_m * 4)[kind]
+        of_norms = [c.cluster * c.block_m * 4] * NORMS
+        return (*[c.block_m * (self.outputs + 1) * 4] * OWNERS, c.block_m * 16, *of_norms)[kind]
 
     def clusters(self):
         """The number of this cluster, and how many there are."""
@@ -488,10 +501,19 @@ class HyperConnectionSm90:
     # --- the mixing warps ---------------------------------------------------------------------------------------------
 
     @cute.jit
-    def mix(self, streams, room, bars, addresses, sizes, numbers, rank, thread):
-        """A thread has 16 bytes of a row of each stream in each group."""
+    def mix(
+        self, streams, room, bars, addresses, sizes, numbers, rank, thread,
+        makes: cutlass.Constexpr[bool], folds: cutlass.Constexpr[bool],
+    ):  # fmt: skip
+        """A thread has 16 bytes of a row of each stream in each group: it makes them, or folds what a thread of other
+        warps has made, or does both.
+
+        Slots are fewer than the groups of two steps: who has all of a step's streams knows that those of the step
+        before are being folded, by all threads, and so that pre has been read there, and the norms of the step before.
+        """
         c, (m, steps, _, _) = self.config, sizes
         full, empty, made, _, _, received = bars
+        ready = made if cutlass.const_expr(self.variant.post) else full
         first, clusters = self.clusters()
         row, unit = thread // 8, thread % 8
         start = Int32(streams.iterator.toint()) + row * (GROUP * 2) + ((unit ^ (row % 8)) * 16)
@@ -500,79 +522,99 @@ class HyperConnectionSm90:
         coefficients = cute.make_rmem_tensor(20, Float32)
         ahead = cute.make_rmem_tensor((4, 2), Uint32)  # of the site's output: this group's and the next one's
         held = cute.make_rmem_tensor((4, self.groups), Uint32)
-        slot, phase, turn = Int32(0), Int32(0), Int32(0)
-        if cutlass.const_expr(self.variant.post):
+        slot, phase, at_slot, at_phase, turn = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
+        if cutlass.const_expr(makes and self.variant.post):
             self.fetch_site(coefficients, ahead, addresses, sizes, first, row, column)
         for step in cutlass.range(first, steps, clusters, unroll=1):
             token = step * c.block_m + row
-            there = token < m
-            of_stream = cute.make_rmem_tensor(STREAMS, Float32)  # sums of squares: one would wait for itself
-            of_stream.fill(0.0)
-            at_slot, at_phase = slot, phase
-            for group in cutlass.range(self.groups, unroll=1):
-                cute.arch.mbarrier_wait(full + at_slot, at_phase)
-                at = start + at_slot * c.slot_bytes
-                if cutlass.const_expr(self.variant.post):
+            if cutlass.const_expr(makes):
+                of_stream = cute.make_rmem_tensor(STREAMS, Float32)  # sums of squares: one would wait for itself
+                of_stream.fill(0.0)
+                for group in cutlass.range(self.groups, unroll=1):
+                    cute.arch.mbarrier_wait(full + at_slot, at_phase)
+                    at = start + at_slot * c.slot_bytes
                     x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
-                    y = [ahead[i, 0] for i in range(4)]
-                    x = self.close(x, y, coefficients)
+                    if cutlass.const_expr(self.variant.post):
+                        x = self.close(x, [ahead[i, 0] for i in range(4)], coefficients)
+                        for k in cutlass.range_constexpr(STREAMS):
+                            store_words(at + k * self.stream_bytes, x[k])
+                        cute.arch.fence_proxy("async.shared", space="cta")  # before TMA reads what threads have written
+                        self.arrive(made + at_slot)
+                        beyond = cutlass.min(group + 2, self.groups - 1)  # not before the fence, which might wait for it
+                        later = self.fetch_output(addresses, sizes, step, row, column, beyond)
+                        for i in cutlass.range_constexpr(4):
+                            ahead[i, 0] = ahead[i, 1]
+                            ahead[i, 1] = later[i]
                     for k in cutlass.range_constexpr(STREAMS):
-                        store_words(at + k * self.stream_bytes, x[k])
-                    cute.arch.fence_proxy("async.shared", space="cta")  # before TMA reads what threads have written
-                    self.arrive(made + at_slot)
-                    beyond = cutlass.min(group + 2, self.groups - 1)  # not before the fence, which might wait for it
-                    later = self.fetch_output(addresses, sizes, step, row, column, beyond)
-                    for i in cutlass.range_constexpr(4):
-                        ahead[i, 0] = ahead[i, 1]
-                        ahead[i, 1] = later[i]
-                else:
-                    x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
-                for k in cutlass.range_constexpr(STREAMS):
-                    of_stream[k] = self.add_squares(of_stream[k], x[k])
-                at_slot, at_phase = self.next(at_slot, at_phase, self.slots)
-            squares = self.over_row((of_stream[0] + of_stream[1]) + (of_stream[2] + of_stream[3]))
-            if unit == 0:
-                owner = turn % OWNERS
-                place = owner * c.block_m + rank * c.owned + row // c.cluster
-                push(room["squares"] + 4 * place, received_at + 8 * owner, row % c.cluster, [squares])
-
-            cute.arch.mbarrier_wait(received + OWNERS, turn % 2)
-            if thread == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(received + OWNERS, self.expected(OWNERS))
-            pre = load4(room["pre"] + 16 * row)
-            squares = Float32(0.0)
-            for group in cutlass.range_constexpr(self.groups):
-                at = start + slot * c.slot_bytes
-                x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
-                self.arrive(empty + slot)
-                y = self.fold(x, pre)
-                for i in cutlass.range_constexpr(4):
-                    held[i, group] = y[i]
-                if cutlass.const_expr(self.variant.norm):
-                    squares = self.add_squares(squares, y)
-                slot, phase = self.next(slot, phase, self.slots)
-            if cutlass.const_expr(self.variant.norm):
-                squares = self.over_row(squares)
-                for i in cutlass.range_constexpr(c.cluster // 8):
-                    to = room["norms"] + 4 * (rank * c.block_m + row)
-                    push(to, received_at + 8 * (OWNERS + 1), 8 * i + unit, [squares])
-            factor = Float32(1.0)
-            if cutlass.const_expr(self.variant.norm):
-                cute.arch.mbarrier_wait(received + OWNERS + 1, turn % 2)
-                if thread == 0:
-                    cute.arch.mbarrier_arrive_and_expect_tx(received + OWNERS + 1, self.expected(OWNERS + 1))
-                total = Float32(0.0)
-                for i in cutlass.range_constexpr(c.cluster):
-                    total = total + load_number(room["norms"] + 4 * (i * c.block_m + row))
-                factor = approximately("rsqrt", fma(total, Float32(1.0 / self.variant.d), numbers[0]))
-            for group in cutlass.range_constexpr(self.groups):
-                y = [held[i, group] for i in range(4)]
-                if cutlass.const_expr(self.variant.norm):
-                    y = self.scale(y, factor, load_words(room["weight"] + 16 * (8 * group + unit)))
-                put_words(addresses[2][0] + (Int64(token) * self.variant.d + column + group * GROUP) * 2, y, there)
-                if cutlass.const_expr(self.variant.post and group == 0):  # not before: registers
+                        of_stream[k] = self.add_squares(of_stream[k], x[k])
+                    at_slot, at_phase = self.next(at_slot, at_phase, self.slots)
+                squares = self.over_row((of_stream[0] + of_stream[1]) + (of_stream[2] + of_stream[3]))
+                if unit == 0:
+                    owner = turn % OWNERS
+                    place = owner * c.block_m + rank * c.owned + row // c.cluster
+                    push(room["squares"] + 4 * place, received_at + 8 * owner, row % c.cluster, [squares])
+                if cutlass.const_expr(self.variant.post and not folds):
                     self.fetch_site(coefficients, ahead, addresses, sizes, step + clusters, row, column)
+
+            if cutlass.const_expr(folds):
+                cute.arch.mbarrier_wait(received + OWNERS, turn % 2)
+                if thread == 0:
+                    cute.arch.mbarrier_arrive_and_expect_tx(received + OWNERS, self.expected(OWNERS))
+                pre = load4(room["pre"] + 16 * row)
+                squares = Float32(0.0)
+                for group in cutlass.range_constexpr(self.groups):
+                    if cutlass.const_expr(not makes):
+                        cute.arch.mbarrier_wait(ready + slot, phase)
+                    at = start + slot * c.slot_bytes
+                    x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
+                    self.arrive(empty + slot)
+                    y = self.fold(x, pre)
+                    for i in cutlass.range_constexpr(4):
+                        held[i, group] = y[i]
+                    if cutlass.const_expr(self.variant.norm):
+                        squares = self.add_squares(squares, y)
+                    slot, phase = self.next(slot, phase, self.slots)
+                factor = Float32(1.0)
+                if cutlass.const_expr(self.variant.norm):
+                    squares = self.over_row(squares)
+                    norm = turn % NORMS
+                    norms = room["norms"] + norm * (c.cluster * c.block_m * 4)
+                    arrived = OWNERS + 1 + norm
+                    for i in cutlass.range_constexpr(c.cluster // 8):
+                        to = norms + 4 * (rank * c.block_m + row)
+                        push(to, received_at + 8 * arrived, 8 * i + unit, [squares])
+                    cute.arch.mbarrier_wait(received + arrived, turn // NORMS % 2)
+                    if thread == 0:
+                        cute.arch.mbarrier_arrive_and_expect_tx(received + arrived, self.expected(OWNERS + 1))
+                    total = Float32(0.0)
+                    for i in cutlass.range_constexpr(c.cluster):
+                        total = total + load_number(norms + 4 * (i * c.block_m + row))
+                    factor = approximately("rsqrt", fma(total, Float32(1.0 / self.variant.d), numbers[0]))
+                for group in cutlass.range_constexpr(self.groups):
+                    y = [held[i, group] for i in range(4)]
+                    if cutlass.const_expr(self.variant.norm):
+                        y = self.scale(y, factor, load_words(room["weight"] + 16 * (8 * group + unit)))
+                    at = addresses[2][0] + (Int64(token) * self.variant.d + column + group * GROUP) * 2
+                    put_words(at, y, token < m)
+                    if cutlass.const_expr(makes and self.variant.post and group == 0):  # not before: registers
+                        self.fetch_site(coefficients, ahead, addresses, sizes, step + clusters, row, column)
             turn += 1
+
+    def registers(self) -> tuple[int, ...]:
+        """Of threads that make, fold, multiply, and load or own; 0: as many as the kernel is launched with."""
+        c = self.config
+        if c.apart:
+            return REGISTERS_APART[self.variant.post] if c.mixing == 2 else (0, 0, 0, 0)
+        mix, multiply, other = THREAD_REGISTERS.get(c.mixing, (0, 0, 0))
+        return mix, mix, multiply, other
+
+    @cute.jit
+    def have(self, registers: cutlass.Constexpr[int]):
+        """From here on a thread of this warpgroup has so many; 0: as it was."""
+        if cutlass.const_expr(registers >= 65536 // self.config.threads // 8 * 8):
+            cute.arch.setmaxregister_increase(registers)
+        elif cutlass.const_expr(registers):
+            cute.arch.setmaxregister_decrease(registers)
 
     @cute.jit
     def arrive(self, bar):
@@ -674,7 +716,9 @@ class HyperConnectionSm90:
         mma = self.mma(True)
         operand = mma.make_fragment_B(mma.get_slice(0).partition_B(terms))
         frag = [cute.make_rmem_tensor(mma.partition_shape_A((ROWS, GROUP)), BFloat16) for _ in range(2)]
-        acc = [cute.make_rmem_tensor(mma.partition_shape_C((ROWS, TERMS * self.rows)), Float32) for _ in range(2)]
+        ahead = int(not (c.apart and self.variant.post))  # products on their way while the next one is made: registers
+        shape = mma.partition_shape_C((ROWS, TERMS * self.rows))
+        acc = [cute.make_rmem_tensor(shape, Float32) for _ in range(1 + ahead)]
         totals = cute.make_rmem_tensor(self.rows // 2, Float32)
         # of ldmatrix; rows beyond the tokens are those of the last ones again
         row = 16 * cutlass.min(warp, c.mixing - 1) + lane % 16
@@ -692,20 +736,24 @@ class HyperConnectionSm90:
                         at = target[None, step, rank * self.groups + group, 0]
                         cute.copy(tmas[1].atom, into[None, slot], at)
                         cute.arch.cp_async_bulk_commit_group()
+                at = start + slot * c.slot_bytes
+                self.take_tokens(frag[0], at, lane)
                 before = stage
-                for k in cutlass.range_constexpr(STREAMS):
-                    self.take_tokens(frag[k % 2], start + slot * c.slot_bytes + k * self.stream_bytes, lane)
-                    cute.arch.mbarrier_wait(term_full + stage, stage_phase)
-                    self.issue(acc[k % 2], frag[k % 2], operand, stage)
-                    if cutlass.const_expr(k > 0):
-                        warpgroup.wait_group(1)
-                        self.arrive(term_empty + before)
-                        self.add_terms(totals, acc[(k - 1) % 2])
+                for k in cutlass.range_constexpr(STREAMS + ahead):
+                    if cutlass.const_expr(k < STREAMS):
+                        cute.arch.mbarrier_wait(term_full + stage, stage_phase)
+                        self.issue(acc[k % (1 + ahead)], frag[k % 2], operand, stage)
+                    if cutlass.const_expr(k + 1 < STREAMS and not ahead):
+                        self.take_tokens(frag[(k + 1) % 2], at + (k + 1) * self.stream_bytes, lane)
+                    if cutlass.const_expr(k >= ahead):
+                        warpgroup.wait_group(ahead if k < STREAMS else 0)
+                        self.arrive(term_empty + (before if ahead else stage))
+                        self.add_terms(totals, acc[(k - ahead) % (1 + ahead)])
+                    if cutlass.const_expr(k + 1 < STREAMS and ahead):
+                        self.take_tokens(frag[(k + 1) % 2], at + (k + 1) * self.stream_bytes, lane)
                     before = stage
-                    stage, stage_phase = self.next(stage, stage_phase, c.stages)
-                warpgroup.wait_group(0)
-                self.arrive(term_empty + before)
-                self.add_terms(totals, acc[(STREAMS - 1) % 2])
+                    if cutlass.const_expr(k < STREAMS):
+                        stage, stage_phase = self.next(stage, stage_phase, c.stages)
                 slot, phase = self.next(slot, phase, self.slots)
             sends = warp < c.mixing
             if cutlass.const_expr(self.outputs == STREAMS):
@@ -745,8 +793,10 @@ class HyperConnectionSm90:
     def add_terms(self, totals, acc):
         """Columns of the product are the outputs of each term."""
         for i in range(self.rows // 2):
-            low, middle, high = (acc[i + t * (self.rows // 2)] for t in range(TERMS))
-            totals[i] = totals[i] + ((low + middle) + high)
+            total = acc[i]
+            for t in range(1, TERMS):
+                total = total + acc[i + t * (self.rows // 2)]
+            totals[i] = totals[i] + total
 
     def send(self, totals, sums, received, rank, row, quad):
         """A thread has pairs of outputs of two tokens, which go to the CTAs that own these."""

@@ -56,6 +56,7 @@ def one_cluster(monkeypatch):
         (PRE, Config(cluster=8), "48 tokens are more than 4 for each of 8 CTAs"),
         (POST_PRE, Config(block_m=32, cluster=8), "of 14 groups of columns of 32 tokens"),
         (PRE, Config(stages=5), "6 of 7 groups of columns of 48 tokens"),
+        (PRE, Config(apart=True), "apart, for up to 32 tokens a step"),
         (replace(HEAD, x="fp16"), Config(), "4 streams in fp16"),
         (HEAD, Config(block_m=32, cluster=8), "13 of 14 groups of columns of 32 tokens"),
     ],
@@ -99,23 +100,35 @@ def test_builds_for_its_own_architecture_only():
 
 
 @pytest.mark.parametrize(
-    ("problem", "config"), [(PRE, Config()), (POST_PRE, Config(block_m=32)), (HEAD, Config(stages=8))], ids=str
+    ("problem", "config"),
+    [
+        (PRE, Config()),
+        (PRE, Config(block_m=32, apart=True)),
+        (POST_PRE, Config(block_m=32)),
+        (POST_PRE, Config(block_m=32, apart=True)),
+        (HEAD, Config(block_m=32, stages=8)),
+        (HEAD, Config(block_m=32, stages=8, apart=True)),
+    ],
+    ids=str,
 )
 def test_products_stay_on_their_way(problem, config):
-    """One is waited for while the next one is made, which ptxas gives up where registers are few; nothing spills; and
-    there are as many registers as warps ask for."""
+    """One is waited for while the next one is made, where registers suffice, which ptxas gives up where they are few;
+    nothing spills; and there are as many registers as warps ask for."""
     built = kernel.build(problem, config)
-    outputs = kernel.Variant.of(problem, norm=True).outputs
-    held = kernel.slots(problem.k, config, outputs)
-    room = kernel.other_bytes(problem.k, config, outputs) + held * config.slot_bytes
+    variant = kernel.Variant.of(problem, norm=True)
+    held = kernel.slots(problem.k, config, variant.outputs)
+    room = kernel.other_bytes(problem.k, config, variant.outputs) + held * config.slot_bytes
     assert built.shared_bytes <= room
     found = resources(built)
     assert found.spill_bytes == 0
-    mix, multiply, other = kernel.THREAD_REGISTERS[config.mixing]
-    assert config.mixing * mix + multiply + other <= (config.mixing + 2) * found.registers
+    make, fold, multiply, other = kernel.HyperConnectionSm90(config, variant).registers()
+    asked = config.mixing * (make + fold * config.apart) + multiply + other
+    assert 0 < asked <= config.threads // kernel.WARPGROUP * found.registers
     code = sass(built)
     assert len(re.findall(r"\bHGMMA\.", code)) == STREAMS * GROUP // 16
-    assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code) == ["1"] * (STREAMS - 1) + ["0"]
+    one_by_one = config.apart and variant.post
+    wanted = ["0"] * STREAMS if one_by_one else ["1"] * (STREAMS - 1) + ["0"]
+    assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code) == wanted
 
 
 @pytest.mark.parametrize("kind", [HyperConnectionPreProblem, HyperConnectionHeadProblem])
@@ -184,6 +197,22 @@ def test_head_in_the_emulator(one_cluster):
     assert case.out[bad].isnan().all()
     testing.assert_folded((case.out[~bad],), h[~bad], fn, base, scale, weight)
     assert [launch.bank_conflicts for launch in gpu.launches] == [0, 0]
+
+
+@pytest.mark.parametrize("schedule", ["eager", "late"])
+@pytest.mark.parametrize(("module", "kind"), OPS)
+def test_apart_in_the_emulator(module, kind, schedule, one_cluster):
+    """Five steps, the last one ragged, in three slots for two groups of columns each: those who make a step's streams
+    run as far ahead of those who fold as they can. The bits are those of warps that do both."""
+    case = testing.case(kind(m=75, k=1024), "cpu", 4)
+    got = []
+    for apart in (False, True):
+        case.poison()
+        with emulate("sm_90a", schedule=schedule):
+            case.launch(module, Config(block_m=16, cluster=8, apart=apart))
+        case.check()
+        got.append(tuple(x.clone() for x in results(case.out)))
+    assert same_bits(*got)
 
 
 def results(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
