@@ -50,7 +50,6 @@ from .instructions import (
     bulk_load,
     create_policy,
     fetch,
-    float_bits,
     fma,
     load4,
     load_matrices,
@@ -58,7 +57,6 @@ from .instructions import (
     load_words,
     mul,
     pack_bf16,
-    prmt,
     push,
     store_words,
 )
@@ -248,19 +246,15 @@ def sigmoid(x):
     return approximately("rcp", Float32(1.0) + approximately("ex2", x * Float32(-LOG2_E)))
 
 
-def upper_halves(low, high):
-    """Of two words, in one: two FP32 numbers cut off to BF16."""
-    return prmt(low, high, 0x7632)
-
-
 def split(x, y):
-    """Two FP32 numbers, given as words, as sums of TERMS BF16 numbers, the last of them rounded: words of both, the
+    """Two FP32 numbers as sums of TERMS BF16 numbers, each of what those before leave, rounded: words of both, the
     smallest first."""
-    words = []
-    for _ in range(TERMS - 1):
-        words.insert(0, upper_halves(x, y))
-        x, y = (float_bits(bits_float(v) - bits_float(v & Uint32(0xFFFF0000))) for v in (x, y))
-    return [pack_bf16(bits_float(x), bits_float(y)), *words]
+    words: list[Uint32] = []
+    for _ in range(TERMS):
+        words.insert(0, pack_bf16(x, y))
+        low, high = widen(words[0])
+        x, y = x - low, y - high
+    return words
 
 
 # --- fn's terms -------------------------------------------------------------------------------------------------------
@@ -294,7 +288,7 @@ class SplitFn:
         x = [*fetch_words(at), *fetch_words(at + 16)]  # fn, a weight, comes while the kernel before runs
         wait()
         cute.arch.griddepcontrol_launch_dependents()
-        pairs = [split(x[i], x[i + 1]) for i in range(0, 8, 2)]
+        pairs = [split(bits_float(x[i]), bits_float(x[i + 1])) for i in range(0, 8, 2)]
         to = terms + Int64(block) * term_bytes(self.outputs) + row * (GROUP * 2) + (unit ^ (row % 8)) * 16
         for t in cutlass.range_constexpr(TERMS):
             put_words(to + t * (self.rows * GROUP * 2), [pair[t] for pair in pairs], Boolean(True))
