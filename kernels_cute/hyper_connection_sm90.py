@@ -534,7 +534,8 @@ class HyperConnectionSm90:
                             store_words(at + k * self.stream_bytes, x[k])
                         cute.arch.fence_proxy("async.shared", space="cta")  # before TMA reads what threads have written
                         self.arrive(made + at_slot)
-                        beyond = cutlass.min(group + 2, self.groups - 1)  # not before the fence, which might wait for it
+                        # not before the fence, which might wait for it
+                        beyond = cutlass.min(group + 2, self.groups - 1)
                         later = self.fetch_output(addresses, sizes, step, row, column, beyond)
                         for i in cutlass.range_constexpr(4):
                             ahead[i, 0] = ahead[i, 1]
