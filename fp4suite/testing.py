@@ -199,6 +199,12 @@ def configs(module: ModuleType, most: int = 12, seed: int = 0) -> list[Any]:
     return list(dict.fromkeys(chosen))
 
 
+def every(module: ModuleType, problem: Problem) -> list[Any]:
+    """All configs of SPACE that run `problem`."""
+    points = (dict(zip(module.SPACE, values, strict=True)) for values in itertools.product(*module.SPACE.values()))
+    return [c for c in (module.Config(**point) for point in points) if module.supports(problem, c) is None]
+
+
 def random_activations(shape: Sequence[int], gen: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Gaussian rows with amplitudes over 2^±6, some outliers, some zero blocks: [..., m, k]."""
     x = torch.randn(*shape, generator=gen, device=gen.device)

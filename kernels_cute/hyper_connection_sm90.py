@@ -50,6 +50,7 @@ from .instructions import (
     bulk_load,
     create_policy,
     fetch,
+    float_bits,
     fma,
     load4,
     load_matrices,
@@ -57,6 +58,7 @@ from .instructions import (
     load_words,
     mul,
     pack_bf16,
+    prmt,
     push,
     store_words,
 )
@@ -72,8 +74,8 @@ K_STEPS = GROUP // 16  # of WGMMA
 WARPGROUP = 128
 TOKENS = 16  # that a warpgroup mixes
 BARRIER_BYTES = 1024
+REGISTERS = 65536  # of an SM
 OWNERS = 2  # warps
-NORMS = 2  # steps whose sums of squares of y are on their way
 # 64 tokens: Triton's kernels 10.5 and 13.4 us, these 14.6 and 17.7; 256: 22.1 and 34.6, 21.5 and 28.6; the head of 512
 # tokens 26.7 and 27.1, of 1024 52.0 and 41.1 (H100, d=7168)
 LEAST_TOKENS, LEAST_TOKENS_OF_HEAD = 256, 768
@@ -98,18 +100,20 @@ class Config:
 
     @property
     def mixing(self) -> int:
-        """Warpgroups that make streams, and, all the same or others, that fold them."""
+        """Warpgroups that make streams, and as many, the same or others, that fold them."""
         return self.block_m // TOKENS
 
     @property
-    def mixers(self) -> int:
-        """Warpgroups of both."""
-        return self.mixing * (1 + self.apart)
+    def threads(self) -> int:
+        """First those that make streams, then those that fold, where these are others; those that multiply; those that
+        load or own.
+        """
+        return WARPGROUP * (self.mixing * (1 + self.apart) + 2)
 
     @property
-    def threads(self) -> int:
-        """First those that mix, then those that multiply, then those that load or own."""
-        return WARPGROUP * (self.mixers + 2)
+    def norms(self) -> int:
+        """Steps whose sums of squares of y are on their way: who makes streams is a step ahead of who folds."""
+        return 1 + self.apart
 
     @property
     def slot_bytes(self) -> int:
@@ -156,7 +160,7 @@ def other_bytes(d: int, config: Config, outputs: int) -> int:
     """Shared memory beside the streams."""
     c = config
     inbox = OWNERS * c.block_m * (outputs + 1) * 4
-    small = c.block_m * 16 + NORMS * c.cluster * c.block_m * 4 + d // c.cluster * 2 + 64
+    small = c.block_m * 16 + c.norms * c.cluster * c.block_m * 4 + d // c.cluster * 2 + 64
     return BARRIER_BYTES + c.stages * term_bytes(outputs) + inbox + small
 
 
@@ -246,15 +250,18 @@ def sigmoid(x):
     return approximately("rcp", Float32(1.0) + approximately("ex2", x * Float32(-LOG2_E)))
 
 
+def upper_halves(low, high):
+    """Of two words, in one: two FP32 numbers cut off to BF16."""
+    return prmt(low, high, 0x7632)
+
+
 def split(x, y):
-    """Two FP32 numbers as sums of TERMS BF16 numbers, each of what those before leave, rounded: words of both, the
-    smallest first."""
-    words: list[Uint32] = []
-    for _ in range(TERMS):
-        words.insert(0, pack_bf16(x, y))
-        low, high = widen(words[0])
-        x, y = x - low, y - high
-    return words
+    """Two FP32 numbers, given as words, as sums of three BF16 numbers: words of both, the smallest first."""
+    high = upper_halves(x, y)
+    x, y = (float_bits(bits_float(v) - bits_float(v & Uint32(0xFFFF0000))) for v in (x, y))
+    middle = upper_halves(x, y)
+    x, y = (float_bits(bits_float(v) - bits_float(v & Uint32(0xFFFF0000))) for v in (x, y))
+    return upper_halves(x, y), middle, high
 
 
 # --- fn's terms -------------------------------------------------------------------------------------------------------
@@ -288,7 +295,7 @@ class SplitFn:
         x = [*fetch_words(at), *fetch_words(at + 16)]  # fn, a weight, comes while the kernel before runs
         wait()
         cute.arch.griddepcontrol_launch_dependents()
-        pairs = [split(bits_float(x[i]), bits_float(x[i + 1])) for i in range(0, 8, 2)]
+        pairs = [split(x[i], x[i + 1]) for i in range(0, 8, 2)]
         to = terms + Int64(block) * term_bytes(self.outputs) + row * (GROUP * 2) + (unit ^ (row % 8)) * 16
         for t in cutlass.range_constexpr(TERMS):
             put_words(to + t * (self.rows * GROUP * 2), [pair[t] for pair in pairs], Boolean(True))
@@ -307,7 +314,8 @@ class HyperConnectionSm90:
         self.outputs, self.rows = variant.outputs, term_rows(variant.outputs)
         self.term_bytes = term_bytes(variant.outputs)
         self.slots = slots(variant.d, config, variant.outputs)
-        self.makers, self.mixers = 4 * config.mixing, 4 * config.mixers  # warps
+        self.makers = 4 * config.mixing  # warps; those that fold are as many
+        self.mixers = self.makers * (1 + config.apart)
         self.stream_bytes = config.block_m * GROUP * 2  # of a slot
 
     @cute.jit
@@ -375,7 +383,7 @@ class HyperConnectionSm90:
             "sums": OWNERS * c.block_m * self.outputs,
             "squares": OWNERS * c.block_m,
             "pre": c.block_m * STREAMS,
-            "norms": NORMS * c.cluster * c.block_m,
+            "norms": c.norms * c.cluster * c.block_m,
             "weight": self.columns // 2,
         }
         room = {
@@ -385,7 +393,7 @@ class HyperConnectionSm90:
         full, empty, made = barriers, barriers + self.slots, barriers + 2 * self.slots
         term_full = barriers + 3 * self.slots
         term_empty = term_full + c.stages
-        received = term_empty + c.stages  # sums, of each owning warp; pre; sums of squares of y, of every other step
+        received = term_empty + c.stages  # sums, of each owning warp; pre; sums of squares of y, of `norms` steps
         bars = (full, empty, made, term_full, term_empty, received)
         if warp == 0:
             with cute.arch.elect_one():
@@ -396,7 +404,7 @@ class HyperConnectionSm90:
                 for i in cutlass.range_constexpr(c.stages):
                     cute.arch.mbarrier_init(term_full + i, 1)
                     cute.arch.mbarrier_init(term_empty + i, 4)
-                for i in cutlass.range_constexpr(OWNERS + 1 + NORMS):
+                for i in cutlass.range_constexpr(OWNERS + 1 + c.norms):
                     cute.arch.mbarrier_init(received + i, 1)
                     cute.arch.mbarrier_arrive_and_expect_tx(received + i, self.expected(i))
         if cutlass.const_expr(self.variant.norm):  # noqa: SIM102
@@ -412,11 +420,11 @@ class HyperConnectionSm90:
             self.mix(streams, room, bars, addresses, sizes, numbers, rank, tidx, makes=True, folds=not c.apart)
         elif warp < self.mixers:
             self.have(registers[1])
-            thread = tidx - WARPGROUP * c.mixing
+            thread = tidx - 32 * self.makers
             self.mix(streams, room, bars, addresses, sizes, numbers, rank, thread, makes=False, folds=True)
         elif warp < self.mixers + 4:
             self.have(registers[2])
-            self.multiply(tmas, streams, terms, room, bars, sizes, rank, tidx - WARPGROUP * c.mixers)
+            self.multiply(tmas, streams, terms, room, bars, sizes, rank, tidx - 32 * self.mixers)
         else:
             self.have(registers[3])
             if warp == self.mixers + 4:
@@ -429,10 +437,27 @@ class HyperConnectionSm90:
         cute.arch.cluster_arrive()  # a CTA stays until its peers have what they wait for
         cute.arch.cluster_wait()
 
+    def registers(self) -> tuple[int, ...]:
+        """Of threads that make, fold, multiply, and load or own; 0: as many as the kernel is launched with."""
+        c = self.config
+        if c.apart:
+            return REGISTERS_APART[self.variant.post] if c.mixing == 2 else (0, 0, 0, 0)
+        mix, multiply, other = THREAD_REGISTERS.get(c.mixing, (0, 0, 0))
+        return mix, mix, multiply, other
+
+    @cute.jit
+    def have(self, registers: cutlass.Constexpr[int]):
+        """From here on a thread of this warpgroup has so many; 0: as it was."""
+        at_launch = REGISTERS // self.config.threads // 8 * 8
+        if cutlass.const_expr(registers >= at_launch):
+            cute.arch.setmaxregister_increase(registers)
+        elif cutlass.const_expr(registers):
+            cute.arch.setmaxregister_decrease(registers)
+
     def expected(self, kind: int) -> int:
         """Bytes of a step that a barrier waits for: see `received`."""
         c = self.config
-        of_norms = [c.cluster * c.block_m * 4] * NORMS
+        of_norms = [c.cluster * c.block_m * 4] * c.norms
         return (*[c.block_m * (self.outputs + 1) * 4] * OWNERS, c.block_m * 16, *of_norms)[kind]
 
     def clusters(self):
@@ -521,6 +546,9 @@ class HyperConnectionSm90:
             self.fetch_site(coefficients, ahead, addresses, sizes, first, row, column)
         for step in cutlass.range(first, steps, clusters, unroll=1):
             token = step * c.block_m + row
+            there = token < m
+            if cutlass.const_expr(makes and folds):
+                at_slot, at_phase = slot, phase
             if cutlass.const_expr(makes):
                 of_stream = cute.make_rmem_tensor(STREAMS, Float32)  # sums of squares: one would wait for itself
                 of_stream.fill(0.0)
@@ -572,13 +600,14 @@ class HyperConnectionSm90:
                 factor = Float32(1.0)
                 if cutlass.const_expr(self.variant.norm):
                     squares = self.over_row(squares)
-                    norm = turn % NORMS
-                    norms = room["norms"] + norm * (c.cluster * c.block_m * 4)
-                    arrived = OWNERS + 1 + norm
+                    norms, arrived = room["norms"], OWNERS + 1
+                    if cutlass.const_expr(c.norms > 1):
+                        norms += turn % c.norms * (c.cluster * c.block_m * 4)
+                        arrived += turn % c.norms
                     for i in cutlass.range_constexpr(c.cluster // 8):
                         to = norms + 4 * (rank * c.block_m + row)
                         push(to, received_at + 8 * arrived, 8 * i + unit, [squares])
-                    cute.arch.mbarrier_wait(received + arrived, turn // NORMS % 2)
+                    cute.arch.mbarrier_wait(received + arrived, turn // c.norms % 2)
                     if thread == 0:
                         cute.arch.mbarrier_arrive_and_expect_tx(received + arrived, self.expected(OWNERS + 1))
                     total = Float32(0.0)
@@ -590,26 +619,10 @@ class HyperConnectionSm90:
                     if cutlass.const_expr(self.variant.norm):
                         y = self.scale(y, factor, load_words(room["weight"] + 16 * (8 * group + unit)))
                     at = addresses[2][0] + (Int64(token) * self.variant.d + column + group * GROUP) * 2
-                    put_words(at, y, token < m)
+                    put_words(at, y, there)
                     if cutlass.const_expr(makes and self.variant.post and group == 0):  # not before: registers
                         self.fetch_site(coefficients, ahead, addresses, sizes, step + clusters, row, column)
             turn += 1
-
-    def registers(self) -> tuple[int, ...]:
-        """Of threads that make, fold, multiply, and load or own; 0: as many as the kernel is launched with."""
-        c = self.config
-        if c.apart:
-            return REGISTERS_APART[self.variant.post] if c.mixing == 2 else (0, 0, 0, 0)
-        mix, multiply, other = THREAD_REGISTERS.get(c.mixing, (0, 0, 0))
-        return mix, mix, multiply, other
-
-    @cute.jit
-    def have(self, registers: cutlass.Constexpr[int]):
-        """From here on a thread of this warpgroup has so many; 0: as it was."""
-        if cutlass.const_expr(registers >= 65536 // self.config.threads // 8 * 8):
-            cute.arch.setmaxregister_increase(registers)
-        elif cutlass.const_expr(registers):
-            cute.arch.setmaxregister_decrease(registers)
 
     @cute.jit
     def arrive(self, bar):
@@ -788,10 +801,8 @@ class HyperConnectionSm90:
     def add_terms(self, totals, acc):
         """Columns of the product are the outputs of each term."""
         for i in range(self.rows // 2):
-            total = acc[i]
-            for t in range(1, TERMS):
-                total = total + acc[i + t * (self.rows // 2)]
-            totals[i] = totals[i] + total
+            low, middle, high = (acc[i + t * (self.rows // 2)] for t in range(TERMS))
+            totals[i] = totals[i] + ((low + middle) + high)
 
     def send(self, totals, sums, received, rank, row, quad):
         """A thread has pairs of outputs of two tokens, which go to the CTAs that own these."""

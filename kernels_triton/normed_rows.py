@@ -13,9 +13,7 @@ Programs that take rows in turn hold them as words of two BF16 numbers, the pres
 
     words = load_words(x_ptr, stride_m, rows, ...)
     factor = word_factors(words, ...)
-    lo, hi = widened_late(words[2 * i], ...), widened_late(words[2 * i + 1], ...)     # tile i, of blocks `tile_blocks`
-
-Their tiles may be wider than a chunk of the sum.
+    lo, hi = widened_late(words[2 * i], ...), widened_late(words[2 * i + 1], ...)     # of tile i
 """
 
 from typing import Any
@@ -30,12 +28,12 @@ from .nvfp4 import CVT, SUM_CHUNK, load_half, one_over, pair_sum
 MOST_HELD = 128  # elements of a row in a thread
 
 
-def refuse(k: int, tile_k: int, parts: int, held: bool, words: bool = False) -> str | None:
-    """Why rows of k columns cannot be cut so, or None if they can. words: they are held as `load_words` gives them."""
+def refuse(k: int, tile_k: int, parts: int, held: bool) -> str | None:
+    """Why rows of k columns cannot be cut so, or None if they can."""
     tiles = triton.cdiv(k, tile_k)
     if (parts - 1) * triton.cdiv(tiles, parts) >= tiles:  # the last would have none
         return f"k={k} has {tiles} tiles of {tile_k} columns, too few for {parts} parts"
-    if held and (parts > 1 or (tile_k > _SUM_CHUNK and not words)):
+    if held and (parts > 1 or tile_k > _SUM_CHUNK):
         return f"held rows have one part and tiles of up to {_SUM_CHUNK} columns, got {parts} of {tile_k}"
     if held and tiles * 16 > MOST_HELD:
         return f"k={k} tile_k={tile_k}: {tiles * 16} elements a thread, held up to {MOST_HELD}"
@@ -154,25 +152,12 @@ def load_words(x_ptr, stride_m, rows, M, K: tl.constexpr, ROWS: tl.constexpr, TI
 def tile_words(x_ptr, stride_m, rows, i: tl.constexpr, M, K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr):
     """Tile i of what `load_words` gives: two halves."""
     at = x_ptr + (rows * stride_m)[:, None, None]
-    blocks = tile_blocks(i, TILE_K)
+    blocks = i * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
     # no load that a condition guards is moved to its first use
     inside = (rows < M)[:, None, None] & (blocks < K // 16)[None, :, None]
     lo = _in_words(load_half(at, blocks, inside, 0, ROWS, TILE_K // 16))
     hi = _in_words(load_half(at, blocks, inside, 1, ROWS, TILE_K // 16))
     return lo, hi
-
-
-@triton.jit
-def tile_blocks(i: tl.constexpr, TILE_K: tl.constexpr):
-    """Blocks of tile i in the order of the threads that have them: int32 [TILE_K / 16].
-
-    Of a tile of several chunks of the sum each warp has as much of every chunk, so that it adds them by shuffles.
-    """
-    own = tl.arange(0, TILE_K // 16)
-    if TILE_K > SUM_CHUNK:
-        RUN: tl.constexpr = 32 * SUM_CHUNK // TILE_K  # blocks of a chunk in a warp
-        own = own % 32 // RUN * (SUM_CHUNK // 16) + own // 32 * RUN + own % RUN
-    return i * (TILE_K // 16) + own
 
 
 @triton.jit
@@ -208,12 +193,12 @@ def widened_late(words, M):
 
 
 @triton.jit
-def word_factors(words, eps, K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr):
+def word_factors(words, eps, K: tl.constexpr, ROWS: tl.constexpr, SUM_K: tl.constexpr):
     """`factors` of rows that `load_words` gave."""
     x = nothing()
     for i in tl.static_range(len(words)):
         x += (widened(words[i]),)
-    total = _row_sum(x, ROWS, TILE_K)
+    total = _row_sum(x, ROWS, SUM_K)
     if K & (K - 1) == 0:
         mean = total * (1.0 / K)  # the quotient, rounded once as it is
     else:
@@ -251,19 +236,15 @@ def _row_sum(x, ROWS: tl.constexpr, SUM_K: tl.constexpr):
     for i in tl.static_range(len(x) // 2):
         first += (x[2 * i] * x[2 * i],)
         second += (x[2 * i + 1] * x[2 * i + 1],)
-    CHUNKS: tl.constexpr = SUM_K // SUM_CHUNK if SUM_K > SUM_CHUNK else 1  # in a tile
-    Q: tl.constexpr = CHUNKS * SUM_CHUNK // SUM_K  # tiles under one tree of pairs
+    Q: tl.constexpr = SUM_CHUNK // SUM_K  # tiles under one tree of pairs
     for level in tl.static_range(8, -1, -1):
         if Q << level < len(first):
             first = _fold(first, Q << level)
             second = _fold(second, Q << level)
-    BLOCKS: tl.constexpr = SUM_K // CHUNKS // 16
     sums = nothing()
     for i in tl.static_range(len(first)):
-        lo = _fold_chunks(first[i], ROWS, BLOCKS, CHUNKS)
-        hi = _fold_chunks(second[i], ROWS, BLOCKS, CHUNKS)
-        blocks = pair_sum(lo, ROWS, BLOCKS, 8) + pair_sum(hi, ROWS, BLOCKS, 8)
-        sums += (pair_sum(blocks.reshape(ROWS, 1, BLOCKS), ROWS, 1, BLOCKS).reshape(ROWS),)
+        blocks = pair_sum(first[i], ROWS, SUM_K // 16, 8) + pair_sum(second[i], ROWS, SUM_K // 16, 8)
+        sums += (pair_sum(blocks.reshape(ROWS, 1, SUM_K // 16), ROWS, 1, SUM_K // 16).reshape(ROWS),)
     return _fold(sums, 1)[0]
 
 
@@ -277,12 +258,3 @@ def _fold(parts, HALF: tl.constexpr):
         else:
             folded += (parts[i],)
     return folded
-
-
-@triton.jit
-def _fold_chunks(x, ROWS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr):
-    """`_fold` of the chunks of a tile [ROWS, CHUNKS * BLOCKS, 8], in the order of `tile_blocks`: [ROWS, BLOCKS, 8]."""
-    for level in tl.static_range(1, 6):
-        if CHUNKS >> level:
-            x = tl.sum(x.reshape(ROWS * CHUNKS * BLOCKS // 32, 2, 32 >> level, 8), axis=1)
-    return x.reshape(ROWS, BLOCKS, 8)

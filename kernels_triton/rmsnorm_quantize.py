@@ -25,7 +25,6 @@ from .normed_rows import (
     normed_tile,
     nothing,
     pointers,
-    tile_blocks,
     tile_words,
     widened_late,
     word_factors,
@@ -73,7 +72,7 @@ def supports(problem: RmsnormQuantizeProblem, config: Config) -> str | None:
     if config.turns > 1 and not (config.held and config.block_m == config.parts == 1 and problem.x == "bf16"):
         got = f"block_m={config.block_m} parts={config.parts} held={config.held} x={problem.x}"
         return f"turns={config.turns}: single held rows of bf16 are taken in turn, got {got}"
-    if why := normed_rows.refuse(problem.k, config.tile_k, config.parts, config.held, words=config.turns > 1):
+    if why := normed_rows.refuse(problem.k, config.tile_k, config.parts, config.held):
         return why
     if problem.rule == "mse" and triton.cdiv(tiles, config.parts) > 2:
         return f"rule mse takes ten times the code: up to two tiles a program, got {triton.cdiv(tiles, config.parts)}"
@@ -154,7 +153,7 @@ def _in_turns(
         next_x = nothing()
         factor = word_factors(x, eps, K, 1, TILE_K)
         for i in tl.static_range((K + TILE_K - 1) // TILE_K):
-            blocks = tile_blocks(i, TILE_K)
+            blocks = i * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
             inside = None
             if K % TILE_K != 0:
                 inside = (blocks < K // 16)[None, :, None]

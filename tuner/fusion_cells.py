@@ -68,7 +68,7 @@ class Cell(measure.Bench):
 
     def record_copy(self) -> None:
         """As many bytes as the problem needs, half of them read and half written, by the faster of two copies: the
-        driver's takes up to a quarter longer where a size is no multiple of some KiB."""
+        driver's takes up to a quarter longer where half is no multiple of 8 KiB (H100)."""
         words = -(-self.problem.bytes // 2 // ALIGNED) * ALIGNED // 4
         pairs = {id(case): torch.zeros(2, words, dtype=torch.int32, device=self.device) for case in self.cases}
         self._kept.append(pairs)

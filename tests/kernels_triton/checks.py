@@ -1,7 +1,6 @@
 """What the kernels' tests share: configs, rules with layouts and types, poisoned room, comparing bytes."""
 
 import dataclasses
-import itertools
 import math
 from types import ModuleType
 from typing import Any
@@ -30,17 +29,11 @@ def configs(kernel: ModuleType, problem: Problem, most: int = 24) -> list[Any]:
     return list({dataclasses.replace(c, **warps): c for c in found}.values())
 
 
-def every(kernel: ModuleType, problem: Problem) -> list[Any]:
-    """All points of SPACE that run `problem`."""
-    points = (dict(zip(kernel.SPACE, values, strict=True)) for values in itertools.product(*kernel.SPACE.values()))
-    return [c for c in (kernel.Config(**point) for point in points) if kernel.supports(problem, c) is None]
-
-
 def covering(kernel: ModuleType, problem: Problem) -> list[Any]:
     """The default, the largest tile of a warp, where registers are scarcest, and the fewest small ones, by a greedy
     search, with which every value of every knob that can run `problem` is there.
     """
-    found = sorted(every(kernel, problem), key=_tile_of_a_warp)
+    found = sorted(testing.every(kernel, problem), key=_tile_of_a_warp)
     left = {c: {(name, getattr(c, name)) for name in kernel.SPACE} for c in found}
     chosen = list(dict.fromkeys((kernel.Config(), found[-1])))
     shown = {(name, getattr(c, name)) for name in kernel.SPACE for c in chosen}

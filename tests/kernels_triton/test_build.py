@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fp4suite import built
+from fp4suite import built, testing
 from fp4suite.problem import (
     DequantProblem,
     KvNormRopeInsertProblem,
@@ -43,7 +43,7 @@ from kernels_triton import (
     swiglu_quantize,
 )
 
-from .checks import covering, every
+from .checks import covering
 
 ARCHS = ("sm_90a", "sm_100a")
 QUANTISERS: list[tuple[ModuleType, type[Problem]]] = [
@@ -196,7 +196,7 @@ def test_other_rules(module, kind, pool):
 
 def holds_most(module: ModuleType, problem: Problem) -> Any:
     """Elements a thread."""
-    return max(every(module, problem), key=lambda c: c.block_m * getattr(c, "block_k", 8192) / c.num_warps)
+    return max(testing.every(module, problem), key=lambda c: c.block_m * getattr(c, "block_k", 8192) / c.num_warps)
 
 
 def check_instructions(module: ModuleType, rule: str, b: built.Built) -> None:

@@ -1,5 +1,5 @@
-"""The machine code of rmsnorm_quantize for rows in turns: where threads have a tile of several chunks of the sum, and
-what goes from one warp to another, which Triton's interpreter does not have.
+"""The machine code of rmsnorm_quantize for rows in turns: what goes from one thread and one warp to another, which
+Triton's interpreter does not have.
 """
 
 import pytest
@@ -17,8 +17,7 @@ from .test_rope_emulated import emulate
     [
         (3, 1536, 1, 2, "sm_90a", "linear"),
         (3, 7168, 2, 2, "sm_90a", "linear"),
-        (3, 7168, 4, 4, "sm_100a", "linear"),
-        (3, 4112, 8, 2, "sm_90a", "linear"),
+        (3, 4112, 2, 4, "sm_100a", "linear"),
         (5, 208, 1, 16, "sm_90a", "blocked_128x4"),
     ],
     ids=str,
