@@ -142,22 +142,15 @@ def load_words(x_ptr, stride_m, rows, M, K: tl.constexpr, ROWS: tl.constexpr, TI
     """Rows (int64 [ROWS]) of BF16, as halves of tiles of TILE_K columns in turn, int32 [ROWS, TILE_K / 16, 4], zeros
     beyond M and K. What a loop takes to its next pass: there each BF16 would have a register of its own.
     """
+    at = x_ptr + (rows * stride_m)[:, None, None]
+    live = (rows < M)[:, None, None]
     words = nothing()
     for i in tl.static_range((K + TILE_K - 1) // TILE_K):
-        words += tile_words(x_ptr, stride_m, rows, i, M, K, ROWS, TILE_K)
+        blocks = i * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
+        inside = live & (blocks < K // 16)[None, :, None]  # no load that a condition guards is moved to its first use
+        words += (_in_words(load_half(at, blocks, inside, 0, ROWS, TILE_K // 16)),)
+        words += (_in_words(load_half(at, blocks, inside, 1, ROWS, TILE_K // 16)),)
     return words
-
-
-@triton.jit
-def tile_words(x_ptr, stride_m, rows, i: tl.constexpr, M, K: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr):
-    """Tile i of what `load_words` gives: two halves."""
-    at = x_ptr + (rows * stride_m)[:, None, None]
-    blocks = i * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
-    # no load that a condition guards is moved to its first use
-    inside = (rows < M)[:, None, None] & (blocks < K // 16)[None, :, None]
-    lo = _in_words(load_half(at, blocks, inside, 0, ROWS, TILE_K // 16))
-    hi = _in_words(load_half(at, blocks, inside, 1, ROWS, TILE_K // 16))
-    return lo, hi
 
 
 @triton.jit

@@ -1,8 +1,7 @@
 """RMSNorm with a weight, then NVFP4, without the normed row in memory.
 
 Memory bound: reads 2 bytes (BF16) and writes 9/16 an element. One program block_m rows, or a part of each of few rows;
-rows stay in registers between the sum of squares and the quantiser, or are read again from L1 or L2. Or one program
-several rows in turn: as tiles of one are quantised, those of the next are on their way.
+rows stay in registers between the sum of squares and the quantiser, or are read again from L1 or L2.
 """
 
 from dataclasses import dataclass
@@ -18,18 +17,8 @@ from fp4suite.formats import NVFP4Tensor
 from fp4suite.problem import RmsnormQuantizeProblem, Rule
 
 from . import amax, host, normed_rows
-from .normed_rows import (
-    factors,
-    load_rows,
-    load_words,
-    normed_tile,
-    nothing,
-    pointers,
-    tile_words,
-    widened_late,
-    word_factors,
-)
-from .nvfp4 import load_half, magnitude_bits, store_quantized
+from .normed_rows import factors, load_rows, normed_tile, pointers
+from .nvfp4 import magnitude_bits, store_quantized
 from .overlap import begin
 
 
@@ -38,15 +27,13 @@ class Config:
     """block_m rows by one of `parts` of their columns a program; every part sums its rows as a whole.
 
     Quantised are 16 columns a thread at a time: a tile is 512 num_warps / block_m columns wide. `held` rows stay in
-    registers from the sum to the quantiser; others are read again, from L1 or L2. `turns` > 1: a program takes up to as
-    many held rows of BF16, one after the other.
+    registers from the sum to the quantiser; others are read again, from L1 or L2.
     """
 
     block_m: int = 1
     num_warps: int = 2
     parts: int = 1
     held: bool = False
-    turns: int = 1
 
     @property
     def tile_k(self) -> int:
@@ -55,13 +42,7 @@ class Config:
 
 
 FEW_ROWS = 256
-SPACE = {
-    "block_m": (1, 2, 4),
-    "num_warps": (1, 2, 4, 8),
-    "parts": (1, 2, 4, 8),
-    "held": (False, True),
-    "turns": (1, 2, 4, 8, 16),
-}
+SPACE = {"block_m": (1, 2, 4), "num_warps": (1, 2, 4, 8), "parts": (1, 2, 4, 8), "held": (False, True)}
 
 
 def supports(problem: RmsnormQuantizeProblem, config: Config) -> str | None:
@@ -69,9 +50,6 @@ def supports(problem: RmsnormQuantizeProblem, config: Config) -> str | None:
     tiles = triton.cdiv(problem.k, config.tile_k)
     if config.num_warps < config.block_m:
         return f"block_m={config.block_m} num_warps={config.num_warps}: a row takes a warp or more"
-    if config.turns > 1 and not (config.held and config.block_m == config.parts == 1 and problem.x == "bf16"):
-        got = f"block_m={config.block_m} parts={config.parts} held={config.held} x={problem.x}"
-        return f"turns={config.turns}: single held rows of bf16 are taken in turn, got {got}"
     if why := normed_rows.refuse(problem.k, config.tile_k, config.parts, config.held):
         return why
     if problem.rule == "mse" and triton.cdiv(tiles, config.parts) > 2:
@@ -114,7 +92,9 @@ def _rmsnorm_quantize(
         lo, hi = normed_tile(i, x, w, own, factor, at, weight_at, start, M, K, BLOCK_M, TILE_K, TILES, HELD)
         blocks = (start + i) * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
         if RULE == "amax":
-            most = _most(most, lo, hi, blocks, K)
+            # eps = 0 makes rows of zeros NaN, the padding too
+            larger = tl.maximum(magnitude_bits(lo), magnitude_bits(hi))
+            most = tl.maximum(most, tl.where((blocks < K // 16)[None, :, None], larger, 0))
         else:
             store_quantized(
                 lo, hi, rows, blocks, alpha, data_ptr, sf_ptr, M, K, RULE, SF_BLOCKED, E2M1_CVT, BLOCK_M, TILE_K // 16
@@ -123,64 +103,15 @@ def _rmsnorm_quantize(
         tl.store(amax_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(most))
 
 
-@triton.jit
-def _most(most, lo, hi, blocks, K: tl.constexpr):
-    """The larger of int32 `most` and the magnitudes of a tile's halves, [ROWS, BLOCKS, 8] each."""
-    # eps = 0 makes rows of zeros NaN, the padding too
-    larger = tl.maximum(magnitude_bits(lo), magnitude_bits(hi))
-    return tl.maximum(most, tl.where((blocks < K // 16)[None, :, None], larger, 0))
-
-
-@triton.jit(do_not_specialize=["M"])
-def _in_turns(
-    x_ptr, stride_m, weight_ptr, alpha_ptr, data_ptr, sf_ptr, amax_ptr, M, eps, K: tl.constexpr, RULE: tl.constexpr,
-    SF_BLOCKED: tl.constexpr, E2M1_CVT: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
-    """Rows of BF16, a grid's width apart. As soon as a tile is widened, the next row's is asked for in its place."""
-    begin()
-    first, step = tl.program_id(0), tl.num_programs(0)
-    own = tl.arange(0, 1).to(tl.int64)  # before the multiply: a long batch passes 2**31 elements
-    x = load_words(x_ptr, stride_m, own + first, M, K, 1, TILE_K)
-    weight_at = weight_ptr + tl.zeros([1, 1, 1], tl.int32)
-    if RULE != "amax":
-        alpha = tl.load(alpha_ptr)
-    else:
-        most = tl.zeros([1, TILE_K // 16, 8], tl.int32)
-    last = M
-    if SF_BLOCKED:
-        last = (M + 127) // 128 * 128
-    for row in range(first, last, step):
-        next_x = nothing()
-        factor = word_factors(x, eps, K, 1, TILE_K)
-        for i in tl.static_range((K + TILE_K - 1) // TILE_K):
-            blocks = i * (TILE_K // 16) + tl.arange(0, TILE_K // 16)
-            inside = None
-            if K % TILE_K != 0:
-                inside = (blocks < K // 16)[None, :, None]
-            lo = widened_late(x[2 * i], M) * factor * load_half(weight_at, blocks, inside, 0, 1, TILE_K // 16)
-            hi = widened_late(x[2 * i + 1], M) * factor * load_half(weight_at, blocks, inside, 1, 1, TILE_K // 16)
-            next_x += tile_words(x_ptr, stride_m, own + row + step, i, M, K, 1, TILE_K)
-            if RULE == "amax":
-                most = _most(most, lo, hi, blocks, K)
-            else:
-                store_quantized(
-                    lo, hi, own + row, blocks, alpha, data_ptr, sf_ptr, M, K, RULE, SF_BLOCKED, E2M1_CVT, 1,
-                    TILE_K // 16,
-                )  # fmt: skip
-        x = next_x
-    if RULE == "amax":
-        tl.store(amax_ptr + first, tl.max(most))
-
-
 def launch(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, out: NVFP4Tensor, rule: Rule, config: Config) -> None:
     """x [m, k], rows of any stride, with weight [k], under alpha float32 [] -> out's codes and scales."""
     m, k = x.shape
     if m == 0:
         return
-    (programs, _) = host.grid(m, k, config.block_m * config.turns, k, out.sf_layout)
+    (programs, _) = host.grid(m, k, config.block_m, k, out.sf_layout)
     constants = _constants(k, rule, out.sf_layout, host.has_e2m1_cvt(x.device), config)
     operands = (x, host.row_stride(x), weight, alpha, out.data, out.sf.view(torch.uint8), None, m, eps)
-    _kernel(config)[(programs, config.parts)](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
+    _rmsnorm_quantize[(programs, config.parts)](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
 
 
 def global_scale(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, config: Config) -> None:
@@ -189,11 +120,11 @@ def global_scale(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, config: C
     if m == 0:
         alpha.zero_()
         return
-    (programs, _) = host.grid(m, k, config.block_m * config.turns, k, "linear")
+    (programs, _) = host.grid(m, k, config.block_m, k, "linear")
     bits = amax.tile_maxima(programs * config.parts, x.device)
     constants = _constants(k, "amax", "linear", False, config)
     operands = (x, host.row_stride(x), weight, None, None, None, bits, m, eps)
-    _kernel(config)[(programs, config.parts)](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
+    _rmsnorm_quantize[(programs, config.parts)](*operands, **constants, num_warps=config.num_warps, **host.OPTIONS)
     amax.finish(bits, alpha)
 
 
@@ -216,16 +147,9 @@ def build(problem: RmsnormQuantizeProblem, config: Config, arch: str) -> Built:
     types |= {"data_ptr": "*u8", "sf_ptr": "*u8", "M": "i32", "eps": "fp32"}
     constants = _constants(problem.k, problem.rule, problem.sf_layout, arch == "sm_100a", config)
     constants["amax_ptr"] = None
-    return host.build(_kernel(config), types, constants, arch, config.num_warps, unaligned=("M",))
-
-
-def _kernel(config: Config) -> Any:
-    return _rmsnorm_quantize if config.turns == 1 else _in_turns
+    return host.build(_rmsnorm_quantize, types, constants, arch, config.num_warps, unaligned=("M",))
 
 
 def _constants(k: int, rule: str, sf_layout: str, e2m1_cvt: bool, config: Config) -> dict[str, Any]:
-    own = {"RULE": rule, "SF_BLOCKED": sf_layout == "blocked_128x4", "E2M1_CVT": e2m1_cvt}
-    if config.turns > 1:
-        return own | {"K": k, "TILE_K": config.tile_k}
-    cut = normed_rows.constants(k, config.tile_k, config.parts, config.held)
-    return own | {"BLOCK_M": config.block_m} | cut
+    own = {"RULE": rule, "SF_BLOCKED": sf_layout == "blocked_128x4", "E2M1_CVT": e2m1_cvt, "BLOCK_M": config.block_m}
+    return own | normed_rows.constants(k, config.tile_k, config.parts, config.held)
