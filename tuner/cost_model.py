@@ -93,6 +93,7 @@ HELD_INSTRUCTIONS = 52  # a logit that a cluster holds, read, weighed and looked
 HELD_OVERHEAD = 600  # of a thread: sums of bins, those of the cluster, tokens that are ranked
 BLOCKS_SHARE = 0.8  # of its instructions takes a row that is inserted by blocks; from SASS: 520 for 660
 RMS_SUM_INSTRUCTIONS = 5  # of an element: widened, squared, added; from SASS
+ROWS_INSTRUCTIONS = {"quantised": 14, "summed": 4}  # of an element, by rmsnorm_quantize_sm90; from SASS
 THREAD_US = 1e-3  # an instruction of a thread whose SM has little else to issue: two cycles; estimate
 MSE_INSTRUCTIONS = 60  # more, for the rule that tries several scales
 SM90_TILE_US = 0.5  # decode, barrier, MMA of one tile of K; measured on an H100 at m=1: 20 us for 32, 29 us for 56
@@ -280,12 +281,32 @@ def _rows(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
     )
 
 
+def _rows_in_turn(problem: RmsnormQuantizeProblem | RmsNormProblem, config: Any, arch: str) -> Work:
+    """rmsnorm_quantize_sm90: a CTA an SM takes rows in turn; a warp issues every other cycle at most. Not fitted."""
+    p, machine = problem, MACHINES[arch]
+    rows = math.ceil(p.m / machine.sms)
+    quantised = math.ceil(rows / config.groups) * config.tiles * 16 * ROWS_INSTRUCTIONS["quantised"]
+    summed = math.ceil(rows / config.summing) * p.k / 64 * ROWS_INSTRUCTIONS["summed"]
+    return Work(
+        ctas=min(p.m, machine.sms),
+        threads=config.threads(p.k),
+        cta_bytes=rows * p.k * (ELEMENT_BYTES[p.x] + NVFP4_BYTES),
+        in_flight=machine.shared_bytes * 0.9,
+        cta_instructions=rows * p.k * sum(ROWS_INSTRUCTIONS.values()),
+        ramps=2,
+        serial_us=2 * max(quantised, summed) / (machine.clock_ghz * 1e3),
+        persistent=True,
+    )
+
+
 def _rmsnorm(
     problem: RmsnormQuantizeProblem | RmsNormProblem, config: Any, arch: str, resources: Resources | None
 ) -> Work:
     """Rows in parts, each of which sums them as a whole. A row that is held is asked for at once; of others each tile
     is waited for again.
     """
+    if hasattr(config, "summing"):
+        return _rows_in_turn(problem, config, arch)
     whole, k, block_m = _rows(problem, config, arch, resources), problem.k, getattr(config, "block_m", 1)
     tiles = math.ceil(math.ceil(k / config.tile_k) / config.parts)
     summed = block_m * k * RMS_SUM_INSTRUCTIONS
