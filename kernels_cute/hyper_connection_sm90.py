@@ -50,6 +50,7 @@ from .instructions import (
     bulk_load,
     create_policy,
     fetch,
+    fetch_words,
     float_bits,
     fma,
     load4,
@@ -61,6 +62,7 @@ from .instructions import (
     prmt,
     push,
     store_words,
+    widen,
 )
 from .overlap import OVERLAP, wait
 
@@ -199,16 +201,6 @@ def refusal(problem: FoldProblem, config: Config) -> str | None:
 
 
 @dsl_user_op
-def fetch_words(address: Int64, *, loc=None, ip=None):
-    """Four words of global memory that are read once, and not before a fence that stands above."""
-    kind = llvm.StructType.get_literal([T.i32()] * 4)
-    asm = "ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];"
-    args = [address.ir_value(loc=loc, ip=ip)]
-    got = llvm.inline_asm(kind, args, asm, "=r,=r,=r,=r,l", has_side_effects=True, loc=loc, ip=ip)
-    return [Uint32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
-
-
-@dsl_user_op
 def fetch4(address: Int64, *, loc=None, ip=None):
     """Four numbers of global memory that nobody writes meanwhile."""
     kind = llvm.StructType.get_literal([T.f32()] * 4)
@@ -239,11 +231,6 @@ def create_keeping_policy(*, loc=None, ip=None) -> Int64:
     """A cache policy of L2: evict last."""
     asm = "createpolicy.fractional.L2::evict_last.b64 $0, 1.0;"
     return Int64(llvm.inline_asm(T.i64(), [], asm, "=l", loc=loc, ip=ip))
-
-
-def widen(word):
-    """Two BF16 numbers of a word."""
-    return bits_float(word << Uint32(16)), bits_float(word & Uint32(0xFFFF0000))
 
 
 def sigmoid(x):

@@ -19,6 +19,16 @@ def fetch(address: Int64, *, loc=None, ip=None) -> Float32:
 
 
 @dsl_user_op
+def fetch_words(address: Int64, *, loc=None, ip=None):
+    """Four words of global memory that are read once, and not before a fence that stands above."""
+    kind = llvm.StructType.get_literal([T.i32()] * 4)
+    asm = "ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];"
+    args = [address.ir_value(loc=loc, ip=ip)]
+    got = llvm.inline_asm(kind, args, asm, "=r,=r,=r,=r,l", has_side_effects=True, loc=loc, ip=ip)
+    return [Uint32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
+@dsl_user_op
 def bulk_load(to: Int32, source: Int64, size: Int32, barrier: Int32, policy: Int64, *, loc=None, ip=None):
     """`size` bytes to shared memory, counted by `barrier`, under a cache policy of L2."""
     args = [x.ir_value(loc=loc, ip=ip) for x in (to, source, size, barrier, policy)]
@@ -124,6 +134,11 @@ def float_bits(x: Float32, *, loc=None, ip=None) -> Uint32:
 @dsl_user_op
 def bits_float(x: Int32 | Uint32, *, loc=None, ip=None) -> Float32:
     return Float32(llvm.bitcast(T.f32(), x.ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
+
+
+def widen(word):
+    """Two BF16 numbers of a word."""
+    return bits_float(word << Uint32(16)), bits_float(word & Uint32(0xFFFF0000))
 
 
 @dsl_user_op

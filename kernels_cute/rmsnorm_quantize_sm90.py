@@ -11,6 +11,7 @@ instructions. A CTA an SM walks over rows; rows are asked for as soon as there i
 Told to, a launch keeps the largest magnitude of the normed rows in place of codes, of which a global scale is made.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +28,27 @@ from torch import Tensor
 
 from fp4suite.arch import SM_COUNT
 from fp4suite.built import MAX_SHARED_BYTES, Built
-from fp4suite.formats import BLOCK, NVFP4Tensor
+from fp4suite.formats import BLOCK, E4M3_MAX, NVFP4Tensor
 from fp4suite.problem import RmsnormQuantizeProblem, Rule
-from fp4suite.reference.e2m1 import ALPHA_MIN
 from fp4suite.reference.quant import SUM_CHUNK
 
 from . import build as cross
-from .instructions import add, bits_float, bulk_load, create_policy, float_bits, load_number, load_words, mul
+from .instructions import (
+    add,
+    bits_float,
+    bulk_load,
+    create_policy,
+    e4m3x2_to_f16x2,
+    f16_to_f32,
+    fetch_words,
+    float_bits,
+    load_number,
+    load_words,
+    mul,
+    widen,
+)
 from .overlap import OVERLAP, begin
+from .quantize import inverse_scale, reciprocal, to_e2m1x8_sm90, to_e4m3
 
 ARCH = "sm_90a"
 TILE = 32 * BLOCK  # columns of a warp's turn
@@ -44,9 +58,6 @@ BARRIER_BYTES = 1536
 TABLE_BYTES = 512
 MOST_SLOTS = 48
 LEAST_TOKENS = 1024  # fewer have the Triton kernel: a guess, not timed
-SIXTH = 1 / 6
-AMAX_TO_ALPHA = 2688.0
-E4M3_MAX = 448.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +79,7 @@ class Config:
         return 32 * (1 + 2 * self.summing + self.groups * self.sharing(k))
 
 
-SPACE = {"tiles": (1, 2, 3), "groups": (1, 2, 3, 4, 6, 8), "summing": (1, 2, 3)}
+SPACE = {"tiles": (1, 2, 3), "groups": (1, 2, 3, 4, 6, 8, 12, 16), "summing": (1, 2, 3)}
 
 
 def default(problem: RmsnormQuantizeProblem) -> Config:
@@ -94,6 +105,8 @@ def refusal(problem: RmsnormQuantizeProblem, config: Config) -> str | None:
     p, c = problem, config
     if p.x != "bf16" or p.rule != "absmax":
         return f"x={p.x} rule={p.rule}: this kernel takes rows in bf16 by rule absmax"
+    if min(c.tiles, c.groups, c.summing) < 1:
+        return f"{c}: of each there has to be one"
     if p.k % (TILE * c.tiles) or not p.k:
         return f"k={p.k} is not a multiple of {TILE * c.tiles} columns for each warp"
     if c.threads(p.k) > 1024:
@@ -107,23 +120,6 @@ def refusal(problem: RmsnormQuantizeProblem, config: Config) -> str | None:
 
 
 @dsl_user_op
-def fetch_words(address: Int64, *, loc=None, ip=None):
-    """Four words of global memory, not before a fence that stands above."""
-    kind = llvm.StructType.get_literal([T.i32()] * 4)
-    asm = "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];"
-    args = [address.ir_value(loc=loc, ip=ip)]
-    got = llvm.inline_asm(kind, args, asm, "=r,=r,=r,=r,l", has_side_effects=True, loc=loc, ip=ip)
-    return [Uint32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
-
-
-@dsl_user_op
-def fetch_number(address: Int64, *, loc=None, ip=None) -> Float32:
-    """One number of global memory, not before a fence that stands above."""
-    asm, args = "ld.global.f32 $0, [$1];", [address.ir_value(loc=loc, ip=ip)]
-    return Float32(llvm.inline_asm(T.f32(), args, asm, "=f,l", has_side_effects=True, loc=loc, ip=ip))
-
-
-@dsl_user_op
 def put_codes(address: Int64, low: Uint32, high: Uint32, *, loc=None, ip=None):
     """The codes of a block to global memory."""
     args = [v.ir_value(loc=loc, ip=ip) for v in (address, low, high)]
@@ -131,29 +127,11 @@ def put_codes(address: Int64, low: Uint32, high: Uint32, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def put_byte(address: Int64, byte: Uint32, *, loc=None, ip=None):
-    """The lowest byte to global memory."""
-    args = [v.ir_value(loc=loc, ip=ip) for v in (address, byte)]
-    llvm.inline_asm(None, args, "st.global.b8 [$0], $1;", "l,r", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def put_number(address: Int64, x: Float32, *, loc=None, ip=None):
+def put(instruction: str, address: Int32 | Int64, x: Float32 | Uint32, *, loc=None, ip=None):
+    """A number or a word to memory, by an instruction of PTX."""
+    kinds = "l" if isinstance(address, Int64) else "r", "f" if isinstance(x, Float32) else "r"
     args = [v.ir_value(loc=loc, ip=ip) for v in (address, x)]
-    llvm.inline_asm(None, args, "st.global.f32 [$0], $1;", "l,f", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def keep_largest(address: Int64, x: Uint32, *, loc=None, ip=None):
-    """The larger of it and what is in global memory, to memory."""
-    args = [v.ir_value(loc=loc, ip=ip) for v in (address, x)]
-    llvm.inline_asm(None, args, "red.global.max.u32 [$0], $1;", "l,r", has_side_effects=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def store_number(address: Int32, x: Float32, *, loc=None, ip=None):
-    args = [v.ir_value(loc=loc, ip=ip) for v in (address, x)]
-    llvm.inline_asm(None, args, "st.shared.f32 [$0], $1;", "r,f", has_side_effects=True, loc=loc, ip=ip)
+    llvm.inline_asm(None, args, f"{instruction} [$0], $1;", ",".join(kinds), has_side_effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -164,10 +142,10 @@ def largest_of_lanes(x: Uint32, *, loc=None, ip=None) -> Uint32:
 
 
 @dsl_user_op
-def rounded(function: str, x: Float32, *, loc=None, ip=None) -> Float32:
-    """rcp or sqrt, rounded to nearest."""
+def root(x: Float32, *, loc=None, ip=None) -> Float32:
+    """Its square root, rounded to nearest."""
     args = [x.ir_value(loc=loc, ip=ip)]
-    return Float32(llvm.inline_asm(T.f32(), args, f"{function}.rn.f32 $0, $1;", "=f,f", loc=loc, ip=ip))
+    return Float32(llvm.inline_asm(T.f32(), args, "sqrt.rn.f32 $0, $1;", "=f,f", loc=loc, ip=ip))
 
 
 @dsl_user_op
@@ -185,62 +163,9 @@ def larger(x: Float32, y: Float32, *, loc=None, ip=None) -> Float32:
     return Float32(llvm.inline_asm(T.f32(), args, asm, "=f,f,f", loc=loc, ip=ip))
 
 
-@dsl_user_op
-def to_e4m3(x: Float32, *, loc=None, ip=None) -> Uint32:
-    """To nearest even, saturating; of NaN the largest, too."""
-    asm = (
-        "{ .reg .f32 most; .reg .b16 both; min.f32 most, $1, 0f43E00000; "
-        "cvt.rn.satfinite.e4m3x2.f32 both, 0f00000000, most; cvt.u32.u16 $0, both; }"
-    )
-    return Uint32(llvm.inline_asm(T.i32(), [x.ir_value(loc=loc, ip=ip)], asm, "=r,f", loc=loc, ip=ip))
-
-
-@dsl_user_op
-def from_e4m3(byte: Uint32, *, loc=None, ip=None) -> Float32:
-    asm = (
-        "{ .reg .b16 both, low, high; .reg .b32 f16; cvt.u16.u32 both, $1; cvt.rn.f16x2.e4m3x2 f16, both; "
-        "mov.b32 {low, high}, f16; cvt.f32.f16 $0, low; }"
-    )
-    return Float32(llvm.inline_asm(T.f32(), [byte.ir_value(loc=loc, ip=ip)], asm, "=f,r", loc=loc, ip=ip))
-
-
-def _codes_of_eight() -> str:
-    """PTX: FP32 $1 .. $8 -> E2M1 codes in the word $0, the first in its lowest bits; saturates, NaN gives 6.
-
-    Over |y| the codes are three lines, 2 a up to 2, a + 2 up to 4 and a / 2 + 4 up to 6, the lowest of which counts. At
-    2^23 floats lie 1 apart: one addition a line rounds to the nearest code, ties to the even one.
-    """
-    lines = [".reg .f32 a, f, g, h;", ".reg .b32 p, q, word, signs;"]
-    lines += [f".reg .b32 m{i}, y{i};" for i in range(8)]
-    for i in range(8):
-        lines += [
-            f"abs.f32 a, ${i + 1}; min.f32 a, a, 0f40C00000;",  # of NaN and 6 it is 6
-            "fma.rn.f32 f, a, 0f40000000, 0f4B000000; add.rn.f32 g, a, 0f4B000002;",
-            "fma.rn.f32 h, a, 0f3F000000, 0f4B000004;",
-            f"mov.b32 m{i}, f; mov.b32 p, g; mov.b32 q, h; min.s32 m{i}, m{i}, p; min.s32 m{i}, m{i}, q;",
-            f"mov.b32 y{i}, ${i + 1};",
-        ]
-    lines += ["mov.b32 word, m7; shr.u32 signs, y7, 28;"]
-    for i in range(6, -1, -1):
-        lines += [f"mad.lo.u32 word, word, 16, m{i}; shf.l.wrap.b32 signs, y{i}, signs, 4;"]
-    # with 0x4B000000 * 17, what the codes bring with them, it makes 2^32
-    lines += ["add.u32 word, word, 0x05000000; lop3.b32 $0, word, signs, 0x88888888, 0xF8;"]  # word | signs & mask
-    return "\n".join(["{", *lines, "}"])
-
-
-_CODES_OF_EIGHT = _codes_of_eight()
-
-
-@dsl_user_op
-def codes_of_eight(ys, *, loc=None, ip=None) -> Uint32:
-    """Eight numbers -> their E2M1 codes in a word."""
-    args = [y.ir_value(loc=loc, ip=ip) for y in ys]
-    return Uint32(llvm.inline_asm(T.i32(), args, _CODES_OF_EIGHT, "=r" + ",f" * 8, loc=loc, ip=ip))
-
-
-def widen(words):
+def widened(words):
     """BF16 numbers, two a word, as FP32."""
-    return [x for w in words for x in (bits_float(w << Uint32(16)), bits_float(w & Uint32(0xFFFF0000)))]
+    return [x for word in words for x in widen(word)]
 
 
 def pairs_summed(xs):
@@ -286,8 +211,8 @@ class RmsnormQuantizeSm90:
         stream: cuda.CUstream,
     ):
         """out: codes and scales, or where the bits of the largest magnitude are; stride: elements from row to row."""
-        addresses = (x.toint(), weight.toint(), alpha.toint(), tuple(p.toint() for p in out))
-        self.kernel(addresses, m, stride, eps).launch(
+        addresses = (x.toint(), weight.toint(), tuple(p.toint() for p in out))
+        self.kernel(addresses, cute.make_tensor(alpha, cute.make_layout(1)), m, stride, eps).launch(
             grid=(cutlass.min(m, ctas), 1, 1),
             block=(self.config.threads(self.k), 1, 1),
             stream=stream,
@@ -296,7 +221,7 @@ class RmsnormQuantizeSm90:
         )
 
     @cute.kernel
-    def kernel(self, addresses: Any, m: Int32, stride: Int64, eps: Float32):
+    def kernel(self, addresses: Any, alpha: cute.Tensor, m: Int32, stride: Int64, eps: Float32):
         c = self.config
         tidx, _, _ = cute.arch.thread_idx()
         warp, lane = cute.arch.make_warp_uniform(tidx // 32), tidx % 32
@@ -315,7 +240,7 @@ class RmsnormQuantizeSm90:
         cute.arch.mbarrier_init_fence()
         begin()
         if cutlass.const_expr(not self.amax):
-            self.fill_table(room, addresses, tidx)
+            self.fill_table(room, alpha, tidx)
         cute.arch.sync_threads()
         bars = (full, half, summed, empty)
         if warp == 0:
@@ -324,16 +249,15 @@ class RmsnormQuantizeSm90:
             self.sum(room, bars, m, eps, (warp - 1) // 2, (warp - 1) % 2, lane)
         else:
             own = warp - (1 + 2 * c.summing)
-            self.quantise(room, bars, addresses, m, own // self.sharing, own % self.sharing, lane)
+            self.quantise(room, bars, addresses, alpha, m, own // self.sharing, own % self.sharing, lane)
 
     @cute.jit
-    def fill_table(self, room, addresses, tidx):
+    def fill_table(self, room, alpha, tidx):
         """Of each scale what its elements are multiplied with: 1 / (scale alpha), or 0."""
-        alpha = fetch_number(addresses[2])
         if tidx < SCALES:
-            product = mul(from_e4m3(Uint32(tidx)), alpha)
-            factor = cutlass.select_(product == Float32(0.0), Float32(0.0), rounded("rcp", product))
-            store_number(room["table"] + 4 * tidx, factor)
+            product = mul(f16_to_f32(e4m3x2_to_f16x2(Uint32(tidx))), alpha[0])
+            factor = cutlass.select_(product == Float32(0.0), Float32(0.0), reciprocal(product))
+            put("st.shared.f32", room["table"] + 4 * tidx, factor)
 
     def next(self, slot, phase, by: int):
         """The slot so many after this one, and its barriers' phase."""
@@ -395,26 +319,26 @@ class RmsnormQuantizeSm90:
                         there = cutlass.min(own, self.blocks % CHUNK_BLOCKS - 1) - own
                         words = self.half_block(at + chunk * (2 * SUM_CHUNK) + there * (2 * BLOCK), lane, i)
                         words = [cutlass.select_(there == 0, w, Uint32(0)) for w in words]
-                    squares.append([mul(v, v) for v in widen(words)])
+                    squares.append([mul(v, v) for v in widened(words)])
                 parts.append(pairs_summed(halves_added(squares)))
             total = add(parts[0], parts[1])
             for by in (1, 2, 4, 8, 16):
                 total = add(total, cute.arch.shuffle_sync_bfly(total, by))
             if part == 1:
                 with cute.arch.elect_one():
-                    store_number(room["sums"] + 4 * slot, total)
+                    put("st.shared.f32", room["sums"] + 4 * slot, total)
                 self.arrive(half + slot)
             else:
                 cute.arch.mbarrier_wait(half + slot, phase)
                 mean = quotient(add(total, load_number(room["sums"] + 4 * slot)), Float32(self.k))
-                factor = rounded("rcp", rounded("sqrt", add(mean, eps)))
+                factor = reciprocal(root(add(mean, eps)))
                 with cute.arch.elect_one():
-                    store_number(room["factors"] + 4 * slot, factor)
+                    put("st.shared.f32", room["factors"] + 4 * slot, factor)
                 self.arrive(summed + slot)
             slot, phase = self.next(slot, phase, self.config.summing)
 
     @cute.jit
-    def quantise(self, room, bars, addresses, m, group, share, lane):
+    def quantise(self, room, bars, addresses, alpha, m, group, share, lane):
         full, _, summed, empty = bars
         c, (first, step) = self.config, self.walk()
         slot, phase = Int32(group), Int32(0)
@@ -423,10 +347,7 @@ class RmsnormQuantizeSm90:
         weights = [self.weights(addresses[1], own + 32 * j, lane) for j in range(c.tiles)]
         inverse = Float32(0.0)
         if cutlass.const_expr(not self.amax):
-            alpha = fetch_number(addresses[2])
-            usable = alpha >= Float32(ALPHA_MIN)
-            one = Float32(1.0)
-            inverse = cutlass.select_(usable, rounded("rcp", cutlass.select_(usable, alpha, one)), Float32(0.0))
+            inverse = inverse_scale(alpha[0])
         most = Uint32(0)
         for row in cutlass.range(first + group * step, m, step * c.groups, unroll=1):
             cute.arch.mbarrier_wait(full + slot, phase)
@@ -437,23 +358,23 @@ class RmsnormQuantizeSm90:
             self.arrive(empty + slot)
             for j in cutlass.range_constexpr(c.tiles):
                 ys = [
-                    [mul(mul(v, norm), w) for v, w in zip(widen(words[j][i]), weights[j][i], strict=True)]
+                    [mul(mul(v, norm), w) for v, w in zip(widened(words[j][i]), weights[j][i], strict=True)]
                     for i in range(2)
                 ]
                 if cutlass.const_expr(self.amax):
                     for y in (*ys[0], *ys[1]):
                         most = cutlass.max(most, float_bits(y) & Uint32(0x7FFFFFFF))
                 else:
-                    self.store(room, addresses[3], ys, inverse, row, own + 32 * j, turned)
+                    self.store(room, addresses[2], ys, inverse, row, own + 32 * j, turned)
             slot, phase = self.next(slot, phase, c.groups)
         if cutlass.const_expr(self.amax):
             most = largest_of_lanes(most)
             if lane == 0:
-                keep_largest(addresses[3][0], most)
+                put("red.global.max.u32", addresses[2][0], most)
         elif cutlass.const_expr(self.blocked):
             for row in cutlass.range(m + first + group * step, (m + 127) // 128 * 128, step * c.groups, unroll=1):
                 for j in cutlass.range_constexpr(c.tiles):
-                    put_byte(addresses[3][1] + self.scale_at(row, own + 32 * j), Uint32(0))
+                    put("st.global.b8", addresses[2][1] + self.scale_at(row, own + 32 * j), Uint32(0))
 
     def weights(self, address, block, lane):
         """Of a block's halves, in this lane's order."""
@@ -465,7 +386,7 @@ class RmsnormQuantizeSm90:
                 words = [w for q in range(2) for w in fetch_words(address + Int64(at + 4 * q) * 4)]
                 found.append([bits_float(w) for w in words])
             else:
-                found.append(widen(fetch_words(address + Int64(at) * 2)))
+                found.append(widened(fetch_words(address + Int64(at) * 2)))
         return found
 
     def store(self, room, out, ys, inverse, row, block, turned):
@@ -473,12 +394,13 @@ class RmsnormQuantizeSm90:
         tops = [larger(a, b) for a, b in zip(*ys, strict=True)]
         while len(tops) > 1:
             tops = [larger(a, b) for a, b in zip(tops[::2], tops[1::2], strict=True)]
-        byte = to_e4m3(mul(mul(tops[0], Float32(SIXTH)), inverse))
+        t = mul(mul(tops[0], Float32(1 / 6)), inverse)
+        byte, _ = to_e4m3(cutlass.select_(t <= Float32(E4M3_MAX), t, Float32(E4M3_MAX)))
         factor = load_number(room["table"] + Int32(byte) * 4)
-        low, high = (codes_of_eight([mul(y, factor) for y in half]) for half in ys)
+        low, high = (to_e2m1x8_sm90([mul(y, factor) for y in half]) for half in ys)
         low, high = cutlass.select_(turned, high, low), cutlass.select_(turned, low, high)
         put_codes(out[0] + Int64(row) * (self.k // 2) + block * (BLOCK // 2), low, high)
-        put_byte(out[1] + self.scale_at(row, block), byte)
+        put("st.global.b8", out[1] + self.scale_at(row, block), byte)
 
     def scale_at(self, row, block):
         """Where a block's scale lies."""
@@ -493,15 +415,15 @@ class Finish:
 
     @cute.jit
     def __call__(self, bits: cute.Pointer, alpha: cute.Pointer, stream: cuda.CUstream):
-        self.kernel(bits.toint(), alpha.toint()).launch(
+        one = cute.make_layout(1)
+        self.kernel(cute.make_tensor(bits, one), cute.make_tensor(alpha, one)).launch(
             grid=(1, 1, 1), block=(32, 1, 1), stream=stream, use_pdl=OVERLAP
         )
 
     @cute.kernel
-    def kernel(self, bits: Int64, alpha: Int64):
+    def kernel(self, bits: cute.Tensor, alpha: cute.Tensor):
         begin()
-        with cute.arch.elect_one():
-            put_number(alpha, quotient(fetch_number(bits), Float32(AMAX_TO_ALPHA)))
+        alpha[0] = quotient(bits[0], Float32(6 * E4M3_MAX))
 
 
 # --- host -------------------------------------------------------------------------------------------------------------
@@ -513,7 +435,9 @@ _WEIGHTS = {torch.bfloat16: BFloat16, torch.float32: Float32}
 def _arguments(weight: Any, pointers: tuple[int, ...], m: int, stride: int, eps: float, ctas: int) -> tuple[Any, ...]:
     """All but the stream. pointers: x, weight, alpha, codes and scales (or, twice, the largest magnitude)."""
     kinds = (BFloat16, weight, Float32, Uint8, Uint8)
-    x, w, alpha, *out = (make_ptr(t, p, _GMEM, assumed_align=1) for t, p in zip(kinds, pointers, strict=True))
+    x, w, alpha, *out = (
+        make_ptr(t, p, _GMEM, assumed_align=t.width // 8) for t, p in zip(kinds, pointers, strict=True)
+    )
     return x, w, alpha, tuple(out), Int32(m), Int64(stride), Float32(eps), Int32(ctas)
 
 
@@ -573,7 +497,7 @@ def _launch(
     amax: bool,
 ) -> None:  # fmt: skip
     m, k = x.shape
-    kind = {torch.bfloat16: "bf16"}.get(x.dtype, str(x.dtype))
+    kind = "bf16" if x.dtype == torch.bfloat16 else str(x.dtype)
     if reason := refusal(RmsnormQuantizeProblem(m=m, k=k, x=kind), config):
         raise ValueError(reason)
     if x.stride(1) != 1:
@@ -585,18 +509,15 @@ def _launch(
     pointers = tuple(t.data_ptr() for t in (x, weight, alpha, *out))
     ctas = _sms(x.device.index if x.is_cuda else None)
     arguments = _arguments(_WEIGHTS[weight.dtype], pointers, m, x.stride(0) if m > 1 else k, eps, ctas)
-    function = compiled(config, k, _WEIGHTS[weight.dtype], blocked, amax)
-    finish = (make_ptr(Float32, t.data_ptr(), _GMEM, assumed_align=4) for t in (out[0], alpha))
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            stream = cuda.CUstream(torch.cuda.current_stream().cuda_stream)
-            function(*arguments, stream)
-            if amax:
-                compiled_finish()(*finish, stream)
-    else:  # CPU tensors, where an emulator stands in for the CUDA runtime
-        function(*arguments, cuda.CUstream(0))
-        if amax:
-            compiled_finish()(*finish, cuda.CUstream(0))
+    launches = [(compiled(config, k, _WEIGHTS[weight.dtype], blocked, amax), arguments)]
+    if amax:
+        finish = tuple(make_ptr(Float32, t.data_ptr(), _GMEM, assumed_align=4) for t in (out[0], alpha))
+        launches.append((compiled_finish(), finish))
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        # on CPU tensors an emulator stands in for the CUDA runtime
+        stream = cuda.CUstream(torch.cuda.current_stream().cuda_stream if x.is_cuda else 0)
+        for function, operands in launches:
+            function(*operands, stream)
 
 
 def launch(x: Tensor, weight: Tensor, eps: float, alpha: Tensor, out: NVFP4Tensor, rule: Rule, config: Config) -> None:

@@ -311,7 +311,7 @@ def _rmsnorm(
     tiles = math.ceil(math.ceil(k / config.tile_k) / config.parts)
     summed = block_m * k * RMS_SUM_INSTRUCTIONS
     instructions = summed + (whole.cta_instructions - summed) / config.parts
-    work = dataclasses.replace(
+    return dataclasses.replace(
         whole,
         ctas=whole.ctas * config.parts,
         cta_bytes=whole.cta_bytes / config.parts,
@@ -321,7 +321,6 @@ def _rmsnorm(
         ramps=1 if config.held or tiles == 1 else 1 + math.ceil(tiles / 2),
         serial_us=instructions / whole.threads * THREAD_US,
     )
-    return work.in_turns(getattr(config, "turns", 1))
 
 
 def _inserted(
