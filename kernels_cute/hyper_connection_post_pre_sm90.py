@@ -12,6 +12,7 @@ from .hyper_connection_sm90 import (
     Config as Config,
     build as build,
     build_key as build_key,
+    default as default,
     precompile as precompile,
     supports as supports,
     warm as warm,

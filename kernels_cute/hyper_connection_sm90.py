@@ -1,8 +1,8 @@
 """Hyper-connections on Hopper that read the streams once: `hyper_connection_pre`, `_post_pre` and `_head`.
 
 Memory bound: reads 8 bytes a column of four BF16 streams and writes 2; with a site to close 10 and 10. fn, FP32
-[24, 4 d] or the head's [4, 4 d], is split into three BF16 terms by a launch before, exactly; they are read from L2 once
-a step.
+[24, 4 d] or the head's [4, 4 d], is split into two BF16 terms by a launch before, to within 2^-17 of an element; they
+are read from L2 once a step, or once for all where there is room.
 
 A cluster takes block_m tokens a step, and each of its CTAs a share of the columns of all four streams, which stay in
 shared memory until they are folded. Columns come in groups of 64 of each stream.
@@ -10,9 +10,10 @@ shared memory until they are folded. Columns come in groups of 64 of each stream
     load      two warps: one sends for streams by TMA as soon as there is room, also for the next step's; one for the
               terms of fn, of 64 columns of a stream at a time, which lie in memory as WGMMA reads them
     mix       eight threads a token, 8 columns of each stream each: make the streams that a site leaves, in place; sum
-              squares; later fold the streams
-    multiply  a warpgroup: rows of the MMA are tokens, from registers; columns are fn's terms. Sums of 64 columns leave
-              the tensor core, which truncates, for FP32 sums. It sends the new streams to memory, by TMA
+              squares; later fold the streams. A site's output is on its way to shared memory AHEAD groups before, by
+              cp.async, and a thread reads what it has copied itself
+    multiply  a warpgroup: rows of the MMA are tokens, from registers; columns are fn's terms. Sums of a group's columns
+              leave the tensor core, which truncates, for FP32 sums. It sends the new streams to memory, by TMA
     own       two warps, in turn: the sums of a token meet in one CTA of the cluster, which adds them in the order of
               the CTAs; pre goes back to all, then comes, but for the head, Sinkhorn, for which there is time until the
               step after the next
@@ -51,7 +52,6 @@ from .instructions import (
     create_policy,
     fetch,
     fetch_words,
-    float_bits,
     fma,
     load4,
     load_matrices,
@@ -59,7 +59,6 @@ from .instructions import (
     load_words,
     mul,
     pack_bf16,
-    prmt,
     push,
     store_words,
     widen,
@@ -69,12 +68,16 @@ from .overlap import OVERLAP, wait
 ARCH = "sm_90a"
 STREAMS = 4
 OUTPUTS = STREAMS * (STREAMS + 2)  # the head has STREAMS
-TERMS = 3  # BF16 numbers whose sum is one of FP32
+TERMS = 2  # BF16 numbers whose sum is one of FP32 within 2^-17 of it
 GROUP = 64  # columns of a group: rows of 128 bytes of shared memory
 ROWS = 64  # of WGMMA, of which block_m count
 K_STEPS = GROUP // 16  # of WGMMA
 WARPGROUP = 128
 TOKENS = 16  # that a warpgroup mixes
+COEFFICIENTS = STREAMS + STREAMS**2  # of a site: post, then rows of comb
+AHEAD = 3  # groups of columns of a site's output on their way
+EARLY = 2  # groups of columns that warps which only fold take to registers before they can fold them
+STORED = 2  # groups of columns that are on their way to memory while the next one is stored
 BARRIER_BYTES = 1024
 REGISTERS = 65536  # of an SM
 OWNERS = 2  # warps
@@ -83,7 +86,7 @@ OWNERS = 2  # warps
 LEAST_TOKENS, LEAST_TOKENS_OF_HEAD = 256, 768
 # of threads that mix, that multiply and that load or own, by warpgroups that mix; launched with as many, where not here
 THREAD_REGISTERS: dict[int, tuple[int, ...]] = {2: (136, 144, 96), 3: (104, 136, 32)}
-REGISTERS_APART = {False: (64, 88, 136, 40), True: (88, 80, 112, 32)}  # without and with a site to close
+REGISTERS_APART = {False: (64, 104, 104, 40), True: (80, 96, 96, 32)}  # without and with a site to close
 LOG2_E = 1.4426950408889634
 
 FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem | HyperConnectionHeadProblem
@@ -128,7 +131,16 @@ class Config:
         return self.block_m // self.cluster
 
 
-SPACE = {"block_m": (16, 32, 48), "cluster": (8, 16), "stages": (3, 4, 5), "apart": (False, True)}
+SPACE = {"block_m": (16, 32, 48), "cluster": (8, 16), "stages": (4, 6, 8), "apart": (False, True)}
+
+
+def default(problem: FoldProblem) -> Config:
+    """Clusters whose CTAs have some eight groups of columns; the head's terms stay."""
+    cluster = 8 if 4 * 8 * GROUP <= problem.k <= 8 * 8 * GROUP else 16
+    if isinstance(problem, HyperConnectionHeadProblem):
+        return Config(block_m=32, cluster=cluster, stages=32)
+    post = isinstance(problem, HyperConnectionPostPreProblem)
+    return Config(block_m=32, cluster=cluster, stages=4 if post else 8, apart=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,28 +160,42 @@ class Variant:
         return cls(d=problem.k, outputs=outputs, post=isinstance(problem, HyperConnectionPostPreProblem), norm=norm)
 
 
-def term_rows(outputs: int) -> int:
-    """Of WGMMA's, which come in eights: some of the head's belong to no output."""
-    return (outputs + 7) // 8 * 8
-
-
 def term_bytes(outputs: int) -> int:
     """fn's terms in a group of a stream."""
-    return TERMS * term_rows(outputs) * GROUP * 2
+    return TERMS * outputs * GROUP * 2
 
 
-def other_bytes(d: int, config: Config, outputs: int) -> int:
+def stages(variant: Variant, config: Config) -> int:
+    """Room for fn's terms in groups of columns of a stream, of which a CTA has so many at most."""
+    return min(config.stages, variant.d // config.cluster // GROUP * STREAMS)
+
+
+def site_groups(variant: Variant, config: Config) -> int:
+    """Groups of columns of a site's output that shared memory has room for."""
+    return min(AHEAD, variant.d // config.cluster // GROUP) + 1
+
+
+def other_bytes(variant: Variant, config: Config) -> int:
     """Shared memory beside the streams."""
-    c = config
-    inbox = OWNERS * c.block_m * (outputs + 1) * 4
-    small = c.block_m * 16 + c.norms * c.cluster * c.block_m * 4 + d // c.cluster * 2 + 64
-    return BARRIER_BYTES + c.stages * term_bytes(outputs) + inbox + small
+    v, c = variant, config
+    inbox = OWNERS * c.block_m * (v.outputs + 1) * 4
+    site = c.block_m * (COEFFICIENTS * 4 + site_groups(v, c) * GROUP * 2) if v.post else 0
+    small = c.block_m * 16 + c.norms * c.cluster * c.block_m * 4 + v.d // c.cluster * 2 + 64
+    return BARRIER_BYTES + stages(v, c) * term_bytes(v.outputs) + inbox + site + small
 
 
-def slots(d: int, config: Config, outputs: int) -> int:
-    """Groups of columns that shared memory holds: fewer than those of two steps, so that nobody is two steps ahead."""
-    room = MAX_SHARED_BYTES[ARCH] - other_bytes(d, config, outputs)
-    return min(room // config.slot_bytes, 2 * (d // config.cluster // GROUP) - 1)
+def slots(variant: Variant, config: Config) -> int:
+    """Groups of columns that shared memory holds: with those taken early fewer than those of two steps, so that nobody
+    is two steps ahead.
+    """
+    room = MAX_SHARED_BYTES[ARCH] - other_bytes(variant, config)
+    groups = variant.d // config.cluster // GROUP
+    return min(room // config.slot_bytes, 2 * groups - 1 - early(groups, config))
+
+
+def early(groups: int, config: Config) -> int:
+    """How many of its groups of columns a step's folding warps take to registers before they know pre."""
+    return min(EARLY, groups - 1) if config.apart else 0
 
 
 def supports(problem: FoldProblem, config: Config) -> str | None:
@@ -191,7 +217,7 @@ def refusal(problem: FoldProblem, config: Config) -> str | None:
         return f"{c.block_m} tokens are more than 4 for each of {c.cluster} CTAs"
     if c.apart and c.block_m > 2 * TOKENS:
         return f"apart, for up to {2 * TOKENS} tokens a step: shared memory holds no other step beside {c.block_m}"
-    groups, held = p.k // c.cluster // GROUP, slots(p.k, c, Variant.of(p, norm=True).outputs)
+    groups, held = p.k // c.cluster // GROUP, slots(Variant.of(p, norm=True), c)
     if held < groups:
         return f"shared memory holds {held} of {groups} groups of columns of {c.block_m} tokens"
     return None
@@ -201,13 +227,11 @@ def refusal(problem: FoldProblem, config: Config) -> str | None:
 
 
 @dsl_user_op
-def fetch4(address: Int64, *, loc=None, ip=None):
-    """Four numbers of global memory that nobody writes meanwhile."""
-    kind = llvm.StructType.get_literal([T.f32()] * 4)
-    asm = "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];"
-    args = [address.ir_value(loc=loc, ip=ip)]
-    got = llvm.inline_asm(kind, args, asm, "=f,=f,=f,=f,l", has_side_effects=True, loc=loc, ip=ip)
-    return [Float32(llvm.extractvalue(T.f32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
+def copy_ahead(to: Int32, source: Int64, policy: Int64, *, loc=None, ip=None):
+    """16 bytes of global memory on their way to shared memory, by cp.async."""
+    args = [v.ir_value(loc=loc, ip=ip) for v in (to, source, policy)]
+    asm = "cp.async.cg.shared.global.L2::cache_hint [$0], [$1], 16, $2;"
+    llvm.inline_asm(None, args, asm, "r,l,l", has_side_effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -237,37 +261,27 @@ def sigmoid(x):
     return approximately("rcp", Float32(1.0) + approximately("ex2", x * Float32(-LOG2_E)))
 
 
-def upper_halves(low, high):
-    """Of two words, in one: two FP32 numbers cut off to BF16."""
-    return prmt(low, high, 0x7632)
-
-
 def split(x, y):
-    """Two FP32 numbers, given as words, as sums of three BF16 numbers: words of both, the smallest first."""
-    high = upper_halves(x, y)
-    x, y = (float_bits(bits_float(v) - bits_float(v & Uint32(0xFFFF0000))) for v in (x, y))
-    middle = upper_halves(x, y)
-    x, y = (float_bits(bits_float(v) - bits_float(v & Uint32(0xFFFF0000))) for v in (x, y))
-    return upper_halves(x, y), middle, high
+    """Two FP32 numbers, given as words, as sums of two BF16 numbers: words of both, the smaller first."""
+    numbers = [bits_float(v) for v in (x, y)]
+    high = pack_bf16(*numbers)
+    return pack_bf16(*(v - h for v, h in zip(numbers, widen(high), strict=True))), high
 
 
 # --- fn's terms -------------------------------------------------------------------------------------------------------
 
 
 class SplitFn:
-    """A CTA has the terms of 64 columns of a stream: rows of 128 bytes in the 128-byte swizzle, the smallest first.
-
-    Rows beyond the outputs are those of the last one again.
-    """
+    """A CTA has the terms of 64 columns of a stream: rows of 128 bytes in the 128-byte swizzle, the smaller first."""
 
     def __init__(self, d: int, outputs: int):
-        self.d, self.outputs, self.rows = d, outputs, term_rows(outputs)
+        self.d, self.outputs = d, outputs
 
     @cute.jit
     def __call__(self, fn: cute.Pointer, terms: cute.Pointer, stream: cuda.CUstream):
         self.kernel(fn.toint(), terms.toint()).launch(
             grid=(STREAMS * self.d // GROUP, 1, 1),
-            block=(self.rows * GROUP // 8, 1, 1),
+            block=(self.outputs * GROUP // 8, 1, 1),
             stream=stream,
             use_pdl=OVERLAP,
         )
@@ -276,16 +290,16 @@ class SplitFn:
     def kernel(self, fn: Int64, terms: Int64):
         tidx, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
-        row, unit = tidx // 8, tidx % 8
-        output = cutlass.min(row, self.outputs - 1) if cutlass.const_expr(self.rows > self.outputs) else row
+        output, unit = tidx // 8, tidx % 8
         at = fn + (Int64(output) * (STREAMS * self.d) + block * GROUP + 8 * unit) * 4
         x = [*fetch_words(at), *fetch_words(at + 16)]  # fn, a weight, comes while the kernel before runs
         wait()
         cute.arch.griddepcontrol_launch_dependents()
         pairs = [split(x[i], x[i + 1]) for i in range(0, 8, 2)]
-        to = terms + Int64(block) * term_bytes(self.outputs) + row * (GROUP * 2) + (unit ^ (row % 8)) * 16
+        to = terms + Int64(block) * term_bytes(self.outputs)
         for t in cutlass.range_constexpr(TERMS):
-            put_words(to + t * (self.rows * GROUP * 2), [pair[t] for pair in pairs], Boolean(True))
+            row = output + t * self.outputs
+            put_words(to + row * (GROUP * 2) + (unit ^ (row % 8)) * 16, [pair[t] for pair in pairs], Boolean(True))
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
@@ -298,9 +312,12 @@ class HyperConnectionSm90:
         self.config, self.variant = config, variant
         self.columns = variant.d // config.cluster  # of a stream, a CTA's
         self.groups = self.columns // GROUP
-        self.outputs, self.rows = variant.outputs, term_rows(variant.outputs)
+        self.outputs = variant.outputs
         self.term_bytes = term_bytes(variant.outputs)
-        self.slots = slots(variant.d, config, variant.outputs)
+        self.slots = slots(variant, config)
+        self.site_groups = site_groups(variant, config)
+        self.stages = stages(variant, config)
+        self.resident = self.stages == self.groups * STREAMS  # fn's terms are loaded once
         self.makers = 4 * config.mixing  # warps; those that fold are as many
         self.mixers = self.makers * (1 + config.apart)
         self.stream_bytes = config.block_m * GROUP * 2  # of a slot
@@ -364,7 +381,7 @@ class HyperConnectionSm90:
         layout = self.layout(self.slots)
         streams = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        layout = cute.tile_to_shape(atom, (TERMS * self.rows, GROUP, c.stages), order=(0, 1, 2))
+        layout = cute.tile_to_shape(atom, (TERMS * self.outputs, GROUP, self.stages), order=(0, 1, 2))
         terms = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         sizes_of = {
             "sums": OWNERS * c.block_m * self.outputs,
@@ -373,22 +390,25 @@ class HyperConnectionSm90:
             "norms": c.norms * c.cluster * c.block_m,
             "weight": self.columns // 2,
         }
+        if cutlass.const_expr(self.variant.post):
+            sizes_of["coefficients"] = c.block_m * COEFFICIENTS
+            sizes_of["site"] = self.site_groups * c.block_m * GROUP // 2
         room = {
             name: Int32(smem.allocate_tensor(Uint32, cute.make_layout(n), byte_alignment=16).iterator.toint())
             for name, n in sizes_of.items()
         }
         full, empty, made = barriers, barriers + self.slots, barriers + 2 * self.slots
         term_full = barriers + 3 * self.slots
-        term_empty = term_full + c.stages
-        received = term_empty + c.stages  # sums, of each owning warp; pre; sums of squares of y, of `norms` steps
+        term_empty = term_full + self.stages
+        received = term_empty + self.stages  # sums, of each owning warp; pre; sums of squares of y, of `norms` steps
         bars = (full, empty, made, term_full, term_empty, received)
         if warp == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.slots):
                     cute.arch.mbarrier_init(full + i, 1)
-                    cute.arch.mbarrier_init(empty + i, self.makers + int(self.variant.post))
+                    cute.arch.mbarrier_init(empty + i, self.readers())
                     cute.arch.mbarrier_init(made + i, self.makers)
-                for i in cutlass.range_constexpr(c.stages):
+                for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(term_full + i, 1)
                     cute.arch.mbarrier_init(term_empty + i, 4)
                 for i in cutlass.range_constexpr(OWNERS + 1 + c.norms):
@@ -423,6 +443,13 @@ class HyperConnectionSm90:
                 self.own(room, bars, addresses, sizes, numbers, rank, warp - (self.mixers + 6))
         cute.arch.cluster_arrive()  # a CTA stays until its peers have what they wait for
         cute.arch.cluster_wait()
+
+    def readers(self) -> int:
+        """Warps that say of a slot that they are done with it. Where those who fold know pre, others are; where they
+        read before, all say so but those who make new streams in it, for whom all wait. And one stores these.
+        """
+        others = 4 + (0 if self.variant.post else self.makers)
+        return self.makers + others * self.config.apart + int(self.variant.post)
 
     def registers(self) -> tuple[int, ...]:
         """Of threads that make, fold, multiply, and load or own; 0: as many as the kernel is launched with."""
@@ -486,14 +513,15 @@ class HyperConnectionSm90:
 
     @cute.jit
     def load_terms(self, terms, bars, addresses, sizes, rank):
-        """Send for fn's terms, group after group, stream after stream."""
-        c, (_, steps, _, _) = self.config, sizes
+        """Send for fn's terms, group after group, stream after stream: once, where there is room for all of them."""
+        _, steps, _, _ = sizes
         term_full, term_empty = bars[3:5]
         first, clusters = self.clusters()
         into = Int32(terms.iterator.toint())
         policy = create_keeping_policy()  # each step reads all of them, with more than L2 holds in between
         stage, phase = Int32(0), Int32(0)
-        for _ in cutlass.range(first, steps, clusters, unroll=1):
+        last = cutlass.min(first + 1, steps) if cutlass.const_expr(self.resident) else steps
+        for _ in cutlass.range(first, last, clusters, unroll=1):
             for item in cutlass.range(self.groups * STREAMS, unroll=1):
                 block = item % STREAMS * (self.variant.d // GROUP) + rank * self.groups + item // STREAMS
                 cute.arch.mbarrier_wait(term_empty + stage, phase ^ 1)
@@ -502,7 +530,7 @@ class HyperConnectionSm90:
                     source = addresses[1][0] + Int64(block) * self.term_bytes
                     bar = Int32((term_full + stage).toint())
                     bulk_load(into + stage * self.term_bytes, source, Int32(self.term_bytes), bar, policy)
-                stage, phase = self.next(stage, phase, c.stages)
+                stage, phase = self.next(stage, phase, self.stages)
 
     # --- the mixing warps ---------------------------------------------------------------------------------------------
 
@@ -525,12 +553,17 @@ class HyperConnectionSm90:
         start = Int32(streams.iterator.toint()) + row * (GROUP * 2) + ((unit ^ (row % 8)) * 16)
         column = rank * self.columns + 8 * unit
         received_at = Int32(received.toint())
-        coefficients = cute.make_rmem_tensor(20, Float32)
-        ahead = cute.make_rmem_tensor((4, 2), Uint32)  # of the site's output: this group's and the next one's
+        closes = makes and self.variant.post
         held = cute.make_rmem_tensor((4, self.groups), Uint32)
         slot, phase, at_slot, at_phase, turn = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
-        if cutlass.const_expr(makes and self.variant.post):
-            self.fetch_site(coefficients, ahead, addresses, sizes, first, row, column)
+        taken, next_place, next_step, next_group = Int32(0), Int32(0), first, Int32(0)  # of the site's output
+        policy = create_policy(Boolean(True))
+        if cutlass.const_expr(closes):
+            self.copy_coefficients(room, addresses, sizes, policy, first, row, unit)
+            for _ in cutlass.range_constexpr(self.site_groups - 1):
+                self.copy_output(room, addresses, sizes, policy, next_step, row, column, next_group, next_place, thread)
+                next_place, _ = self.next(next_place, Int32(0), self.site_groups)
+                next_step, next_group = self.after(next_step, next_group, clusters)
         for step in cutlass.range(first, steps, clusters, unroll=1):
             token = step * c.block_m + row
             there = token < m
@@ -539,22 +572,35 @@ class HyperConnectionSm90:
             if cutlass.const_expr(makes):
                 of_stream = cute.make_rmem_tensor(STREAMS, Float32)  # sums of squares: one would wait for itself
                 of_stream.fill(0.0)
-                for group in cutlass.range(self.groups, unroll=1):
+                coefficients: list[Float32] = []
+                if cutlass.const_expr(closes):
+                    cute.arch.cp_async_wait_group(self.site_groups - 2)
+                    cute.arch.sync_warp()
+                    own = room["coefficients"] + row * (COEFFICIENTS * 4)
+                    coefficients = [x for i in range(COEFFICIENTS // 4) for x in load4(own + 16 * i)]
+                    cute.arch.sync_warp()
+                    self.copy_coefficients(room, addresses, sizes, policy, step + clusters, row, unit)
+                for _ in cutlass.range(self.groups, unroll=1):
+                    if cutlass.const_expr(closes):
+                        self.copy_output(
+                            room, addresses, sizes, policy, next_step, row, column, next_group, next_place, thread
+                        )
+                        next_place, _ = self.next(next_place, Int32(0), self.site_groups)
+                        next_step, next_group = self.after(next_step, next_group, clusters)
                     cute.arch.mbarrier_wait(full + at_slot, at_phase)
                     at = start + at_slot * c.slot_bytes
                     x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
-                    if cutlass.const_expr(self.variant.post):
-                        x = self.close(x, [ahead[i, 0] for i in range(4)], coefficients)
+                    if cutlass.const_expr(closes):
+                        cute.arch.cp_async_wait_group(self.site_groups - 1)
+                        y = load_words(room["site"] + (taken * (c.block_m * GROUP // 8) + thread) * 16)
+                        taken, _ = self.next(taken, Int32(0), self.site_groups)
+                        x = self.close(x, y, coefficients)
                         for k in cutlass.range_constexpr(STREAMS):
                             store_words(at + k * self.stream_bytes, x[k])
                         cute.arch.fence_proxy("async.shared", space="cta")  # before TMA reads what threads have written
                         self.arrive(made + at_slot)
-                        # not before the fence, which might wait for it
-                        beyond = cutlass.min(group + 2, self.groups - 1)
-                        later = self.fetch_output(addresses, sizes, step, row, column, beyond)
-                        for i in cutlass.range_constexpr(4):
-                            ahead[i, 0] = ahead[i, 1]
-                            ahead[i, 1] = later[i]
+                    elif cutlass.const_expr(c.apart):
+                        self.arrive(empty + at_slot)
                     for k in cutlass.range_constexpr(STREAMS):
                         of_stream[k] = self.add_squares(of_stream[k], x[k])
                     at_slot, at_phase = self.next(at_slot, at_phase, self.slots)
@@ -563,27 +609,35 @@ class HyperConnectionSm90:
                     owner = turn % OWNERS
                     place = owner * c.block_m + rank * c.owned + row // c.cluster
                     push(room["squares"] + 4 * place, received_at + 8 * owner, row % c.cluster, [squares])
-                if cutlass.const_expr(self.variant.post and not folds):
-                    self.fetch_site(coefficients, ahead, addresses, sizes, step + clusters, row, column)
 
             if cutlass.const_expr(folds):
+                taken_early = []
+                for _ in cutlass.range_constexpr(0 if makes else early(self.groups, c)):
+                    cute.arch.mbarrier_wait(ready + slot, phase)
+                    at = start + slot * c.slot_bytes
+                    taken_early.append([load_words(at + k * self.stream_bytes) for k in range(STREAMS)])
+                    self.arrive(empty + slot)
+                    slot, phase = self.next(slot, phase, self.slots)
                 cute.arch.mbarrier_wait(received + OWNERS, turn % 2)
                 if thread == 0:
                     cute.arch.mbarrier_arrive_and_expect_tx(received + OWNERS, self.expected(OWNERS))
                 pre = load4(room["pre"] + 16 * row)
                 squares = Float32(0.0)
                 for group in cutlass.range_constexpr(self.groups):
-                    if cutlass.const_expr(not makes):
-                        cute.arch.mbarrier_wait(ready + slot, phase)
-                    at = start + slot * c.slot_bytes
-                    x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
-                    self.arrive(empty + slot)
+                    if cutlass.const_expr(group < len(taken_early)):
+                        x = taken_early[group]
+                    else:
+                        if cutlass.const_expr(not makes):
+                            cute.arch.mbarrier_wait(ready + slot, phase)
+                        at = start + slot * c.slot_bytes
+                        x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
+                        self.arrive(empty + slot)
+                        slot, phase = self.next(slot, phase, self.slots)
                     y = self.fold(x, pre)
                     for i in cutlass.range_constexpr(4):
                         held[i, group] = y[i]
                     if cutlass.const_expr(self.variant.norm):
                         squares = self.add_squares(squares, y)
-                    slot, phase = self.next(slot, phase, self.slots)
                 factor = Float32(1.0)
                 if cutlass.const_expr(self.variant.norm):
                     squares = self.over_row(squares)
@@ -607,9 +661,9 @@ class HyperConnectionSm90:
                         y = self.scale(y, factor, load_words(room["weight"] + 16 * (8 * group + unit)))
                     at = addresses[2][0] + (Int64(token) * self.variant.d + column + group * GROUP) * 2
                     put_words(at, y, there)
-                    if cutlass.const_expr(makes and self.variant.post and group == 0):  # not before: registers
-                        self.fetch_site(coefficients, ahead, addresses, sizes, step + clusters, row, column)
             turn += 1
+        if cutlass.const_expr(closes):
+            cute.arch.cp_async_wait_group(0)  # a CTA's end does not wait for copies
 
     @cute.jit
     def arrive(self, bar):
@@ -618,21 +672,28 @@ class HyperConnectionSm90:
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(bar)
 
-    def fetch_output(self, addresses, sizes, step, row, column, group):
-        """The site's output in 8 columns of a token; of the last one for those behind."""
-        token = cutlass.min(step * self.config.block_m + row, sizes[0] - 1)
-        return fetch_words(addresses[0][0] + (Int64(token) * sizes[3] + column + group * GROUP) * 2)
+    def after(self, step, group, clusters):
+        """The step and the group of columns that follow."""
+        last = group == self.groups - 1
+        return cutlass.select_(last, step + clusters, step), cutlass.select_(last, Int32(0), group + 1)
 
-    def fetch_site(self, coefficients, ahead, addresses, sizes, step, row, column):
-        """The coefficients of a token: four of post, then rows of comb; the site's output in its first two groups."""
+    @cute.jit
+    def copy_output(self, room, addresses, sizes, policy, step, row, column, group, place, thread):
+        """A site's output in this thread's 8 columns of a token, on its way; of the last token for those behind."""
+        token = cutlass.min(step * self.config.block_m + row, sizes[0] - 1)
+        to = room["site"] + (place * (self.config.block_m * GROUP // 8) + thread) * 16
+        copy_ahead(to, addresses[0][0] + (Int64(token) * sizes[3] + column + group * GROUP) * 2, policy)
+        cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def copy_coefficients(self, room, addresses, sizes, policy, step, row, unit):
+        """Those of a token, on their way: with the group of copies that is committed next."""
         token = Int64(cutlass.min(step * self.config.block_m + row, sizes[0] - 1))
-        got = [fetch4(addresses[0][1] + token * 16), *(fetch4(addresses[0][2] + token * 64 + 16 * j) for j in range(4))]
-        for i in range(20):
-            coefficients[i] = got[i // 4][i % 4]
-        for group in range(2):
-            y = self.fetch_output(addresses, sizes, step, row, column, min(group, self.groups - 1))
-            for i in range(4):
-                ahead[i, group] = y[i]
+        if unit < COEFFICIENTS // 4:
+            source = addresses[0][1] + token * 16
+            if unit > 0:
+                source = addresses[0][2] + token * 64 + Int64(unit - 1) * 16
+            copy_ahead(room["coefficients"] + row * (COEFFICIENTS * 4) + unit * 16, source, policy)
 
     def close(self, x, y, coefficients):
         """Streams after a site: post_k y + sum of comb_jk x_j, each operation rounded by itself."""
@@ -694,7 +755,7 @@ class HyperConnectionSm90:
             OperandMajorMode.K,
             Float32,
             (1, 1, 1),
-            (ROWS, TERMS * self.rows),
+            (ROWS, TERMS * self.outputs),
             a_source=warpgroup.OperandSource.RMEM,
         )
         mma.set(warpgroup.Field.ACCUMULATE, accumulate)
@@ -711,18 +772,14 @@ class HyperConnectionSm90:
         mma = self.mma(True)
         operand = mma.make_fragment_B(mma.get_slice(0).partition_B(terms))
         frag = [cute.make_rmem_tensor(mma.partition_shape_A((ROWS, GROUP)), BFloat16) for _ in range(2)]
-        ahead = int(not (c.apart and self.variant.post))  # products on their way while the next one is made: registers
-        shape = mma.partition_shape_C((ROWS, TERMS * self.rows))
-        acc = [cute.make_rmem_tensor(shape, Float32) for _ in range(1 + ahead)]
-        totals = cute.make_rmem_tensor(self.rows // 2, Float32)
+        acc = cute.make_rmem_tensor(mma.partition_shape_C((ROWS, TERMS * self.outputs)), Float32)
+        totals = cute.make_rmem_tensor(max(4, self.outputs // 2), Float32)
         # of ldmatrix; rows beyond the tokens are those of the last ones again
         row = 16 * cutlass.min(warp, c.mixing - 1) + lane % 16
         start = Int32(streams.iterator.toint()) + row * (GROUP * 2)
         slot, phase, stage, stage_phase, turn = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
         for step in cutlass.range(first, steps, clusters, unroll=1):
-            first_slot = slot
-            for i in cutlass.range_constexpr(self.rows // 2):
-                totals[i] = Float32(0.0)
+            totals.fill(0.0)
             for group in cutlass.range(self.groups, unroll=1):
                 cute.arch.mbarrier_wait(ready + slot, phase)
                 if cutlass.const_expr(self.variant.post):  # noqa: SIM102
@@ -731,28 +788,31 @@ class HyperConnectionSm90:
                         at = target[None, step, rank * self.groups + group, 0]
                         cute.copy(tmas[1].atom, into[None, slot], at)
                         cute.arch.cp_async_bulk_commit_group()
+                        if group >= STORED:
+                            cute.arch.cp_async_bulk_wait_group(STORED, read=True)
+                            self.arrive(empty + self.behind(slot, STORED))
                 at = start + slot * c.slot_bytes
                 self.take_tokens(frag[0], at, lane)
                 before = stage
-                for k in cutlass.range_constexpr(STREAMS + ahead):
-                    if cutlass.const_expr(k < STREAMS):
-                        cute.arch.mbarrier_wait(term_full + stage, stage_phase)
-                        self.issue(acc[k % (1 + ahead)], frag[k % 2], operand, stage)
-                    if cutlass.const_expr(k + 1 < STREAMS and not ahead):
-                        self.take_tokens(frag[(k + 1) % 2], at + (k + 1) * self.stream_bytes, lane)
-                    if cutlass.const_expr(k >= ahead):
-                        warpgroup.wait_group(ahead if k < STREAMS else 0)
-                        self.arrive(term_empty + (before if ahead else stage))
-                        self.add_terms(totals, acc[(k - ahead) % (1 + ahead)])
-                    if cutlass.const_expr(k + 1 < STREAMS and ahead):
+                for k in cutlass.range_constexpr(STREAMS):
+                    cute.arch.mbarrier_wait(term_full + stage, Int32(0) if self.resident else stage_phase)
+                    self.issue(acc, frag[k % 2], operand, stage, k == 0)
+                    if cutlass.const_expr(k > 0):
+                        self.done(1, term_empty + before)
+                    if cutlass.const_expr(k + 1 < STREAMS):
                         self.take_tokens(frag[(k + 1) % 2], at + (k + 1) * self.stream_bytes, lane)
                     before = stage
-                    if cutlass.const_expr(k < STREAMS):
-                        stage, stage_phase = self.next(stage, stage_phase, c.stages)
+                    stage, stage_phase = self.next(stage, stage_phase, self.stages)
+                if cutlass.const_expr(c.apart):
+                    self.arrive(empty + slot)
+                self.done(0, term_empty + before)
+                self.add_terms(totals, acc)
                 slot, phase = self.next(slot, phase, self.slots)
             sends = warp < c.mixing
             if cutlass.const_expr(self.outputs == STREAMS):
-                sends = sends and lane % 4 < STREAMS // 2  # others have what belongs to no output
+                for i in cutlass.range_constexpr(4):
+                    totals[i] = totals[i] + cute.arch.shuffle_sync_bfly(totals[i], 2)
+                sends = sends and lane % 4 < STREAMS // 2  # the others have the same
             if sends:
                 owner = turn % OWNERS
                 at = room["sums"] + owner * (c.block_m * self.outputs * 4)
@@ -760,13 +820,13 @@ class HyperConnectionSm90:
             if cutlass.const_expr(self.variant.post):  # noqa: SIM102
                 if warp == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
-                    cute.arch.sync_warp()
-                    with cute.arch.elect_one():
-                        for i in cutlass.range_constexpr(self.groups):
-                            stored = first_slot + i
-                            stored = cutlass.select_(stored < self.slots, stored, stored - self.slots)
-                            cute.arch.mbarrier_arrive(empty + stored)
+                    for i in cutlass.range_constexpr(min(STORED, self.groups)):
+                        self.arrive(empty + self.behind(slot, i + 1))
             turn += 1
+
+    def behind(self, slot, count: int):
+        """The slot that came so many before this one."""
+        return cutlass.select_(slot < count, slot + self.slots - count, slot - count)
 
     def take_tokens(self, frag, at, lane):
         """A warp's 16 rows of 64 columns of a stream to registers."""
@@ -777,19 +837,27 @@ class HyperConnectionSm90:
                 words[4 * s + i] = got[i]
 
     @cute.jit
-    def issue(self, acc, frag, operand, stage):
-        """Products of 64 columns, on their way."""
+    def issue(self, acc, frag, operand, stage, first: cutlass.Constexpr[bool]):
+        """Products of 64 columns of a stream, on their way into acc: added to what is there, but the first."""
         new, more = self.mma(False), self.mma(True)
         warpgroup.fence()
         for s in cutlass.range_constexpr(K_STEPS):
-            cute.gemm(new if s == 0 else more, acc, frag[None, None, s], operand[None, None, s, stage], acc)
+            cute.gemm(new if first and s == 0 else more, acc, frag[None, None, s], operand[None, None, s, stage], acc)
         warpgroup.commit_group()
 
+    @cute.jit
+    def done(self, others: cutlass.Constexpr[int], empty):
+        """All products but those of so many streams are there: the terms of the last of them have been read."""
+        warpgroup.wait_group(others)
+        if cutlass.const_expr(not self.resident):
+            self.arrive(empty)
+
     def add_terms(self, totals, acc):
-        """Columns of the product are the outputs of each term."""
-        for i in range(self.rows // 2):
-            low, middle, high = (acc[i + t * (self.rows // 2)] for t in range(TERMS))
-            totals[i] = totals[i] + ((low + middle) + high)
+        """Columns of the product are the outputs of each term: the head's, eight in all, are two by two in the lanes of
+        a quad.
+        """
+        for i in range(max(4, self.outputs // 2)):
+            totals[i] = totals[i] + (acc[i] if self.outputs == STREAMS else acc[i] + acc[i + self.outputs // 2])
 
     def send(self, totals, sums, received, rank, row, quad):
         """A thread has pairs of outputs of two tokens, which go to the CTAs that own these."""
@@ -797,7 +865,7 @@ class HyperConnectionSm90:
         for half in range(2):
             token = row + 8 * half
             place = (rank * c.owned + token // c.cluster) * self.outputs + 2 * quad
-            for j in range(self.rows // 8):
+            for j in range((self.outputs + 7) // 8):
                 pair = [totals[4 * j + 2 * half + e] for e in range(2)]
                 push(sums + (place + 8 * j) * 4, received, token % c.cluster, pair)
 
@@ -1014,7 +1082,7 @@ def launch(
         site = (_aligned(site[0]), *site[1:])
     fn = _aligned(fn.contiguous())
     variant = Variant.of(problem, norm=weight is not None)
-    terms = torch.empty(TERMS * term_rows(variant.outputs) * n * d, dtype=torch.bfloat16, device=h.device)
+    terms = torch.empty(TERMS * variant.outputs * n * d, dtype=torch.bfloat16, device=h.device)
     weights = (terms, base, scale, base if weight is None else _aligned(weight))
     strides = (
         h.stride(0) if tokens > 1 else STREAMS * d,
