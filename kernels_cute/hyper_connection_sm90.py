@@ -9,14 +9,16 @@ shared memory until they are folded. Columns come in groups of 64 of each stream
 
     load      two warps: one sends for streams by TMA as soon as there is room, also for the next step's; one for the
               terms of fn, of 64 columns of a stream at a time, which lie in memory as WGMMA reads them
-    mix       eight threads a token, 8 columns of each stream each: make the streams that a site leaves, in place; sum
-              squares; later fold the streams. A site's output is on its way to shared memory AHEAD groups before, by
-              cp.async, and a thread reads what it has copied itself
-    multiply  a warpgroup: rows of the MMA are tokens, from registers; columns are fn's terms. Sums of a group's columns
-              leave the tensor core, which truncates, for FP32 sums. It sends the new streams to memory, by TMA
+    make      eight threads a token, 8 columns of each stream each: the streams that a site leaves, in place, and sums
+              of squares. A site's output is on its way to shared memory AHEAD groups before, by cp.async, and a thread
+              reads what it has copied itself
+    multiply  a warpgroup: rows of the MMA are fn's terms, from registers; columns are tokens, whose streams the tensor
+              core reads where they lie. Sums of a group's columns leave it, as it truncates, for FP32 sums. One warp
+              sends the new streams to memory, by TMA
     own       two warps, in turn: the sums of a token meet in one CTA of the cluster, which adds them in the order of
               the CTAs; pre goes back to all, then comes, but for the head, Sinkhorn, for which there is time until the
               step after the next
+    fold      as many threads as make: y, as soon as pre is there, while those who make are at the next step
     norm      sums of squares of y go from each CTA to all others, who add them in one order
 
 What CTAs send each other is counted by mbarriers of the receiver (st.async). No bit depends on m, on other tokens or on
@@ -70,13 +72,14 @@ STREAMS = 4
 OUTPUTS = STREAMS * (STREAMS + 2)  # the head has STREAMS
 TERMS = 2  # BF16 numbers whose sum is one of FP32 within 2^-17 of it
 GROUP = 64  # columns of a group: rows of 128 bytes of shared memory
-ROWS = 64  # of WGMMA, of which block_m count
+ROWS = 64  # of WGMMA, of which those of fn's terms count
 K_STEPS = GROUP // 16  # of WGMMA
 WARPGROUP = 128
-TOKENS = 16  # that a warpgroup mixes
+TOKENS = 16  # that a warpgroup makes or folds
 COEFFICIENTS = STREAMS + STREAMS**2  # of a site: post, then rows of comb
 AHEAD = 3  # groups of columns of a site's output on their way
-EARLY = 2  # groups of columns that warps which only fold take to registers before they can fold them
+EARLY = 2  # groups of columns that are taken to registers before they can be folded
+NORMS = 2  # steps whose sums of squares of y are on their way: who makes streams is a step ahead of who folds
 STORED = 2  # groups of columns that are on their way to memory while the next one is stored
 BARRIER_BYTES = 1024
 REGISTERS = 65536  # of an SM
@@ -84,9 +87,8 @@ OWNERS = 2  # warps
 # 64 tokens: Triton's kernels 10.5 and 13.4 us, these 14.6 and 17.7; 256: 22.1 and 34.6, 21.5 and 28.6; the head of 512
 # tokens 26.7 and 27.1, of 1024 52.0 and 41.1 (H100, d=7168)
 LEAST_TOKENS, LEAST_TOKENS_OF_HEAD = 256, 768
-# of threads that mix, that multiply and that load or own, by warpgroups that mix; launched with as many, where not here
-THREAD_REGISTERS: dict[int, tuple[int, ...]] = {2: (136, 144, 96), 3: (104, 136, 32)}
-REGISTERS_APART = {False: (64, 104, 104, 40), True: (80, 96, 96, 32)}  # without and with a site to close
+# of threads that make, fold, multiply, and load or own, of 32 tokens: without and with a site to close
+THREAD_REGISTERS = {False: (64, 104, 104, 40), True: (80, 96, 96, 32)}
 LOG2_E = 1.4426950408889634
 
 FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem | HyperConnectionHeadProblem
@@ -95,30 +97,22 @@ FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem | HyperC
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """block_m: tokens of a step; cluster: CTAs that share their columns; stages: room for fn's terms in a group of
-    columns of a stream; apart: streams are folded by warps of their own, while others are at the next step.
+    columns of a stream.
     """
 
-    block_m: int = 48
+    block_m: int = 32
     cluster: int = 16
-    stages: int = 4
-    apart: bool = False
+    stages: int = 8
 
     @property
     def mixing(self) -> int:
-        """Warpgroups that make streams, and as many, the same or others, that fold them."""
+        """Warpgroups that make streams, and as many that fold them."""
         return self.block_m // TOKENS
 
     @property
     def threads(self) -> int:
-        """First those that make streams, then those that fold, where these are others; those that multiply; those that
-        load or own.
-        """
-        return WARPGROUP * (self.mixing * (1 + self.apart) + 2)
-
-    @property
-    def norms(self) -> int:
-        """Steps whose sums of squares of y are on their way: who makes streams is a step ahead of who folds."""
-        return 1 + self.apart
+        """Those that make streams, that fold, that multiply, and that load or own."""
+        return WARPGROUP * (2 * self.mixing + 2)
 
     @property
     def slot_bytes(self) -> int:
@@ -131,7 +125,7 @@ class Config:
         return self.block_m // self.cluster
 
 
-SPACE = {"block_m": (16, 32, 48), "cluster": (8, 16), "stages": (4, 6, 8), "apart": (False, True)}
+SPACE = {"block_m": (16, 32), "cluster": (8, 16), "stages": (4, 6, 8, 10, 12, 16)}
 
 
 def default(problem: FoldProblem) -> Config:
@@ -140,7 +134,7 @@ def default(problem: FoldProblem) -> Config:
     if isinstance(problem, HyperConnectionHeadProblem):
         return Config(block_m=32, cluster=cluster, stages=32)
     post = isinstance(problem, HyperConnectionPostPreProblem)
-    return Config(block_m=32, cluster=cluster, stages=4 if post else 8, apart=True)
+    return Config(block_m=32, cluster=cluster, stages=4 if post else 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,22 +174,23 @@ def other_bytes(variant: Variant, config: Config) -> int:
     v, c = variant, config
     inbox = OWNERS * c.block_m * (v.outputs + 1) * 4
     site = c.block_m * (COEFFICIENTS * 4 + site_groups(v, c) * GROUP * 2) if v.post else 0
-    small = c.block_m * 16 + c.norms * c.cluster * c.block_m * 4 + v.d // c.cluster * 2 + 64
+    small = c.block_m * 16 + NORMS * c.cluster * c.block_m * 4 + v.d // c.cluster * 2 + 64
     return BARRIER_BYTES + stages(v, c) * term_bytes(v.outputs) + inbox + site + small
 
 
 def slots(variant: Variant, config: Config) -> int:
-    """Groups of columns that shared memory holds: with those taken early fewer than those of two steps, so that nobody
-    is two steps ahead.
+    """Groups of columns that shared memory holds, and barriers are there for: with those taken early fewer than those
+    of two steps, so that nobody is two steps ahead.
     """
     room = MAX_SHARED_BYTES[ARCH] - other_bytes(variant, config)
+    barriers = BARRIER_BYTES // 8 - 2 * stages(variant, config) - (OWNERS + 1 + NORMS)
     groups = variant.d // config.cluster // GROUP
-    return min(room // config.slot_bytes, 2 * groups - 1 - early(groups, config))
+    return min(room // config.slot_bytes, barriers // 3, 2 * groups - 1 - early(groups))
 
 
-def early(groups: int, config: Config) -> int:
+def early(groups: int) -> int:
     """How many of its groups of columns a step's folding warps take to registers before they know pre."""
-    return min(EARLY, groups - 1) if config.apart else 0
+    return min(EARLY, groups - 1)
 
 
 def supports(problem: FoldProblem, config: Config) -> str | None:
@@ -215,8 +210,8 @@ def refusal(problem: FoldProblem, config: Config) -> str | None:
         return f"k={p.k} is not a multiple of {GROUP} columns for each of {c.cluster} CTAs"
     if c.owned > 4:
         return f"{c.block_m} tokens are more than 4 for each of {c.cluster} CTAs"
-    if c.apart and c.block_m > 2 * TOKENS:
-        return f"apart, for up to {2 * TOKENS} tokens a step: shared memory holds no other step beside {c.block_m}"
+    if c.block_m not in (TOKENS, 2 * TOKENS):
+        return f"block_m={c.block_m}: a step has {TOKENS} or {2 * TOKENS} tokens"
     groups, held = p.k // c.cluster // GROUP, slots(Variant.of(p, norm=True), c)
     if held < groups:
         return f"shared memory holds {held} of {groups} groups of columns of {c.block_m} tokens"
@@ -319,7 +314,6 @@ class HyperConnectionSm90:
         self.stages = stages(variant, config)
         self.resident = self.stages == self.groups * STREAMS  # fn's terms are loaded once
         self.makers = 4 * config.mixing  # warps; those that fold are as many
-        self.mixers = self.makers * (1 + config.apart)
         self.stream_bytes = config.block_m * GROUP * 2  # of a slot
 
     @cute.jit
@@ -387,7 +381,7 @@ class HyperConnectionSm90:
             "sums": OWNERS * c.block_m * self.outputs,
             "squares": OWNERS * c.block_m,
             "pre": c.block_m * STREAMS,
-            "norms": c.norms * c.cluster * c.block_m,
+            "norms": NORMS * c.cluster * c.block_m,
             "weight": self.columns // 2,
         }
         if cutlass.const_expr(self.variant.post):
@@ -400,7 +394,7 @@ class HyperConnectionSm90:
         full, empty, made = barriers, barriers + self.slots, barriers + 2 * self.slots
         term_full = barriers + 3 * self.slots
         term_empty = term_full + self.stages
-        received = term_empty + self.stages  # sums, of each owning warp; pre; sums of squares of y, of `norms` steps
+        received = term_empty + self.stages  # sums, of each owning warp; pre; sums of squares of y
         bars = (full, empty, made, term_full, term_empty, received)
         if warp == 0:
             with cute.arch.elect_one():
@@ -411,7 +405,7 @@ class HyperConnectionSm90:
                 for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(term_full + i, 1)
                     cute.arch.mbarrier_init(term_empty + i, 4)
-                for i in cutlass.range_constexpr(OWNERS + 1 + c.norms):
+                for i in cutlass.range_constexpr(OWNERS + 1 + NORMS):
                     cute.arch.mbarrier_init(received + i, 1)
                     cute.arch.mbarrier_arrive_and_expect_tx(received + i, self.expected(i))
         if cutlass.const_expr(self.variant.norm):  # noqa: SIM102
@@ -422,42 +416,37 @@ class HyperConnectionSm90:
         cute.arch.cluster_arrive()  # nobody may signal a barrier that is not there yet
         cute.arch.cluster_wait()
         registers = self.registers()
+        mixers = 2 * self.makers
         if warp < self.makers:
             self.have(registers[0])
-            self.mix(streams, room, bars, addresses, sizes, numbers, rank, tidx, makes=True, folds=not c.apart)
-        elif warp < self.mixers:
+            self.make(streams, room, bars, addresses, sizes, rank, tidx)
+        elif warp < mixers:
             self.have(registers[1])
-            thread = tidx - 32 * self.makers
-            self.mix(streams, room, bars, addresses, sizes, numbers, rank, thread, makes=False, folds=True)
-        elif warp < self.mixers + 4:
+            self.fold(streams, room, bars, addresses, sizes, numbers, rank, tidx - 32 * self.makers)
+        elif warp < mixers + 4:
             self.have(registers[2])
-            self.multiply(tmas, streams, terms, room, bars, sizes, rank, tidx - 32 * self.mixers)
+            self.multiply(tmas, streams, terms, room, bars, sizes, rank, tidx - 32 * mixers)
         else:
             self.have(registers[3])
-            if warp == self.mixers + 4:
+            if warp == mixers + 4:
                 self.load_streams(tmas[0], streams, bars, sizes, rank)
-            elif warp == self.mixers + 5:
+            elif warp == mixers + 5:
                 cute.arch.griddepcontrol_wait()
                 self.load_terms(terms, bars, addresses, sizes, rank)
             else:
-                self.own(room, bars, addresses, sizes, numbers, rank, warp - (self.mixers + 6))
+                self.own(room, bars, addresses, sizes, numbers, rank, warp - (mixers + 6))
         cute.arch.cluster_arrive()  # a CTA stays until its peers have what they wait for
         cute.arch.cluster_wait()
 
     def readers(self) -> int:
-        """Warps that say of a slot that they are done with it. Where those who fold know pre, others are; where they
-        read before, all say so but those who make new streams in it, for whom all wait. And one stores these.
+        """Warps that say of a slot that they are done with it: all that read it, but those who make new streams in it,
+        for whom all wait; of these one more, which stores them.
         """
-        others = 4 + (0 if self.variant.post else self.makers)
-        return self.makers + others * self.config.apart + int(self.variant.post)
+        return self.makers + 4 + (1 if self.variant.post else self.makers)
 
     def registers(self) -> tuple[int, ...]:
         """Of threads that make, fold, multiply, and load or own; 0: as many as the kernel is launched with."""
-        c = self.config
-        if c.apart:
-            return REGISTERS_APART[self.variant.post] if c.mixing == 2 else (0, 0, 0, 0)
-        mix, multiply, other = THREAD_REGISTERS.get(c.mixing, (0, 0, 0))
-        return mix, mix, multiply, other
+        return THREAD_REGISTERS[self.variant.post] if self.config.mixing == 2 else (0, 0, 0, 0)
 
     @cute.jit
     def have(self, registers: cutlass.Constexpr[int]):
@@ -471,7 +460,7 @@ class HyperConnectionSm90:
     def expected(self, kind: int) -> int:
         """Bytes of a step that a barrier waits for: see `received`."""
         c = self.config
-        of_norms = [c.cluster * c.block_m * 4] * c.norms
+        of_norms = [c.cluster * c.block_m * 4] * NORMS
         return (*[c.block_m * (self.outputs + 1) * 4] * OWNERS, c.block_m * 16, *of_norms)[kind]
 
     def clusters(self):
@@ -532,30 +521,17 @@ class HyperConnectionSm90:
                     bulk_load(into + stage * self.term_bytes, source, Int32(self.term_bytes), bar, policy)
                 stage, phase = self.next(stage, phase, self.stages)
 
-    # --- the mixing warps ---------------------------------------------------------------------------------------------
+    # --- the warps that make streams ----------------------------------------------------------------------------------
 
     @cute.jit
-    def mix(
-        self, streams, room, bars, addresses, sizes, numbers, rank, thread,
-        makes: cutlass.Constexpr[bool], folds: cutlass.Constexpr[bool],
-    ):  # fmt: skip
-        """A thread has 16 bytes of a row of each stream in each group: it makes them, or folds what a thread of other
-        warps has made, or does both.
-
-        Slots are fewer than the groups of two steps: who has all of a step's streams knows that those of the step
-        before are being folded, by all threads, and so that pre has been read there, and the norms of the step before.
-        """
-        c, (m, steps, _, _) = self.config, sizes
+    def make(self, streams, room, bars, addresses, sizes, rank, thread):
+        """A thread has 16 bytes of a row of each stream in each group."""
+        c, (_, steps, _, _) = self.config, sizes
         full, empty, made, _, _, received = bars
-        ready = made if cutlass.const_expr(self.variant.post) else full
         first, clusters = self.clusters()
-        row, unit = thread // 8, thread % 8
-        start = Int32(streams.iterator.toint()) + row * (GROUP * 2) + ((unit ^ (row % 8)) * 16)
-        column = rank * self.columns + 8 * unit
-        received_at = Int32(received.toint())
-        closes = makes and self.variant.post
-        held = cute.make_rmem_tensor((4, self.groups), Uint32)
-        slot, phase, at_slot, at_phase, turn = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
+        row, unit, start, column = self.place(streams, rank, thread)
+        closes = self.variant.post
+        slot, phase, turn = Int32(0), Int32(0), Int32(0)
         taken, next_place, next_step, next_group = Int32(0), Int32(0), first, Int32(0)  # of the site's output
         policy = create_policy(Boolean(True))
         if cutlass.const_expr(closes):
@@ -565,105 +541,55 @@ class HyperConnectionSm90:
                 next_place, _ = self.next(next_place, Int32(0), self.site_groups)
                 next_step, next_group = self.after(next_step, next_group, clusters)
         for step in cutlass.range(first, steps, clusters, unroll=1):
-            token = step * c.block_m + row
-            there = token < m
-            if cutlass.const_expr(makes and folds):
-                at_slot, at_phase = slot, phase
-            if cutlass.const_expr(makes):
-                of_stream = cute.make_rmem_tensor(STREAMS, Float32)  # sums of squares: one would wait for itself
-                of_stream.fill(0.0)
-                coefficients: list[Float32] = []
+            of_stream = cute.make_rmem_tensor(STREAMS, Float32)  # sums of squares: one would wait for itself
+            of_stream.fill(0.0)
+            coefficients: list[Float32] = []
+            if cutlass.const_expr(closes):
+                cute.arch.cp_async_wait_group(self.site_groups - 2)
+                cute.arch.sync_warp()
+                own = room["coefficients"] + row * (COEFFICIENTS * 4)
+                coefficients = [x for i in range(COEFFICIENTS // 4) for x in load4(own + 16 * i)]
+                cute.arch.sync_warp()
+                self.copy_coefficients(room, addresses, sizes, policy, step + clusters, row, unit)
+            for _ in cutlass.range(self.groups, unroll=1):
                 if cutlass.const_expr(closes):
-                    cute.arch.cp_async_wait_group(self.site_groups - 2)
-                    cute.arch.sync_warp()
-                    own = room["coefficients"] + row * (COEFFICIENTS * 4)
-                    coefficients = [x for i in range(COEFFICIENTS // 4) for x in load4(own + 16 * i)]
-                    cute.arch.sync_warp()
-                    self.copy_coefficients(room, addresses, sizes, policy, step + clusters, row, unit)
-                for _ in cutlass.range(self.groups, unroll=1):
-                    if cutlass.const_expr(closes):
-                        self.copy_output(
-                            room, addresses, sizes, policy, next_step, row, column, next_group, next_place, thread
-                        )
-                        next_place, _ = self.next(next_place, Int32(0), self.site_groups)
-                        next_step, next_group = self.after(next_step, next_group, clusters)
-                    cute.arch.mbarrier_wait(full + at_slot, at_phase)
-                    at = start + at_slot * c.slot_bytes
-                    x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
-                    if cutlass.const_expr(closes):
-                        cute.arch.cp_async_wait_group(self.site_groups - 1)
-                        y = load_words(room["site"] + (taken * (c.block_m * GROUP // 8) + thread) * 16)
-                        taken, _ = self.next(taken, Int32(0), self.site_groups)
-                        x = self.close(x, y, coefficients)
-                        for k in cutlass.range_constexpr(STREAMS):
-                            store_words(at + k * self.stream_bytes, x[k])
-                        cute.arch.fence_proxy("async.shared", space="cta")  # before TMA reads what threads have written
-                        self.arrive(made + at_slot)
-                    elif cutlass.const_expr(c.apart):
-                        self.arrive(empty + at_slot)
+                    self.copy_output(
+                        room, addresses, sizes, policy, next_step, row, column, next_group, next_place, thread
+                    )
+                    next_place, _ = self.next(next_place, Int32(0), self.site_groups)
+                    next_step, next_group = self.after(next_step, next_group, clusters)
+                cute.arch.mbarrier_wait(full + slot, phase)
+                at = start + slot * c.slot_bytes
+                x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
+                if cutlass.const_expr(closes):
+                    cute.arch.cp_async_wait_group(self.site_groups - 1)
+                    y = load_words(room["site"] + (taken * (c.block_m * GROUP // 8) + thread) * 16)
+                    taken, _ = self.next(taken, Int32(0), self.site_groups)
+                    x = self.close(x, y, coefficients)
                     for k in cutlass.range_constexpr(STREAMS):
-                        of_stream[k] = self.add_squares(of_stream[k], x[k])
-                    at_slot, at_phase = self.next(at_slot, at_phase, self.slots)
-                squares = self.over_row((of_stream[0] + of_stream[1]) + (of_stream[2] + of_stream[3]))
-                if unit == 0:
-                    owner = turn % OWNERS
-                    place = owner * c.block_m + rank * c.owned + row // c.cluster
-                    push(room["squares"] + 4 * place, received_at + 8 * owner, row % c.cluster, [squares])
-
-            if cutlass.const_expr(folds):
-                taken_early = []
-                for _ in cutlass.range_constexpr(0 if makes else early(self.groups, c)):
-                    cute.arch.mbarrier_wait(ready + slot, phase)
-                    at = start + slot * c.slot_bytes
-                    taken_early.append([load_words(at + k * self.stream_bytes) for k in range(STREAMS)])
+                        store_words(at + k * self.stream_bytes, x[k])
+                    # before TMA and the tensor core read what threads have written
+                    cute.arch.fence_proxy("async.shared", space="cta")
+                    self.arrive(made + slot)
+                else:
                     self.arrive(empty + slot)
-                    slot, phase = self.next(slot, phase, self.slots)
-                cute.arch.mbarrier_wait(received + OWNERS, turn % 2)
-                if thread == 0:
-                    cute.arch.mbarrier_arrive_and_expect_tx(received + OWNERS, self.expected(OWNERS))
-                pre = load4(room["pre"] + 16 * row)
-                squares = Float32(0.0)
-                for group in cutlass.range_constexpr(self.groups):
-                    if cutlass.const_expr(group < len(taken_early)):
-                        x = taken_early[group]
-                    else:
-                        if cutlass.const_expr(not makes):
-                            cute.arch.mbarrier_wait(ready + slot, phase)
-                        at = start + slot * c.slot_bytes
-                        x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
-                        self.arrive(empty + slot)
-                        slot, phase = self.next(slot, phase, self.slots)
-                    y = self.fold(x, pre)
-                    for i in cutlass.range_constexpr(4):
-                        held[i, group] = y[i]
-                    if cutlass.const_expr(self.variant.norm):
-                        squares = self.add_squares(squares, y)
-                factor = Float32(1.0)
-                if cutlass.const_expr(self.variant.norm):
-                    squares = self.over_row(squares)
-                    norms, arrived = room["norms"], OWNERS + 1
-                    if cutlass.const_expr(c.norms > 1):
-                        norms += turn % c.norms * (c.cluster * c.block_m * 4)
-                        arrived += turn % c.norms
-                    for i in cutlass.range_constexpr(c.cluster // 8):
-                        to = norms + 4 * (rank * c.block_m + row)
-                        push(to, received_at + 8 * arrived, 8 * i + unit, [squares])
-                    cute.arch.mbarrier_wait(received + arrived, turn // c.norms % 2)
-                    if thread == 0:
-                        cute.arch.mbarrier_arrive_and_expect_tx(received + arrived, self.expected(OWNERS + 1))
-                    total = Float32(0.0)
-                    for i in cutlass.range_constexpr(c.cluster):
-                        total = total + load_number(norms + 4 * (i * c.block_m + row))
-                    factor = approximately("rsqrt", fma(total, Float32(1.0 / self.variant.d), numbers[0]))
-                for group in cutlass.range_constexpr(self.groups):
-                    y = [held[i, group] for i in range(4)]
-                    if cutlass.const_expr(self.variant.norm):
-                        y = self.scale(y, factor, load_words(room["weight"] + 16 * (8 * group + unit)))
-                    at = addresses[2][0] + (Int64(token) * self.variant.d + column + group * GROUP) * 2
-                    put_words(at, y, there)
+                for k in cutlass.range_constexpr(STREAMS):
+                    of_stream[k] = self.add_squares(of_stream[k], x[k])
+                slot, phase = self.next(slot, phase, self.slots)
+            squares = self.over_row((of_stream[0] + of_stream[1]) + (of_stream[2] + of_stream[3]))
+            if unit == 0:
+                owner = turn % OWNERS
+                place = owner * c.block_m + rank * c.owned + row // c.cluster
+                push(room["squares"] + 4 * place, Int32(received.toint()) + 8 * owner, row % c.cluster, [squares])
             turn += 1
         if cutlass.const_expr(closes):
             cute.arch.cp_async_wait_group(0)  # a CTA's end does not wait for copies
+
+    def place(self, streams, rank, thread):
+        """Of a thread that makes or folds: token, 16 bytes of its row, where they lie in a slot, and their column."""
+        row, unit = thread // 8, thread % 8
+        start = Int32(streams.iterator.toint()) + row * (GROUP * 2) + ((unit ^ (row % 8)) * 16)
+        return row, unit, start, rank * self.columns + 8 * unit
 
     @cute.jit
     def arrive(self, bar):
@@ -711,7 +637,91 @@ class HyperConnectionSm90:
                 made[k].append(pack_bf16(*pair))
         return made
 
-    def fold(self, x, pre):
+    def add_squares(self, squares, words):
+        for word in words:
+            for x in widen(word):
+                squares = fma(x, x, squares)
+        return squares
+
+    def over_row(self, x):
+        """The sum over the threads of a row."""
+        for by in (1, 2, 4):
+            x = add(x, cute.arch.shuffle_sync_bfly(x, by))
+        return x
+
+    # --- the folding warps --------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def fold(self, streams, room, bars, addresses, sizes, numbers, rank, thread):
+        """A thread has 16 bytes of a row of each stream in each group; it takes those of the first groups before pre
+        is there.
+
+        Slots are fewer than the groups of two steps: who has all of a step's streams knows that those of the step
+        before are being folded, by all threads, and so that pre has been read there, and the norms of the step before.
+        """
+        c, (m, steps, _, _) = self.config, sizes
+        full, empty, made, _, _, received = bars
+        ready = made if cutlass.const_expr(self.variant.post) else full
+        first, clusters = self.clusters()
+        row, unit, start, column = self.place(streams, rank, thread)
+        received_at = Int32(received.toint())
+        held = cute.make_rmem_tensor((4, self.groups), Uint32)
+        slot, phase, turn = Int32(0), Int32(0), Int32(0)
+        for step in cutlass.range(first, steps, clusters, unroll=1):
+            token = step * c.block_m + row
+            taken = []
+            for _ in cutlass.range_constexpr(early(self.groups)):
+                taken.append(self.take(start, ready, empty, slot, phase))
+                slot, phase = self.next(slot, phase, self.slots)
+            cute.arch.mbarrier_wait(received + OWNERS, turn % 2)
+            if thread == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(received + OWNERS, self.expected(OWNERS))
+            pre = load4(room["pre"] + 16 * row)
+            squares = Float32(0.0)
+            for group in cutlass.range_constexpr(self.groups):
+                if cutlass.const_expr(group < len(taken)):
+                    x = taken[group]
+                else:
+                    x = self.take(start, ready, empty, slot, phase)
+                    slot, phase = self.next(slot, phase, self.slots)
+                y = self.folded(x, pre)
+                for i in cutlass.range_constexpr(4):
+                    held[i, group] = y[i]
+                if cutlass.const_expr(self.variant.norm):
+                    squares = self.add_squares(squares, y)
+            factor = Float32(1.0)
+            if cutlass.const_expr(self.variant.norm):
+                squares, of_step = self.over_row(squares), turn % NORMS
+                norms = room["norms"] + of_step * (c.cluster * c.block_m * 4)
+                arrived = OWNERS + 1 + of_step
+                for i in cutlass.range_constexpr(c.cluster // 8):
+                    to = norms + 4 * (rank * c.block_m + row)
+                    push(to, received_at + 8 * arrived, 8 * i + unit, [squares])
+                cute.arch.mbarrier_wait(received + arrived, turn // NORMS % 2)
+                if thread == 0:
+                    cute.arch.mbarrier_arrive_and_expect_tx(received + arrived, self.expected(OWNERS + 1))
+                total = Float32(0.0)
+                for i in cutlass.range_constexpr(c.cluster):
+                    total = total + load_number(norms + 4 * (i * c.block_m + row))
+                factor = approximately("rsqrt", fma(total, Float32(1.0 / self.variant.d), numbers[0]))
+            for group in cutlass.range_constexpr(self.groups):
+                y = [held[i, group] for i in range(4)]
+                if cutlass.const_expr(self.variant.norm):
+                    y = self.scale(y, factor, load_words(room["weight"] + 16 * (8 * group + unit)))
+                at = addresses[2][0] + (Int64(token) * self.variant.d + column + group * GROUP) * 2
+                put_words(at, y, token < m)
+            turn += 1
+
+    @cute.jit
+    def take(self, start, ready, empty, slot, phase):
+        """This thread's words of a slot, for which it is not needed any more."""
+        cute.arch.mbarrier_wait(ready + slot, phase)
+        at = start + slot * self.config.slot_bytes
+        x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
+        self.arrive(empty + slot)
+        return x
+
+    def folded(self, x, pre):
         words = []
         for i in range(4):
             wide = [widen(word[i]) for word in x]
@@ -732,22 +742,10 @@ class HyperConnectionSm90:
         ]
         return [pack_bf16(*pair) for pair in pairs]
 
-    def add_squares(self, squares, words):
-        for word in words:
-            for x in widen(word):
-                squares = fma(x, x, squares)
-        return squares
-
-    def over_row(self, x):
-        """The sum over the threads of a row."""
-        for by in (1, 2, 4):
-            x = add(x, cute.arch.shuffle_sync_bfly(x, by))
-        return x
-
     # --- the multiplying warps ----------------------------------------------------------------------------------------
 
     def mma(self, accumulate: bool):
-        """Rows of tokens by fn's terms, added to what was there or not."""
+        """Rows of fn's terms by tokens, added to what was there or not."""
         mma = hopper_helpers.make_trivial_tiled_mma(
             BFloat16,
             BFloat16,
@@ -755,7 +753,7 @@ class HyperConnectionSm90:
             OperandMajorMode.K,
             Float32,
             (1, 1, 1),
-            (ROWS, TERMS * self.outputs),
+            (ROWS, self.config.block_m),
             a_source=warpgroup.OperandSource.RMEM,
         )
         mma.set(warpgroup.Field.ACCUMULATE, accumulate)
@@ -763,21 +761,25 @@ class HyperConnectionSm90:
 
     @cute.jit
     def multiply(self, tmas, streams, terms, room, bars, sizes, rank, thread):
-        """The product of the streams with fn, and its way to who owns the tokens. One warp stores new streams."""
+        """The product of fn with the streams, and its way to who owns the tokens. One warp stores new streams.
+
+        A warp has 8 outputs, in 16 rows: of each both terms, so that a thread has both. Warps without one have outputs
+        of others again.
+        """
         c, (_, steps, _, _) = self.config, sizes
-        full, empty, made, term_full, term_empty, received = bars
+        full, empty, made, _, _, received = bars
         ready = made if cutlass.const_expr(self.variant.post) else full
         first, clusters = self.clusters()
         warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
         mma = self.mma(True)
-        operand = mma.make_fragment_B(mma.get_slice(0).partition_B(terms))
+        operand = mma.make_fragment_B(mma.get_slice(0).partition_B(streams))
         frag = [cute.make_rmem_tensor(mma.partition_shape_A((ROWS, GROUP)), BFloat16) for _ in range(2)]
-        acc = cute.make_rmem_tensor(mma.partition_shape_C((ROWS, TERMS * self.outputs)), Float32)
-        totals = cute.make_rmem_tensor(max(4, self.outputs // 2), Float32)
-        # of ldmatrix; rows beyond the tokens are those of the last ones again
-        row = 16 * cutlass.min(warp, c.mixing - 1) + lane % 16
-        start = Int32(streams.iterator.toint()) + row * (GROUP * 2)
-        slot, phase, stage, stage_phase, turn = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
+        acc = cute.make_rmem_tensor(mma.partition_shape_C((ROWS, c.block_m)), Float32)
+        totals = cute.make_rmem_tensor(c.block_m // 4, Float32)
+        row = (8 * warp + lane % 8) % self.outputs + lane // 8 % 2 * self.outputs  # whose 16 bytes ldmatrix takes
+        start = Int32(terms.iterator.toint()) + row * (GROUP * 2)
+        slot, phase, turn = Int32(0), Int32(0), Int32(0)
+        stage, stage_phase = self.take_terms(frag[0], start, bars, Int32(0), Int32(0), row, lane)
         for step in cutlass.range(first, steps, clusters, unroll=1):
             totals.fill(0.0)
             for group in cutlass.range(self.groups, unroll=1):
@@ -791,32 +793,22 @@ class HyperConnectionSm90:
                         if group >= STORED:
                             cute.arch.cp_async_bulk_wait_group(STORED, read=True)
                             self.arrive(empty + self.behind(slot, STORED))
-                at = start + slot * c.slot_bytes
-                self.take_tokens(frag[0], at, lane)
-                before = stage
                 for k in cutlass.range_constexpr(STREAMS):
-                    cute.arch.mbarrier_wait(term_full + stage, Int32(0) if self.resident else stage_phase)
-                    self.issue(acc, frag[k % 2], operand, stage, k == 0)
+                    self.issue(acc, frag[k % 2], operand, k, slot)
                     if cutlass.const_expr(k > 0):
-                        self.done(1, term_empty + before)
+                        warpgroup.wait_group(1)
                     if cutlass.const_expr(k + 1 < STREAMS):
-                        self.take_tokens(frag[(k + 1) % 2], at + (k + 1) * self.stream_bytes, lane)
-                    before = stage
-                    stage, stage_phase = self.next(stage, stage_phase, self.stages)
-                if cutlass.const_expr(c.apart):
-                    self.arrive(empty + slot)
-                self.done(0, term_empty + before)
+                        following = frag[(k + 1) % 2]
+                        stage, stage_phase = self.take_terms(following, start, bars, stage, stage_phase, row, lane)
+                    elif step + clusters < steps or group + 1 < self.groups:
+                        stage, stage_phase = self.take_terms(frag[0], start, bars, stage, stage_phase, row, lane)
+                warpgroup.wait_group(0)
+                self.arrive(empty + slot)
                 self.add_terms(totals, acc)
                 slot, phase = self.next(slot, phase, self.slots)
-            sends = warp < c.mixing
-            if cutlass.const_expr(self.outputs == STREAMS):
-                for i in cutlass.range_constexpr(4):
-                    totals[i] = totals[i] + cute.arch.shuffle_sync_bfly(totals[i], 2)
-                sends = sends and lane % 4 < STREAMS // 2  # the others have the same
-            if sends:
-                owner = turn % OWNERS
-                at = room["sums"] + owner * (c.block_m * self.outputs * 4)
-                self.send(totals, at, Int32(received.toint()) + 8 * owner, rank, 16 * warp + lane // 4, lane % 4)
+            owner = turn % OWNERS
+            at = room["sums"] + owner * (c.block_m * self.outputs * 4)
+            self.send(totals, at, Int32(received.toint()) + 8 * owner, rank, warp, lane)
             if cutlass.const_expr(self.variant.post):  # noqa: SIM102
                 if warp == 0:
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -828,46 +820,54 @@ class HyperConnectionSm90:
         """The slot that came so many before this one."""
         return cutlass.select_(slot < count, slot + self.slots - count, slot - count)
 
-    def take_tokens(self, frag, at, lane):
-        """A warp's 16 rows of 64 columns of a stream to registers."""
+    @cute.jit
+    def take_terms(self, frag, start, bars, stage, phase, row, lane):
+        """A warp's 16 rows of fn's terms for 64 columns of a stream to registers; the stage that follows."""
+        _, _, _, term_full, term_empty, _ = bars
+        cute.arch.mbarrier_wait(term_full + stage, Int32(0) if self.resident else phase)
         words = cute.recast_tensor(frag, Uint32)
-        for s in range(K_STEPS):
-            got = load_matrices(at + ((2 * s + lane // 16) ^ (lane % 8)) * 16)
-            for i in range(4):
+        for s in cutlass.range_constexpr(K_STEPS):
+            got = load_matrices(start + stage * self.term_bytes + ((2 * s + lane // 16) ^ (row % 8)) * 16)
+            for i in cutlass.range_constexpr(4):
                 words[4 * s + i] = got[i]
+        if cutlass.const_expr(not self.resident):
+            self.arrive(term_empty + stage)
+        return self.next(stage, phase, self.stages)
 
     @cute.jit
-    def issue(self, acc, frag, operand, stage, first: cutlass.Constexpr[bool]):
-        """Products of 64 columns of a stream, on their way into acc: added to what is there, but the first."""
+    def issue(self, acc, frag, operand, k: cutlass.Constexpr[int], slot):
+        """Products of 64 columns of a stream, on their way into acc: added to what is there, but the first stream's."""
         new, more = self.mma(False), self.mma(True)
         warpgroup.fence()
         for s in cutlass.range_constexpr(K_STEPS):
-            cute.gemm(new if first and s == 0 else more, acc, frag[None, None, s], operand[None, None, s, stage], acc)
+            tokens = operand[None, None, s, k, slot]
+            cute.gemm(new if k == 0 and s == 0 else more, acc, frag[None, None, s], tokens, acc)
         warpgroup.commit_group()
 
-    @cute.jit
-    def done(self, others: cutlass.Constexpr[int], empty):
-        """All products but those of so many streams are there: the terms of the last of them have been read."""
-        warpgroup.wait_group(others)
-        if cutlass.const_expr(not self.resident):
-            self.arrive(empty)
-
     def add_terms(self, totals, acc):
-        """Columns of the product are the outputs of each term: the head's, eight in all, are two by two in the lanes of
-        a quad.
-        """
-        for i in range(max(4, self.outputs // 2)):
-            totals[i] = totals[i] + (acc[i] if self.outputs == STREAMS else acc[i] + acc[i + self.outputs // 2])
+        """A thread has two tokens of each eight, in rows of both terms of an output."""
+        for i in range(self.config.block_m // 4):
+            at = i // 2 * 4 + i % 2
+            totals[i] = totals[i] + (acc[at] + acc[at + 2])
 
-    def send(self, totals, sums, received, rank, row, quad):
-        """A thread has pairs of outputs of two tokens, which go to the CTAs that own these."""
+    @cute.jit
+    def send(self, totals, sums, received, rank, warp, lane):
+        """To the CTAs that own the tokens: two neighbouring outputs of a token at a time, for which a thread gives one
+        of its tokens for the other one's output.
+        """
         c = self.config
-        for half in range(2):
-            token = row + 8 * half
-            place = (rank * c.owned + token // c.cluster) * self.outputs + 2 * quad
-            for j in range((self.outputs + 7) // 8):
-                pair = [totals[4 * j + 2 * half + e] for e in range(2)]
-                push(sums + (place + 8 * j) * 4, received, token % c.cluster, pair)
+        odd = lane // 4 % 2 == 1
+        pairs = []
+        for i in cutlass.range_constexpr(c.block_m // 8):
+            a, b = totals[2 * i], totals[2 * i + 1]
+            got = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, a, b), 4)
+            pairs.append([cutlass.select_(odd, got, a), cutlass.select_(odd, b, got)])
+        output = 8 * warp + lane // 8 * 2
+        if output < self.outputs:
+            for i in cutlass.range_constexpr(c.block_m // 8):
+                token = 8 * i + lane % 4 * 2 + lane // 4 % 2
+                place = (rank * c.owned + token // c.cluster) * self.outputs + output
+                push(sums + place * 4, received, token % c.cluster, pairs[i])
 
     # --- the owning warps ---------------------------------------------------------------------------------------------
 

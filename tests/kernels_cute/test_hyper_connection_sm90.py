@@ -57,13 +57,12 @@ def one_cluster(monkeypatch):
         (replace(PRE, x="fp32"), Config(), "4 streams in fp32: this kernel takes 4 in bf16"),
         (replace(PRE, n=2), Config(), "2 streams in bf16"),
         (replace(POST_PRE, k=7232), Config(), "k=7232 is not a multiple of 64 columns"),
-        (PRE, Config(cluster=8), "48 tokens are more than 4 for each of 8 CTAs"),
-        (POST_PRE, Config(block_m=32, cluster=8), "of 14 groups of columns of 32 tokens"),
-        (PRE, Config(stages=8), "6 of 7 groups of columns of 48 tokens"),
-        (POST_PRE, Config(), "6 of 7 groups of columns of 48 tokens"),
-        (PRE, Config(apart=True), "apart, for up to 32 tokens a step"),
+        (PRE, Config(cluster=4), "32 tokens are more than 4 for each of 4 CTAs"),
+        (POST_PRE, Config(cluster=8), "of 14 groups of columns of 32 tokens"),
+        (POST_PRE, Config(stages=16), "6 of 7 groups of columns of 32 tokens"),
+        (PRE, Config(block_m=48), "block_m=48: a step has 16 or 32 tokens"),
         (replace(HEAD, x="fp16"), Config(), "4 streams in fp16"),
-        (HEAD, Config(block_m=32, cluster=8), "13 of 14 groups of columns of 32 tokens"),
+        (HEAD, Config(cluster=8, stages=32), "11 of 14 groups of columns of 32 tokens"),
     ],
 )
 def test_refusals(problem, config, message):
@@ -109,17 +108,17 @@ def test_builds_for_its_own_architecture_only():
     ("problem", "config"),
     [
         (PRE, Config()),
-        (PRE, Config(block_m=32, apart=True)),
-        (POST_PRE, Config(block_m=32)),
-        (POST_PRE, Config(block_m=32, apart=True)),
-        (HEAD, Config(block_m=32, stages=8)),
-        (HEAD, Config(block_m=32, stages=8, apart=True)),
+        (PRE, Config(block_m=16, stages=12)),
+        (POST_PRE, Config(stages=4)),
+        (POST_PRE, Config(block_m=16)),
+        (HEAD, Config(stages=32)),
+        (HEAD, Config()),
     ],
     ids=str,
 )
 def test_products_stay_on_their_way(problem, config):
-    """One is waited for while the next one is made, which ptxas gives up where registers are few; nothing spills; and
-    there are as many registers as warps ask for."""
+    """One is waited for while the next one is made, which ptxas gives up where registers are few; nothing spills;
+    there are as many registers as warps ask for, and shared memory and barriers as many as are counted."""
     built = kernel.build(problem, config)
     variant = kernel.Variant.of(problem, norm=True)
     room = kernel.other_bytes(variant, config) + kernel.slots(variant, config) * config.slot_bytes
@@ -127,8 +126,9 @@ def test_products_stay_on_their_way(problem, config):
     found = resources(built)
     assert found.spill_bytes == 0
     make, fold, multiply, other = kernel.HyperConnectionSm90(config, variant).registers()
-    asked = config.mixing * (make + fold * config.apart) + multiply + other
-    assert 0 < asked <= config.threads // kernel.WARPGROUP * found.registers
+    asked = config.mixing * (make + fold) + multiply + other
+    assert asked <= config.threads // kernel.WARPGROUP * found.registers
+    assert asked or config.block_m == 16
     code = sass(built)
     assert len(re.findall(r"\bHGMMA\.", code)) == STREAMS * GROUP // 16
     assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code) == ["1"] * (STREAMS - 1) + ["0"]
@@ -168,7 +168,7 @@ def test_pre_in_the_emulator(one_cluster):
 
 
 def test_post_pre_in_the_emulator(one_cluster):
-    """Two steps, the last one ragged, in three slots for two groups of columns each; streams and a site's output are
+    """Two steps, the last one ragged, in two slots for two groups of columns each; streams and a site's output are
     read where they lie, beside NaN."""
     case = testing.case(HyperConnectionPostPreProblem(m=19, k=1024), "cpu", 3)
     _, h, post, comb, fn, base, scale, weight, *numbers = case.operands
@@ -203,18 +203,32 @@ def test_head_in_the_emulator(one_cluster):
 
 @pytest.mark.parametrize("schedule", ["eager", "late"])
 @pytest.mark.parametrize(("module", "kind"), OPS)
-def test_apart_in_the_emulator(module, kind, schedule, one_cluster):
-    """Five steps, the last one ragged, in three slots for two groups of columns each: those who make a step's streams
-    run as far ahead of those who fold as they can. The bits are those of warps that do both."""
-    case = testing.case(kind(m=75, k=1024), "cpu", 4)
+def test_steps_overlap_in_the_emulator(module, kind, schedule, one_cluster):
+    """Four steps, the last one ragged, of three groups of columns in three slots: those who make a step's streams run as
+    far ahead of those who fold as they can. 32 tokens a step give the same bits."""
+    case = testing.case(kind(m=59, k=1536), "cpu", 4)
     got = []
-    for apart in (False, True):
+    for config in (Config(block_m=16, cluster=8, stages=4), Config(block_m=32, cluster=8, stages=32)):
         case.poison()
         with emulate("sm_90a", schedule=schedule):
-            case.launch(module, Config(block_m=16, cluster=8, apart=apart))
+            case.launch(module, config)
         case.check()
         got.append(tuple(x.clone() for x in results(case.out)))
     assert same_bits(*got)
+
+
+@pytest.mark.parametrize("problem", [PRE, POST_PRE, HEAD], ids=str)
+def test_room_for_barriers(problem):
+    """Of any config and width."""
+    module = next(module for module, kind in OPS if isinstance(problem, kind))
+    tried = 0
+    for k in range(512, 16385, 512):
+        for config in testing.every(module, replace(problem, k=k)):
+            variant = kernel.Variant.of(replace(problem, k=k), norm=True)
+            barriers = 3 * kernel.slots(variant, config) + 2 * kernel.stages(variant, config)
+            assert 8 * (barriers + kernel.OWNERS + 1 + kernel.NORMS) <= kernel.BARRIER_BYTES
+            tried += 1
+    assert tried > 50
 
 
 def results(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
