@@ -572,7 +572,7 @@ class HyperConnectionSm90:
                     cute.arch.fence_proxy("async.shared", space="cta")
                     self.arrive(made + slot)
                 else:
-                    self.arrive(empty + slot)
+                    self.release(empty + slot)
                 for k in cutlass.range_constexpr(STREAMS):
                     of_stream[k] = self.add_squares(of_stream[k], x[k])
                 slot, phase = self.next(slot, phase, self.slots)
@@ -597,6 +597,12 @@ class HyperConnectionSm90:
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(bar)
+
+    @cute.jit
+    def release(self, bar):
+        """This warp has read its part, which TMA may write over: without the fence loads may still be on their way."""
+        cute.arch.fence_proxy("async.shared", space="cta")
+        self.arrive(bar)
 
     def after(self, step, group, clusters):
         """The step and the group of columns that follow."""
@@ -718,7 +724,7 @@ class HyperConnectionSm90:
         cute.arch.mbarrier_wait(ready + slot, phase)
         at = start + slot * self.config.slot_bytes
         x = [load_words(at + k * self.stream_bytes) for k in range(STREAMS)]
-        self.arrive(empty + slot)
+        self.release(empty + slot)
         return x
 
     def folded(self, x, pre):
@@ -767,7 +773,7 @@ class HyperConnectionSm90:
         of others again.
         """
         c, (_, steps, _, _) = self.config, sizes
-        full, empty, made, _, _, received = bars
+        full, empty, made, term_full, term_empty, received = bars
         ready = made if cutlass.const_expr(self.variant.post) else full
         first, clusters = self.clusters()
         warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
@@ -778,8 +784,8 @@ class HyperConnectionSm90:
         totals = cute.make_rmem_tensor(c.block_m // 4, Float32)
         row = (8 * warp + lane % 8) % self.outputs + lane // 8 % 2 * self.outputs  # whose 16 bytes ldmatrix takes
         start = Int32(terms.iterator.toint()) + row * (GROUP * 2)
-        slot, phase, turn = Int32(0), Int32(0), Int32(0)
-        stage, stage_phase = self.take_terms(frag[0], start, bars, Int32(0), Int32(0), row, lane)
+        slot, phase, stage, stage_phase, turn = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
+        self.take_terms(frag[0], start, term_full, stage, stage_phase, row, lane)
         for step in cutlass.range(first, steps, clusters, unroll=1):
             totals.fill(0.0)
             for group in cutlass.range(self.groups, unroll=1):
@@ -795,13 +801,15 @@ class HyperConnectionSm90:
                             self.arrive(empty + self.behind(slot, STORED))
                 for k in cutlass.range_constexpr(STREAMS):
                     self.issue(acc, frag[k % 2], operand, k, slot)
+                    if cutlass.const_expr(not self.resident):
+                        self.arrive(term_empty + stage)  # not before: what ldmatrix loads may still be on its way
+                    stage, stage_phase = self.next(stage, stage_phase, self.stages)
                     if cutlass.const_expr(k > 0):
                         warpgroup.wait_group(1)
                     if cutlass.const_expr(k + 1 < STREAMS):
-                        following = frag[(k + 1) % 2]
-                        stage, stage_phase = self.take_terms(following, start, bars, stage, stage_phase, row, lane)
+                        self.take_terms(frag[(k + 1) % 2], start, term_full, stage, stage_phase, row, lane)
                     elif step + clusters < steps or group + 1 < self.groups:
-                        stage, stage_phase = self.take_terms(frag[0], start, bars, stage, stage_phase, row, lane)
+                        self.take_terms(frag[0], start, term_full, stage, stage_phase, row, lane)
                 warpgroup.wait_group(0)
                 self.arrive(empty + slot)
                 self.add_terms(totals, acc)
@@ -821,18 +829,14 @@ class HyperConnectionSm90:
         return cutlass.select_(slot < count, slot + self.slots - count, slot - count)
 
     @cute.jit
-    def take_terms(self, frag, start, bars, stage, phase, row, lane):
-        """A warp's 16 rows of fn's terms for 64 columns of a stream to registers; the stage that follows."""
-        _, _, _, term_full, term_empty, _ = bars
+    def take_terms(self, frag, start, term_full, stage, phase, row, lane):
+        """A warp's 16 rows of fn's terms for 64 columns of a stream, on their way to registers."""
         cute.arch.mbarrier_wait(term_full + stage, Int32(0) if self.resident else phase)
         words = cute.recast_tensor(frag, Uint32)
         for s in cutlass.range_constexpr(K_STEPS):
             got = load_matrices(start + stage * self.term_bytes + ((2 * s + lane // 16) ^ (row % 8)) * 16)
             for i in cutlass.range_constexpr(4):
                 words[4 * s + i] = got[i]
-        if cutlass.const_expr(not self.resident):
-            self.arrive(term_empty + stage)
-        return self.next(stage, phase, self.stages)
 
     @cute.jit
     def issue(self, acc, frag, operand, k: cutlass.Constexpr[int], slot):

@@ -629,6 +629,8 @@ class IndexLogitsSm90:
                     at = Int32(key_scales.iterator.toint()) + ((tile + s) * TILE + row) * 4
                     factors[s] = load_number(at) * scale
                     since[s] = (entry + s * TILE + row + 1) * ratio - 1
+                # loads that are still on their way would read what the next bulk copy writes
+                cute.arch.fence_proxy("async.shared", space="cta")
                 self.release(key_empty + slot, lane)
                 if cutlass.const_expr(c.block_m == 1):  # noqa: SIM102
                     if told == 1:  # another query
