@@ -60,10 +60,6 @@ KERNELS: list[Kernel] = [
     Kernel("quantize_nvfp4", "triton_quantize_nvfp4", "kernels_triton.quantize_nvfp4", _BOTH, exact=True),
     Kernel("dequant_nvfp4", "triton_dequant_nvfp4", "kernels_triton.dequant_nvfp4", _BOTH, exact=True),
     Kernel("rmsnorm_quantize", "triton_rmsnorm_quantize", "kernels_triton.rmsnorm_quantize", _BOTH, exact=True),
-    # not timed yet: only where a table or an override asks for it
-    Kernel(
-        "rmsnorm_quantize", "cute_rmsnorm_quantize_sm90", "kernels_cute.rmsnorm_quantize_sm90", ("sm_90a",), exact=True
-    ),
     Kernel("rms_norm", "triton_rms_norm", "kernels_triton.rms_norm", _BOTH, exact=True),
     Kernel("swiglu_quantize", "triton_swiglu_quantize", "kernels_triton.swiglu_quantize", _BOTH, exact=True),
     Kernel("swiglu", "triton_swiglu", "kernels_triton.swiglu", _BOTH, exact=True),

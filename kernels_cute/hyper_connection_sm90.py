@@ -43,7 +43,12 @@ from torch import Tensor
 
 from fp4suite.arch import SM_COUNT
 from fp4suite.built import MAX_SHARED_BYTES, Built
-from fp4suite.problem import HyperConnectionHeadProblem, HyperConnectionPostPreProblem, HyperConnectionPreProblem
+from fp4suite.problem import (
+    HyperConnectionHeadProblem,
+    HyperConnectionPostPreProblem,
+    HyperConnectionPreProblem,
+    Problem,
+)
 
 from . import build as cross
 from .instructions import (
@@ -84,9 +89,13 @@ STORED = 2  # groups of columns that are on their way to memory while the next o
 BARRIER_BYTES = 1024
 REGISTERS = 65536  # of an SM
 OWNERS = 2  # warps
-# 64 tokens: Triton's kernels 10.5 and 13.4 us, these 14.6 and 17.7; 256: 22.1 and 34.6, 21.5 and 28.6; the head of 512
-# tokens 26.7 and 27.1, of 1024 52.0 and 41.1 (H100, d=7168)
-LEAST_TOKENS, LEAST_TOKENS_OF_HEAD = 256, 768
+# below them Triton's kernels: pre of 256 tokens 20.7 us, here 23.0, of 512 32.8 and 31.2; post_pre of 256 36.3 and
+# 29.0, of 64 13.4 and 17.7; the head of 768 40.2 and 32.0 (H100, d=7168)
+LEAST_TOKENS: dict[type[Problem], int] = {
+    HyperConnectionPreProblem: 512,
+    HyperConnectionPostPreProblem: 256,
+    HyperConnectionHeadProblem: 768,
+}
 # of threads that make, fold, multiply, and load or own, of 32 tokens: without and with a site to close
 THREAD_REGISTERS = {False: (64, 104, 104, 40), True: (80, 96, 96, 32)}
 LOG2_E = 1.4426950408889634
@@ -129,12 +138,11 @@ SPACE = {"block_m": (16, 32), "cluster": (8, 16), "stages": (4, 6, 8, 10, 12, 16
 
 
 def default(problem: FoldProblem) -> Config:
-    """Clusters whose CTAs have some eight groups of columns; the head's terms stay."""
-    cluster = 8 if 4 * 8 * GROUP <= problem.k <= 8 * 8 * GROUP else 16
+    """As many CTAs as may share the columns. The terms stay where there is room for all of them."""
+    cluster = 16 if problem.k % (16 * GROUP) == 0 else 8
     if isinstance(problem, HyperConnectionHeadProblem):
-        return Config(block_m=32, cluster=cluster, stages=32)
-    post = isinstance(problem, HyperConnectionPostPreProblem)
-    return Config(block_m=32, cluster=cluster, stages=4 if post else 8)
+        return Config(cluster=cluster, stages=32)
+    return Config(cluster=cluster, stages=16 if problem.k <= 64 * GROUP else 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +203,7 @@ def early(groups: int) -> int:
 
 def supports(problem: FoldProblem, config: Config) -> str | None:
     """Why this problem cannot run with this config, or has a faster kernel, or None if it can."""
-    least = LEAST_TOKENS_OF_HEAD if isinstance(problem, HyperConnectionHeadProblem) else LEAST_TOKENS
+    least = LEAST_TOKENS[type(problem)]
     if problem.m < least:
         return f"m={problem.m}: below {least} tokens the Triton kernel is faster"
     return refusal(problem, config)

@@ -1,5 +1,4 @@
-"""FP32 numbers of a thread -> NVFP4: rule "absmax" of `fp4suite.reference.e2m1`, same bytes. Blocks by sm_100a's
-conversions, codes also without.
+"""FP32 numbers of a thread -> NVFP4 by sm_100a's conversions: rule "absmax" of `fp4suite.reference.e2m1`, same bytes.
 
 Each operation is rounded to nearest on its own, as there; the conversions saturate and turn NaN into +6 themselves.
 """
@@ -50,40 +49,6 @@ def to_e2m1x8(y: list[Float32], *, loc=None, ip=None) -> Uint32:
     asm = f"{{ .reg .b8 b0, b1, b2, b3; {pairs} mov.b32 $0, {{b0, b1, b2, b3}}; }}"
     args = [v.ir_value(loc=loc, ip=ip) for v in y]
     return Uint32(llvm.inline_asm(T.i32(), args, asm, "=r" + ",f" * 8, loc=loc, ip=ip))
-
-
-def _by_three_lines() -> str:
-    """PTX: FP32 $1 .. $8 -> E2M1 codes in the word $0, the first in its lowest bits; saturates, NaN gives 6.
-
-    Over |y| the codes are three lines, 2 a up to 2, a + 2 up to 4 and a / 2 + 4 up to 6, the lowest of which counts. At
-    2^23 floats lie 1 apart: one addition a line rounds to the nearest code, ties to the even one.
-    """
-    lines = [".reg .f32 a, f, g, h;", ".reg .b32 p, q, word, signs;"]
-    lines += [f".reg .b32 m{i}, y{i};" for i in range(8)]
-    for i in range(8):
-        lines += [
-            f"abs.f32 a, ${i + 1}; min.f32 a, a, 0f40C00000;",  # of NaN and 6 it is 6
-            "fma.rn.f32 f, a, 0f40000000, 0f4B000000; add.rn.f32 g, a, 0f4B000002;",
-            "fma.rn.f32 h, a, 0f3F000000, 0f4B000004;",
-            f"mov.b32 m{i}, f; mov.b32 p, g; mov.b32 q, h; min.s32 m{i}, m{i}, p; min.s32 m{i}, m{i}, q;",
-            f"mov.b32 y{i}, ${i + 1};",
-        ]
-    lines += ["mov.b32 word, m7; shr.u32 signs, y7, 28;"]
-    for i in range(6, -1, -1):
-        lines += [f"mad.lo.u32 word, word, 16, m{i}; shf.l.wrap.b32 signs, y{i}, signs, 4;"]
-    # with 0x4B000000 * 17, what the codes bring with them, it makes 2^32
-    lines += ["add.u32 word, word, 0x05000000; lop3.b32 $0, word, signs, 0x88888888, 0xF8;"]  # word | signs & mask
-    return "\n".join(["{", *lines, "}"])
-
-
-_BY_THREE_LINES = _by_three_lines()
-
-
-@dsl_user_op
-def to_e2m1x8_sm90(y: list[Float32], *, loc=None, ip=None) -> Uint32:
-    """As `to_e2m1x8`, where there is no such conversion."""
-    args = [v.ir_value(loc=loc, ip=ip) for v in y]
-    return Uint32(llvm.inline_asm(T.i32(), args, _BY_THREE_LINES, "=r" + ",f" * 8, loc=loc, ip=ip))
 
 
 def inverse_scale(alpha):

@@ -93,7 +93,6 @@ HELD_INSTRUCTIONS = 52  # a logit that a cluster holds, read, weighed and looked
 HELD_OVERHEAD = 600  # of a thread: sums of bins, those of the cluster, tokens that are ranked
 BLOCKS_SHARE = 0.8  # of its instructions takes a row that is inserted by blocks; from SASS: 520 for 660
 RMS_SUM_INSTRUCTIONS = 5  # of an element: widened, squared, added; from SASS
-ROWS_INSTRUCTIONS = {"quantised": 14, "summed": 4}  # of an element, by rmsnorm_quantize_sm90; from SASS
 THREAD_US = 1e-3  # an instruction of a thread whose SM has little else to issue: two cycles; estimate
 MSE_INSTRUCTIONS = 60  # more, for the rule that tries several scales
 SM90_TILE_US = 0.5  # decode, barrier, MMA of one tile of K; measured on an H100 at m=1: 20 us for 32, 29 us for 56
@@ -281,32 +280,12 @@ def _rows(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
     )
 
 
-def _rows_in_turn(problem: RmsnormQuantizeProblem | RmsNormProblem, config: Any, arch: str) -> Work:
-    """rmsnorm_quantize_sm90: a CTA an SM takes rows in turn; a warp issues every other cycle at most. Not fitted."""
-    p, machine = problem, MACHINES[arch]
-    rows = math.ceil(p.m / machine.sms)
-    quantised = math.ceil(rows / config.groups) * config.tiles * 16 * ROWS_INSTRUCTIONS["quantised"]
-    summed = math.ceil(rows / config.summing) * p.k / 64 * ROWS_INSTRUCTIONS["summed"]
-    return Work(
-        ctas=min(p.m, machine.sms),
-        threads=config.threads(p.k),
-        cta_bytes=rows * p.k * (ELEMENT_BYTES[p.x] + NVFP4_BYTES),
-        in_flight=machine.shared_bytes * 0.9,
-        cta_instructions=rows * p.k * sum(ROWS_INSTRUCTIONS.values()),
-        ramps=2,
-        serial_us=2 * max(quantised, summed) / (machine.clock_ghz * 1e3),
-        persistent=True,
-    )
-
-
 def _rmsnorm(
     problem: RmsnormQuantizeProblem | RmsNormProblem, config: Any, arch: str, resources: Resources | None
 ) -> Work:
     """Rows in parts, each of which sums them as a whole. A row that is held is asked for at once; of others each tile
     is waited for again.
     """
-    if hasattr(config, "summing"):
-        return _rows_in_turn(problem, config, arch)
     whole, k, block_m = _rows(problem, config, arch, resources), problem.k, getattr(config, "block_m", 1)
     tiles = math.ceil(math.ceil(k / config.tile_k) / config.parts)
     summed = block_m * k * RMS_SUM_INSTRUCTIONS
@@ -397,19 +376,18 @@ def _fold(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
 
 
 def _fold_by_clusters(problem: Any, config: Any) -> Work:
-    """Clusters that take block_m tokens a step, each CTA its share of the columns: streams once, fn's terms (three BF16
+    """Clusters that take block_m tokens a step, each CTA its share of the columns: streams once, fn's terms (two BF16
     numbers of each of its own) from L2.
 
-    What a step waits for is fitted to 32 timings on an H100 (d of 4096 and 7168, 16 CTAs, m of 64 to 8192), of which
-    none is off by more than 19 %: its bytes at the bandwidth of memory, terms of 64 columns of a stream at a time, and,
-    where it makes streams, groups of such columns. None is of the head, whose terms are taken to come as late: what
-    counts is their way, not their size.
+    What a step waits for is fitted to 25 timings on an H100 (d of 4096 and 7168, m of 256 to 4096), of which none is
+    off by more than 12 %, but for 16 tokens a step of d=4096, which took 97 us, not 134: its bytes, terms of 64 columns
+    of a stream at a time, groups of such columns where it makes streams, and the way through the cluster.
     """
     p, post = problem, isinstance(problem, HyperConnectionPostPreProblem)
     blocks, columns = math.ceil(p.m / config.block_m), p.k // config.cluster
     clusters = max(1, min(blocks, CLUSTER_SMS[config.cluster] // config.cluster))
     steps = math.ceil(blocks / clusters)
-    terms = 3 * (8 if isinstance(p, HyperConnectionHeadProblem) else p.n * (p.n + 2))  # the head's 4, and room
+    terms = 2 * (p.n if isinstance(p, HyperConnectionHeadProblem) else p.n * (p.n + 2))
     of_tokens = config.block_m * columns * ELEMENT_BYTES[p.x] * (2 * p.n + 2 if post else p.n + 1)  # in and out
     groups = columns / 64
     return Work(
@@ -424,7 +402,7 @@ def _fold_by_clusters(problem: Any, config: Any) -> Work:
         * p.n
         * (15 if post else 5),  # from the steps of the algorithm
         ramps=8,  # fn, its terms, streams, then what CTAs send each other, thrice
-        serial_us=steps * (of_tokens / 25.7e3 + groups * (0.4 * p.n / config.stages + (0.25 if post else 0.0))),
+        serial_us=steps * (of_tokens / 30e3 + groups * (0.05 * p.n / config.stages + (0.05 if post else 0.0)) + 0.25),
         persistent=True,
     )
 

@@ -18,6 +18,7 @@ from ptx_emulator.errors import Fault
 from tuner import targets
 
 from . import sm90_cases
+from .scoreboards import loads_on_their_way
 
 Problem = partial(GemmProblem, act="bf16", order=kernel.WEIGHT_ORDER)
 BIG = Problem(m=256, n=7168, k=3072)
@@ -197,7 +198,9 @@ def test_tiles_and_alphas_are_found_without_delay(config):
 
 
 def test_warps_multiply_few_tokens():
-    code = sass(kernel.build(BIG, SMALL))
+    built = kernel.build(BIG, SMALL)
+    assert not loads_on_their_way(built)
+    code = sass(built)
     assert "HGMMA" not in code
     assert len(re.findall(r"\bHMMA\.16816\.F32\.BF16", code)) == SMALL.tile_k // 16
 

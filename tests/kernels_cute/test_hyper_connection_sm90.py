@@ -21,6 +21,8 @@ from kernels_cute import (
 from kernels_cute.hyper_connection_sm90 import GROUP, STREAMS, TERMS, Config
 from ptx_emulator import emulate
 
+from .scoreboards import loads_on_their_way
+
 PRE = HyperConnectionPreProblem(m=4096, k=7168)
 POST_PRE = HyperConnectionPostPreProblem(m=4096, k=7168)
 HEAD = HyperConnectionHeadProblem(m=4096, k=7168)
@@ -87,7 +89,7 @@ def test_dispatch(no_tables):
 
     for _, kind in OPS:
         cute, triton = f"cute_{kind.op}_sm90", f"triton_{kind.op}"
-        least = 768 if kind is HyperConnectionHeadProblem else 256
+        least = kernel.LEAST_TOKENS[kind]
         for k in (4096, 7168):
             few, many = kind(m=least - 1, k=k), kind(m=least, k=k)
             why = f"m={few.m}: below {least} tokens the Triton kernel is faster"
@@ -96,7 +98,7 @@ def test_dispatch(no_tables):
             assert [chosen(many, "sm_100a"), chosen(replace(many, x="fp16"))] == [triton, triton]
             with dispatch.batch_invariant():
                 assert {chosen(replace(many, m=m)) for m in (0, 1, few.m, least, 4096)} == {triton}
-        assert chosen(kind(m=least, k=512)) == triton
+        assert chosen(kind(m=least, k=576)) == triton
 
 
 def test_builds_for_its_own_architecture_only():
@@ -130,6 +132,12 @@ def test_products_stay_on_their_way(problem, config):
     assert asked <= config.threads // kernel.WARPGROUP * found.registers
     assert asked or config.block_m == 16
     code = sass(built)
+    assert not loads_on_their_way(built, "LDS")
+    term_empty = f"+{8 * (3 * kernel.slots(variant, config) + kernel.stages(variant, config)):#x}]"
+    terms_given_back = [arrival for arrival, _ in loads_on_their_way(built, "LDSM") if term_empty in arrival]
+    assert not terms_given_back
+    resident = kernel.HyperConnectionSm90(config, variant).resident
+    assert resident or term_empty in code
     assert len(re.findall(r"\bHGMMA\.", code)) == STREAMS * GROUP // 16
     assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code) == ["1"] * (STREAMS - 1) + ["0"]
 
@@ -204,8 +212,8 @@ def test_head_in_the_emulator(one_cluster):
 @pytest.mark.parametrize("schedule", ["eager", "late"])
 @pytest.mark.parametrize(("module", "kind"), OPS)
 def test_steps_overlap_in_the_emulator(module, kind, schedule, one_cluster):
-    """Four steps, the last one ragged, of three groups of columns in three slots: those who make a step's streams run as
-    far ahead of those who fold as they can. 32 tokens a step give the same bits."""
+    """Four steps, the last one ragged, of three groups of columns in three slots: those who make a step's streams run
+    as far ahead of those who fold as they can. 32 tokens a step give the same bits."""
     case = testing.case(kind(m=59, k=1536), "cpu", 4)
     got = []
     for config in (Config(block_m=16, cluster=8, stages=4), Config(block_m=32, cluster=8, stages=32)):

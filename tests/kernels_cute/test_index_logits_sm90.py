@@ -16,6 +16,8 @@ from kernels_cute import index_logits_sm90 as kernel
 from kernels_cute.index_logits_sm90 import Config
 from ptx_emulator import emulate
 
+from .scoreboards import loads_on_their_way
+
 MANY = IndexLogitsProblem(m=4096, entries=8192, format="fp8", x="fp8")
 FEW = replace(MANY, m=4, sequences=0)
 SINGLES = Config(groups=2, strips=1, queries=1, block_m=1, stages=2, key_stages=2)
@@ -115,6 +117,7 @@ def test_defaults_keep_products_on_their_way(problem, config):
     built = kernel.build(problem, config)
     assert built.shared_bytes == kernel.shared_bytes(config)
     assert resources(built).spill_bytes == 0
+    assert not loads_on_their_way(built)
     code = sass(built)
     assert len(re.findall(r"\bQGMMA\.", code)) == 4 * config.strips
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code)
