@@ -50,7 +50,8 @@ def test_sm90_gives_the_bits_of_an_h100(number):
     case = testing.case(problem, "cpu", number)
 
     def same(ptx: str) -> str:
-        assert golden.digest(ptx) == recorded, "another compiler or another kernel: record again"
+        was = ptx.replace(golden.FENCE, "", 1) if number in golden.FENCED_SINCE else ptx
+        assert golden.digest(was) == recorded, "another compiler or another kernel: record again"
         return ptx
 
     with emulate("sm_90a", rewrite=same):
