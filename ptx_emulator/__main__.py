@@ -91,7 +91,7 @@ def _add_run(commands: Any) -> None:
     p.add_argument("--processes", type=int, default=1, metavar="N", help="spread the clusters over N processes")
     p.add_argument("--no-races", dest="races", action="store_false", help="do not look for data races")
     p.add_argument(
-        "--strict", dest="races", action="store_const", const="strict", help="and for every missing tcgen05.fence"
+        "--strict", dest="races", action="store_const", const="strict", help="and for every fence that the ISA wants"
     )
     p.add_argument("--stats", action="store_true", help="print the launch's statistics")
     p.add_argument("--json", action="store_true", help="print them as one JSON document")

@@ -5,8 +5,10 @@ Every access is an event of an actor: a warp, or one asynchronous operation (a T
 tcgen05.mma, .cp, .shift, .ld or .st). Two accesses of one place, one of them a write, must be ordered by causality,
 whatever order they happened to run in: mbarriers, barriers, strong operations with fences, and waits for groups carry
 the order. What the generic proxy wrote must also pass a proxy fence on its way to the async proxy, or to the one that
-reads tensor maps. Writes of what is there already do not race with the write that put it there. A warp that comes to a
-named barrier again must know that the others have come since (see `sync`).
+reads tensor maps; with `strict`, what it read, too, before the async proxy writes there (a load may still be on its way
+when its warp says that it is done, but not once something has used what it loaded, which is not looked for). Writes of
+what is there already do not race with the write that put it there. A warp that comes to a named barrier again must know
+that the others have come since (see `sync`).
 
 An actor knows of each other one how far it has seen it: a vector clock, once for plain causality and once for each kind
 of fence, that is for what lies before such a fence. Each place remembers its last writer and its readers since.
@@ -449,6 +451,8 @@ class Shadow:
                 site = hazards.sites[abs(other)]
                 assert site is not None
                 if hazards.comes_after(abs(other), actor, self.tensor) or (site.strong and actor.strong):
+                    if other > 0 and hazards.strict and self._lacks_fence(other, actor, self.fence):
+                        raise self._unfenced(self._place(index, readers == known), "written", "reading", other)
                     continue
                 where = readers == known
                 if other > 0 or not harmless(where, -other):
@@ -490,13 +494,23 @@ class Shadow:
                     continue
                 raise self._race(self._place(index, where), verb, "written", event, actor)
             row = fence if fence is not None else self.fence if actor.asynchronous else CAUSAL
-            if row != CAUSAL and not site.asynchronous and not hazards.ordered(event, actor, row):
-                place = self._place(index, writers == event)
-                kind = "fence.proxy.tensormap" if row == TENSORMAP else "fence.proxy.async"
-                raise Fault(
-                    f"no proxy fence: {place} is {verb} by the async proxy, and no {kind} lies between "
-                    f"that and its writing by {site}"
-                )
+            if self._lacks_fence(event, actor, row):
+                raise self._unfenced(self._place(index, writers == event), verb, "writing", event, row)
+
+    def _lacks_fence(self, event: int, actor: Actor, row: int) -> bool:
+        """Whether the actor's proxy is another than the generic one, in which this event was, with no fence between."""
+        site = self.hazards.sites[event]
+        assert site is not None
+        if row == CAUSAL or site.asynchronous or not (actor.asynchronous or row == TENSORMAP):
+            return False
+        return not self.hazards.ordered(event, actor, row)
+
+    def _unfenced(self, place: str, verb: str, before: str, event: int, row: int = CAUSAL) -> Fault:
+        kind = "fence.proxy.tensormap" if row == TENSORMAP else "fence.proxy.async"
+        return Fault(
+            f"no proxy fence: {place} is {verb} by the async proxy, and no {kind} lies between "
+            f"that and its {before} by {self.hazards.sites[event]}"
+        )
 
     def _race(self, place: str, verb: str, before: str, event: int, actor: Actor) -> Fault:
         missing = self.hazards.missing(event, actor, self.tensor)

@@ -164,7 +164,7 @@ def with_and_without(body: str) -> tuple[str, str]:
     return tuple(re.sub(pieces, x, body, flags=re.S) for x in both)  # type: ignore[return-value]
 
 
-def launch(body: str, schedule: str, races: bool = True) -> None:
+def launch(body: str, schedule: str, races: Checks = True) -> None:
     """Two CTAs, each with global memory of its own."""
     run(
         SETUP + body,
@@ -187,6 +187,17 @@ def test_hazard(name, schedule):
     with pytest.raises(Fault, match=why) as caught:
         launch(wrong, schedule)
     assert "PTX line" in str(caught.value)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_bulk_load_over_what_is_read_wants_a_fence_by_the_letter_of_the_isa(schedule):
+    """A load may still be on its way where its warp arrives at a barrier."""
+    body = spelt("@%p2 st.shared.b32 [%r3], %r4; FENCE MBARRIER READ [[FENCE]] SYNC BULK_LOAD WAITED", WORDS)
+    right, wrong = with_and_without(body)
+    launch(right, schedule, "strict")
+    launch(wrong, schedule)
+    with pytest.raises(Fault, match=r"(?s)no proxy fence.*is written by the async proxy.*its reading by.*ld\.shared"):
+        launch(wrong, schedule, "strict")
 
 
 def test_both_places_are_named():
