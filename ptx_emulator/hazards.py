@@ -451,7 +451,8 @@ class Shadow:
                 site = hazards.sites[abs(other)]
                 assert site is not None
                 if hazards.comes_after(abs(other), actor, self.tensor) or (site.strong and actor.strong):
-                    if other > 0 and hazards.strict and self._lacks_fence(other, actor, self.fence):
+                    row = self.fence if actor.asynchronous and hazards.strict else CAUSAL
+                    if other > 0 and self._lacks_fence(other, actor, row):
                         raise self._unfenced(self._place(index, readers == known), "written", "reading", other)
                     continue
                 where = readers == known
@@ -498,12 +499,10 @@ class Shadow:
                 raise self._unfenced(self._place(index, writers == event), verb, "writing", event, row)
 
     def _lacks_fence(self, event: int, actor: Actor, row: int) -> bool:
-        """Whether the actor's proxy is another than the generic one, in which this event was, with no fence between."""
+        """Whether no such fence lies between an event of the generic proxy and the actor, which is of another."""
         site = self.hazards.sites[event]
         assert site is not None
-        if row == CAUSAL or site.asynchronous or not (actor.asynchronous or row == TENSORMAP):
-            return False
-        return not self.hazards.ordered(event, actor, row)
+        return row != CAUSAL and not site.asynchronous and not self.hazards.ordered(event, actor, row)
 
     def _unfenced(self, place: str, verb: str, before: str, event: int, row: int = CAUSAL) -> Fault:
         kind = "fence.proxy.tensormap" if row == TENSORMAP else "fence.proxy.async"
