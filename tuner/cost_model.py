@@ -362,12 +362,12 @@ def _fold(problem: Any, config: Any, arch: str, resources: Resources | None) -> 
     columns, rows = config.block_d * p.n, min(config.block_m, p.m)
     moved = (2 * p.n + 1) / p.n if post else 1  # streams in and out, and y
     step = rows * columns * size * moved
-    part = 4 * 32 * rows
+    part, fn = 4 * 32 * rows, 4 * outputs * columns
     return Work(
         ctas=parts * groups,
         threads=threads,
-        cta_bytes=steps * (step + part) + 4 * outputs * columns,
-        in_flight=max(1, config.num_stages - 1) * step,
+        cta_bytes=steps * (step + part) + fn,
+        in_flight=max(fn, max(1, config.num_stages - 1) * step),  # fn is asked for at once
         # thread instructions a number of a step, counted in SASS of sm_90a (Triton 3.7): 8 without making it, 27 with
         cta_instructions=steps * config.block_m * columns * (27 if post else 8) + 32 * columns * 10,
         ramps=2 + (not config.ahead),  # fn, then streams; the fold's, which begins when all parts are there

@@ -159,6 +159,15 @@ def test_clusters_that_fold_take_about_what_they_took_on_an_h100():
         assert predict_us(kind(m=m, k=d), config, "sm_90a") == pytest.approx(us, rel=0.13), (kind.op, d, m, config)
 
 
+def test_few_tokens_of_a_fold_wait_for_fn_at_once():
+    """H100: 5.2 us of 4 tokens, 9.0 of 64."""
+    module = registry.load("triton_hyper_connection_pre")
+    problems = [HyperConnectionPreProblem(m=m, k=7168) for m in (1, 4, 16, 64)]
+    times = [predict_us(p, registry.default_config(module, p), "sm_90a") for p in problems]
+    assert times == sorted(times)
+    assert times[-1] < 9.0
+
+
 def test_the_heads_clusters_take_less_than_pre_and_gain_from_stages():
     pre, head = (kind(m=4096, k=7168) for kind in (HyperConnectionPreProblem, HyperConnectionHeadProblem))
     times = [predict_us(p, Clusters(stages=s), "sm_90a") for p, s in ((head, 32), (head, 8), (pre, 8))]
