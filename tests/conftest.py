@@ -2,6 +2,8 @@
 
 import gc
 import os
+import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,6 +25,14 @@ if not GPU:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda", 0) if GPU else torch.device("cpu")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """What a test starts hears SIGINT, also where a shell in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -161,7 +161,7 @@ def test_a_process_that_dies_is_an_error(monkeypatch):
     assert not out.any()
 
 
-def test_ctrl_c_leaves_no_process_behind(tmp_path):
+def test_ctrl_c_leaves_no_process_behind(tmp_path, interruptible):
     (tmp_path / "k.ptx").write_text(module("AGAIN:\nbra AGAIN;"))
     command = [sys.executable, "-m", "ptx_emulator", "run", "k.ptx", "--grid", "3", "--processes", "3", "--args"]
     root = str(Path(__file__).parents[2])

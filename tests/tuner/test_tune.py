@@ -738,7 +738,7 @@ def entries_in(folder):
     return sum(len(table.read(path).entries) for path in folder.glob("sm_*.json"))
 
 
-def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path):
+def test_ctrl_c_ends_everything_and_keeps_what_was_compiled(tmp_path, interruptible):
     """The real command with real kernels, interrupted as a terminal does it: the whole process group."""
     cache = tmp_path / "cache"
     environment = {**os.environ, "FP4SUITE_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
