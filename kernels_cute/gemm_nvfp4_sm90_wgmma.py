@@ -48,6 +48,7 @@ from .instructions import (
     create_policy,
     load4,
     load_matrices,
+    loads_have_come,
     mma_16816,
     mul_bf16x2,
     mul_by_half,
@@ -1272,8 +1273,7 @@ class GemmNvfp4Sm90Wgmma:
                             new = mma_16816(words[4 * s : 4 * s + 4], pair, old)
                             for e in cutlass.range_constexpr(4):
                                 acc[strip][4 * eight + e] = new[e]
-            # loads that are still on their way would read what the next bulk copy writes
-            cute.arch.fence_proxy("async.shared", space="cta")
+            loads_have_come()
             cute.arch.sync_warp()
             self.release(empty + slot, lane, False)
             slot, phase = self.advance(slot, phase, c.groups_k)

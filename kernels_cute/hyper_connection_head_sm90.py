@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import hyper_connection_sm90
 from .hyper_connection_sm90 import (
+    FN_ERROR as FN_ERROR,
     Config as Config,
     build as build,
     build_key as build_key,

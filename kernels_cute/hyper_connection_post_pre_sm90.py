@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import hyper_connection_sm90
 from .hyper_connection_sm90 import (
+    FN_ERROR as FN_ERROR,
     SPACE as SPACE,
     Config as Config,
     build as build,

@@ -64,6 +64,7 @@ from .instructions import (
     load_matrices,
     load_number,
     load_words,
+    loads_have_come,
     mul,
     pack_bf16,
     push,
@@ -75,7 +76,8 @@ from .overlap import OVERLAP, wait
 ARCH = "sm_90a"
 STREAMS = 4
 OUTPUTS = STREAMS * (STREAMS + 2)  # the head has STREAMS
-TERMS = 2  # BF16 numbers whose sum is one of FP32 within 2^-17 of it
+TERMS = 2  # BF16 numbers whose sum stands for one of FP32
+FN_ERROR = 2.0**-17  # by which it is off at most, of its size
 GROUP = 64  # columns of a group: rows of 128 bytes of shared memory
 ROWS = 64  # of WGMMA, of which those of fn's terms count
 K_STEPS = GROUP // 16  # of WGMMA
@@ -608,8 +610,8 @@ class HyperConnectionSm90:
 
     @cute.jit
     def release(self, bar):
-        """This warp has read its part, which TMA may write over: without the fence loads may still be on their way."""
-        cute.arch.fence_proxy("async.shared", space="cta")
+        """This warp has read its part, which TMA may write over."""
+        loads_have_come()
         self.arrive(bar)
 
     def after(self, step, group, clusters):

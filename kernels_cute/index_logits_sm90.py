@@ -43,7 +43,7 @@ from fp4suite.formats import IndexCache, index_layout
 from fp4suite.problem import IndexLogitsProblem
 
 from . import build as cross
-from .instructions import create_policy, load4, load_matrices, load_number, load_words, store_words
+from .instructions import create_policy, load4, load_matrices, load_number, load_words, loads_have_come, store_words
 
 ARCH = "sm_90a"
 HEADS, HEAD_DIM = 64, 128
@@ -629,8 +629,7 @@ class IndexLogitsSm90:
                     at = Int32(key_scales.iterator.toint()) + ((tile + s) * TILE + row) * 4
                     factors[s] = load_number(at) * scale
                     since[s] = (entry + s * TILE + row + 1) * ratio - 1
-                # loads that are still on their way would read what the next bulk copy writes
-                cute.arch.fence_proxy("async.shared", space="cta")
+                loads_have_come()
                 self.release(key_empty + slot, lane)
                 if cutlass.const_expr(c.block_m == 1):  # noqa: SIM102
                     if told == 1:  # another query

@@ -4,9 +4,19 @@ Addresses are in bytes: of shared memory an Int32, of global memory an Int64. Wh
 and writes has a side effect for the compiler; the rest it moves, or drops where nobody reads the result.
 """
 
-from cutlass import Boolean, Float32, Int32, Int64, Uint32
+from cutlass import Boolean, Float32, Int32, Int64, Uint32, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
+
+
+def _load_four(asm: str, address: Int32 | Int64, kind: type[Float32] | type[Uint32], loc, ip):
+    """The four registers of this kind that an instruction loads."""
+    register, letter = (T.f32(), "f") if kind is Float32 else (T.i32(), "r")
+    constraints = f"={letter}," * 4 + ("l" if isinstance(address, Int64) else "r")
+    four, args = llvm.StructType.get_literal([register] * 4), [address.ir_value(loc=loc, ip=ip)]
+    got = llvm.inline_asm(four, args, asm, constraints, has_side_effects=True, loc=loc, ip=ip)
+    return [kind(llvm.extractvalue(register, got, [i], loc=loc, ip=ip)) for i in range(4)]
+
 
 # --- global memory ----------------------------------------------------------------------------------------------------
 
@@ -21,11 +31,7 @@ def fetch(address: Int64, *, loc=None, ip=None) -> Float32:
 @dsl_user_op
 def fetch_words(address: Int64, *, loc=None, ip=None):
     """Four words of global memory that are read once, and not before a fence that stands above."""
-    kind = llvm.StructType.get_literal([T.i32()] * 4)
-    asm = "ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];"
-    args = [address.ir_value(loc=loc, ip=ip)]
-    got = llvm.inline_asm(kind, args, asm, "=r,=r,=r,=r,l", has_side_effects=True, loc=loc, ip=ip)
-    return [Uint32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
+    return _load_four("ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", address, Uint32, loc, ip)
 
 
 @dsl_user_op
@@ -70,21 +76,13 @@ def load_number(address: Int32, *, loc=None, ip=None) -> Float32:
 @dsl_user_op
 def load4(address: Int32, *, loc=None, ip=None):
     """Four numbers of shared memory."""
-    kind = llvm.StructType.get_literal([T.f32()] * 4)
-    args = [address.ir_value(loc=loc, ip=ip)]
-    asm = "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];"
-    got = llvm.inline_asm(kind, args, asm, "=f,=f,=f,=f,r", has_side_effects=True, loc=loc, ip=ip)
-    return [Float32(llvm.extractvalue(T.f32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
+    return _load_four("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", address, Float32, loc, ip)
 
 
 @dsl_user_op
 def load_words(address: Int32, *, loc=None, ip=None):
     """Four words of shared memory."""
-    kind = llvm.StructType.get_literal([T.i32()] * 4)
-    asm = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
-    args = [address.ir_value(loc=loc, ip=ip)]
-    got = llvm.inline_asm(kind, args, asm, "=r,=r,=r,=r,r", has_side_effects=True, loc=loc, ip=ip)
-    return [Uint32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
+    return _load_four("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", address, Uint32, loc, ip)
 
 
 @dsl_user_op
@@ -98,11 +96,14 @@ def store_words(address: Int32, words, *, loc=None, ip=None):
 @dsl_user_op
 def load_matrices(address: Int32, *, loc=None, ip=None):
     """Four 8 x 8 matrices of 16-bit numbers from shared memory, of each a lane's pair of a row."""
-    kind = llvm.StructType.get_literal([T.i32()] * 4)
-    asm = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
-    args = [address.ir_value(loc=loc, ip=ip)]
-    got = llvm.inline_asm(kind, args, asm, "=r,=r,=r,=r,r", has_side_effects=True, loc=loc, ip=ip)
-    return [Uint32(llvm.extractvalue(T.i32(), got, [i], loc=loc, ip=ip)) for i in range(4)]
+    return _load_four("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", address, Uint32, loc, ip)
+
+
+def loads_have_come():
+    """This thread's loads of shared memory are over, and TMA may write there, once it has arrived at an mbarrier: the
+    arrival alone may overtake them.
+    """
+    cute.arch.fence_proxy("async.shared", space="cta")
 
 
 # --- shared memory of a CTA of the cluster; addresses are as in this CTA ----------------------------------------------

@@ -453,7 +453,7 @@ class Shadow:
                 if hazards.comes_after(abs(other), actor, self.tensor) or (site.strong and actor.strong):
                     row = self.fence if actor.asynchronous and hazards.strict else CAUSAL
                     if other > 0 and self._lacks_fence(other, actor, row):
-                        raise self._unfenced(self._place(index, readers == known), "written", "reading", other)
+                        raise self._unfenced(self._place(index, readers == known), "written", "reading", other, row)
                     continue
                 where = readers == known
                 if other > 0 or not harmless(where, -other):
@@ -504,7 +504,7 @@ class Shadow:
         assert site is not None
         return row != CAUSAL and not site.asynchronous and not self.hazards.ordered(event, actor, row)
 
-    def _unfenced(self, place: str, verb: str, before: str, event: int, row: int = CAUSAL) -> Fault:
+    def _unfenced(self, place: str, verb: str, before: str, event: int, row: int) -> Fault:
         kind = "fence.proxy.tensormap" if row == TENSORMAP else "fence.proxy.async"
         return Fault(
             f"no proxy fence: {place} is {verb} by the async proxy, and no {kind} lies between "
