@@ -429,7 +429,7 @@ def test_the_bound_of_a_check_follows_the_runs():
     unit = sum((x @ y.T) ** 2 for x, y in runs).sqrt() * 2.0**-13
     for units, promote, passes in ((15, 1, True), (30, 1, False), (30, 4, True), (100, 4, False)):
         case.out.copy_(a64 @ b64.T + units * unit)
-        case.launched[:] = [Config(promote=promote)]
+        case.launched[:] = [kernel, Config(promote=promote)]
         if passes:
             case.check()
         else:

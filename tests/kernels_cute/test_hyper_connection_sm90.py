@@ -161,6 +161,24 @@ def test_terms_of_fn(kind, one_cluster):
     assert off.any()  # three terms would hold all of it
 
 
+@pytest.mark.parametrize(("module", "kind"), OPS)
+def test_the_bound_of_a_check_follows_the_terms(module, kind):
+    """What a number within 2^-17 of each of fn's gives is right for this kernel, not for one that has all of fn."""
+    case = testing.case(kind(m=2000, k=512), "cpu", 1)
+    tensors = [x for x in case.operands if isinstance(x, Tensor)]
+    fn = 4 if kind is HyperConnectionPostPreProblem else 1
+    off = 2 * torch.rand(tensors[fn].shape, generator=torch.Generator().manual_seed(1)) - 1
+    tensors[fn] = tensors[fn] * (1 + 2.0**-17 * off)
+    got = getattr(reference, kind.op)(*tensors, norm_eps=testing.EPS, eps=testing.EPS)
+    for x, y in zip(results(case.out), results(got), strict=True):
+        x.copy_(y)
+    case.launched[:] = [module, None]
+    case.check()
+    case.launched.clear()
+    with pytest.raises(AssertionError, match="out of bound"):
+        case.check()
+
+
 def test_pre_in_the_emulator(one_cluster):
     """A group of columns a CTA; rows that no token has; what is not finite stays in its token; y is not normed."""
     case = testing.case(HyperConnectionPreProblem(m=13, k=512), "cpu", 1)
