@@ -5,6 +5,9 @@ so that the pair takes as long as the longer one and the second launch is saved.
 
 Each program is one of `compress_kv` with whole entries. The grid's second axis says of which of the two: those of the
 entries, which are longer, begin first. Threads are as many as entries want; a key has fewer channels for each.
+
+Where tokens are many, programs with the threads and registers of an entry have too few keys at a time: `apart`, keys
+have a launch of their own.
 """
 
 from dataclasses import dataclass
@@ -36,12 +39,17 @@ OWN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Warps of a program, which has a whole entry or key."""
+    """Warps of a program, which has a whole entry or key. Apart, keys have a launch of their own, by half as many."""
 
     num_warps: int = 4
+    apart: bool = False
+
+    @property
+    def key_warps(self) -> int:
+        return max(1, self.num_warps // 2) if self.apart else self.num_warps
 
 
-SPACE = {"num_warps": (1, 2, 4)}
+SPACE = {"num_warps": (1, 2, 4), "apart": (False, True)}
 
 
 def supports(problem: CompressKvPairProblem, config: Config) -> str | None:
@@ -49,8 +57,8 @@ def supports(problem: CompressKvPairProblem, config: Config) -> str | None:
     pooled = problem.ratio * problem.overlaps
     if pooled > 2 * compressor.LANES:
         return f"pools of {pooled} rows take a second launch: call compress_kv for each"
-    for part in problem.parts:
-        if why := compress_kv.supports(part, _config_of(part, config)):
+    for part, own in zip(problem.parts, _configs(problem.head_dim, problem.key_dim, config), strict=True):
+        if why := compress_kv.supports(part, own):
             return why
     return None
 
@@ -60,8 +68,12 @@ def default(problem: CompressKvPairProblem) -> Config:
     return Config(num_warps=max(compress_kv.default(part).num_warps for part in problem.parts))
 
 
-def _config_of(part: CompressKvProblem, config: Config) -> compress_kv.Config:
-    return compress_kv.Config(block_c=triton.next_power_of_2(part.head_dim), num_warps=config.num_warps)
+def _configs(head_dim: int, key_dim: int, config: Config) -> tuple[compress_kv.Config, compress_kv.Config]:
+    """Of entries and of keys."""
+    return (
+        compress_kv.Config(block_c=triton.next_power_of_2(head_dim), num_warps=config.num_warps),
+        compress_kv.Config(block_c=triton.next_power_of_2(key_dim), num_warps=config.key_warps),
+    )
 
 
 @triton.jit(do_not_specialize=["TOKENS", "SEQUENCES", "EACH", "POSITIONS"])
@@ -117,6 +129,14 @@ def launch(
     tokens, sequences = len(entries.kv), len(cu_seqlens) - 1
     if tokens == 0:
         return
+    if config.apart:
+        configs = _configs(entries.cache.head_dim, keys.cache.head_dim, config)
+        for step, own in zip(steps, configs, strict=True):
+            compress_kv.launch(
+                step.kv, step.gate, step.ape, step.weight, table, eps, step.state, positions, sequence_ids, cu_seqlens,
+                state_slots, slots, ratio, step.hadamard, step.cache, own,
+            )  # fmt: skip
+        return
     overlaps = entries.kv.shape[1] // entries.cache.head_dim
     constants = _constants(steps, ratio, overlaps, table.shape[1], host.has_e2m1_cvt(table.device), config)
     counts = (tokens, sequences, tokens // max(1, sequences), len(table))
@@ -138,12 +158,15 @@ def warm(problem: CompressKvPairProblem, config: Config) -> None:
 
 def build_key(problem: CompressKvPairProblem, config: Config) -> tuple[Any, ...]:
     """What of a problem `build` depends on: how many tokens and sequences there are is read at launch."""
-    return tuple(compress_kv.build_key(part, _config_of(part, config)) for part in problem.parts)
+    configs = _configs(problem.head_dim, problem.key_dim, config)
+    return tuple(compress_kv.build_key(*own) for own in zip(problem.parts, configs, strict=True))
 
 
 def build(problem: CompressKvPairProblem, config: Config, arch: str) -> Built:
-    """Compiled for `arch` without a GPU."""
+    """Compiled for `arch` without a GPU; apart, the entries' launch."""
     p = problem
+    if config.apart:
+        return compress_kv.build(p.parts[0], _configs(p.head_dim, p.key_dim, config)[0], arch)
     types = {"table_ptr": "*fp32", "eps": "fp32"}
     types |= {f"{name}_ptr": "*i32" for name in INTEGERS} | dict.fromkeys(COUNTS, "i32")
     for own in ("", KEYS.lower()):

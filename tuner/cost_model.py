@@ -500,11 +500,13 @@ def _compress(problem: CompressKvProblem, config: Any, arch: str, resources: Res
 
 
 def _compress_pair(problem: CompressKvPairProblem, config: Any, arch: str, resources: Resources | None) -> Work:
+    """Programs of both in one launch, or keys in one that waits for the entries'."""
     entries, keys = (
-        _compress(part, SimpleNamespace(block_c=part.head_dim, num_warps=config.num_warps), arch, resources)
-        for part in problem.parts
+        _compress(part, SimpleNamespace(block_c=part.head_dim, num_warps=warps), arch, resources)
+        for part, warps in zip(problem.parts, (config.num_warps, config.key_warps), strict=True)
     )
-    return _together(entries, keys)
+    both = _together(entries, keys)
+    return dataclasses.replace(both, ramps=entries.ramps + keys.ramps) if config.apart else both
 
 
 def _queries(problem: CsaQueriesProblem, config: Any, arch: str, resources: Resources | None) -> Work:

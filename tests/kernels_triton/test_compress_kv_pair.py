@@ -20,6 +20,7 @@ from .test_compress_kv import EPS, TABLE, Layer
 ENTRIES = [("nvfp4", 80), ("fp8_ds_mla", 80), ("bf16", 40)]
 KEYS = [("index_fp8", 64), ("index_mxfp4", 32), ("index_bf16", 24)]
 CONFIG = kernel.Config(num_warps=1)
+APART = kernel.Config(num_warps=2, apart=True)
 
 
 class Pair:
@@ -29,14 +30,15 @@ class Pair:
     """
 
     def __init__(
-        self, device: torch.device, *, entries=("bf16", 40), keys=("index_fp8", 64), ratio=4, lanes=2, extra=0
-    ):
+        self, device: torch.device, *, entries=("bf16", 40), keys=("index_fp8", 64), ratio=4, lanes=2, extra=0,
+        config=CONFIG,
+    ):  # fmt: skip
         self.layers = [
             Layer(device, ratio, lanes, dim, format, extra=own, hadamard=format == "index_mxfp4")
             for (format, dim), own in ((entries, extra), (keys, 2 * extra))
         ]
         self.layers[1].order = self.layers[0].order
-        self.ratio = ratio
+        self.ratio, self.config = ratio, config
 
     def rows(self, tokens: int, seed: int) -> Tensor:
         return torch.cat([part for i, layer in enumerate(self.layers) for part in layer.rows(tokens, seed + i)], dim=1)
@@ -66,7 +68,7 @@ class Pair:
         ]
         table = made[0][0][4]
         reference.compress_kv_pair(*steps[0], table, EPS, **integers, ratio=self.ratio)
-        kernel.launch(table, EPS, *integers.values(), self.ratio, (steps[1][0], steps[1][1]), CONFIG)
+        kernel.launch(table, EPS, *integers.values(), self.ratio, (steps[1][0], steps[1][1]), self.config)
 
 
 @pytest.mark.parametrize("keys", KEYS, ids=lambda x: x[0])
@@ -84,11 +86,12 @@ def test_every_pair_of_formats(entries, keys, device):
     assert all((step.cache.data != 0xFF).any() for step in c.out)
 
 
+@pytest.mark.parametrize("config", [CONFIG, APART], ids=str)
 @pytest.mark.parametrize(("ratio", "lanes", "extra"), [(4, 2, 3), (8, 1, 0)])
-def test_ragged_steps_with_padding(ratio, lanes, extra, device):
+def test_ragged_steps_with_padding(ratio, lanes, extra, config, device):
     """Three sequences in steps of random sizes and order, single tokens among them, NaN padding behind. The rings are
     of different lengths."""
-    dice, pair = random.Random(ratio), Pair(device, ratio=ratio, lanes=lanes, extra=extra)
+    dice, pair = random.Random(ratio), Pair(device, ratio=ratio, lanes=lanes, extra=extra, config=config)
     data = {slot: pair.rows(6 + 5 * slot, seed=10 * slot) for slot in range(3)}
     at = dict.fromkeys(data, 0)
     while any(at[s] < len(data[s]) for s in data):
@@ -142,14 +145,15 @@ def test_no_tokens(device):
     assert all(layer.states[1].isnan().all() for layer in pair.layers)
 
 
-def test_cases_of_the_tuner(device):
+@pytest.mark.parametrize("config", [CONFIG, APART], ids=str)
+def test_cases_of_the_tuner(config, device):
     """A step of one sequence, which is as long as a pool; and that a fault in any of the four results is seen."""
     problem = CompressKvPairProblem(
         m=13, ratio=4, overlaps=2, head_dim=64, rope_dim=16, format="bf16", key_dim=32, key_format="index_fp8"
     )
     c = testing.case(problem, device)
     assert c.stateful
-    c.run(kernel, kernel.default(problem))
+    c.run(kernel, config)
     c.check()
     for name, step in zip(("entries'", "keys'"), c.out, strict=True):
         for what, changed in (("cache", step.cache.data), ("ring", step.state)):
@@ -178,6 +182,8 @@ def test_refusals(device):
     assert kernel.default(problem) == kernel.Config(num_warps=4)
     assert kernel.supports(problem, kernel.default(problem)) is None
     assert "128 channels of 8 rows a thread" in (kernel.supports(problem, CONFIG) or "")
+    assert kernel.supports(problem, kernel.Config(apart=True)) is None
+    assert "128 channels of 8 rows a thread" in (kernel.supports(problem, replace(CONFIG, apart=True)) or "")
     odd = kernel.supports(replace(problem, key_dim=96), kernel.Config())
     assert odd == "a Hadamard transform needs a power of two, got head_dim=96"
 
