@@ -623,26 +623,29 @@ class IndexLogitsSm90:
             if first < 0:
                 more = Int32(0)
             else:
-                tile = slot * self.key_tiles + group * c.strips
-                for s in cutlass.range_constexpr(c.strips):
-                    self.take_keys(frag[s], Int32(keys.iterator.toint()) + (tile + s) * (TILE * HEAD_DIM), warp, lane)
-                    at = Int32(key_scales.iterator.toint()) + ((tile + s) * TILE + row) * 4
-                    factors[s] = load_number(at) * scale
-                    since[s] = (entry + s * TILE + row + 1) * ratio - 1
-                loads_have_come()
-                self.release(key_empty + slot, lane)
                 if cutlass.const_expr(c.block_m == 1):  # noqa: SIM102
                     if told == 1:  # another query
                         if step > 0:
                             self.release(bars[1] + (step - 1) % c.stages, lane)
                         cute.arch.mbarrier_wait(bars[0] + step % c.stages, step // c.stages % 2)
                         step += 1
+                tile = slot * self.key_tiles + group * c.strips
+                for s in cutlass.range_constexpr(c.strips):
+                    self.take_keys(frag[s], Int32(keys.iterator.toint()) + (tile + s) * (TILE * HEAD_DIM), warp, lane)
+                    at = Int32(key_scales.iterator.toint()) + ((tile + s) * TILE + row) * 4
+                    factors[s] = load_number(at) * scale
+                    since[s] = (entry + s * TILE + row + 1) * ratio - 1
+                if cutlass.const_expr(c.block_m > 1):
+                    loads_have_come()
+                    self.release(key_empty + slot, lane)
                 where = (first, stop, entry, row, lane)
                 if cutlass.const_expr(c.block_m == 1) or entry < told:
                     self.score(frag, factors, since, shared, bars, addresses, sizes, where, step)
                 else:  # no query sees any of this warpgroup's entries
                     self.pass_over(bars, first, stop, step, lane)
-                if cutlass.const_expr(c.block_m > 1):
+                if cutlass.const_expr(c.block_m == 1):
+                    self.release(key_empty + slot, lane)  # not before: their loads are awaited by what reads them
+                else:
                     step += (stop - first + c.queries - 1) // c.queries
             run += 1
 
