@@ -64,8 +64,10 @@ def supports(problem: CompressKvPairProblem, config: Config) -> str | None:
 
 
 def default(problem: CompressKvPairProblem) -> Config:
-    """As many warps as the wider of the two has alone."""
-    return Config(num_warps=max(compress_kv.default(part).num_warps for part in problem.parts))
+    """As many warps as the wider of the two has alone; apart where there are many (H100: 4096 tokens together, 16384
+    apart)."""
+    warps = max(compress_kv.default(part).num_warps for part in problem.parts)
+    return Config(num_warps=warps, apart=problem.m > 8192)
 
 
 def _configs(head_dim: int, key_dim: int, config: Config) -> tuple[compress_kv.Config, compress_kv.Config]:

@@ -181,6 +181,9 @@ def test_refusals(device):
     problem = CompressKvPairProblem(**dims, ratio=4, key_dim=128, key_hadamard=1)
     assert kernel.default(problem) == kernel.Config(num_warps=4)
     assert kernel.supports(problem, kernel.default(problem)) is None
+    many = replace(problem, m=16384)
+    assert kernel.default(many) == kernel.Config(num_warps=4, apart=True)
+    assert kernel.supports(many, kernel.default(many)) is None
     assert "128 channels of 8 rows a thread" in (kernel.supports(problem, CONFIG) or "")
     assert kernel.supports(problem, kernel.Config(apart=True)) is None
     assert "128 channels of 8 rows a thread" in (kernel.supports(problem, replace(CONFIG, apart=True)) or "")
