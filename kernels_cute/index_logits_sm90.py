@@ -553,7 +553,8 @@ class IndexLogitsSm90:
         c, (key_atom, scale_atom, _, _) = self.config, atoms
         keys, key_scales, _, _, notes = shared
         page_size = sizes[3]
-        # keys that nobody reads again go first from L2, but not in runs, which are 3 % faster without; cold, so are others
+        # keys that nobody reads again go first from L2, but not in runs, which are 3 % faster without (H100); with L2
+        # truly cold so are the others (see README)
         once = c.block_m == 1 and not self.in_runs
         hint = {"cache_policy": create_policy(Boolean(True))} if once else {}
         gK = cute.flat_divide(key_atom.tma_tensor, (HEAD_DIM, TILE))
