@@ -86,7 +86,6 @@ class Case:
     """A problem with its operands. `operands` and `tail` go to launch around `out`; `poison` and `verify` act on it.
 
     eager: the reference on these operands, for a benchmark to compare with.
-    stateful: a launch reads what the one before wrote, so that only the first after `poison` can be checked.
     """
 
     problem: Problem
@@ -96,7 +95,6 @@ class Case:
     poison: Callable[[], Any]
     verify: Callable[[], None]
     eager: Callable[[], object] | None = None
-    stateful: bool = False
     launched: list[Any] = field(default_factory=list, repr=False)  # the last launch's module and config
     _laid_out: dict[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
 
@@ -511,8 +509,7 @@ def _compress_kv_case(p: CompressKvProblem, gen: torch.Generator) -> Case:
         reference.compress_kv(*args, **integers, ratio=p.ratio, hadamard=own.hadamard)
 
     poison, verify = _compressing(reference_on, ("", step))
-    # a step longer than a ring leaves none of the rows in it that its first entries read
-    return Case(p, operands, step.cache, (), poison, verify, lambda: reference_on(step), stateful=True)
+    return Case(p, operands, step.cache, (), poison, verify, lambda: reference_on(step))
 
 
 def _compress_kv_pair_case(p: CompressKvPairProblem, gen: torch.Generator) -> Case:
@@ -529,7 +526,7 @@ def _compress_kv_pair_case(p: CompressKvPairProblem, gen: torch.Generator) -> Ca
 
     poison, verify = _compressing(reference_on, ("entries' ", steps[0]), ("keys' ", steps[1]))
     operands = (table, EPS, *integers.values(), p.ratio)
-    return Case(p, operands, steps, (), poison, verify, lambda: reference_on(*steps), stateful=True)
+    return Case(p, operands, steps, (), poison, verify, lambda: reference_on(*steps))
 
 
 def _compressed_tokens(p: CompressKvProblem, gen: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
@@ -934,7 +931,7 @@ def _rope_inverse_in_place_case(p: RopeInverseInPlaceProblem, gen: torch.Generat
             want = reference.rope_inverse(before[some], positions[some], table)
             assert_same_bytes(o[some], want, f"tokens from {some.start} on")
 
-    return Case(p, (positions, table), o, (), partial(o.copy_, before), verify, stateful=True)
+    return Case(p, (positions, table), o, (), partial(o.copy_, before), verify)
 
 
 def _rope_inverse_quantize_case(p: RopeInverseQuantizeProblem, o: Tensor, positions: Tensor, table: Tensor) -> Case:

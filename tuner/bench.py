@@ -44,7 +44,7 @@ COLUMNS = (
     "gb_per_s",
     "roof",  # what limits: "read", "copy" or "mma", with its rate
     "share_of_roof",
-    "cold",  # how operands stay out of L2: "rotated" or "flushed"
+    "cold",  # how operands stay out of L2: "flushed", in older rows also "rotated"
     "baseline",
     "baseline_us",
     "versions",
@@ -205,7 +205,7 @@ def _measured(target: Target, problem: Problem, choice: dispatch.Choice, roofs: 
     own, other = stats.summary(times[:, 0]), stats.summary(times[:, 1])
     return {
         **_row(target, problem, choice, own, roofs),
-        "cold": "rotated" if bench.rotates else "flushed",
+        "cold": measure.COLD,
         "baseline": baselines.name(problem),
         "baseline_us": round(other.median_us, 3),
     }

@@ -88,9 +88,7 @@ class Cell:
         self.shape, self.problem = shape, problem
         gen = torch.Generator(device=shape.device).manual_seed(seed)
         self.x = [testing.random_activations((problem.m, problem.k), gen) for _ in shape.weights]
-        self.timer = measure.Timer(
-            range(len(shape.weights)), shape.nbytes, measure.rough_us(problem), shape.device, seed
-        )
+        self.timer = measure.Timer(range(len(shape.weights)), shape.device, seed)
         self.timed: dict[str, Timed] = {}
         self.rows = torch.linspace(0, problem.m - 1, min(problem.m, CHECKED_ROWS), device=shape.device).round().long()
         self._references: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -224,15 +222,14 @@ def open_shape(n: int, k: int, segments: int, device: str, seed: int) -> int:
     return len(_shape.weights)
 
 
-def open_cell(dims: dict[str, int | str], seed: int) -> str:
-    """Start on a number of tokens; returns how operands are kept out of L2."""
+def open_cell(dims: dict[str, int | str], seed: int) -> None:
+    """Start on a number of tokens."""
     global _cell
     assert _shape is not None, "open_shape comes first"
     _cell = None
     problem = problems.from_dims(GemmProblem.op, dims)
     assert isinstance(problem, GemmProblem)
     _cell = Cell(_shape, problem, seed)
-    return "rotated" if _cell.timer.rotates else "flushed"
 
 
 def record_own(kernel: str, knobs: dict[str, Any]) -> float:

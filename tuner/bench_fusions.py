@@ -21,7 +21,7 @@ from fp4suite import dispatch
 from fp4suite.errors import UnsupportedError
 from fp4suite.problem import Problem
 
-from . import builds, fusion_cells, fusion_rows, peers_fusions, provenance, side_by_side, stats, worker
+from . import builds, fusion_cells, fusion_rows, measure, peers_fusions, provenance, side_by_side, stats, worker
 from .bench import Row
 from .fusion_cells import COPY
 from .fusion_rows import REFUSED, ROOFS
@@ -159,9 +159,9 @@ class _Measuring(side_by_side.Measuring[Cell]):
     def group(self, cell: Cell) -> tuple[str, str]:
         return cell.problem.op, problem_at_one(cell.problem)
 
-    def open(self, cell: Cell) -> str:
+    def open(self, cell: Cell) -> None:
         p = cell.problem
-        return str(self.child.call(self.backend.open_cell, p.op, p.dims(), self._device, self._seed, timeout=RECORD_S))
+        self.child.call(self.backend.open_cell, p.op, p.dims(), self._device, self._seed, timeout=RECORD_S)
 
 
 def _compile_ahead(target: Target, todo: Sequence[Cell], options: Options) -> None:
@@ -232,7 +232,7 @@ def _row(target: Target, cell: Cell, timed: Timed, copy: float, notes: Mapping[s
         **{f"{name}_error": float(f"{timed.errors[name]:.3g}") for name in peers if name in timed.errors},
         "notes": "; ".join(f"{name}: {why}" for name, why in (dict(notes) | timed.failed).items()),
         "rounds": len(next(iter(timed.samples.values()), ())),
-        "cold": timed.cold,
+        "cold": measure.COLD,
         "arch": target.arch,
         "device": target.device,
         "peer_versions": spelled(versions),

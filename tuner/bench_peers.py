@@ -24,7 +24,7 @@ from fp4suite.errors import UnsupportedError
 from fp4suite.layouts import Order
 from fp4suite.problem import Act, GemmProblem, nvfp4_bytes
 
-from . import bench_cells, peers_rows, provenance, side_by_side, stats, worker
+from . import bench_cells, measure, peers_rows, provenance, side_by_side, stats, worker
 from .bench import Roofs, Row
 from .bench_cells import READ
 from .peers import PEERS
@@ -177,12 +177,12 @@ class _Measuring(side_by_side.Measuring[Cell]):
     def group(self, cell: Cell) -> GemmProblem:
         return cell.shape
 
-    def open(self, cell: Cell) -> str:
+    def open(self, cell: Cell) -> None:
         p = cell.problem
         if self._shape != cell.shape:
             self.child.call(self.backend.open_shape, p.n, p.k, p.segments, self._device, self._seed, timeout=RECORD_S)
             self._shape = cell.shape
-        return str(self.child.call(self.backend.open_cell, p.dims(), self._seed, timeout=RECORD_S))
+        self.child.call(self.backend.open_cell, p.dims(), self._seed, timeout=RECORD_S)
 
     def forget(self) -> None:
         self._shape = None
@@ -264,7 +264,7 @@ def _row(target: Target, cell: Cell, timed: Timed, roofs: Roofs, absent: Mapping
         **{f"{name}_error": timed.errors[name] for name in (OWN, *PEERS) if name in timed.errors},
         "notes": "; ".join(f"{name}: {why}" for name, why in notes.items()),
         "rounds": len(next(iter(timed.samples.values()), ())),
-        "cold": timed.cold,
+        "cold": measure.COLD,
         "roof": roof,
         "share_of_roof": quotient(roof_us, own),
         "arch": target.arch,

@@ -107,15 +107,14 @@ def _poison(result: Any) -> None:
 _cell: Cell | None = None
 
 
-def open_cell(op: str, dims: dict[str, int | str], device: str, seed: int) -> str:
-    """Start on a problem; forgets the one before. Returns how operands are kept out of L2."""
+def open_cell(op: str, dims: dict[str, int | str], device: str, seed: int) -> None:
+    """Start on a problem; forgets the one before."""
     global _cell
     _cell = None
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     _cell = Cell(problems.from_dims(op, dims), device, seed)
-    return "rotated" if _cell.rotates else "flushed"
 
 
 def record_own(kernel: str, knobs: dict[str, Any]) -> float:

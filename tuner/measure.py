@@ -4,8 +4,9 @@
     timed = [bench.record(kernel, config) for ...]      # checked against the reference, then captured in a CUDA graph
     times = bench.rounds(timed, 30)                     # [rounds, contenders] microseconds a launch
 
-- Cold: every launch finds operands that L2 does not hold. Large problems rotate through several sets of operands; where
-  the sets together are too small for that, each graph begins with a read of more memory than L2 holds.
+- Cold: every launch finds operands that L2 does not hold. Before a graph is timed, more memory is read than L2 holds,
+  and a graph takes each of several sets of operands once. Turns over more memory than that are not enough: contenders
+  share operands, and what one leaves stays where another's lines are evicted first (13 % too fast on an H100).
 - Launches come from a CUDA graph, and the time of a graph with the same beginning and no launches is subtracted.
 - Interleaved: a round times every contender once, in a new random order, behind a spin kernel, so that the whole graph
   is queued before its first event.
@@ -29,16 +30,14 @@ from fp4suite.testing import Case
 
 from . import baselines
 
-COLD_L2_TIMES = 4  # operands rotate through this many times the size of L2
+COLD_L2_TIMES = 4  # so many times the size of L2 is read before a graph, and are its operands, if MAX_SETS will do
+COLD = "flushed"  # the word for it in rows; older ones also have "rotated"
 MAX_SETS = 16
 MAX_SET_BYTES = 8 << 30
-GRAPH_US = 400.0  # long enough that half a microsecond of event resolution does not show
-MAX_LAUNCHES = 512
 SPIN_CYCLES = 200_000  # about 110 us: the host queues events and graph meanwhile, or is given twice as long
 LONGEST_SPIN = SPIN_CYCLES << 6
 MAX_SPINS = 10  # that a host may need to queue a graph
 CHECKED_SETS = 2
-ROUGH_BYTES_PER_US, ROUGH_FLOP_PER_US = 3e6, 4e8  # only to choose how many launches a graph gets
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,42 +56,28 @@ class Timed:
 
 
 class Timer:
-    """Times contenders on one CUDA device. Their launches take turns over `items`, sets of operands of `item_bytes`."""
+    """Times contenders on one CUDA device. A graph launches once on each of `items`, sets of operands."""
 
-    def __init__(
-        self,
-        items: Sequence[Any],
-        item_bytes: int,
-        launch_us: float,
-        device: torch.device | str,
-        seed: int = 0,
-        *,
-        once: bool = False,
-    ) -> None:
-        """launch_us: about what a launch takes, to choose how many a graph gets; once: no item twice in a graph."""
+    def __init__(self, items: Sequence[Any], device: torch.device | str, seed: int = 0) -> None:
         self.device = cuda_device(device)
-        l2 = l2_bytes(self.device)
         self.items = items
-        self.rotates = len(items) * item_bytes >= 2 * l2
-        self._flush = None if self.rotates else torch.zeros(COLD_L2_TIMES * l2 // 4, device=self.device)
+        self._flush = torch.zeros(COLD_L2_TIMES * l2_bytes(self.device) // 4, device=self.device)
         self._sink = torch.zeros((), device=self.device)
         self._stream = torch.cuda.Stream(self.device)
         self._rng = random.Random(seed)
         self._idle: deque[float] = deque(maxlen=31)
         self._spin = SPIN_CYCLES
-        passes = 1 if once or self._flush is not None else max(1, round(GRAPH_US / launch_us / len(items)))
-        self._order = [i for _ in range(passes) for i in range(len(items))][:MAX_LAUNCHES]
         self._empty = self.capture("empty", None)
 
     def capture(self, label: str, launch: Callable[[Any], object] | None) -> Timed:
-        """A graph of `launch(item)` over all items, as often as makes it long enough to time."""
+        """A graph of `launch(item)` over all items."""
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
             self._pass(launch)
         graph.replay()
         torch.cuda.synchronize(self.device)
-        return Timed(label, graph.replay, len(self._order), holds=launch)
+        return Timed(label, graph.replay, len(self.items), holds=launch)
 
     def rounds(self, timed: list[Timed], rounds: int) -> NDArray[np.float64]:
         """Microseconds a launch, [rounds, len(timed)]."""
@@ -108,20 +93,18 @@ class Timer:
         return np.asarray((out[:, :-1] - np.median(self._idle)) / launches)
 
     def _pass(self, launch: Callable[[Any], object] | None) -> None:
-        """Something to begin with, that leaves L2 cold where operands are small; then the launches."""
-        if self._flush is not None:
-            torch.sum(self._flush, dim=0, out=self._sink)
-        else:
-            self._sink.zero_()
+        """Something to begin with; then the launches."""
+        self._sink.zero_()
         if launch is not None:
-            for i in self._order:
-                launch(self.items[i])
+            for item in self.items:
+                launch(item)
 
     def _replay_us(self, timed: Timed) -> float:
         """Raises RuntimeError if the host never gets a graph queued while the spin kernel runs."""
         for _ in range(MAX_SPINS):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda._sleep(self._spin)
+            torch.sum(self._flush, dim=0, out=self._sink)
             start.record()
             timed.replay()
             end.record()
@@ -143,8 +126,7 @@ class Bench(Timer):
         self.cases: list[Case] = [
             testing.case(problem, device, seed + i) for i in range(sets_for(problem.bytes, l2_bytes(device)))
         ]
-        once = any(case.stateful for case in self.cases)
-        super().__init__(self.cases, problem.bytes, rough_us(problem), device, seed, once=once)
+        super().__init__(self.cases, device, seed)
 
     def record(self, kernel: str, config: Any, *, check: bool = True) -> Timed:
         """Run `kernel` on the operands, compare with the reference, and capture it.
@@ -191,7 +173,7 @@ class Bench(Timer):
         torch.cuda.synchronize(self.device)
         name = baselines.name(self.problem)
         if name == baselines.EAGER:
-            return Timed(name, lambda: self._pass(function), len(self._order), queued=False)
+            return Timed(name, lambda: self._pass(function), len(self.cases), queued=False)
         return self.capture(name, function)
 
     def _check_replay(self, timed: Timed) -> None:
@@ -221,13 +203,8 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def sets_for(nbytes: int, l2: int) -> int:
-    """How many sets of operands of `nbytes` each to rotate through."""
+    """How many sets of operands of `nbytes` each a graph goes through."""
     return max(2, min(-(-COLD_L2_TIMES * l2 // nbytes), MAX_SETS, max(2, MAX_SET_BYTES // nbytes)))
-
-
-def rough_us(problem: Problem) -> float:
-    """About what a launch takes, never less than a microsecond."""
-    return 1.0 + problem.bytes / ROUGH_BYTES_PER_US + problem.flops / ROUGH_FLOP_PER_US
 
 
 def read_bandwidth(device: torch.device | str, nbytes: int = 1 << 30) -> float:

@@ -40,7 +40,6 @@ class Timed:
     errors: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     samples: dict[str, stats.Samples] = field(default_factory=dict)
-    cold: str = ""
 
 
 class Measuring(Generic[C]):
@@ -56,8 +55,8 @@ class Measuring(Generic[C]):
         """Cells that a contender loses together."""
         raise NotImplementedError
 
-    def open(self, cell: C) -> str:
-        """Make the cell's operands in the process; returns how they are kept out of L2."""
+    def open(self, cell: C) -> None:
+        """Make the cell's operands in the process."""
         raise NotImplementedError
 
     def forget(self) -> None:
@@ -72,7 +71,7 @@ class Measuring(Generic[C]):
         while True:
             timed = Timed()
             try:
-                timed.cold = self.open(cell)
+                self.open(cell)
             except (worker.WorkerDied, worker.RemoteError) as e:
                 self._restart()
                 timed.failed = dict.fromkeys(names, f"operands could not be made: {line(e)}")

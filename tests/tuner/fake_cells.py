@@ -17,8 +17,8 @@ US = {"fp4suite": 10.0, "cublas_bf16": 20.0, "fake": 12.5, "read": 9.0, "empty":
 class Clock:
     """Contender's median is US[contender] times the cell's m ** 0.5; rounds differ by up to 10 %."""
 
-    def __init__(self, items, item_bytes, launch_us, device, seed=0):
-        self.items, self.rotates = items, True
+    def __init__(self, items, device, seed=0):
+        self.items = items
         self.m = 0
 
     def capture(self, label, launch):

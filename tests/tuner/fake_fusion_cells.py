@@ -14,8 +14,8 @@ US = {"cpu_rmsnorm": 10.0, "fake_norm": 12.5, "fake_in_place": 8.0, "copy": 9.0,
 COPY_GB_PER_S = 0.1
 
 
-def begin(self, items, item_bytes, launch_us, device, seed=0, **how):
-    self.device, self.items, self.rotates = torch.device("cpu"), items, True
+def begin(self, items, device, seed=0):
+    self.device, self.items = torch.device("cpu"), items
 
 
 def capture(self, label, launch):

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from fp4suite import arch, registry, table
 from fp4suite.problem import DequantProblem, QuantizeProblem, RmsNormProblem
@@ -35,10 +37,33 @@ def config_of(kernel, **knobs):
 
 def test_operands_do_not_stay_in_l2(small, large):
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    assert large.rotates
-    assert len(large.cases) * large.problem.bytes >= 2 * l2
-    assert not small.rotates
-    assert small._flush.nbytes >= 2 * l2
+    assert all(bench._flush.nbytes >= 2 * l2 for bench in (small, large))
+
+
+@triton.jit
+def _read_once(x_ptr, most_ptr, BLOCK: tl.constexpr):
+    words = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + words, eviction_policy="evict_first")
+    tl.store(most_ptr + tl.program_id(0), tl.max(x, axis=0))
+
+
+def test_what_another_contender_read_is_not_found():
+    """A kernel whose lines L2 evicts first takes as long after one that has read the same as after a copy."""
+    words, block = 1 << 24, 4096
+    items = [torch.zeros(words, dtype=torch.int32, device="cuda") for _ in range(3)]
+    most, other = torch.empty(words // block, dtype=torch.int32, device="cuda"), torch.empty_like(items[0])
+    timer = measure.Timer(items, "cuda")
+    own = timer.capture("own", lambda x: _read_once[(words // block,)](x, most, block))
+    before = [
+        timer.capture("reads", lambda x: torch.amax(x, dim=0, out=most[0])),
+        timer.capture("copies", lambda x: torch.neg(other, out=other)),
+    ]
+    times: list[list[float]] = [[], []]
+    for _ in range(15):
+        for found, contender in zip(times, before, strict=True):
+            timer._replay_us(contender)
+            found.append(timer._replay_us(own))
+    assert np.median(times[0]) == pytest.approx(np.median(times[1]), rel=0.05)
 
 
 def test_times_lie_between_the_roof_and_reason(large):
