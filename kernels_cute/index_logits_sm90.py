@@ -43,7 +43,7 @@ from fp4suite.formats import IndexCache, index_layout
 from fp4suite.problem import IndexLogitsProblem
 
 from . import build as cross
-from .instructions import create_policy, load4, load_matrices, load_number, load_words, loads_have_come, store_words
+from .instructions import load4, load_matrices, load_number, load_words, loads_have_come, store_words
 
 ARCH = "sm_90a"
 HEADS, HEAD_DIM = 64, 128
@@ -553,10 +553,6 @@ class IndexLogitsSm90:
         c, (key_atom, scale_atom, _, _) = self.config, atoms
         keys, key_scales, _, _, notes = shared
         page_size = sizes[3]
-        # keys that nobody reads again go first from L2, but not in runs, which are 3 % faster without (H100); with L2
-        # truly cold so are the others (see README)
-        once = c.block_m == 1 and not self.in_runs
-        hint = {"cache_policy": create_policy(Boolean(True))} if once else {}
         gK = cute.flat_divide(key_atom.tma_tensor, (HEAD_DIM, TILE))
         gS = cute.flat_divide(scale_atom.tma_tensor, (TILE, 1))
         one = cute.make_layout(1)
@@ -573,9 +569,9 @@ class IndexLogitsSm90:
         for i in cutlass.range_constexpr(self.key_tiles):
             from_page, from_place = (cute.arch.shuffle_sync(x, of + i) for x in (page, place))
             to = slot * self.key_tiles + i
-            cute.copy(key_atom.atom, tKg[None, 0, from_place, from_page], tKs[None, to], tma_bar_ptr=bar, **hint)
+            cute.copy(key_atom.atom, tKg[None, 0, from_place, from_page], tKs[None, to], tma_bar_ptr=bar)
             scales_at = page_size // 2 + from_place  # behind 32 words a row
-            cute.copy(scale_atom.atom, tSg[None, scales_at, from_page], tSs[None, to], tma_bar_ptr=bar, **hint)
+            cute.copy(scale_atom.atom, tSg[None, scales_at, from_page], tSs[None, to], tma_bar_ptr=bar)
 
     @cute.jit
     def load_queries(self, atoms, shared, bar, stage, token):

@@ -168,7 +168,7 @@ def test_reports_the_time_of_one_launch_without_graph_or_flush(device, problem):
 def test_a_graph_takes_each_set_of_operands_once_after_a_flush(device, problem):
     bench = measure.Bench(problem, "cuda")
     assert bench._flush.nbytes == measure.COLD_L2_TIMES * L2
-    assert len(bench.cases) == measure.MAX_SETS or len(bench.cases) * problem.bytes >= measure.COLD_L2_TIMES * L2
+    assert len(bench.cases) == measure.MAX_SETS or len(bench.cases) * problem.bytes >= measure.SETS_L2_TIMES * L2
     timed = bench.record("k", config(10.0))
     assert timed.launches == len(bench.cases)
     before, began, flushed = [c.runs for c in bench.cases], device.now, device.flushed
