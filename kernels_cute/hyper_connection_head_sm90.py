@@ -18,7 +18,7 @@ from .hyper_connection_sm90 import (
 )
 
 # terms of 4 outputs take a sixth of the room of those of 24: all of them, of up to 8 groups of columns
-SPACE = {**hyper_connection_sm90.SPACE, "stages": (0, 8), "kept": (0, hyper_connection_sm90.STREAMS)}
+SPACE = {**hyper_connection_sm90.SPACE, "stages": (8, 32)}
 
 
 def launch(

@@ -2,7 +2,7 @@
 
 Memory bound: reads 8 bytes a column of four BF16 streams and writes 2; with a site to close 10 and 10. fn, FP32
 [24, 4 d] or the head's [4, 4 d], is split into two BF16 terms by a launch before, to within 2^-17 of an element; they
-are read from L2 once a step, or once for all those of `kept` streams.
+are read from L2 once a step, or once for all where there is room.
 
 A cluster takes block_m tokens a step, and each of its CTAs a share of the columns of all four streams, which stay in
 shared memory until they are folded. Columns come in groups of 64 of each stream.
@@ -56,6 +56,7 @@ from .instructions import (
     approximately,
     bits_float,
     bulk_load,
+    create_policy,
     fetch,
     fetch_words,
     fma,
@@ -106,14 +107,13 @@ FoldProblem = HyperConnectionPreProblem | HyperConnectionPostPreProblem | HyperC
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """block_m: tokens of a step; cluster: CTAs that share their columns; kept: streams of which fn's terms stay in
-    shared memory; stages: rooms that those of the others take in turn, each for a group of columns of a stream.
+    """block_m: tokens of a step; cluster: CTAs that share their columns; stages: room for fn's terms in a group of
+    columns of a stream.
     """
 
     block_m: int = 32
     cluster: int = 16
     stages: int = 8
-    kept: int = 0
 
     @property
     def mixing(self) -> int:
@@ -136,15 +136,15 @@ class Config:
         return self.block_m // self.cluster
 
 
-SPACE = {"block_m": (16, 32), "cluster": (8, 16), "stages": (0, 4, 5, 6, 8, 10, 12), "kept": (0, 1, 2, 3, STREAMS)}
+SPACE = {"block_m": (16, 32), "cluster": (8, 16), "stages": (4, 6, 8, 10, 12, 16)}
 
 
 def default(problem: FoldProblem) -> Config:
     """As many CTAs as may share the columns. The terms stay where there is room for all of them."""
     cluster = 16 if problem.k % (16 * GROUP) == 0 else 8
-    if isinstance(problem, HyperConnectionHeadProblem) or problem.k <= 64 * GROUP:
-        return Config(cluster=cluster, stages=0, kept=STREAMS)
-    return Config(cluster=cluster)
+    if isinstance(problem, HyperConnectionHeadProblem):
+        return Config(cluster=cluster, stages=32)
+    return Config(cluster=cluster, stages=16 if problem.k <= 64 * GROUP else 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,14 +169,9 @@ def term_bytes(outputs: int) -> int:
     return TERMS * outputs * GROUP * 2
 
 
-def kept_rooms(variant: Variant, config: Config) -> int:
-    """For terms that stay, each of a group of columns of a stream."""
-    return variant.d // config.cluster // GROUP * config.kept
-
-
-def rooms(variant: Variant, config: Config) -> int:
-    """For fn's terms, each of a group of columns of a stream: first those that stay."""
-    return kept_rooms(variant, config) + config.stages
+def stages(variant: Variant, config: Config) -> int:
+    """Room for fn's terms in groups of columns of a stream, of which a CTA has so many at most."""
+    return min(config.stages, variant.d // config.cluster // GROUP * STREAMS)
 
 
 def site_groups(variant: Variant, config: Config) -> int:
@@ -190,7 +185,7 @@ def other_bytes(variant: Variant, config: Config) -> int:
     inbox = OWNERS * c.block_m * (v.outputs + 1) * 4
     site = c.block_m * (COEFFICIENTS * 4 + site_groups(v, c) * GROUP * 2) if v.post else 0
     small = OWNERS * c.block_m * 16 + NORMS * c.cluster * c.block_m * 4 + v.d // c.cluster * 2 + 64
-    return BARRIER_BYTES + rooms(v, c) * term_bytes(v.outputs) + inbox + site + small
+    return BARRIER_BYTES + stages(v, c) * term_bytes(v.outputs) + inbox + site + small
 
 
 def slots(variant: Variant, config: Config) -> int:
@@ -198,7 +193,7 @@ def slots(variant: Variant, config: Config) -> int:
     of three steps, so that nobody is three steps ahead.
     """
     room = MAX_SHARED_BYTES[ARCH] - other_bytes(variant, config)
-    barriers = BARRIER_BYTES // 8 - 2 * rooms(variant, config) - (2 * OWNERS + NORMS)
+    barriers = BARRIER_BYTES // 8 - 2 * stages(variant, config) - (2 * OWNERS + NORMS)
     groups = variant.d // config.cluster // GROUP
     return min(room // config.slot_bytes, barriers // 3, 3 * groups - 1 - early(groups))
 
@@ -227,8 +222,6 @@ def refusal(problem: FoldProblem, config: Config) -> str | None:
         return f"{c.block_m} tokens are more than 4 for each of {c.cluster} CTAs"
     if c.block_m not in (TOKENS, 2 * TOKENS):
         return f"block_m={c.block_m}: a step has {TOKENS} or {2 * TOKENS} tokens"
-    if not 0 <= c.kept <= STREAMS or (c.kept == STREAMS) != (c.stages == 0):
-        return f"kept={c.kept}, stages={c.stages}: terms of {STREAMS} streams stay, or share stages"
     groups, held = p.k // c.cluster // GROUP, slots(Variant.of(p, norm=True), c)
     if held < groups:
         return f"shared memory holds {held} of {groups} groups of columns of {c.block_m} tokens"
@@ -239,11 +232,11 @@ def refusal(problem: FoldProblem, config: Config) -> str | None:
 
 
 @dsl_user_op
-def copy_ahead(to: Int32, source: Int64, *, loc=None, ip=None):
+def copy_ahead(to: Int32, source: Int64, policy: Int64, *, loc=None, ip=None):
     """16 bytes of global memory on their way to shared memory, by cp.async."""
-    args = [v.ir_value(loc=loc, ip=ip) for v in (to, source)]
-    asm = "cp.async.cg.shared.global [$0], [$1], 16;"
-    llvm.inline_asm(None, args, asm, "r,l", has_side_effects=True, loc=loc, ip=ip)
+    args = [v.ir_value(loc=loc, ip=ip) for v in (to, source, policy)]
+    asm = "cp.async.cg.shared.global.L2::cache_hint [$0], [$1], 16, $2;"
+    llvm.inline_asm(None, args, asm, "r,l,l", has_side_effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -328,8 +321,8 @@ class HyperConnectionSm90:
         self.term_bytes = term_bytes(variant.outputs)
         self.slots = slots(variant, config)
         self.site_groups = site_groups(variant, config)
-        self.kept_rooms = kept_rooms(variant, config)
-        self.rooms = rooms(variant, config)
+        self.stages = stages(variant, config)
+        self.resident = self.stages == self.groups * STREAMS  # fn's terms are loaded once
         self.makers = 4 * config.mixing  # warps; those that fold are as many
         self.stream_bytes = config.block_m * GROUP * 2  # of a slot
 
@@ -392,7 +385,7 @@ class HyperConnectionSm90:
         layout = self.layout(self.slots)
         streams = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        layout = cute.tile_to_shape(atom, (TERMS * self.outputs, GROUP, self.rooms), order=(0, 1, 2))
+        layout = cute.tile_to_shape(atom, (TERMS * self.outputs, GROUP, self.stages), order=(0, 1, 2))
         terms = smem.allocate_tensor(BFloat16, layout.outer, byte_alignment=1024, swizzle=layout.inner)
         sizes_of = {
             "sums": OWNERS * c.block_m * self.outputs,
@@ -410,8 +403,8 @@ class HyperConnectionSm90:
         }
         full, empty, made = barriers, barriers + self.slots, barriers + 2 * self.slots
         term_full = barriers + 3 * self.slots
-        term_empty = term_full + self.rooms
-        received = term_empty + self.rooms  # sums, of each owning warp; pre, of each; sums of squares of y
+        term_empty = term_full + self.stages
+        received = term_empty + self.stages  # sums, of each owning warp; pre, of each; sums of squares of y
         bars = (full, empty, made, term_full, term_empty, received)
         if warp == 0:
             with cute.arch.elect_one():
@@ -419,7 +412,7 @@ class HyperConnectionSm90:
                     cute.arch.mbarrier_init(full + i, 1)
                     cute.arch.mbarrier_init(empty + i, self.readers())
                     cute.arch.mbarrier_init(made + i, self.makers)
-                for i in cutlass.range_constexpr(self.rooms):
+                for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(term_full + i, 1)
                     cute.arch.mbarrier_init(term_empty + i, 4)
                 for i in cutlass.range_constexpr(2 * OWNERS + NORMS):
@@ -506,6 +499,7 @@ class HyperConnectionSm90:
         full, empty = bars[:2]
         first, clusters = self.clusters()
         into, source = self.partition(tma, streams)
+        policy = create_policy(Boolean(False))  # as usual, but said: unsaid 2 % slower, evicted first 3 to 7 % (H100)
         slot, phase = Int32(0), Int32(0)
         for step in cutlass.range(first, steps, clusters, unroll=1):
             for group in cutlass.range(self.groups, unroll=1):
@@ -513,39 +507,29 @@ class HyperConnectionSm90:
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(full + slot, c.slot_bytes)
                 at = source[None, step, rank * self.groups + group, 0]
-                cute.copy(tma.atom, at, into[None, slot], tma_bar_ptr=full + slot)
+                cute.copy(tma.atom, at, into[None, slot], tma_bar_ptr=full + slot, cache_policy=policy)
                 slot, phase = self.next(slot, phase, self.slots)
 
     @cute.jit
     def load_terms(self, terms, bars, addresses, sizes, rank):
-        """Send for fn's terms, group after group, stream after stream: those that stay in the first step alone."""
-        c, (_, steps, _, _) = self.config, sizes
+        """Send for fn's terms, group after group, stream after stream: once, where there is room for all of them."""
+        _, steps, _, _ = sizes
         term_full, term_empty = bars[3:5]
         first, clusters = self.clusters()
         into = Int32(terms.iterator.toint())
         policy = create_keeping_policy()  # each step reads all of them, with more than L2 holds in between
         stage, phase = Int32(0), Int32(0)
-        last = cutlass.min(first + 1, steps) if cutlass.const_expr(c.kept == STREAMS) else steps
-        for step in cutlass.range(first, last, clusters, unroll=1):
-            for group in cutlass.range(self.groups, unroll=1):
-                for k in cutlass.range_constexpr(STREAMS):
-                    block = k * (self.variant.d // GROUP) + rank * self.groups + group
+        last = cutlass.min(first + 1, steps) if cutlass.const_expr(self.resident) else steps
+        for _ in cutlass.range(first, last, clusters, unroll=1):
+            for item in cutlass.range(self.groups * STREAMS, unroll=1):
+                block = item % STREAMS * (self.variant.d // GROUP) + rank * self.groups + item // STREAMS
+                cute.arch.mbarrier_wait(term_empty + stage, phase ^ 1)
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(term_full + stage, self.term_bytes)
                     source = addresses[1][0] + Int64(block) * self.term_bytes
-                    if cutlass.const_expr(k < c.kept):
-                        if step == first:
-                            self.send_for_terms(into, source, term_full, group * c.kept + k, policy)
-                    else:
-                        room = self.kept_rooms + stage
-                        cute.arch.mbarrier_wait(term_empty + room, phase ^ 1)
-                        self.send_for_terms(into, source, term_full, room, policy)
-                        stage, phase = self.next(stage, phase, c.stages)
-
-    @cute.jit
-    def send_for_terms(self, into, source, term_full, room, policy):
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(term_full + room, self.term_bytes)
-            bar = Int32((term_full + room).toint())
-            bulk_load(into + room * self.term_bytes, source, Int32(self.term_bytes), bar, policy)
+                    bar = Int32((term_full + stage).toint())
+                    bulk_load(into + stage * self.term_bytes, source, Int32(self.term_bytes), bar, policy)
+                stage, phase = self.next(stage, phase, self.stages)
 
     # --- the warps that make streams ----------------------------------------------------------------------------------
 
@@ -559,10 +543,11 @@ class HyperConnectionSm90:
         closes = self.variant.post
         slot, phase, turn = Int32(0), Int32(0), Int32(0)
         taken, next_place, next_step, next_group = Int32(0), Int32(0), first, Int32(0)  # of the site's output
+        policy = create_policy(Boolean(False))
         if cutlass.const_expr(closes):
-            self.copy_coefficients(room, addresses, sizes, first, row, unit)
+            self.copy_coefficients(room, addresses, sizes, policy, first, row, unit)
             for _ in cutlass.range_constexpr(self.site_groups - 1):
-                self.copy_output(room, addresses, sizes, next_step, row, column, next_group, next_place, thread)
+                self.copy_output(room, addresses, sizes, policy, next_step, row, column, next_group, next_place, thread)
                 next_place, _ = self.next(next_place, Int32(0), self.site_groups)
                 next_step, next_group = self.after(next_step, next_group, clusters)
         for step in cutlass.range(first, steps, clusters, unroll=1):
@@ -575,10 +560,12 @@ class HyperConnectionSm90:
                 own = room["coefficients"] + row * (COEFFICIENTS * 4)
                 coefficients = [x for i in range(COEFFICIENTS // 4) for x in load4(own + 16 * i)]
                 cute.arch.sync_warp()
-                self.copy_coefficients(room, addresses, sizes, step + clusters, row, unit)
+                self.copy_coefficients(room, addresses, sizes, policy, step + clusters, row, unit)
             for _ in cutlass.range(self.groups, unroll=1):
                 if cutlass.const_expr(closes):
-                    self.copy_output(room, addresses, sizes, next_step, row, column, next_group, next_place, thread)
+                    self.copy_output(
+                        room, addresses, sizes, policy, next_step, row, column, next_group, next_place, thread
+                    )
                     next_place, _ = self.next(next_place, Int32(0), self.site_groups)
                     next_step, next_group = self.after(next_step, next_group, clusters)
                 cute.arch.mbarrier_wait(full + slot, phase)
@@ -633,22 +620,22 @@ class HyperConnectionSm90:
         return cutlass.select_(last, step + clusters, step), cutlass.select_(last, Int32(0), group + 1)
 
     @cute.jit
-    def copy_output(self, room, addresses, sizes, step, row, column, group, place, thread):
+    def copy_output(self, room, addresses, sizes, policy, step, row, column, group, place, thread):
         """A site's output in this thread's 8 columns of a token, on its way; of the last token for those behind."""
         token = cutlass.min(step * self.config.block_m + row, sizes[0] - 1)
         to = room["site"] + (place * (self.config.block_m * GROUP // 8) + thread) * 16
-        copy_ahead(to, addresses[0][0] + (Int64(token) * sizes[3] + column + group * GROUP) * 2)
+        copy_ahead(to, addresses[0][0] + (Int64(token) * sizes[3] + column + group * GROUP) * 2, policy)
         cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def copy_coefficients(self, room, addresses, sizes, step, row, unit):
+    def copy_coefficients(self, room, addresses, sizes, policy, step, row, unit):
         """Those of a token, on their way: with the group of copies that is committed next."""
         token = Int64(cutlass.min(step * self.config.block_m + row, sizes[0] - 1))
         if unit < COEFFICIENTS // 4:
             source = addresses[0][1] + token * 16
             if unit > 0:
                 source = addresses[0][2] + token * 64 + Int64(unit - 1) * 16
-            copy_ahead(room["coefficients"] + row * (COEFFICIENTS * 4) + unit * 16, source)
+            copy_ahead(room["coefficients"] + row * (COEFFICIENTS * 4) + unit * 16, source, policy)
 
     def close(self, x, y, coefficients):
         """Streams after a site: post_k y + sum of comb_jk x_j, each operation rounded by itself."""
@@ -809,7 +796,7 @@ class HyperConnectionSm90:
         row = (8 * warp + lane % 8) % self.outputs + lane // 8 % 2 * self.outputs  # whose 16 bytes ldmatrix takes
         start = Int32(terms.iterator.toint()) + row * (GROUP * 2)
         slot, phase, stage, stage_phase, turn = Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)
-        self.take_terms(frag[0], start, term_full, 0, 0, stage, stage_phase, row, lane)
+        self.take_terms(frag[0], start, term_full, stage, stage_phase, row, lane)
         for step in cutlass.range(first, steps, clusters, unroll=1):
             totals.fill(0.0)
             for group in cutlass.range(self.groups, unroll=1):
@@ -825,18 +812,15 @@ class HyperConnectionSm90:
                             self.arrive(empty + self.behind(slot, STORED))
                 for k in cutlass.range_constexpr(STREAMS):
                     self.issue(acc, frag[k % 2], operand, k, slot)
-                    if cutlass.const_expr(k >= c.kept):
-                        # not before: what ldmatrix loads may still be on its way
-                        self.arrive(term_empty + self.kept_rooms + stage)
-                        stage, stage_phase = self.next(stage, stage_phase, c.stages)
+                    if cutlass.const_expr(not self.resident):
+                        self.arrive(term_empty + stage)  # not before: what ldmatrix loads may still be on its way
+                    stage, stage_phase = self.next(stage, stage_phase, self.stages)
                     if cutlass.const_expr(k > 0):
                         warpgroup.wait_group(1)
-                    of = (start, term_full)
                     if cutlass.const_expr(k + 1 < STREAMS):
-                        self.take_terms(frag[(k + 1) % 2], *of, group, k + 1, stage, stage_phase, row, lane)
+                        self.take_terms(frag[(k + 1) % 2], start, term_full, stage, stage_phase, row, lane)
                     elif step + clusters < steps or group + 1 < self.groups:
-                        after = cutlass.select_(group + 1 < self.groups, group + 1, Int32(0))
-                        self.take_terms(frag[0], *of, after, 0, stage, stage_phase, row, lane)
+                        self.take_terms(frag[0], start, term_full, stage, stage_phase, row, lane)
                 warpgroup.wait_group(0)
                 self.arrive(empty + slot)
                 self.add_terms(totals, acc)
@@ -856,14 +840,12 @@ class HyperConnectionSm90:
         return cutlass.select_(slot < count, slot + self.slots - count, slot - count)
 
     @cute.jit
-    def take_terms(self, frag, start, term_full, group, k: cutlass.Constexpr[int], stage, phase, row, lane):
-        """A warp's 16 rows of fn's terms for a group of columns of stream k, on their way to registers."""
-        stays = k < self.config.kept
-        at = group * self.config.kept + k if stays else self.kept_rooms + stage
-        cute.arch.mbarrier_wait(term_full + at, Int32(0) if stays else phase)
+    def take_terms(self, frag, start, term_full, stage, phase, row, lane):
+        """A warp's 16 rows of fn's terms for 64 columns of a stream, on their way to registers."""
+        cute.arch.mbarrier_wait(term_full + stage, Int32(0) if self.resident else phase)
         words = cute.recast_tensor(frag, Uint32)
         for s in cutlass.range_constexpr(K_STEPS):
-            got = load_matrices(start + at * self.term_bytes + ((2 * s + lane // 16) ^ (row % 8)) * 16)
+            got = load_matrices(start + stage * self.term_bytes + ((2 * s + lane // 16) ^ (row % 8)) * 16)
             for i in cutlass.range_constexpr(4):
                 words[4 * s + i] = got[i]
 

@@ -389,11 +389,11 @@ def _fold_by_clusters(problem: Any, config: Any) -> Work:
     steps = math.ceil(blocks / clusters)
     terms = 2 * (p.n if isinstance(p, HyperConnectionHeadProblem) else p.n * (p.n + 2))
     of_tokens = config.block_m * columns * ELEMENT_BYTES[p.x] * (2 * p.n + 2 if post else p.n + 1)  # in and out
-    groups, turning = columns / 64, p.n - config.kept  # streams of which fn's terms are read once a step
+    groups = columns / 64
     return Work(
         ctas=clusters * config.cluster,
         threads=config.threads,
-        cta_bytes=steps * of_tokens + 2 * terms * columns * (steps * turning + config.kept),
+        cta_bytes=steps * (of_tokens + 2 * terms * columns * p.n),
         in_flight=config.block_m * columns * p.n * ELEMENT_BYTES[p.x],
         cta_flops=steps * 2.0 * 64 * terms * columns * p.n,
         cta_instructions=steps
@@ -402,8 +402,7 @@ def _fold_by_clusters(problem: Any, config: Any) -> Work:
         * p.n
         * (15 if post else 5),  # from the steps of the algorithm
         ramps=8,  # fn, its terms, streams, then what CTAs send each other, thrice
-        serial_us=steps
-        * (of_tokens / 30e3 + groups * (0.05 * turning / max(1, config.stages) + (0.05 if post else 0.0)) + 0.25),
+        serial_us=steps * (of_tokens / 30e3 + groups * (0.05 * p.n / config.stages + (0.05 if post else 0.0)) + 0.25),
         persistent=True,
     )
 

@@ -63,11 +63,8 @@ def one_cluster(monkeypatch):
         (POST_PRE, Config(cluster=8), "of 14 groups of columns of 32 tokens"),
         (POST_PRE, Config(stages=16), "6 of 7 groups of columns of 32 tokens"),
         (PRE, Config(block_m=48), "block_m=48: a step has 16 or 32 tokens"),
-        (PRE, Config(kept=5), "kept=5, stages=8: terms of 4 streams stay, or share stages"),
-        (PRE, Config(kept=STREAMS), "kept=4, stages=8: terms of 4 streams stay, or share stages"),
-        (PRE, Config(stages=0), "kept=0, stages=0: terms of 4 streams stay, or share stages"),
         (replace(HEAD, x="fp16"), Config(), "4 streams in fp16"),
-        (HEAD, Config(cluster=8, stages=0, kept=STREAMS), "3 of 14 groups of columns of 32 tokens"),
+        (HEAD, Config(cluster=8, stages=32), "11 of 14 groups of columns of 32 tokens"),
     ],
 )
 def test_refusals(problem, config, message):
@@ -114,10 +111,9 @@ def test_builds_for_its_own_architecture_only():
     [
         (PRE, Config()),
         (PRE, Config(block_m=16, stages=12)),
-        (PRE, Config(stages=5, kept=1)),
         (POST_PRE, Config(stages=4)),
         (POST_PRE, Config(block_m=16)),
-        (HEAD, Config(stages=0, kept=STREAMS)),
+        (HEAD, Config(stages=32)),
         (HEAD, Config()),
     ],
     ids=str,
@@ -137,11 +133,11 @@ def test_products_stay_on_their_way(problem, config):
     assert asked or config.block_m == 16
     code = sass(built)
     assert not loads_on_their_way(built, "LDS")
-    kept, rooms = kernel.kept_rooms(variant, config), kernel.rooms(variant, config)
-    term_empty = f"+{8 * (3 * kernel.slots(variant, config) + rooms + kept):#x}]"
+    term_empty = f"+{8 * (3 * kernel.slots(variant, config) + kernel.stages(variant, config)):#x}]"
     terms_given_back = [arrival for arrival, _ in loads_on_their_way(built, "LDSM") if term_empty in arrival]
     assert not terms_given_back
-    assert config.kept == STREAMS or term_empty in code
+    resident = kernel.HyperConnectionSm90(config, variant).resident
+    assert resident or term_empty in code
     assert len(re.findall(r"\bHGMMA\.", code)) == STREAMS * GROUP // 16
     assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code) == ["1"] * (STREAMS - 1) + ["0"]
 
@@ -242,16 +238,14 @@ def test_steps_overlap_in_the_emulator(module, kind, schedule, one_cluster):
     # terms that do not stay are released without a fence, behind the product that has them
     for config, races in (
         (Config(block_m=16, cluster=8, stages=4), True),
-        (Config(block_m=16, cluster=8, stages=4, kept=1), True),
-        (Config(block_m=16, cluster=8, stages=5, kept=3), True),
-        (Config(block_m=32, cluster=8, stages=0, kept=STREAMS), "strict"),
+        (Config(block_m=32, cluster=8, stages=32), "strict"),
     ):
         case.poison()
         with emulate("sm_90a", schedule=schedule, races=races):
             case.launch(module, config)
         case.check()
         got.append(tuple(x.clone() for x in results(case.out)))
-    assert all(same_bits(got[0], other) for other in got[1:])
+    assert same_bits(*got)
 
 
 @pytest.mark.parametrize("problem", [PRE, POST_PRE, HEAD], ids=str)
@@ -262,7 +256,7 @@ def test_room_for_barriers(problem):
     for k in range(512, 16385, 512):
         for config in testing.every(module, replace(problem, k=k)):
             variant = kernel.Variant.of(replace(problem, k=k), norm=True)
-            barriers = 3 * kernel.slots(variant, config) + 2 * kernel.rooms(variant, config)
+            barriers = 3 * kernel.slots(variant, config) + 2 * kernel.stages(variant, config)
             assert 8 * (barriers + 2 * kernel.OWNERS + kernel.NORMS) <= kernel.BARRIER_BYTES
             tried += 1
     assert tried > 50

@@ -154,7 +154,7 @@ def test_clusters_that_fold_take_about_what_they_took_on_an_h100():
         (HyperConnectionPostPreProblem, 7168, 1024, Clusters(), 67.8),
         (HyperConnectionPostPreProblem, 7168, 4096, Clusters(), 231.3),
         (HyperConnectionPostPreProblem, 4096, 4096, Clusters(cluster=8, stages=4), 145.1),
-        (HyperConnectionHeadProblem, 7168, 4096, Clusters(stages=0, kept=4), 119.2),
+        (HyperConnectionHeadProblem, 7168, 4096, Clusters(stages=32), 119.2),
     ):
         assert predict_us(kind(m=m, k=d), config, "sm_90a") == pytest.approx(us, rel=0.13), (kind.op, d, m, config)
 
