@@ -361,7 +361,7 @@ def in_emulator(monkeypatch):
     kernel.compiled.cache_clear()
 
 
-@pytest.mark.parametrize(("config", "schedule"), zip(CONFIGS, itertools.cycle(("late", "eager"))), ids=str)
+@pytest.mark.parametrize(("config", "schedule"), list(zip(CONFIGS, itertools.cycle(("late", "eager")))), ids=str)
 def test_in_the_emulator(config, schedule, in_emulator, monkeypatch):
     """Ragged m and n, two tiles a cluster; every element against the FP64 product, every access against the others'."""
     step = kernel.STEP * config.groups_k * config.split

@@ -88,7 +88,7 @@ def test_empty_m_is_nothing_to_do():
     sm90_cases.check_empty(kernel, Config(), 1024)
 
 
-@pytest.mark.parametrize(("config", "schedule"), zip(CONFIGS, itertools.cycle(("late", "eager"))), ids=str)
+@pytest.mark.parametrize(("config", "schedule"), list(zip(CONFIGS, itertools.cycle(("late", "eager")))), ids=str)
 def test_in_the_emulator(config, schedule):
     """Ragged m, n and k; segments; every element against the FP64 product, every access against the others'."""
     kernel.compiled.cache_clear()
